@@ -1,0 +1,38 @@
+# Everything a newcomer needs; each target sets up .venv by itself. No GPU and no network beyond the package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?= configs/gpt_python.yaml
+RANKS ?= 2
+
+.PHONY: train test lint docs bench gpu-check clean
+
+train: $(VENV)/.ready   ## train two stages of a byte GPT on real text, about 3 minutes on 2 cores
+	$(BIN)/dpp train $(CONFIG) --ranks $(RANKS) --overwrite
+
+test: $(VENV)/.ready    ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready    ## style, layers, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy -p decoupled_pp
+
+docs: $(VENV)/.ready    ## regenerate the configuration reference
+	$(BIN)/python -m decoupled_pp.settings_reference > docs/configuration.md
+
+bench: $(VENV)/.ready   ## share of ideal with emulated compute, 2, 4 and 8 ranks
+	for ranks in 2 4 8; do $(BIN)/dpp bench schedule --ranks $$ranks; done
+
+gpu-check: $(VENV)/.ready   ## GPU tests and the one-GPU benchmark; says so and ends well where there is no GPU
+	$(BIN)/dpp bench gpu
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "decoupled_pp needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
