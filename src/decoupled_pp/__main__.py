@@ -1,0 +1,5 @@
+"""`python -m decoupled_pp` is `dpp`."""
+
+from decoupled_pp.cli import main
+
+main()

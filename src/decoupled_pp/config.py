@@ -1,0 +1,119 @@
+"""YAML -> checked, typed `Settings`, or one line that says what is wrong with it."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from decoupled_pp.contracts import UsageError
+from decoupled_pp.settings import CriticSettings, DataSettings, ModelSettings, Section, Settings
+
+
+def load_settings(path: str | Path, overrides: tuple[str, ...] = ()) -> Settings:
+    """Read a YAML file, apply `key.sub=value` overrides (values are YAML) and check everything.
+
+    Raises:
+        UsageError: One line with the file, the key, the value and the remedy.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"cannot read the configuration {path}: {error.strerror}; give the path of a YAML file"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UsageError(f"{path} must hold a mapping of settings, not {type(raw).__name__}")
+    for override in overrides:
+        _apply(raw, override)
+    return check_settings(raw, str(path))
+
+
+def check_settings(raw: dict[str, Any], source: str = "settings") -> Settings:
+    """Check a mapping of settings; `source` names it in errors."""
+    try:
+        return Settings.model_validate(raw)
+    except ValidationError as error:
+        raise UsageError(f"{source}: {explain(error)}") from None
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise UsageError(f"override {override!r} must look like key.sub=value")
+    *path, last = key.split(".")
+    section = raw
+    for name in path:
+        section = section.setdefault(name, {})
+        if not isinstance(section, dict):
+            raise UsageError(f"override {override!r}: {name!r} is not a section")
+    try:
+        section[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UsageError(f"override {override!r}: {value!r} is not YAML; quote it or correct it") from None
+
+
+def explain(error: ValidationError) -> str:
+    """The first fault of a failed check, in one line: where, what, which value, what would be right."""
+    fault = error.errors()[0]
+    path = [str(part) for part in fault["loc"]]
+    tags = _kinds()
+    shown = ".".join(part for at, part in enumerate(path) if not (part in tags and at > 0 and path[at - 1] in _UNIONS))
+    others = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    value = fault.get("input")
+    if fault["type"] == "extra_forbidden":
+        known = _keys_at(path[:-1])
+        remedy = _suggest(path[-1], known) or f"; use one of {', '.join(known)}"
+        return f"{shown}: unknown key, given {value!r}{remedy}{others}"
+    if fault["type"] == "missing":
+        return f"{shown}: required key is missing; give it a value{others}"
+    if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        kinds = [tag.strip("' ") for tag in fault.get("ctx", {}).get("expected_tags", "").split(",") if tag]
+        kind = value.get("kind") if isinstance(value, dict) else value
+        choice = f"; one of {', '.join(kinds)}" if kinds else "; a section with a `kind` is needed"
+        return f"{shown}.kind: {kind!r} is not known{_suggest(str(kind), kinds)}{choice}{others}"
+    message = fault["msg"].removeprefix("Value error, ")
+    return (
+        f"{shown}: {message}, not {value!r}{others}"
+        if fault["type"] != "value_error"
+        else f"{shown or 'settings'}: {message}{others}"
+    )
+
+
+_UNIONS = {"model", "data", "critic", "cut"}
+
+
+def _kinds() -> set[str]:
+    tags = {"literal['time','parameters','uniform']", "list[int]"}
+    for union in (ModelSettings, DataSettings, CriticSettings):
+        for section in get_args(get_args(union)[0]):
+            tags.update(get_args(section.model_fields["kind"].annotation))
+    return tags
+
+
+def _keys_at(path: list[str]) -> list[str]:
+    """The keys of the section at `path` (which holds a union's tag after the union's key)."""
+    sections: list[type[Section]] = [Settings]
+    for part in path:
+        for section in sections:
+            if part in section.model_fields:
+                annotation = section.model_fields[part].annotation
+                candidates = [annotation, *get_args(annotation)]
+                sections = [c for c in candidates if isinstance(c, type) and issubclass(c, Section)]
+                break
+        else:
+            sections = [
+                s for s in sections if part in get_args(getattr(s.model_fields.get("kind"), "annotation", None))
+            ]
+    return sorted({key for section in sections for key in section.model_fields})
+
+
+def _suggest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,382 @@
+"""The vocabulary that everyone shares: packets, plans, errors, and the few abstract interfaces between the parts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+Payload: TypeAlias = Tensor | tuple[Tensor, ...]
+"""What flows between layers: one tensor, or a flat tuple of tensors (of any dtypes and shapes)."""
+
+Batch: TypeAlias = tuple[Payload, Payload]
+"""(input, target) of one micro-batch; dimension 0 of every tensor is the batch."""
+
+Loss: TypeAlias = Callable[[Tensor, Payload], Tensor]
+"""loss(logits, target) -> scalar, the mean over the micro-batch."""
+
+Record: TypeAlias = dict[str, Any]
+"""One JSON-able line of metrics; always has `kind` and `stage`."""
+
+PHASES = ("wait_in", "forward", "wait_out", "critic", "backward", "step")
+"""What a stage does with a training packet, in order; the names of the spans in metrics and traces.
+
+Evaluation and checkpoints are spans of their own, `evaluate` and `save`.
+"""
+
+
+class UsageError(ValueError):
+    """The user's input is at fault: one line that names the fault, the value and the remedy (exit code 2)."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: a non-finite loss, a failed peer, a signal (one line, exit code 1)."""
+
+
+class LinkError(TrainingError):
+    """A link broke or a bounded wait on it expired; the text says who waited for whom, for what, how long."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a run ends early.
+
+    Attributes:
+        text: One line.
+        rank: The rank that found it.
+        usage: Whether the user's input is at fault (exit code 2) rather than the training (1).
+    """
+
+    text: str
+    rank: int
+    usage: bool = False
+
+
+class PeerError(TrainingError):
+    """This rank ends because another one reported a fault."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault.text)
+        self.fault = fault
+
+
+class PacketKind(IntEnum):
+    """What a stage is asked to do with a packet. All kinds travel the links in order, first in first out."""
+
+    TRAIN = 0
+    EVALUATE = 1
+    EVALUATION_END = 2
+    SAVE = 3
+    END = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Packet:
+    """One message of the pipeline: a micro-batch on its way forward, or a marker between micro-batches.
+
+    Attributes:
+        kind: What to do with it.
+        number: Sequence number of a TRAIN packet (from 0); for other kinds the count of TRAIN packets before it.
+        payload: Activations; dimension 0 is the batch. An empty tuple in markers.
+        target: Targets of the micro-batch; they ride along to every stage. An empty tuple in markers.
+    """
+
+    kind: PacketKind
+    number: int
+    payload: Payload = ()
+    target: Payload = ()
+
+    @property
+    def samples(self) -> int:
+        """Size of dimension 0 of the first payload tensor, 0 in a marker."""
+        tensors = as_tuple(self.payload)
+        return tensors[0].shape[0] if tensors and tensors[0].dim() else 0
+
+
+def as_tuple(payload: Payload) -> tuple[Tensor, ...]:
+    """The tensors of a payload, always as a tuple."""
+    return (payload,) if isinstance(payload, Tensor) else payload
+
+
+def map_payload(function: Callable[[Tensor], Tensor], payload: Payload) -> Payload:
+    """Apply `function` to every tensor and keep the form (tensor or tuple)."""
+    return function(payload) if isinstance(payload, Tensor) else tuple(function(tensor) for tensor in payload)
+
+
+def first_tensor(payload: Payload) -> Tensor:
+    """The tensor a built-in critic looks at: the payload itself, or the first of its tuple."""
+    return payload if isinstance(payload, Tensor) else payload[0]
+
+
+def check_payload(value: object, source: str) -> Payload:
+    """Return `value` if it can travel a link, else raise UsageError naming `source` (the layer that made it)."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, tuple) and value and all(isinstance(item, Tensor) for item in value):
+        return value
+    raise UsageError(
+        f"{source} returned {type(value).__name__}: between layers only a tensor or a flat, non-empty tuple of "
+        "tensors can travel; return one of these"
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A network and where it is cut. Built by `dpp.partition`; stages are contiguous runs of layers.
+
+    Attributes:
+        module: The whole network: the user's own layers under their own names.
+        boundaries: Index of the first layer of every stage, then the number of layers: strictly increasing,
+            `len(boundaries) == stages + 1`, `boundaries[0] == 0`.
+        sample: An input micro-batch (fixes shapes for critics and measurements).
+        layer_seconds: Measured forward + backward seconds of every layer, or None if not measured.
+        critic_seconds: Measured forward + backward seconds of the critic of every cut stage, or None.
+    """
+
+    module: nn.Sequential
+    boundaries: tuple[int, ...]
+    sample: Payload
+    layer_seconds: tuple[float, ...] | None = None
+    critic_seconds: tuple[float, ...] | None = None
+
+    @property
+    def stages(self) -> int:
+        """Number of stages."""
+        return len(self.boundaries) - 1
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Names of the layers in order, as in the user's module."""
+        return tuple(name for name, _ in self.module.named_children())
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Layers per stage."""
+        return tuple(b - a for a, b in zip(self.boundaries[:-1], self.boundaries[1:], strict=True))
+
+    def stage_module(self, stage: int) -> nn.Sequential:
+        """The layers of one stage, sharing the user's modules and keeping their names in `state_dict`."""
+        first, last = self.boundaries[stage], self.boundaries[stage + 1]
+        return nn.Sequential(OrderedDict(list(self.module.named_children())[first:last]))
+
+
+@dataclass(frozen=True)
+class Exit:
+    """Held-out score of one exit: the stages up to `stage`, and its critic (the network's own head in the last).
+
+    Attributes:
+        stage: Index of the stage.
+        val_loss: Mean loss per target, None if there was no evaluation.
+        val_accuracy: Share of targets classified right, None without class targets.
+    """
+
+    stage: int
+    val_loss: float | None
+    val_accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did, the same on every rank. The dictionaries have the keys of `summary.json`.
+
+    Attributes:
+        steps: Optimizer steps per stage in all, resumed ones included.
+        seconds: Wall-clock seconds of this run.
+        samples_per_second: Training samples per second of this run, through the last stage.
+        train_loss: Mean training loss of the last stage over its last metrics interval.
+        exits: Held-out score of every exit at the last evaluation.
+        per_stage: Parameters, times and memory of every stage.
+        links: Packets and bytes of every link.
+        stopped: Why the run ended before its last step (a request to stop), or None.
+    """
+
+    steps: int
+    seconds: float
+    samples_per_second: float
+    train_loss: float | None
+    exits: tuple[Exit, ...]
+    per_stage: tuple[Record, ...]
+    links: tuple[Record, ...]
+    stopped: str | None = None
+
+
+@dataclass(frozen=True)
+class CriticContext:
+    """What a critic builder may look at.
+
+    Attributes:
+        stage: Index of the stage the critic judges.
+        stages: Number of stages; only stages before the last have a critic.
+        boundary: Index of the first layer above the stage.
+        hidden: A sample of the stage's output (no gradient).
+        output: A sample of the whole network's output (logits; no gradient).
+        layers: All layers of the network; builders may deep-copy layers from `boundary` on, never use them directly.
+        hiddens: For every layer above, a sample of its input: `hiddens[j]` goes into `layers[boundary + j]`
+            (so `hiddens[0]` is `hidden`).
+    """
+
+    stage: int
+    stages: int
+    boundary: int
+    hidden: Payload
+    output: Tensor
+    layers: tuple[nn.Module, ...]
+    hiddens: tuple[Payload, ...] = ()
+
+
+CriticBuilder: TypeAlias = Callable[[CriticContext], nn.Module]
+"""Builds the critic of one stage: a module from the stage's output to logits shaped like the network's output."""
+
+
+class Inlet(ABC):
+    """Where a stage's packets come from: the data feed, or the receiving end of a link."""
+
+    @abstractmethod
+    def receive(self) -> Packet:
+        """Return the next packet; wait for it no longer than the configured bound.
+
+        Raises:
+            LinkError: The bound expired or the peer is gone.
+        """
+
+    def depth(self) -> int:
+        """Packets that are here and not yet taken."""
+        return 0
+
+    def close(self) -> None:  # noqa: B027 - nothing to release unless a subclass holds something
+        """Release what the inlet holds; safe to call twice and after a failure."""
+
+
+class Outlet(ABC):
+    """Where a stage's packets go: the sending end of a link, or nowhere after the last stage."""
+
+    @abstractmethod
+    def send(self, packet: Packet) -> None:
+        """Hand a packet over; wait for room no longer than the configured bound. The tensors must not change after.
+
+        Raises:
+            LinkError: The bound expired or the peer is gone.
+        """
+
+    def close(self) -> None:  # noqa: B027 - nothing to release unless a subclass holds something
+        """Release what the outlet holds; safe to call twice and after a failure."""
+
+
+@dataclass
+class LinkCounters:
+    """What crossed one end of a link, in packets and bytes, counted where the transport is called."""
+
+    packets: int = 0
+    payload_bytes_forward: int = 0
+    payload_bytes_backward: int = 0
+    control_bytes_forward: int = 0
+    control_bytes_backward: int = 0
+
+
+class LinkEnd(ABC):
+    """Something that counts what crosses a link: one end of it, or (in one process) all of it."""
+
+    @property
+    @abstractmethod
+    def sender(self) -> int:
+        """Index of the sending stage."""
+
+    @property
+    @abstractmethod
+    def counters(self) -> LinkCounters:
+        """What has crossed."""
+
+
+class Control(ABC):
+    """The host-side control plane of a run: small JSON records, never tensors of the training."""
+
+    @abstractmethod
+    def post(self, record: Record) -> None:
+        """Hand a record to whoever keeps the run's log (rank 0)."""
+
+    @abstractmethod
+    def collect(self) -> list[Record]:
+        """All records posted since the last call, in order per stage. Only rank 0 calls this."""
+
+    @abstractmethod
+    def report_fault(self, text: str, *, usage: bool = False) -> bool:
+        """Tell every rank why this one stops; the first report of a run wins. Returns whether it was this one."""
+
+    @abstractmethod
+    def fault(self) -> Fault | None:
+        """The first reported fault, or None."""
+
+    @abstractmethod
+    def request_stop(self, reason: str) -> None:
+        """Ask rank 0 to end the run in order (save, then END)."""
+
+    @abstractmethod
+    def stop_requested(self) -> str | None:
+        """The reason of a requested stop, or None."""
+
+    @abstractmethod
+    def gather(self, name: str, value: Any, timeout_seconds: float) -> list[Any]:
+        """Give every process the JSON-able `value` of every process, in order of ranks (so this is a barrier too).
+
+        Raises:
+            LinkError: A rank did not give it within the bound.
+            PeerError: A rank reported a fault meanwhile.
+        """
+
+
+class BatchSource(ABC):
+    """A deterministic, resumable stream of micro-batches."""
+
+    @abstractmethod
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        """Yield micro-batches from number `start` on; the same number is always the same micro-batch."""
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What a model or an example may want to know about the data.
+
+    Attributes:
+        form: "image" (B, C, H, W float), "vector" (B, D float), "tokens" (B, T int64, next-token targets) or "other".
+        shape: Shape of one sample without the batch dimension.
+        outputs: Number of classes or size of the vocabulary.
+        encode: For text, string -> token ids.
+        decode: For text, token ids -> string.
+    """
+
+    form: str
+    shape: tuple[int, ...]
+    outputs: int
+    encode: Callable[[str], list[int]] | None = None
+    decode: Callable[[list[int]], str] | None = None
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set ready to train on: seeded, shuffled training micro-batches and a fixed validation pass."""
+
+    info: DataInfo
+    train: BatchSource
+    validation: BatchSource
+
+
+def count_parameters(module: nn.Module | None) -> int:
+    """Number of parameter elements (0 for None)."""
+    return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
+
+
+def payload_bytes(payload: Payload) -> int:
+    """Bytes of all tensors of a payload."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in as_tuple(payload))
+
+
+def is_classification(logits: Tensor, target: Payload) -> bool:
+    """Whether `target` holds class indices of `logits`' last dimension, so that accuracy means something."""
+    first = as_tuple(target)[0]
+    return not torch.is_floating_point(first) and first.shape == logits.shape[:-1]
