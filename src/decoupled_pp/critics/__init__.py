@@ -1,0 +1,39 @@
+"""The critics one can name in a settings file: the table of kinds. A critic maps a stage's output to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from decoupled_pp.contracts import CriticBuilder, CriticContext
+from decoupled_pp.critics.auglocal import build_auglocal
+from decoupled_pp.critics.check import check_critic
+from decoupled_pp.critics.factory import build_from_factory
+from decoupled_pp.critics.head import build_head
+from decoupled_pp.critics.mlp_sr import build_mlp_sr
+from decoupled_pp.settings import CriticSettings
+
+__all__ = ["KINDS", "build_critic", "check_critic"]
+
+KINDS: dict[str, Callable[[Any, CriticContext], nn.Module]] = {
+    "head": build_head,
+    "mlp_sr": build_mlp_sr,
+    "auglocal": build_auglocal,
+    "factory": build_from_factory,
+}
+"""`critic.kind` -> the function that builds the critic of one stage."""
+
+
+def build_critic(settings: CriticSettings) -> CriticBuilder:
+    """The builder of every stage's critic; initial weights come from torch's global generator (the caller seeds it).
+
+    Args:
+        settings: The `critic` section.
+
+    Returns:
+        `builder(context) -> nn.Module`; it raises UsageError where this kind of critic cannot judge the stage.
+    """
+    return partial(KINDS[settings.kind], settings)

@@ -1,0 +1,24 @@
+"""The user's own critic, built by a function named in the settings."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from decoupled_pp.contracts import CriticContext, UsageError
+from decoupled_pp.factory import call_factory
+from decoupled_pp.settings import FactoryCritic
+
+
+def build_from_factory(settings: FactoryCritic, context: CriticContext) -> nn.Module:
+    """Call `factory(context, **arguments)`.
+
+    Raises:
+        UsageError: The function cannot be imported, or did not return a module.
+    """
+    critic = call_factory(settings.factory, "critic.factory", context, **settings.arguments)
+    if not isinstance(critic, nn.Module):
+        raise UsageError(
+            f"critic.factory: {settings.factory!r} returned {type(critic).__name__}; "
+            "return an nn.Module that maps the stage's output to logits"
+        )
+    return critic

@@ -1,0 +1,68 @@
+"""Fresh copies of layers: same architecture, new weights.
+
+A layer that knows how to initialise itself says so with a method `reset_parameters()`, as torch's own layers do. On the
+layer itself or on any module inside it, this method wins over looking further inside.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from decoupled_pp.contracts import UsageError
+
+
+def _reset(module: nn.Module, name: str, root: str) -> None:
+    """Re-initialise `module` (called `name` inside the layer `root`) and all it contains."""
+    where = f"{root}{'.' if name else ''}{name} ({type(module).__name__})"
+    reset = getattr(module, "reset_parameters", None)
+    if parametrize.is_parametrized(module):  # its reset_parameters would write to a computed tensor, without effect
+        raise UsageError(
+            f"layer {where} has parametrized weights, which a critic cannot re-initialise in a copy; give a layer "
+            "around it reset_parameters(), or choose critic.kind head"
+        )
+    if callable(reset):
+        reset()
+        return
+    for child_name, child in module.named_children():
+        _reset(child, f"{name}.{child_name}" if name else child_name, root)
+    own_reset = getattr(module, "_reset_parameters", None)  # nn.MultiheadAttention and nn.Transformer call it so
+    if callable(own_reset):
+        own_reset()
+    elif next(module.parameters(recurse=False), None) is not None:
+        parameter = next(iter(dict(module.named_parameters(recurse=False))))
+        raise UsageError(
+            f"layer {where} has a parameter {parameter!r} but no reset_parameters(), so a critic cannot make a fresh "
+            "copy of it; add the method to the layer, or choose critic.kind head"
+        )
+
+
+def make_fresh(layer: nn.Module, name: str) -> nn.Module:
+    """Re-initialise `layer` in place from torch's global generator; nothing in it is frozen or works in place after.
+
+    Args:
+        layer: A module of one's own (a copy): its old weights are lost.
+        name: What to call it in an error.
+
+    Returns:
+        The same module, in training mode.
+
+    Raises:
+        UsageError: It holds parameters that nothing re-initialises.
+    """
+    with torch.no_grad():
+        _reset(layer, "", name)
+    for module in layer.modules():
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False  # type: ignore[assignment]  # the stage's output is on its way to the next stage
+    for parameter in layer.parameters():
+        parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+    return layer.train()
+
+
+def fresh_copy(layer: nn.Module, name: str) -> nn.Module:
+    """A deep copy of `layer` with new weights; `layer` is left as it is. Arguments and errors as in `make_fresh`."""
+    return make_fresh(copy.deepcopy(layer), name)

@@ -1,0 +1,113 @@
+"""The cheapest critic, pool + linear (for tokens norm + vocabulary projection); every family ends in it.
+
+Legend: B batch, T tokens, D width, C channels, H x W image, K classes, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from decoupled_pp.contracts import CriticContext, Payload, UsageError, first_tensor
+from decoupled_pp.settings import HeadCritic
+
+
+class ImageHead(nn.Module):
+    """Global average pool and linear layer: (B, C, H, W) -> (B, K)."""
+
+    def __init__(self, channels: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels, outputs)
+
+    def forward(self, hidden: Payload) -> Tensor:
+        """Judge a stage's output."""
+        logits: Tensor = self.linear(first_tensor(hidden).mean(dim=(2, 3)))
+        return logits
+
+
+class VectorHead(nn.Module):
+    """Linear layer: (B, D) -> (B, K)."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, outputs)
+
+    def forward(self, hidden: Payload) -> Tensor:
+        """Judge a stage's output."""
+        logits: Tensor = self.linear(first_tensor(hidden))
+        return logits
+
+
+class TokenHead(nn.Module):
+    """Norm and vocabulary projection of every position by itself: (B, T, D) -> (B, T, V)."""
+
+    def __init__(self, width: int, vocabulary: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.projection = nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, hidden: Payload) -> Tensor:
+        """Judge a stage's output."""
+        logits: Tensor = self.projection(self.norm(first_tensor(hidden)))
+        return logits
+
+
+class SequenceHead(nn.Module):
+    """Norm, mean over the sequence, linear layer: (B, T, D) -> (B, K)."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.linear = nn.Linear(width, outputs)
+
+    def forward(self, hidden: Payload) -> Tensor:
+        """Judge a stage's output."""
+        logits: Tensor = self.linear(self.norm(first_tensor(hidden)).mean(dim=1))
+        return logits
+
+
+def matching_head(hidden: Payload, output: Tensor, stage: int) -> nn.Module:
+    """Build the head that turns `hidden` into something shaped like `output`.
+
+    Args:
+        hidden: Sample of what the head will be given; of a tuple, the first tensor is judged.
+        output: Sample of the network's output.
+        stage: The stage it is for, for the error text.
+
+    Returns:
+        A fresh head in the dtype and on the device of `hidden`.
+
+    Raises:
+        UsageError: No head leads from the one shape to the other.
+    """
+    first = first_tensor(hidden)
+    if not first.is_floating_point():
+        raise UsageError(
+            f"stage {stage}: its output is {first.dtype}, which no critic can judge; "
+            "cut elsewhere, or return a floating tensor first"
+        )
+    head: nn.Module
+    width = first.shape[-1] if first.dim() else 0
+    match first.dim(), output.dim():
+        case 4, 2:
+            head = ImageHead(first.shape[1], output.shape[1])
+        case 2, 2:
+            head = VectorHead(width, output.shape[1])
+        case 3, 3 if first.shape[1] == output.shape[1]:
+            head = TokenHead(width, output.shape[2])
+        case 3, 2:
+            head = SequenceHead(width, output.shape[1])
+        case _:
+            raise UsageError(
+                f"stage {stage}: no built-in head leads from a stage output of shape {tuple(first.shape)} to network "
+                f"outputs of shape {tuple(output.shape)}; cut elsewhere or give your own critic (critic.kind factory)"
+            )
+    return head.to(device=first.device, dtype=first.dtype)
+
+
+def build_head(settings: HeadCritic, context: CriticContext) -> nn.Module:
+    """The head critic of one stage.
+
+    Raises:
+        UsageError: No head leads from the stage's output to the network's.
+    """
+    return matching_head(context.hidden, context.output, context.stage)

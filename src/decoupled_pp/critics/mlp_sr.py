@@ -1,0 +1,78 @@
+"""MLP-SR: the spatially reduced MLP critic of decoupled greedy learning (Belilovsky et al. 2020).
+
+Legend: B batch, C channels, H x W image, D width, K classes.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from decoupled_pp.contracts import CriticContext, Payload, UsageError, first_tensor
+from decoupled_pp.settings import MlpSrCritic
+
+# Convolutions and linear layers followed by batch normalisation have no bias: the normalisation would cancel it.
+
+
+def _linear_part(width: int, outputs: int, linears: int) -> nn.Sequential:
+    parts: list[nn.Module] = []
+    for _ in range(linears):
+        parts += [nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()]
+    return nn.Sequential(*parts, nn.Linear(width, outputs))
+
+
+class ImageMlpSr(nn.Module):
+    """(B, C, H, W) -> pool to a quarter -> n x (conv1x1, BN, ReLU) -> 2x2 -> m x (linear, BN, ReLU) -> (B, K)."""
+
+    def __init__(self, channels: int, reduced: tuple[int, int], outputs: int, settings: MlpSrCritic) -> None:
+        super().__init__()
+        self.reduced = reduced
+        parts: list[nn.Module] = []
+        for _ in range(settings.convolutions):
+            parts += [nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
+        self.convolutions = nn.Sequential(*parts)
+        self.linears = _linear_part(4 * channels, outputs, settings.linears)
+
+    def forward(self, hidden: Payload) -> Tensor:
+        """Judge a stage's output."""
+        features = self.convolutions(F.adaptive_avg_pool2d(first_tensor(hidden), self.reduced))
+        logits: Tensor = self.linears(F.adaptive_avg_pool2d(features, 2).flatten(1))
+        return logits
+
+
+class VectorMlpSr(nn.Module):
+    """(B, D) -> m x (linear, BN, ReLU) -> (B, K): the linear part alone."""
+
+    def __init__(self, width: int, outputs: int, settings: MlpSrCritic) -> None:
+        super().__init__()
+        self.linears = _linear_part(width, outputs, settings.linears)
+
+    def forward(self, hidden: Payload) -> Tensor:
+        """Judge a stage's output."""
+        logits: Tensor = self.linears(first_tensor(hidden))
+        return logits
+
+
+def build_mlp_sr(settings: MlpSrCritic, context: CriticContext) -> nn.Module:
+    """The MLP-SR critic of one stage; the spatial reduction is to ceil(H/4) x ceil(W/4).
+
+    Raises:
+        UsageError: The stage's output is neither image-like nor a vector, or the network's is not (B, K). Token
+            sequences are refused: the flattening linear layers would mix positions and so show each one its future.
+
+    Source: Belilovsky et al. 2020 (1901.08164), section 5 and appendix, "MLP-SR-aux".
+    """
+    hidden, output = first_tensor(context.hidden), context.output
+    critic: nn.Module
+    if output.dim() != 2 or hidden.dim() not in (2, 4) or not hidden.is_floating_point():
+        raise UsageError(
+            f"stage {context.stage}: critic mlp_sr is for images and vectors with one label each, not for a stage "
+            f"output of shape {tuple(hidden.shape)} {hidden.dtype} and network outputs of shape {tuple(output.shape)} "
+            "(on tokens it would mix positions and see the future); choose critic.kind head or auglocal"
+        )
+    if hidden.dim() == 4:
+        reduced = (-(-hidden.shape[2] // 4), -(-hidden.shape[3] // 4))
+        critic = ImageMlpSr(hidden.shape[1], reduced, output.shape[1], settings)
+    else:
+        critic = VectorMlpSr(hidden.shape[1], output.shape[1], settings)
+    return critic.to(device=hidden.device, dtype=hidden.dtype)

@@ -1,0 +1,80 @@
+"""Exact bytes of activations that autograd keeps for a backward pass, counted through saved-tensor hooks."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+# byte offset, bytes, shape, strides
+_View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
+
+class SavedActivations:
+    """Context in which every tensor that autograd saves is counted once, parameters left out.
+
+    A tensor counts from the moment it is first saved until the last graph node that saved it lets go. Different views
+    of one storage add up, but to no more than the storage; a view of a large data set counts as the view. Under
+    activation checkpointing this is what stays saved between forward and backward; what backward recomputes for
+    itself, one layer at a time, is not in it.
+
+    Attributes:
+        peak: Largest number of bytes held at any moment.
+    """
+
+    def __init__(self, excluded: Iterable[Tensor]) -> None:
+        """Leave out the storages of `excluded` (parameters and buffers)."""
+        self._excluded = {tensor.untyped_storage().data_ptr() for tensor in excluded}
+        self._views: defaultdict[int, Counter[_View]] = defaultdict(Counter)
+        self._bytes: Counter[int] = Counter()
+        self._held = 0
+        self.peak = 0
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda saved: saved.tensor)
+
+    def __enter__(self) -> SavedActivations:
+        """Start counting."""
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop counting new tensors."""
+        self._hooks.__exit__(kind, error, trace)
+
+    def _pack(self, tensor: Tensor) -> _Saved:
+        return _Saved(tensor, self)
+
+    def change(self, saved: _Saved, by: int) -> None:
+        """A node saved this tensor (+1) or let go of it (-1)."""
+        if saved.pointer in self._excluded:
+            return
+        views = self._views[saved.pointer]
+        views[saved.view] += by
+        if not views[saved.view]:
+            del views[saved.view]
+        size = min(saved.storage_bytes, sum(view[1] for view in views))
+        self._held += size - self._bytes[saved.pointer]
+        self._bytes[saved.pointer] = size
+        self.peak = max(self.peak, self._held)
+
+
+class _Saved:
+    """What a graph node holds instead of the tensor; its end is the node's letting go."""
+
+    __slots__ = ("_meter", "pointer", "storage_bytes", "tensor", "view")
+
+    def __init__(self, tensor: Tensor, meter: SavedActivations) -> None:
+        storage = tensor.untyped_storage()
+        self.tensor, self._meter = tensor, meter
+        self.pointer, self.storage_bytes = storage.data_ptr(), storage.nbytes()
+        size = tensor.element_size()
+        offset, count = int(tensor.storage_offset()) * size, tensor.numel() * size
+        self.view: _View = (offset, count, tuple(tensor.shape), tuple(tensor.stride()))
+        meter.change(self, +1)
+
+    def __del__(self) -> None:
+        self._meter.change(self, -1)

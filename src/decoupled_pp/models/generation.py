@@ -1,0 +1,57 @@
+"""Continues a token sequence with a plain language model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from decoupled_pp.contracts import UsageError
+
+
+def _choose(logits_V: Tensor, temperature: float, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits_V.argmax())
+    probabilities = torch.softmax(logits_V.float() / temperature, dim=-1).to(generator.device)
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+@torch.no_grad()
+def generate(  # noqa: PLR0917 - six plain facts, each once
+    module: nn.Module,
+    prompt_tokens: list[int],
+    tokens: int,
+    context: int,
+    temperature: float,
+    generator: torch.Generator,
+) -> list[int]:
+    """Sample a continuation, one token at a time (no key-value cache: the module stays a plain one).
+
+    Args:
+        module: Maps (1, T) int64 token ids to (1, T, V) logits, T <= `context`. In eval mode here, restored after.
+        prompt_tokens: At least one token id; only the last `context` are seen.
+        tokens: How many tokens to generate.
+        context: The longest input the module takes.
+        temperature: Divides the logits; 0 takes the likeliest token.
+        generator: Where the randomness comes from.
+
+    Returns:
+        The generated token ids, without the prompt.
+
+    Raises:
+        UsageError: The prompt is empty.
+    """
+    if not prompt_tokens:
+        raise UsageError("the prompt has no tokens; give a sample.prompt of at least one token")
+    parameter = next(module.parameters(), None)
+    device = parameter.device if parameter is not None else torch.device("cpu")
+    sequence = list(prompt_tokens)
+    was_training = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        for _ in range(tokens):
+            window = torch.tensor([sequence[-context:]], device=device)
+            sequence.append(_choose(module(window)[0, -1], temperature, generator))
+    finally:
+        for part, flag in was_training:
+            part.training = flag
+    return sequence[len(prompt_tokens) :]

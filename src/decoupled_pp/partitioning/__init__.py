@@ -1,0 +1,178 @@
+"""From a list of layers to a plan: measure, cut, check.
+
+Named so because `dpp.partition` is the public function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from decoupled_pp.contracts import CriticBuilder, CriticContext, Loss, Payload, Plan, UsageError, count_parameters
+from decoupled_pp.partitioning.cut import listed_cut, minmax_cut, uniform_cut
+from decoupled_pp.partitioning.layers import as_sequential, critic_context, trace
+from decoupled_pp.partitioning.measure import (
+    Objective,
+    measure_critics,
+    measure_layers,
+    stand_in_objective,
+)
+from decoupled_pp.partitioning.shared import refuse_shared
+
+__all__ = [
+    "By",
+    "as_sequential",
+    "critic_context",
+    "cut_network",
+    "listed_cut",
+    "measure_critics",
+    "measure_layers",
+    "minmax_cut",
+    "refuse_shared",
+    "trace",
+    "uniform_cut",
+]
+
+By: TypeAlias = Literal["time", "parameters", "uniform"] | list[int]
+"""Balance stages by measured time, by parameters, by number of layers; or the layers per stage."""
+
+_CPU = torch.device("cpu")
+
+_Traced: TypeAlias = tuple[list[Payload], Tensor]
+
+
+def _expected_stage(boundary: int, layers: int, stages: int) -> int:
+    """The stage that likely ends before layer `boundary`: where an even cut would put it.
+
+    A critic may depend on its stage's index (AugLocal is deeper near the input), and the index is known only after the
+    cut that the critic's cost decides.
+    """
+    return min(max(round(boundary * stages / layers) - 1, 0), stages - 2)
+
+
+def _candidates(module: nn.Sequential, traced: _Traced, stages: int) -> list[CriticContext]:
+    """A context for every possible cut, in order: after layer 0, after layer 1, ..."""
+    layers = len(module)
+    return [
+        critic_context(
+            module, *traced, boundary=boundary, stage=_expected_stage(boundary, layers, stages), stages=stages
+        )
+        for boundary in range(1, layers)
+    ]
+
+
+def _balanced(costs: Sequence[float], stages: int, critics: Sequence[float | UsageError] | None) -> tuple[int, ...]:
+    """The best cut; where no critic can be built is no place for one. If that leaves none, why is raised."""
+    if critics is None:
+        return minmax_cut(costs, stages, None)
+    closing = [math.inf if isinstance(cost, UsageError) else cost for cost in critics]
+    try:
+        return minmax_cut(costs, stages, [*closing, 0.0])
+    except UsageError as error:
+        raise next((cost for cost in critics if isinstance(cost, UsageError)), error) from error
+
+
+def _parameters_of(critic: CriticBuilder, context: CriticContext) -> float | UsageError:
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return float(count_parameters(critic(context)))
+    except UsageError as error:
+        return error
+
+
+def _cut_by_parameters(
+    module: nn.Sequential, stages: int, traced: _Traced | None, critic: CriticBuilder | None
+) -> tuple[int, ...]:
+    critics = None
+    if critic is not None and stages > 1:
+        if traced is None:
+            raise UsageError(
+                "cut 'parameters' counts the critics, and needs a sample to build them for; pass sample or critic=None"
+            )
+        critics = [_parameters_of(critic, context) for context in _candidates(module, traced, stages)]
+    return _balanced([float(count_parameters(layer)) for layer in module], stages, critics)
+
+
+def _cut_by_time(
+    module: nn.Sequential,
+    stages: int,
+    traced: _Traced,
+    critic: CriticBuilder | None,
+    *,
+    objective: Objective,
+    device: torch.device,
+) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...] | None]:
+    """Boundaries, seconds per layer, seconds of the critic of each cut stage."""
+    layer_seconds = measure_layers(module, traced[0], device, objective=objective)
+    if critic is None or stages == 1:
+        return _balanced(layer_seconds, stages, None), layer_seconds, None if critic is None else ()
+    contexts = _candidates(module, traced, stages)
+    measured = measure_critics(contexts, critic, device, objective=objective)
+    boundaries = _balanced(layer_seconds, stages, measured)
+    seconds: list[float] = []
+    for stage, boundary in enumerate(boundaries[1:-1]):
+        cost = measured[boundary - 1]
+        if contexts[boundary - 1].stage != stage:  # measured as the critic of another stage: see _expected_stage
+            context = critic_context(module, *traced, boundary=boundary, stage=stage, stages=stages)
+            (cost,) = measure_critics([context], critic, device, objective=objective)
+        if isinstance(cost, UsageError):
+            raise cost
+        seconds.append(cost)
+    return boundaries, layer_seconds, tuple(seconds)
+
+
+def cut_network(  # noqa: PLR0917 - the plain facts, as `dpp.partition` takes them
+    layers: object,
+    stages: int,
+    by: By,
+    sample: Payload | None,
+    critic: CriticBuilder | None,
+    loss: Loss | None = None,
+    device: torch.device = _CPU,
+) -> Plan:
+    """Cut a network into stages.
+
+    Args:
+        layers: An `nn.Sequential`, or a list of modules.
+        stages: Number of stages.
+        by: "time" (measured forward + backward, critics and loss included), "parameters" (critics included), "uniform"
+            (number of layers), or the number of layers of every stage.
+        sample: An input micro-batch on the network's device; "time" needs one, and "parameters" with a critic. With
+            one, the layers are checked to fit each other, whatever `by` is.
+        critic: Builds the critic of every stage but the last; None to leave critics out of the balance. While the cut
+            is sought, a critic that depends on its stage's index is built for the index an even cut would give it.
+        loss: Counted with the last layer and every critic, with a made-up target; None for a plain mean square.
+        device: Where to measure.
+
+    Returns:
+        The plan; its `sample` is an empty tuple if none was given, its seconds are None if not measured.
+
+    Raises:
+        UsageError: Bad `by`, more stages than layers, layers that do not fit, parameters shared between stages, or no
+            place for a critic.
+    """
+    module = as_sequential(layers)
+    traced = trace(module, sample) if sample is not None else None
+    layer_seconds: tuple[float, ...] | None = None
+    critic_seconds: tuple[float, ...] | None = None
+    if by == "uniform":
+        boundaries = uniform_cut(len(module), stages)
+    elif by == "parameters":
+        boundaries = _cut_by_parameters(module, stages, traced, critic)
+    elif by == "time":
+        if traced is None:
+            raise UsageError("cut 'time' needs a sample to measure with; pass sample, or cut by 'uniform'")
+        objective = stand_in_objective(loss, traced[1].to(device))
+        boundaries, layer_seconds, critic_seconds = _cut_by_time(
+            module, stages, traced, critic, objective=objective, device=device
+        )
+    elif isinstance(by, list | tuple):
+        boundaries = listed_cut(by, len(module), stages)
+    else:
+        raise UsageError(f"cut {by!r} must be 'time', 'parameters', 'uniform' or a list of layers per stage")
+    refuse_shared(module, boundaries)
+    return Plan(module, boundaries, sample if sample is not None else (), layer_seconds, critic_seconds)

@@ -1,0 +1,124 @@
+"""Where to cut a list of layers: pure functions on numbers.
+
+A cut is written as its boundaries: the index of the first layer of every stage, then the number of layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+from decoupled_pp.contracts import UsageError
+
+
+def _check_stages(layers: int, stages: int) -> None:
+    if stages < 1:
+        raise UsageError(f"stages is {stages}; it must be at least 1")
+    if stages > layers:
+        raise UsageError(
+            f"stages is {stages} but the network has only {layers} layers; use fewer stages or split the network finer"
+        )
+
+
+def _check_costs(costs: Sequence[float], closing: Sequence[float] | None) -> None:
+    if any(not math.isfinite(cost) or cost < 0 for cost in costs):
+        raise UsageError(f"layer costs {list(costs)} must be finite and not negative; measure again")
+    if closing is not None and len(closing) != len(costs):
+        raise UsageError(f"{len(closing)} closing costs for {len(costs)} layers; give one for every layer")
+    if closing is not None and any(math.isnan(cost) or cost < 0 for cost in closing):
+        raise UsageError(f"closing costs {list(closing)} must not be negative or NaN; measure again")
+
+
+def _best_cut(
+    layers: int, stages: int, cost: Callable[[int, int], float], join: Callable[[float, float], float]
+) -> tuple[float, tuple[int, ...]]:
+    """Cut layers 0..n-1 into `stages` runs so that the costs, folded with `join` from the last on, are least.
+
+    best[k][i] = min over j of join(cost(i, j), best[k-1][j]): what k stages from layer i to the end cost at best; the
+    first stage of them is i..j-1. Time O(K n^2). Of equal cuts the one with the smallest boundaries is returned.
+    """
+    best: list[list[float]] = [[math.inf] * (layers + 1) for _ in range(stages + 1)]
+    choice: list[list[int]] = [[layers] * (layers + 1) for _ in range(stages + 1)]
+    for first in range(layers):
+        best[1][first] = join(cost(first, layers), 0.0)
+    for count in range(2, stages + 1):
+        for first in range(layers - count + 1):
+            # Each of the other count - 1 stages needs a layer.
+            for end in range(first + 1, layers - count + 2):
+                value = join(cost(first, end), best[count - 1][end])
+                if value < best[count][first]:
+                    best[count][first], choice[count][first] = value, end
+    boundaries = [0]
+    for count in range(stages, 0, -1):
+        boundaries.append(choice[count][boundaries[-1]])
+    return best[stages][0], tuple(boundaries)
+
+
+def minmax_cut(costs: Sequence[float], stages: int, closing: Sequence[float] | None) -> tuple[int, ...]:
+    """Cut so that the costliest stage, which sets the pace of the pipeline, costs as little as possible. Exact.
+
+    A stage costs the sum of its layers plus the closing cost of its last layer (its critic); the last stage of all has
+    no critic. Of several best cuts the one with the least sum of squared stage costs is taken (the most even), and of
+    those the one with the smallest boundaries.
+
+    Args:
+        costs: Cost of every layer (seconds or parameters).
+        stages: Number of stages.
+        closing: Cost of a critic after every layer; infinite where a cut is impossible. None for no critics.
+
+    Returns:
+        The boundaries, `stages + 1` of them.
+
+    Raises:
+        UsageError: More stages than layers, bad costs, or no cut without an infinite closing cost.
+    """
+    layers = len(costs)
+    _check_stages(layers, stages)
+    _check_costs(costs, closing)
+    sums = list(accumulate(costs, initial=0.0))
+
+    def stage_cost(first: int, end: int) -> float:
+        critic = closing[end - 1] if closing is not None and end < layers else 0.0
+        return sums[end] - sums[first] + critic
+
+    least, _ = _best_cut(layers, stages, stage_cost, max)
+    if math.isinf(least):
+        raise UsageError(
+            f"no cut into {stages} stages avoids the layers after which no critic can be built; "
+            "use fewer stages or another critic.kind"
+        )
+
+    def square_within_least(first: int, end: int) -> float:
+        cost = stage_cost(first, end)
+        return cost * cost if cost <= least else math.inf
+
+    _, boundaries = _best_cut(layers, stages, square_within_least, lambda one, other: one + other)
+    return boundaries
+
+
+def uniform_cut(layers: int, stages: int) -> tuple[int, ...]:
+    """Boundaries of stages of equal length, give or take one layer; the last stage, without critic, is a longer one.
+
+    Raises:
+        UsageError: More stages than layers.
+    """
+    _check_stages(layers, stages)
+    return tuple(layers * stage // stages for stage in range(stages + 1))
+
+
+def listed_cut(sizes: Sequence[int], layers: int, stages: int) -> tuple[int, ...]:
+    """Boundaries from the number of layers of every stage.
+
+    Raises:
+        UsageError: Not one size per stage, a size below 1, or another sum than the number of layers.
+    """
+    _check_stages(layers, stages)
+    listed = list(sizes)
+    if any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in listed):
+        raise UsageError(f"cut {listed} must hold whole numbers of layers, each at least 1")
+    if len(listed) != stages:
+        raise UsageError(f"cut {listed} names {len(listed)} stages but stages is {stages}; make them agree")
+    if sum(listed) != layers:
+        raise UsageError(f"cut {listed} adds up to {sum(listed)} layers but the network has {layers}; make them agree")
+    return tuple(accumulate(listed, initial=0))

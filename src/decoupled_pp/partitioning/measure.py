@@ -1,0 +1,176 @@
+"""Seconds of forward + backward of every layer and of the critic at every cut, on copies of them."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from decoupled_pp.contracts import CriticBuilder, CriticContext, Loss, Payload, UsageError, as_tuple, map_payload
+from decoupled_pp.partitioning.layers import LAYER_FAULTS, cuda_devices, misfit
+
+WARM_UP = 2
+"""Runs before the measured ones: allocator, lazy library initialisation, kernel choice."""
+
+Objective = Callable[[Tensor], Tensor]
+"""Logits -> the scalar that is differentiated."""
+
+
+def stand_in_objective(loss: Loss | None, output: Tensor) -> Objective:
+    """`loss` with a made-up target that fits, so that its cost is measured too (it counts with a large vocabulary).
+
+    Tried in turn: class indices shaped like the output without its last dimension; values shaped like the output.
+    A loss that takes neither, or None, is replaced by the mean square of the output.
+    """
+    if loss is not None:
+        indices = torch.zeros(output.shape[:-1], dtype=torch.int64, device=output.device)
+        for target in (indices, torch.zeros_like(output)):
+            if _accepts(loss, output, target):
+                return lambda logits, target=target: loss(logits, target.to(logits.device))  # type: ignore[misc]
+    return lambda logits: logits.float().square().mean()
+
+
+def _accepts(loss: Loss, output: Tensor, target: Tensor) -> bool:
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("error")  # mse_loss only warns of a target it broadcasts
+            return loss(output, target).dim() == 0
+    except Exception:  # a user's function may raise anything at a target it was not made for
+        return False
+
+
+def _leaf(tensor: Tensor, device: torch.device) -> Tensor:
+    moved = tensor.detach().to(device, copy=True)
+    return moved.requires_grad_(moved.is_floating_point() or moved.is_complex())
+
+
+def _one_pass(module: nn.Module, given: Payload, objective: Objective | None) -> None:
+    """Forward and backward once; without an objective the gradient of the output is made of ones."""
+    # The clone lets a module work in place on what would otherwise be a leaf.
+    result = module(map_payload(torch.clone, given))
+    results = as_tuple(objective(result) if objective is not None else result)
+    roots = [tensor for tensor in results if tensor.requires_grad]
+    if roots:
+        torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
+    module.zero_grad(set_to_none=True)
+    for tensor in as_tuple(given):
+        tensor.grad = None
+
+
+def _seconds_on_cpu(run: Callable[[], None], repeats: int) -> float:
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def _seconds_on_cuda(run: Callable[[], None], repeats: int, device: torch.device) -> float:
+    with torch.cuda.device(device):
+        pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+        torch.cuda.synchronize(device)
+        for start, end in pairs:
+            start.record()
+            run()
+            end.record()
+        torch.cuda.synchronize(device)
+        milliseconds: list[float] = [start.elapsed_time(end) for start, end in pairs]
+        return statistics.median(milliseconds) / 1000
+
+
+def _seconds(
+    module: nn.Module, given: Payload, device: torch.device, objective: Objective | None, repeats: int
+) -> float:
+    """Median seconds of one pass of `module`, which is changed by it (a copy), in training mode."""
+    module = module.to(device).train()
+    leaves = map_payload(lambda tensor: _leaf(tensor, device), given)
+
+    def run() -> None:
+        _one_pass(module, leaves, objective)
+
+    with torch.enable_grad():
+        for _ in range(WARM_UP):
+            run()
+        if device.type == "cuda":
+            return _seconds_on_cuda(run, repeats, device)
+        return _seconds_on_cpu(run, repeats)
+
+
+def measure_layers(
+    module: nn.Sequential,
+    hiddens: Sequence[Payload],
+    device: torch.device,
+    *,
+    objective: Objective | None = None,
+    repeats: int = 5,
+) -> tuple[float, ...]:
+    """Seconds of forward + backward of every layer, on deep copies: the module and the generators stay as they are.
+
+    The backward pass includes the gradient for the layer's input, which the first layer of a stage will not need.
+
+    Args:
+        module: The network.
+        hiddens: Input of every layer, from `trace`.
+        device: Where to measure.
+        objective: Counted with the last layer (see `stand_in_objective`).
+        repeats: Measured runs; the median counts.
+
+    Raises:
+        UsageError: A layer fails in training mode (such as batch normalisation of a single value).
+    """
+    seconds: list[float] = []
+    layers = list(module.named_children())
+    with torch.random.fork_rng(devices=cuda_devices(device)):
+        for (name, layer), given in zip(layers, hiddens, strict=True):
+            last = len(seconds) == len(layers) - 1
+            try:
+                copied = copy.deepcopy(layer)
+                seconds.append(_seconds(copied, given, device, objective if last else None, repeats))
+            except UsageError:
+                raise
+            except LAYER_FAULTS as error:
+                raise misfit(name, layer, given, error) from error
+    return tuple(seconds)
+
+
+def measure_critics(
+    contexts: Sequence[CriticContext],
+    critic: CriticBuilder,
+    device: torch.device,
+    *,
+    objective: Objective | None = None,
+    repeats: int = 5,
+) -> tuple[float | UsageError, ...]:
+    """Seconds of forward + backward of the critic at every cut, or why none can be there.
+
+    Args:
+        contexts: One for every cut.
+        critic: Builds the critics; the generators stay as they are.
+        device: Where to measure.
+        objective: The critic's loss (see `stand_in_objective`).
+        repeats: Measured runs; the median counts.
+
+    Returns:
+        For every context the seconds, or the UsageError that the builder or the critic raised.
+    """
+    results: list[float | UsageError] = []
+    with torch.random.fork_rng(devices=cuda_devices(device)):
+        for context in contexts:
+            try:
+                built = critic(context)
+            except UsageError as error:
+                results.append(error)
+                continue
+            try:
+                results.append(_seconds(built, context.hidden, device, objective, repeats))
+            except UsageError as error:
+                results.append(error)
+            except LAYER_FAULTS as error:
+                results.append(misfit(f"critic of stage {context.stage}", built, context.hidden, error))
+    return tuple(results)
