@@ -1,0 +1,43 @@
+"""Tensors over a two-rank process group, one blocking call each: NCCL payload, and the greeting of two ends."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Lane:
+    """Sends to, or receives from, the one peer of a two-rank group, and counts the bytes it sends."""
+
+    def __init__(self, group: dist.ProcessGroup, peer: int) -> None:
+        """Wrap `group`; `peer` is the other rank *within the group* (0 or 1)."""
+        self._group, self._peer = group, peer
+        self.bytes_sent = 0
+
+    def send(self, tensor: Tensor) -> None:
+        """Send one tensor. gloo: returns when the transport has taken it. NCCL: when it is on the current stream."""
+        flat = as_bytes(tensor)
+        if flat.numel():
+            self.bytes_sent += flat.numel()
+            self._group.send([flat], self._peer, 0).wait()
+
+    def receive(self, tensor: Tensor) -> None:
+        """Receive into a contiguous tensor; waits as `send` does."""
+        flat = as_bytes(tensor)
+        if flat.numel():
+            self._group.recv([flat], self._peer, 0).wait()
+
+    def break_off(self) -> None:
+        """End NCCL kernels that wait for the peer, and with them whoever waits for the device."""
+        with suppress(RuntimeError):
+            self._group.abort()
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A flat uint8 view (so that every dtype can travel every transport); a copy only if not contiguous."""
+    return (
+        tensor.contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0, dtype=torch.uint8)
+    )

@@ -1,0 +1,376 @@
+"""A link between two ranks: credits bound it, receives posted ahead hide its latency.
+
+        sending rank                                              receiving rank
+        ------------                                              --------------
+        stage --send()---------------- message ---------------> receiver thread --> [arrivals] --receive()--> stage
+                 ^                                                                                |
+                 | one credit each                                                                | taken
+              credits <--- listener thread <-------------- credit --------------------------------+
+
+A packet needs a credit before it is sent, and its credit comes back once the receiving stage has taken it (on CUDA:
+once the device has reached it). So wire + arrivals never hold more than `capacity` packets, a slow consumer slows its
+producer, and no send is ever posted that its peer has no room for. The receiver keeps `capacity` receives posted: with
+enough capacity throughput does not depend on the round trip.
+
+Between CPUs a packet is one message: header, activations, target. The first packet sets the size of posted receives; a
+larger one, once the link is empty, sends one RESIZE message for each of them. Smaller ones are padded; several in a
+row that fill less than half resize too.
+
+Between GPUs the message is the header alone, sent once the activations are computed, and tensors follow over a group
+of their own (NCCL). What has to wait for the device there is done by two more threads, the sender and the returner.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from decoupled_pp.contracts import (
+    Inlet,
+    LinkCounters,
+    LinkEnd,
+    LinkError,
+    Outlet,
+    Packet,
+    PacketKind,
+    TrainingError,
+)
+from decoupled_pp.device import Fence, own_stream
+from decoupled_pp.links import header as headers
+from decoupled_pp.links.header import Parcel
+from decoupled_pp.links.lane import Lane
+from decoupled_pp.links.messages import MessageReceiver, MessageSender
+
+CREDIT_BYTES = 8
+_CREDIT = torch.ones(CREDIT_BYTES, dtype=torch.uint8)
+_GOODBYE = torch.zeros(CREDIT_BYTES, dtype=torch.uint8)
+_ROOMY_PACKETS = 8
+
+
+@dataclass(frozen=True)
+class Wire:
+    """One end of a link's transport.
+
+    Attributes:
+        sender: Index of the sending stage.
+        out: What this end sends: packets (upstream end) or credits (downstream end).
+        into: What it receives: credits or packets.
+        payload: The lane of the tensors between GPUs; None between CPUs, where they are in the messages.
+        device: Where the tensors are.
+        here: Name of this end, e.g. "stage 0 (rank 0)".
+        there: Name of the other end.
+        failed: Called once with the text, from whichever thread finds the link broken.
+    """
+
+    sender: int
+    out: MessageSender
+    into: MessageReceiver
+    payload: Lane | None
+    device: torch.device
+    here: str
+    there: str
+    failed: Callable[[str], object]
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of tensors that this end has sent."""
+        return self.out.payload_bytes + (self.payload.bytes_sent if self.payload is not None else 0)
+
+    def break_off(self) -> None:
+        """Close the connection now; wakes whoever waits at either end."""
+        self.out.break_off()
+        if self.payload is not None:
+            self.payload.break_off()
+
+
+class _End(LinkEnd):
+    """What both ends share: threads that end with the stream or with the first error."""
+
+    def __init__(self, wire: Wire, capacity: int, timeout_seconds: float) -> None:
+        self._wire, self._capacity, self._timeout = wire, capacity, timeout_seconds
+        self._changed = threading.Condition()
+        self._error: LinkError | None = None
+        self._closing = False
+        self._progress = 0  # changes whenever a thread has got something done, or ends
+        self._threads: list[threading.Thread] = []
+
+    @property
+    def sender(self) -> int:
+        """Index of the sending stage."""
+        return self._wire.sender
+
+    def _start(self, *loops: Callable[[], None]) -> None:
+        for loop in loops:
+            thread = threading.Thread(target=self._guard, args=(loop,), name=f"dpp-link-{loop.__name__}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _guard(self, loop: Callable[[], None]) -> None:
+        try:
+            with own_stream(self._wire.device):
+                loop()
+        except Exception as error:
+            self._fail(error)
+        with self._changed:
+            self._progress += 1
+            self._changed.notify_all()
+
+    def _transport(self, call: Callable[[], None]) -> None:
+        """A call of the transport in the stage's own thread; its errors are the link's, a signal's are not."""
+        try:
+            call()
+        except TrainingError:
+            raise
+        except RuntimeError as error:
+            raise self._fail(error) from error
+
+    def _fail(self, error: Exception) -> LinkError:
+        """Keep the first error of this end, wake who waits, tell the run, and end NCCL kernels that wait."""
+        with self._changed:
+            first, self._error = self._error is None, self._error or self._explain(error)
+            self._changed.notify_all()
+        if first and not self._closing:
+            self._wire.failed(str(self._error))
+            if self._wire.payload is not None:
+                self._wire.payload.break_off()
+        return self._error
+
+    def _explain(self, error: Exception) -> LinkError:
+        if isinstance(error, LinkError):
+            return error
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        gone = "Connection closed" in text or "Connection reset" in text or "Broken pipe" in text or "closure" in text
+        cause = (
+            "is gone: its end of the link closed without an END packet (killed?)"
+            if gone
+            else f"cannot be reached: {text}"
+        )
+        return LinkError(f"{self._wire.there} {cause}, seen by {self._wire.here}")
+
+    def _wait(self, ready: Callable[[], bool], what: str, bounds: int = 1) -> None:
+        """Wait under `_changed` until ready, an error, or `bounds` times the bound."""
+        start, bound = time.monotonic(), bounds * self._timeout
+        self._changed.wait_for(lambda: ready() or self._error is not None, bound)
+        if self._error is not None:
+            raise self._error
+        if ready():
+            return
+        waited = time.monotonic() - start
+        raise LinkError(
+            f"{self._wire.here} waited {waited:.1f} s for {what} {self._wire.there}: the bound of {bound:g} s is over"
+        )
+
+    def _finish(self, ended: bool) -> None:
+        """Join the threads if the stream ended in order and the peer goes on taking packets, else break it off."""
+        self._closing = not ended  # a peer that dies with the last packets is still a fault of the run
+        threads, self._threads = self._threads, []
+        with self._changed:
+            while ended and self._error is None and any(thread.is_alive() for thread in threads):
+                if not self._advances(self._progress):
+                    break
+        for thread in threads:
+            thread.join(1.0 if ended else 0.0)
+        self._closing = True
+        if any(thread.is_alive() for thread in threads):
+            self._wire.break_off()
+            for thread in threads:
+                thread.join(1.0)
+
+    def _advances(self, before: int) -> bool:
+        """Wait under `_changed` until a thread gets something done; False if none does within the bound."""
+        return self._changed.wait_for(lambda: self._progress != before or self._error is not None, self._timeout)
+
+
+class SendingEnd(_End, Outlet):
+    """The upstream end of a link between two ranks."""
+
+    def __init__(self, wire: Wire, *, capacity: int, timeout_seconds: float) -> None:
+        """Take over a connected wire.
+
+        Args:
+            wire: This end's transport.
+            capacity: Packets the link may hold.
+            timeout_seconds: Longest wait for room.
+        """
+        super().__init__(wire, capacity, timeout_seconds)
+        self._outbox: queue.SimpleQueue[tuple[Parcel, Fence] | None] = queue.SimpleQueue()
+        self._credits = capacity
+        self._taken = 0
+        self._packets = 0
+        self._roomy = 0  # packets in a row that filled less than half of their message
+        self._ended = False
+        self._start(self._credit_loop, *([self._send_loop] if wire.payload is not None else []))
+
+    def send(self, packet: Packet) -> None:
+        """Take a credit and send the packet (between GPUs: hand it to the sender thread)."""
+        parcel = headers.parcel(packet)
+        with self._changed:
+            what = f"room to send packet {packet.number} (it has taken {self._taken} so far) to"
+            self._wait(lambda: self._credits > 0, what)
+            self._credits -= 1
+        self._packets += 1
+        self._ended = packet.kind is PacketKind.END
+        if self._wire.payload is not None:
+            self._outbox.put((parcel, Fence(self._wire.device)))
+            return
+        self._make_room(packet, parcel.message_bytes)
+        size = self._wire.out.size
+        message = headers.pack(parcel, size)
+        self._transport(lambda: self._wire.out.send(message, control_bytes=size - parcel.payload_bytes))
+
+    @property
+    def counters(self) -> LinkCounters:
+        """What this end has sent."""
+        control = self._wire.out.control_bytes
+        return LinkCounters(self._packets, self._wire.payload_bytes, control_bytes_forward=control)
+
+    def close(self) -> None:
+        """End the threads; in order after an END packet, else by breaking the connection."""
+        self._outbox.put(None)
+        self._finish(self._ended)
+
+    def _make_room(self, packet: Packet, needed: int) -> None:
+        """Resize the posted receives if the packet does not fit, or if the last ones have left most of them empty."""
+        out = self._wire.out
+        self._roomy = self._roomy + 1 if 2 * needed < out.size and packet.samples else 0
+        if needed <= out.size and self._roomy <= _ROOMY_PACKETS:
+            return
+        with self._changed:  # this packet's own credit is taken; all others back means that the link is empty
+            what = f"the link to be empty, to send packet {packet.number} of another size to"
+            self._wait(lambda: self._credits == self._capacity - 1, what)
+        for _ in range(self._capacity):
+            resize = headers.encode_resize(out.size, needed)
+            self._transport(lambda message=resize: out.send(message, control_bytes=message.numel()))  # type: ignore[misc]
+        out.size, self._roomy = needed, 0
+
+    def _send_loop(self) -> None:
+        lane = self._wire.payload
+        in_flight: deque[tuple[Parcel, Fence]] = deque()  # tensors stay referenced until their send is over
+        while lane is not None and (item := self._outbox.get()) is not None:
+            parcel, computed = item
+            # Announced only now, for the receiver posts its receive at once: an NCCL kernel that waits for its peer
+            # keeps multiprocessors from computing, and hangs the device if the peer dies before it sends.
+            computed.synchronize()
+            header = headers.announce(parcel)
+            self._wire.out.send(header, control_bytes=header.numel())
+            for tensor in parcel.tensors:
+                lane.send(tensor)
+            in_flight.append((parcel, Fence(self._wire.device)))
+            while len(in_flight) > self._capacity:
+                in_flight.popleft()[1].synchronize()
+        for _, sent in in_flight:
+            sent.synchronize()
+
+    def _credit_loop(self) -> None:
+        while not torch.equal(self._wire.into.receive(), _GOODBYE):
+            self._wire.into.post()
+            with self._changed:
+                self._credits += 1
+                self._taken += 1
+                self._progress += 1
+                self._changed.notify_all()
+
+
+class ReceivingEnd(_End, Inlet):
+    """The downstream end of a link between two ranks."""
+
+    def __init__(self, wire: Wire, *, capacity: int, timeout_seconds: float) -> None:
+        """Take over a connected wire.
+
+        Args:
+            wire: This end's transport.
+            capacity: Packets the link may hold.
+            timeout_seconds: Longest wait for a packet; for the first one, times the stages before this one.
+        """
+        super().__init__(wire, capacity, timeout_seconds)
+        self._arrivals: deque[tuple[Packet, Fence]] = deque()
+        self._returns: queue.SimpleQueue[tuple[Fence, Packet | None] | None] = queue.SimpleQueue()
+        self._held: Packet | None = None
+        self._last: int | None = None
+        self._ended = False
+        self._start(self._receive_loop, *([self._return_loop] if wire.payload is not None else []))
+
+    def receive(self) -> Packet:
+        """Take the next packet. Its tensors never require grad."""
+        with self._changed:
+            # The first packet has passed every earlier stage, each of which may have compiled on it.
+            bounds = self._wire.sender + 1 if self._last is None else 1
+            self._wait(lambda: bool(self._arrivals), f"a packet (last: {self._last}) from", bounds)
+            packet, arrived = self._arrivals.popleft()
+        arrived.wait()
+        self._last, self._ended = packet.number, packet.kind is PacketKind.END
+        self._return_credit(packet)
+        return packet
+
+    def depth(self) -> int:
+        """Packets that have arrived and wait."""
+        return len(self._arrivals)
+
+    @property
+    def counters(self) -> LinkCounters:
+        """What this end has sent: credits, and nothing else."""
+        control = self._wire.out.control_bytes
+        return LinkCounters(payload_bytes_backward=self._wire.payload_bytes, control_bytes_backward=control)
+
+    def close(self) -> None:
+        """End the threads; in order after an END packet, else by breaking the connection."""
+        if not self._ended:
+            self._returns.put(None)
+        self._finish(self._ended)
+
+    def _return_credit(self, packet: Packet) -> None:
+        if self._wire.payload is None:
+            self._transport(self._send_credit)
+            return
+        # The device gets to this fence once all work on the packet before is done: then that packet's memory may be
+        # reused, and this one has left the link.
+        self._returns.put((Fence(self._wire.device), self._held))
+        self._held = packet
+        if self._ended:
+            self._returns.put(None)
+
+    def _send_credit(self) -> None:
+        self._wire.out.send(_CREDIT, control_bytes=CREDIT_BYTES)
+        if self._ended:
+            self._wire.out.send(_GOODBYE, control_bytes=CREDIT_BYTES)
+
+    def _return_loop(self) -> None:
+        while (item := self._returns.get()) is not None:
+            item[0].synchronize()
+            del item
+            self._wire.out.send(_CREDIT, control_bytes=CREDIT_BYTES)
+        if self._ended:
+            self._wire.out.send(_GOODBYE, control_bytes=CREDIT_BYTES)
+
+    def _receive_loop(self) -> None:
+        into = self._wire.into
+        while True:
+            message = into.receive()
+            resized = headers.new_size(message)
+            if resized is not None:
+                into.size = resized
+                into.post()
+                continue
+            packet = headers.unpack(message) if self._wire.payload is None else self._receive_tensors(message)
+            if packet.kind is not PacketKind.END:
+                into.post()
+            with self._changed:
+                self._arrivals.append((packet, Fence(self._wire.device)))
+                self._changed.notify_all()
+            if packet.kind is PacketKind.END:
+                return
+
+    def _receive_tensors(self, message: Tensor) -> Packet:
+        kind, number, payload_form, target_form, specs = headers.decode(message)
+        tensors = [torch.empty(shape, dtype=dtype, device=self._wire.device) for shape, dtype in specs]
+        for tensor in tensors:
+            if self._wire.payload is not None:
+                self._wire.payload.receive(tensor)
+        return headers.assemble(kind, number, payload_form, target_form, tensors)
