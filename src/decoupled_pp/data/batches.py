@@ -1,0 +1,85 @@
+"""Micro-batches as a pure function of (seed, batch number): the endless training stream and the validation pass.
+
+    batch number   0     1     2  |  3     4     5  |  6 ...        3 batches per epoch, the rest of an epoch is dropped
+    epoch          0              |  1              |  2
+    samples        order(seed, 0) |  order(seed, 1) |  order(seed, 2)
+
+Every epoch has the same number of batches, so batch n is found by division: resuming reads no batch before n.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from itertools import count
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from decoupled_pp.contracts import Batch, BatchSource
+from decoupled_pp.data.seeds import Purpose, generator
+
+
+class Samples(ABC):
+    """A fixed number (at least 1) of samples that can be taken by index."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of samples, the same in every epoch."""
+
+    @abstractmethod
+    def take(self, indices: Tensor, epoch: int | None) -> Batch:
+        """New tensors with the samples at `indices` (B,); `epoch` is None in validation."""
+
+
+Loader: TypeAlias = Callable[[], Samples]
+"""Reads the samples; called when a source is first iterated."""
+
+Augmentation: TypeAlias = Callable[[Batch, torch.Generator], Batch]
+"""Changes a training batch with random numbers from the given generator only."""
+
+
+class TrainingBatches(BatchSource):
+    """Endless stream: a fresh order for every epoch, without the last partial batch of an epoch.
+
+    A data set smaller than one batch is one batch per epoch, of the whole set.
+    """
+
+    def __init__(self, load: Loader, batch_size: int, seed: int, augmentation: Augmentation | None = None) -> None:
+        self._load = load
+        self._batch_size = batch_size
+        self._seed = seed
+        self._augmentation = augmentation
+
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        """Yield the batches from number `start` on, for ever."""
+        samples = self._load()
+        size = min(self._batch_size, len(samples))
+        per_epoch = len(samples) // size
+        first_epoch, first_position = divmod(start, per_epoch)
+        for epoch in count(first_epoch):
+            order = torch.randperm(len(samples), generator=generator(self._seed, Purpose.ORDER, epoch))
+            for position in range(first_position, per_epoch):
+                batch = samples.take(order[position * size : (position + 1) * size], epoch)
+                yield self._augmented(batch, epoch * per_epoch + position)
+            first_position = 0
+
+    def _augmented(self, batch: Batch, number: int) -> Batch:
+        if self._augmentation is None:
+            return batch
+        return self._augmentation(batch, generator(self._seed, Purpose.AUGMENTATION, number))
+
+
+class ValidationBatches(BatchSource):
+    """One finite pass in fixed order; the last batch may be smaller."""
+
+    def __init__(self, load: Loader, batch_size: int) -> None:
+        self._load = load
+        self._batch_size = batch_size
+
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        """Yield the batches from number `start` to the end of the pass."""
+        samples = self._load()
+        for first in range(start * self._batch_size, len(samples), self._batch_size):
+            yield samples.take(torch.arange(first, min(first + self._batch_size, len(samples))), None)

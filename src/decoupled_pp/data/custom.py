@@ -1,0 +1,21 @@
+"""The user's own data function."""
+
+from __future__ import annotations
+
+from decoupled_pp.contracts import Data, UsageError
+from decoupled_pp.factory import call_factory
+from decoupled_pp.settings import FactoryData
+
+
+def open_custom(settings: FactoryData, seed: int) -> Data:
+    """Call `function(settings, seed, **arguments)`.
+
+    Raises:
+        UsageError: The function cannot be imported or returns something else than `Data`.
+    """
+    data = call_factory(settings.factory, "data.factory", settings, seed, **settings.arguments)
+    if not isinstance(data, Data):
+        raise UsageError(
+            f"data.factory: {settings.factory!r} returned {type(data).__name__}; return a decoupled_pp.Data"
+        )
+    return data

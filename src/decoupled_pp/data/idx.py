@@ -1,0 +1,127 @@
+"""MNIST-like data sets: the IDX format of http://yann.lecun.com/exdb/mnist, plain or gzipped."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from pathlib import Path
+from typing import IO, cast
+
+import torch
+from torch import Tensor
+
+from decoupled_pp.contracts import Data, UsageError
+from decoupled_pp.data.images import Pixels, image_info, open_pixels
+from decoupled_pp.settings import IdxData
+
+_CHUNK = 1 << 20
+
+
+def open_idx(settings: IdxData, seed: int) -> Data:
+    """Images (1, H, W), normalised with the mean and deviation of all training pixels; classes = largest label + 1.
+
+    All four files are read through once at open (not kept), so a damaged file is found before training starts.
+
+    Raises:
+        UsageError: A file is missing, damaged, or does not belong to the others.
+    """
+    train, test = (_Part(Path(settings.folder).expanduser(), prefix) for prefix in ("train", "t10k"))
+    if train.shape != test.shape:
+        raise UsageError(
+            f"{test.images} has images of {test.shape}, {train.images} of {train.shape}; "
+            "put the files of one data set into data.folder"
+        )
+    classes = max(train.classes, test.classes)
+    return open_pixels(
+        image_info((1, *train.shape), classes),
+        lambda: (train.read(), test.read()),
+        settings,
+        seed,
+        settings.augment,
+    )
+
+
+class _Part:
+    """One images file and its labels file, checked."""
+
+    def __init__(self, folder: Path, prefix: str) -> None:
+        self.images = find_file(folder, f"{prefix}-images-idx3-ubyte")
+        self.labels = find_file(folder, f"{prefix}-labels-idx1-ubyte")
+        count, height, width = check_idx(self.images, 3)
+        (label_count,) = check_idx(self.labels, 1)
+        if count != label_count:
+            raise UsageError(
+                f"{self.images} has {count} images but {self.labels} {label_count} labels; "
+                "put the files of one data set into data.folder"
+            )
+        self.shape = (height, width)
+        self.classes = int(read_idx(self.labels).max()) + 1
+
+    def read(self) -> Pixels:
+        return Pixels(read_idx(self.images)[:, None], read_idx(self.labels).long())
+
+
+def find_file(folder: Path, name: str) -> Path:
+    """The file `name` or `name.gz` in `folder`."""
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.is_file():
+            return path
+    raise UsageError(f"data.folder: {folder} has neither {name} nor {name}.gz; name the folder with the four IDX files")
+
+
+def check_idx(path: Path, rank: int) -> tuple[int, ...]:
+    """Read a file of unsigned bytes through without keeping it; return its `rank` dimensions.
+
+    Raises:
+        UsageError: Wrong magic number, no samples, other length than the header says, or a damaged gzip stream.
+    """
+    found = 0
+    try:
+        with _open(path) as stream:
+            dimensions = _header(path, stream.read(4 + 4 * rank), rank)
+            expected = found = 4 + 4 * rank
+            expected += math.prod(dimensions)
+            while chunk := stream.read(_CHUNK):
+                found += len(chunk)
+    except EOFError:
+        raise UsageError(
+            f"{path} is truncated: its gzip stream breaks off after about {found} of {expected} bytes; fetch it again"
+            if found
+            else f"{path} is truncated: its gzip stream breaks off in the header; fetch it again"
+        ) from None
+    except (OSError, zlib.error) as error:
+        raise UsageError(f"cannot read {path}: {error}; fetch it again") from None
+    if found != expected:
+        fault = "truncated" if found < expected else "too long"
+        raise UsageError(f"{path} is {fault}: expected {expected} bytes, found {found}; fetch it again")
+    return dimensions
+
+
+def read_idx(path: Path) -> Tensor:
+    """The values of a checked file, uint8 in the shape its header says."""
+    with _open(path) as stream:
+        content = bytearray(stream.read())
+    rank = content[3]
+    dimensions = [int.from_bytes(content[at : at + 4], "big") for at in range(4, 4 + 4 * rank, 4)]
+    return torch.frombuffer(content, dtype=torch.uint8, offset=4 + 4 * rank).reshape(dimensions)
+
+
+def _open(path: Path) -> IO[bytes]:
+    return cast("IO[bytes]", gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+
+
+def _header(path: Path, header: bytes, rank: int) -> tuple[int, ...]:
+    length = 4 + 4 * rank
+    if len(header) < length:
+        raise UsageError(f"{path} is truncated: expected {length} bytes of header, found {len(header)}; fetch it again")
+    magic = bytes((0, 0, 8, rank))  # two zeros, 0x08 = unsigned byte, number of dimensions
+    if header[:4] != magic:
+        raise UsageError(
+            f"{path} is not an IDX file of unsigned bytes in {rank} dimensions: "
+            f"its magic number is 0x{header[:4].hex()}, not 0x{magic.hex()}"
+        )
+    dimensions = tuple(int.from_bytes(header[at : at + 4], "big") for at in range(4, length, 4))
+    if 0 in dimensions:
+        raise UsageError(f"{path} is empty: its dimensions are {dimensions}; fetch it again")
+    return dimensions

@@ -1,0 +1,118 @@
+"""A user's own list, DataLoader or generator function of (input, target) pairs as a `BatchSource`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count, islice
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from decoupled_pp.contracts import Batch, BatchSource, Payload, UsageError
+
+Batches: TypeAlias = Iterable[Any] | Callable[[], Iterable[Any]]
+"""An iterable of (input, target) pairs, or a function without arguments that returns a fresh one."""
+
+
+class ListedBatches(BatchSource):
+    """The batches of an iterable, which is iterated anew for every epoch.
+
+    The same number is the same micro-batch only if the iterable says the same every time: a shuffling DataLoader
+    needs a seeded generator of its own. Resuming costs nothing for lists and tuples; other iterables are read
+    through up to the first wanted batch.
+    """
+
+    def __init__(self, batches: Batches, endless: bool = False) -> None:
+        """Wrap `batches`.
+
+        Args:
+            batches: List, DataLoader, other iterable, or function that returns an iterable, of (input, target).
+            endless: Start over at the end (training) instead of stopping (validation).
+        """
+        self._batches = batches
+        self._endless = endless
+        self._one_shot = isinstance(batches, Iterator)
+        self._used = False
+
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        """Yield the batches from number `start` on.
+
+        Raises:
+            UsageError: Nothing to yield, a one-shot iterator ran dry, or a batch is not a pair.
+        """
+        if isinstance(self._batches, Sequence):
+            return self._listed(self._batches, start)
+        return (as_batch(batch) for batch in islice(self._iterated(), start, None))
+
+    def _listed(self, batches: Sequence[Any], start: int) -> Iterator[Batch]:
+        if not batches:
+            raise UsageError("the list of batches is empty; give at least one (input, target)")
+        for number in count(start) if self._endless else range(start, len(batches)):
+            yield as_batch(batches[number % len(batches)])
+
+    def _iterated(self) -> Iterator[Any]:
+        while True:
+            if self._one_shot and self._used:
+                raise UsageError(
+                    f"the {type(self._batches).__name__} of batches ran dry: it can be read once only; "
+                    "give a list, a DataLoader, or the generator function itself without calling it"
+                )
+            self._used = True
+            empty = True
+            for batch in self._fresh():
+                empty = False
+                yield batch
+            if empty:
+                raise UsageError(
+                    f"the {type(self._batches).__name__} of batches is empty; it must yield (input, target)"
+                )
+            if not self._endless:
+                return
+
+    def _fresh(self) -> Iterable[Any]:
+        if isinstance(self._batches, Iterable):
+            return self._batches
+        fresh = self._batches()
+        if not isinstance(fresh, Iterable):
+            raise UsageError(f"the function of batches returned {type(fresh).__name__}; return an iterable or `yield`")
+        return fresh
+
+
+def as_source(batches: Batches | BatchSource, endless: bool = False) -> BatchSource:
+    """Whatever a user brings along as a `BatchSource`; a `BatchSource` is returned as it is.
+
+    Args:
+        batches: A `BatchSource`, an iterable of (input, target), or a function that returns one.
+        endless: For an iterable: start over at its end (training) instead of stopping (validation).
+
+    Raises:
+        UsageError: It is none of these.
+    """
+    if isinstance(batches, BatchSource):
+        return batches
+    if isinstance(batches, Tensor | str | dict) or not (isinstance(batches, Iterable) or callable(batches)):
+        raise UsageError(
+            f"batches: {type(batches).__name__} is not an iterable of (input, target); give a list, a DataLoader, a "
+            "generator function or a BatchSource"
+        )
+    return ListedBatches(batches, endless)
+
+
+def as_batch(value: object) -> Batch:
+    """Check one (input, target); lists, as DataLoader makes them, become tuples.
+
+    Raises:
+        UsageError: It is not a pair of tensors or tuples of tensors with one batch dimension.
+    """
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        size = f" of {len(value)}" if isinstance(value, tuple | list) else ""
+        raise UsageError(f"a batch is a {type(value).__name__}{size}, not a pair; yield (input, target)")
+    return _as_payload(value[0], "input"), _as_payload(value[1], "target")
+
+
+def _as_payload(value: object, name: str) -> Payload:
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, tuple | list) and value and all(isinstance(item, Tensor) for item in value):
+        return tuple(value)
+    raise UsageError(f"the {name} of a batch is a {type(value).__name__}; give a tensor or a tuple of tensors")

@@ -1,0 +1,32 @@
+"""Who is held out for validation: seeded choices of indices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from decoupled_pp.data.seeds import Purpose, generator
+
+
+def random_split(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Sorted indices (training, held out) of `count` >= 2 things; neither is empty."""
+    amount = min(max(round(fraction * count), 1), count - 1)
+    order = torch.randperm(count, generator=generator(seed, Purpose.SPLIT))
+    return order[amount:].sort().values.tolist(), order[:amount].sort().values.tolist()
+
+
+def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Sorted indices (training, held out) with the same share of every class in both.
+
+    Args:
+        labels: Classes (N,).
+        fraction: Share to hold out; every class with two samples or more is in both parts.
+        seed: Seed of the choice.
+    """
+    order = torch.randperm(len(labels), generator=generator(seed, Purpose.SPLIT))
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(int(labels.max()) + 1):
+        members = order[labels[order] == label]
+        amount = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        held[members[:amount]] = True
+    return (~held).nonzero().squeeze(1), held.nonzero().squeeze(1)

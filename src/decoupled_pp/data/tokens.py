@@ -1,0 +1,166 @@
+"""Next-token samples: windows over a long text, and the split of a corpus into training and held-out text.
+
+One epoch of training windows, `context` = 4, offset drawn per epoch from 0..3 (y is x shifted by 1):
+
+    tokens   a b c d e f g h i j k l m n
+    offset 2     [x x x x]                 y = d e f g ... shares only its last token with the next window's x
+                         [x x x x]
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from decoupled_pp.contracts import Batch, Data, DataInfo, UsageError
+from decoupled_pp.data.batches import Samples, TrainingBatches, ValidationBatches
+from decoupled_pp.data.seeds import Purpose, mixed_seed
+from decoupled_pp.data.splits import random_split
+from decoupled_pp.data.vocabulary import Vocabulary
+from decoupled_pp.settings import TokenSettings
+
+ReadTokens: TypeAlias = Callable[[], Tensor]
+"""Reads the token ids (N,) of one part of the data."""
+
+
+class TokenWindows(Samples):
+    """Windows of `context` tokens that do not overlap within an epoch; all epochs have the same number of windows."""
+
+    def __init__(self, tokens: Tensor, context: int, seed: int | None, part: str) -> None:
+        """Window `tokens`.
+
+        Args:
+            tokens: Ids (N,) of any integer type.
+            context: Tokens per sample.
+            seed: Seed of the offset of every epoch; None for validation, which starts at 0.
+            part: What the text is, for the error text.
+
+        Raises:
+            UsageError: The text is shorter than one window.
+        """
+        check_length(len(tokens), context, part)
+        self._tokens = tokens
+        self._context = context
+        self._seed = seed
+        # Training leaves room for every offset below `context` (unless the text is too short to lose a window).
+        room = len(tokens) - 1 if seed is None else len(tokens) - context
+        self._count = max(room // context, 1)
+        self._offsets = min(context, len(tokens) - self._count * context)
+
+    def __len__(self) -> int:
+        """Number of windows."""
+        return self._count
+
+    def offset(self, epoch: int | None) -> int:
+        """Tokens skipped at the start of an epoch."""
+        if epoch is None or self._seed is None:
+            return 0
+        return mixed_seed(self._seed, Purpose.OFFSET, epoch) % self._offsets
+
+    def take(self, indices: Tensor, epoch: int | None) -> Batch:
+        """Inputs and next tokens, both (B, context) int64."""
+        first = self.offset(epoch) + indices * self._context
+        windows = self._tokens[first[:, None] + torch.arange(self._context + 1)].long()
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+
+def check_length(tokens: int, context: int, part: str) -> None:
+    """Raise UsageError unless `tokens` fill one window and its next token."""
+    if tokens <= context:
+        raise UsageError(
+            f"the {part} text has {tokens} tokens, fewer than one sample of data.context {context} + 1; "
+            "give more text, a smaller data.context or another data.validation_fraction"
+        )
+
+
+class Corpus(ABC):
+    """A number of documents that can be read as tokens."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of documents."""
+
+    @abstractmethod
+    def read(self, documents: Sequence[int]) -> Tensor:
+        """The tokens of these documents in a row, (N,)."""
+
+    def length(self, documents: Sequence[int]) -> int | None:
+        """Number of tokens of these documents if known without reading."""
+        return None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Training or held-out text.
+
+    Attributes:
+        read: Reads its tokens.
+        length: Their number, if known without reading.
+    """
+
+    read: ReadTokens
+    length: int | None = None
+
+
+def whole(corpus: Corpus) -> Part:
+    """All documents of a corpus."""
+    documents = range(len(corpus))
+    return Part(lambda: corpus.read(documents), corpus.length(documents))
+
+
+def split_corpus(corpus: Corpus, fraction: float, seed: int) -> tuple[Part, Part]:
+    """Training and held-out part: by documents (a seeded choice), or, of a single document, the tail held out."""
+    if len(corpus) == 1:
+        return _split_tail(corpus, fraction)
+    train, held = random_split(len(corpus), fraction, seed)
+    return (
+        Part(lambda: corpus.read(train), corpus.length(train)),
+        Part(lambda: corpus.read(held), corpus.length(held)),
+    )
+
+
+def _split_tail(corpus: Corpus, fraction: float) -> tuple[Part, Part]:
+    read = cache(lambda: corpus.read([0]))
+
+    def cut(length: int) -> int:
+        return length - round(fraction * length)
+
+    length = corpus.length([0])
+    kept = None if length is None else cut(length)
+    return (
+        Part(lambda: read()[: cut(len(read()))], kept),
+        Part(lambda: read()[cut(len(read())) :], None if length is None or kept is None else length - kept),
+    )
+
+
+def token_info(context: int, vocabulary: Vocabulary) -> DataInfo:
+    """The info of a token data set."""
+    return DataInfo("tokens", (context,), vocabulary.size, vocabulary.encode, vocabulary.decode)
+
+
+def open_tokens(settings: TokenSettings, seed: int, vocabulary: Vocabulary, train: Part, validation: Part) -> Data:
+    """Data over two texts; each is read when its source is first iterated.
+
+    Raises:
+        UsageError: A text is shorter than one sample (here if its length is known, else when it is read).
+    """
+    context = settings.context
+    for name, part in (("training", train), ("validation", validation)):
+        if part.length is not None:
+            check_length(part.length, context, name)
+    return Data(
+        info=token_info(context, vocabulary),
+        train=TrainingBatches(
+            cache(lambda: TokenWindows(train.read(), context, seed, "training")), settings.batch_size, seed
+        ),
+        validation=ValidationBatches(
+            cache(lambda: TokenWindows(validation.read(), context, None, "validation")),
+            settings.validation_batch_size or settings.batch_size,
+        ),
+    )
