@@ -1,0 +1,237 @@
+"""One stage: forward, send, local loss, backward, optimizer step; it knows neither its rank nor its links."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.checkpoint import checkpoint
+
+from decoupled_pp.contracts import Loss, Packet, Payload, as_tuple, check_payload, map_payload
+from decoupled_pp.device import RandomStream
+from decoupled_pp.losses import ExitScore
+from decoupled_pp.memory import SavedActivations
+
+Send = Callable[[Packet], None]
+Lap = Callable[[str], None]
+"""Called at the end of each phase of a packet with the phase's name (`contracts.PHASES`)."""
+
+_NOTHING = nullcontext()
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """How a stage computes; see `TrainingSettings` for the fields."""
+
+    accumulate: int = 1
+    clip_norm: float | None = None
+    precision: str = "fp32"
+    checkpoint_activations: bool = False
+    compile: bool = False
+
+
+class Stage:
+    """A run of layers, its critic, and their optimizer.
+
+    What happens with one training packet, and when its output leaves:
+
+        packet n in ---> forward ---> critic forward + backward ---> backward ---> optimizer step
+                            |
+                            +-------> packet n out (detached; the next stage starts on it at once)
+    """
+
+    def __init__(
+        self,
+        index: int,
+        trunk: nn.Module,
+        critic: nn.Module | None,
+        loss: Loss,
+        optimizers: list[Optimizer],
+        *,
+        device: torch.device,
+        seed: int,
+        options: StageOptions,
+    ) -> None:
+        """Take over the parts (already on `device`).
+
+        Args:
+            index: Place in the pipeline.
+            trunk: The layers.
+            critic: From the trunk's output to logits; None in the last stage, whose output is the logits.
+            loss: loss(logits, target) -> scalar mean.
+            optimizers: Over the trainable parameters of trunk and critic; empty if there are none.
+            device: Where the stage computes.
+            seed: Seed of the stage's own random stream (dropout).
+            options: How to compute.
+        """
+        self.index, self.trunk, self.critic, self.loss = index, trunk, critic, loss
+        self.optimizers = optimizers
+        self.schedules: list[LambdaLR] = []  # given by the trainer, which knows how long it trains
+        self.device, self.options = device, options
+        self.updates = 0
+        self.samples = 0
+        self.saved_activation_bytes_peak: int | None = None
+        self.random = RandomStream(seed, device)  # own stream, whoever else draws in this process (law 3)
+        self._run_trunk: Callable[[Payload], Payload] = (
+            _checkpointed(trunk) if options.checkpoint_activations else trunk
+        )
+        self._run_critic: Callable[[Payload], Tensor] = critic if critic is not None else _own_logits
+        if options.compile:
+            self._run_trunk = cast(Any, torch.compile(self._run_trunk))
+            self._run_critic = cast(Any, torch.compile(critic)) if critic is not None else _own_logits
+        self._autocast: AbstractContextManager[object] = (
+            torch.autocast(device.type, dtype=torch.bfloat16) if options.precision == "bf16" else _NOTHING
+        )
+        self._score = ExitScore()
+
+    def step(self, packet: Packet, send: Send, lap: Lap) -> Tensor:
+        """Train on one packet; its output is sent as soon as it exists.
+
+        Returns:
+            The loss, a 0-dim tensor on the device (nothing waits for it here).
+        """
+        with self.random, self._probe() if self.saved_activation_bytes_peak is None else _NOTHING:
+            output = self._forward(packet)
+            lap("forward")
+            send(replace(packet, payload=map_payload(torch.detach, output)))
+            lap("wait_out")
+            loss = self._learn(output, packet.target, lap)
+            lap("backward")
+        self.samples += packet.samples
+        if (packet.number + 1) % self.options.accumulate == 0:
+            self._update()
+        lap("step")
+        return loss
+
+    def evaluate(self, packet: Packet, send: Send) -> None:
+        """Score this exit on one held-out packet and pass it on; changes nothing that trains."""
+        self.trunk.eval()
+        if self.critic is not None:
+            self.critic.eval()
+        with torch.no_grad(), self.random, self._autocast:
+            output = self._run_trunk(packet.payload)
+            send(replace(packet, payload=output))
+            logits = self._run_critic(output)
+            self._score.add(self.loss(logits, packet.target), logits, packet.target)
+        self.trunk.train()
+        if self.critic is not None:
+            self.critic.train()
+
+    def finish_evaluation(self) -> tuple[float, float | None]:
+        """Held-out loss and accuracy of this exit since the last call."""
+        result = self._score.result()
+        self._score = ExitScore()
+        return result
+
+    @property
+    def learning_rate(self) -> float:
+        """Present learning rate of the first optimizer's first group, 0 if nothing trains."""
+        return float(self.optimizers[0].param_groups[0]["lr"]) if self.optimizers else 0.0
+
+    def named_parameters(self, critic_name: str) -> dict[str, nn.Parameter]:
+        """All parameters by the names they have in a checkpoint: `model.<name>`, `critic.<critic_name>.<name>`."""
+        named = {f"model.{name}": p for name, p in self.trunk.named_parameters()}
+        if self.critic is not None:
+            named |= {f"critic.{critic_name}.{name}": p for name, p in self.critic.named_parameters()}
+        return named
+
+    def _forward(self, packet: Packet) -> Payload:
+        with self._autocast:
+            return check_payload(self._run_trunk(packet.payload), f"stage {self.index}")
+
+    def _learn(self, output: Payload, target: Payload, lap: Lap) -> Tensor:
+        """The local loss; its gradients are accumulated in the critic and then in the trunk.
+
+        One backward pass goes through both. It reaches the trunk's output when it is done with the critic, whose
+        activations are free by then; a hook there ends the phase `critic`.
+        """
+        with self._autocast:
+            loss = self.loss(self._run_critic(output), target)
+        critic_is_done = _Once(lambda: lap("critic"))
+        if loss.requires_grad:
+            for tensor in as_tuple(output):
+                if tensor.grad_fn is not None:
+                    tensor.register_hook(critic_is_done)
+            (loss / self.options.accumulate if self.options.accumulate > 1 else loss).backward()
+        critic_is_done()  # if no gradient came to the trunk, all of it was the critic's
+        return loss.detach()
+
+    def _update(self) -> None:
+        if self.options.clip_norm is not None:
+            parameters = [
+                p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]
+            ]
+            nn.utils.clip_grad_norm_(parameters, self.options.clip_norm)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        for schedule in self.schedules:
+            schedule.step()
+        self.updates += 1
+
+    @contextmanager
+    def _probe(self) -> Iterator[None]:
+        """Count the activations that a step saves for its backward pass."""
+        modules = [module for module in (self.trunk, self.critic) if module is not None]
+        with SavedActivations([t for m in modules for t in (*m.parameters(), *m.buffers())]) as saved:
+            yield
+        self.saved_activation_bytes_peak = saved.peak
+
+
+class _Once:
+    """A gradient hook that calls `then` the first time it is called."""
+
+    def __init__(self, then: Callable[[], None]) -> None:
+        self._then: Callable[[], None] | None = then
+
+    def __call__(self, _: Tensor | None = None) -> None:
+        if self._then is not None:
+            self._then()
+            self._then = None
+
+
+def _own_logits(output: Payload) -> Tensor:
+    """The last stage: the network's own head has made the logits."""
+    return as_tuple(output)[0]
+
+
+def _checkpointed(trunk: nn.Module) -> Callable[[Payload], Payload]:
+    def run(payload: Payload) -> Payload:
+        for layer in trunk.children():
+            payload = checkpoint(layer, payload, use_reentrant=False, **_same_buffers(layer))
+        return payload
+
+    return run
+
+
+def _same_buffers(layer: nn.Module) -> dict[str, Any]:
+    """Let recomputation start from the buffers that forward found (batch-norm statistics), and leave no trace in them.
+
+    Without this, torch's checkpoint counts every packet twice in running statistics (torch's compiler does not).
+    """
+    buffers = list(layer.buffers())
+    if torch.compiler.is_compiling() or not buffers:
+        return {}
+    found = [buffer.clone() for buffer in buffers]
+
+    @contextmanager
+    def as_found() -> Iterator[None]:
+        left = [buffer.clone() for buffer in buffers]
+        _fill(buffers, found)
+        try:
+            yield
+        finally:
+            _fill(buffers, left)
+
+    return {"context_fn": lambda: (nullcontext(), as_found())}
+
+
+def _fill(buffers: list[Tensor], values: list[Tensor]) -> None:
+    for buffer, value in zip(buffers, values, strict=True):
+        buffer.data.copy_(value)  # .data: no graph that saved the buffer is to see a change
