@@ -1,0 +1,382 @@
+"""Save, resume and export: one consistent cut of all stages, written stage by stage, committed by a rename.
+
+    checkpoints/step-00000200.incomplete/          every stage writes its own part after the same packet, alone
+        stage-0/*.safetensors                      tensors, by torch.distributed.checkpoint (safetensors format)
+        stage-0.json                               written last: numbers, file checksums
+        stage-1/ ...
+    checkpoints/step-00000200/                     renamed by whichever stage finds all parts there
+
+Nothing is pickled: DCP's own metadata file is a pickle, its safetensors format is not. Tensors are keyed by name
+(`model.*`, `critic.<cut>.*`, `optimizer.<parameter>.<key>`), so any number of stages can load them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+import zlib
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.optim import Optimizer
+
+from decoupled_pp.contracts import Plan, TrainingError, UsageError
+from decoupled_pp.stage import Stage
+
+FORMAT = 1
+_PARTIAL = ".incomplete"
+
+
+def critic_name(plan: Plan, stage: int) -> str:
+    """Name of the critic after a stage: the layer it follows. A critic keeps its name as long as its place is cut."""
+    return f"after_{plan.layer_names[plan.boundaries[stage + 1] - 1]}"
+
+
+# --------------------------------------------------------------------------------------------------------- saving
+
+
+def save_stage(folder: Path, stage: Stage, plan: Plan, packet: int, *, keep: int) -> bool:
+    """Write one stage's part of the checkpoint after `packet` training packets; waits for no other stage.
+
+    Args:
+        folder: The run's `checkpoints` folder, shared by all ranks.
+        stage: The stage.
+        plan: The plan of the run.
+        packet: Training packets done, the same for every stage of this checkpoint.
+        keep: Committed checkpoints to keep.
+
+    Returns:
+        Whether this part completed the checkpoint.
+
+    Raises:
+        TrainingError: A parameter is not finite: nothing worth keeping.
+    """
+    for name, parameter in stage.named_parameters(_name(stage, plan)).items():
+        if parameter.requires_grad and not bool(parameter.isfinite().all()):
+            raise TrainingError(
+                f"stage {stage.index}: {name} is not finite after packet {packet - 1}; lower the learning rate, or "
+                "clip gradients (training.clip_norm); the last checkpoint is kept"
+            )
+    final = folder / f"step-{stage.updates:08d}"
+    partial = folder / (final.name + _PARTIAL)
+    part = partial / f"stage-{stage.index}"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True, exist_ok=True)
+    tensors, scalars = _stage_state(stage, plan)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to save in a single process.*")
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(part), save_distributed=True), no_dist=True)
+    record = {
+        "format": FORMAT,
+        "stage": stage.index,
+        "stages": plan.stages,
+        "boundaries": list(plan.boundaries),
+        "packet": packet,
+        "step": stage.updates,
+        "samples": stage.samples,
+        "scalars": scalars,
+        "accumulate": stage.options.accumulate,
+        "optimizers": [type(optimizer).__name__ for optimizer in stage.optimizers],
+        "checksums": {file.name: _checksum(file) for file in sorted(part.iterdir())},
+    }
+    _write_atomically(partial / f"stage-{stage.index}.json", json.dumps({**record, "checksum": _checksum_of(record)}))
+    if not all((partial / f"stage-{k}.json").exists() for k in range(plan.stages)):
+        return False
+    try:
+        partial.rename(final)
+    except OSError as error:
+        if not partial.exists():  # another stage found all parts there at the same moment
+            return False
+        raise TrainingError(f"cannot commit the checkpoint {final}: {error.strerror or error}") from error
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return True
+
+
+def _stage_state(stage: Stage, plan: Plan) -> tuple[dict[str, Tensor], dict[str, float]]:
+    tensors: dict[str, Tensor] = {f"model.{name}": t for name, t in stage.trunk.state_dict().items()}
+    name = _name(stage, plan)
+    if stage.critic is not None:
+        tensors |= {f"critic.{name}.{key}": t for key, t in stage.critic.state_dict().items()}
+    tensors[f"rng.stage{stage.index}"] = stage.random.state
+    scalars: dict[str, float] = {}
+    for key, value in _optimizer_state(stage, name):
+        if isinstance(value, Tensor):
+            tensors[key] = value
+        else:
+            scalars[key] = value
+    return {key: t.detach().contiguous() for key, t in tensors.items()}, scalars
+
+
+def _name(stage: Stage, plan: Plan) -> str:
+    return critic_name(plan, stage.index) if stage.critic is not None else ""
+
+
+def _optimizer_state(stage: Stage, name: str) -> Iterable[tuple[str, Any]]:
+    names: dict[Tensor, str] = {parameter: key for key, parameter in stage.named_parameters(name).items()}
+    for optimizer in stage.optimizers:
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                if isinstance(value, Tensor | int | float):
+                    yield f"optimizer.{names[parameter]}.{key}", value
+                elif value is not None:
+                    raise UsageError(
+                        f"{type(optimizer).__name__} keeps a {type(value).__name__} ({key!r}): cannot be saved"
+                    )
+
+
+# -------------------------------------------------------------------------------------------------------- finding
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Committed checkpoints, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if p.is_dir() and not p.name.endswith(_PARTIAL))
+
+
+def make_room(folder: Path, step: int) -> None:
+    """Prepare a folder for the checkpoints of a run that begins at `step`; called once, before any stage runs.
+
+    Raises:
+        UsageError: It holds checkpoints that the run would collide with.
+    """
+    later = [path for path in list_checkpoints(folder) if path.name > f"step-{step:08d}"]
+    if later:
+        raise UsageError(
+            f"{folder} holds {later[-1].name}, and this run begins at step {step}; resume, or give another folder"
+        )
+    remove_incomplete(folder)
+
+
+def remove_incomplete(folder: Path) -> None:
+    """Delete what killed saves left behind."""
+    for partial in folder.glob(f"*{_PARTIAL}"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint, opened and checked.
+
+    Attributes:
+        path: Its folder.
+        boundaries: The cut it was saved with.
+        packet: Training packets done.
+        step: Optimizer steps done.
+        samples: Training samples done.
+        parts: The JSON record of every stage.
+        places: Where each tensor is: name -> (part folder, shape, dtype).
+    """
+
+    path: Path
+    boundaries: tuple[int, ...]
+    packet: int
+    step: int
+    samples: int
+    parts: tuple[dict[str, Any], ...]
+    places: dict[str, tuple[Path, torch.Size, torch.dtype]]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint and verify every file of it. Nothing is unpickled.
+
+    Raises:
+        UsageError: It is incomplete, damaged or of another format.
+    """
+    remedy = f"delete {path} to go on from the one before"
+    try:
+        first = json.loads((path / "stage-0.json").read_text())
+        if first["format"] != FORMAT:
+            raise UsageError(f"checkpoint {path} has format {first['format']}, this version reads {FORMAT}")
+        parts = tuple(json.loads((path / f"stage-{k}.json").read_text()) for k in range(first["stages"]))
+        for part in parts:
+            if part.pop("checksum") != _checksum_of(part):
+                raise UsageError(f"checkpoint {path} is corrupt: stage-{part['stage']}.json was altered; {remedy}")
+        places: dict[str, tuple[Path, torch.Size, torch.dtype]] = {}
+        for part in parts:
+            folder = path / f"stage-{part['stage']}"
+            for name, checksum in part["checksums"].items():
+                if _checksum(folder / name) != checksum:
+                    raise UsageError(
+                        f"checkpoint {path} is corrupt: {folder.name}/{name} does not match its checksum; {remedy}"
+                    )
+            for key, entry in HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items():
+                places[key] = (folder, entry.size, entry.properties.dtype)  # type: ignore[union-attr]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"checkpoint {path} is corrupt: {type(error).__name__}: {error}; {remedy}") from error
+    return Checkpoint(path, tuple(first["boundaries"]), first["packet"], first["step"], first["samples"], parts, places)
+
+
+def latest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest committed checkpoint of a run, opened and checked; None if there is none."""
+    found = list_checkpoints(folder)
+    return open_checkpoint(found[-1]) if found else None
+
+
+# -------------------------------------------------------------------------------------------------------- loading
+
+
+def load_stage(checkpoint: Checkpoint, stage: Stage, plan: Plan) -> list[str]:
+    """Bring a stage to the state of the checkpoint, by parameter names, whatever cut it was saved with.
+
+    Returns:
+        What could not be taken over, in words (a critic whose place moved, the random stream of another cut).
+
+    Raises:
+        UsageError: A parameter of the stage is missing in the checkpoint, or has another shape.
+    """
+    _refuse_other_training(checkpoint, stage)
+    notes: list[str] = []
+    _load_into(checkpoint, {f"model.{name}": t for name, t in stage.trunk.state_dict().items()})
+    name = _name(stage, plan)
+    kept = True
+    if stage.critic is not None:
+        critic = {f"critic.{name}.{key}": t for key, t in stage.critic.state_dict().items()}
+        kept = all(key in checkpoint.places and checkpoint.places[key][1] == t.shape for key, t in critic.items())
+        if kept:
+            _load_into(checkpoint, critic)
+        else:
+            notes.append(f"stage {stage.index}: the checkpoint has no critic {name} like this one; it starts anew")
+    _load_optimizers(checkpoint, stage, name, with_critic=kept)
+    random_stream, state = f"rng.stage{stage.index}", stage.random.state
+    if checkpoint.boundaries != plan.boundaries:
+        notes.append(
+            f"stage {stage.index}: cut {checkpoint.boundaries} -> {plan.boundaries}; its random stream starts anew"
+        )
+    elif checkpoint.places[random_stream][1] != state.shape:
+        notes.append(f"stage {stage.index}: saved on another kind of device; its random stream starts anew")
+    else:
+        _load_into(checkpoint, {random_stream: state})
+        stage.random.state = state
+    stage.updates = checkpoint.step
+    stage.samples = checkpoint.samples
+    return notes
+
+
+def _refuse_other_training(checkpoint: Checkpoint, stage: Stage) -> None:
+    """What a run cannot change on its way: packets per step (their numbers count on), and the optimizers' kinds."""
+    saved = checkpoint.parts[0]["accumulate"]
+    if saved != stage.options.accumulate:
+        raise UsageError(
+            f"checkpoint {checkpoint.path} was made with accumulate {saved}, not {stage.options.accumulate}; keep it"
+        )
+    kinds = {kind for part in checkpoint.parts for kind in part["optimizers"]}
+    for optimizer in stage.optimizers:
+        if type(optimizer).__name__ not in kinds:
+            raise UsageError(
+                f"checkpoint {checkpoint.path} has the state of {', '.join(sorted(kinds)) or 'no optimizer'}, not of "
+                f"{type(optimizer).__name__}; use the optimizer it was made with"
+            )
+
+
+def _load_into(checkpoint: Checkpoint, wanted: dict[str, Tensor]) -> None:
+    """Fill the tensors in place."""
+    by_folder: dict[Path, dict[str, Tensor]] = {}
+    for key, tensor in wanted.items():
+        if key not in checkpoint.places:
+            raise UsageError(
+                f"checkpoint {checkpoint.path} is of another plan: it has no {key}; use the config it was made with"
+            )
+        folder, shape, _ = checkpoint.places[key]
+        if shape != tensor.shape:
+            raise UsageError(
+                f"checkpoint {checkpoint.path} is of another plan: {key} is {tuple(shape)} there and "
+                f"{tuple(tensor.shape)} here; use the config it was made with"
+            )
+        by_folder.setdefault(folder, {})[key] = tensor
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process.*")
+        for folder, tensors in by_folder.items():
+            dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+
+
+def _load_optimizers(checkpoint: Checkpoint, stage: Stage, name: str, *, with_critic: bool) -> None:
+    scalars = {key: value for part in checkpoint.parts for key, value in part["scalars"].items()}
+    parameters = stage.named_parameters(name)
+    owners = {
+        p: optimizer for optimizer in stage.optimizers for group in optimizer.param_groups for p in group["params"]
+    }
+    wanted: dict[str, Tensor] = {}
+    for key in (*checkpoint.places, *scalars):
+        if not key.startswith("optimizer."):
+            continue
+        parameter_name, _, field = key.removeprefix("optimizer.").rpartition(".")
+        parameter = parameters.get(parameter_name)
+        if parameter is None or parameter not in owners or (parameter_name.startswith("critic.") and not with_critic):
+            continue
+        state = owners[parameter].state[parameter]
+        if key in scalars:
+            state[field] = scalars[key]
+            continue
+        _, shape, dtype = checkpoint.places[key]
+        device = _home(owners[parameter], parameter, field)
+        state[field] = wanted[key] = torch.empty(shape, dtype=dtype, device=device)
+    _load_into(checkpoint, wanted)
+
+
+def _home(optimizer: Optimizer, parameter: Tensor, field: str) -> torch.device:
+    """Where torch keeps a state: beside its parameter; step counters on the CPU unless a fused kernel reads them."""
+    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    fused = group.get("fused") or group.get("capturable")
+    return torch.device("cpu") if field == "step" and not fused else parameter.device
+
+
+def load_model(checkpoint: Checkpoint, module: torch.nn.Module) -> None:
+    """Fill the user's whole module with the checkpoint's weights and buffers, strictly by its own names."""
+    _load_into(checkpoint, {f"model.{name}": tensor for name, tensor in module.state_dict().items()})
+
+
+def load_critic(checkpoint: Checkpoint, critic: torch.nn.Module, name: str) -> None:
+    """Fill a critic with its saved weights."""
+    _load_into(checkpoint, {f"critic.{name}.{key}": tensor for key, tensor in critic.state_dict().items()})
+
+
+def export_safetensors(module: torch.nn.Module, path: Path) -> None:
+    """Write a plain module's state as one safetensors file under its own names (atomically).
+
+    Raises:
+        UsageError: The file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UsageError(f"cannot write {path}: {error.strerror or error}; name another file") from error
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+def _checksum_of(record: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

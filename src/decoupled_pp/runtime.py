@@ -1,0 +1,103 @@
+"""The loop of one rank: take a packet, do what it asks, pass it on.
+
+    feed --> [stage 0] --link--> [stage 1] --link--> [stage 2]        time -->
+    stage 0   F0 B0 F1 B1 F2 B2 F3 B3
+    stage 1      F0 B0 F1 B1 F2 B2 F3 B3          F: forward, then the output leaves
+    stage 2         F0 B0 F1 B1 F2 B2 F3 B3       B: critic, backward, optimizer step
+
+There is no flush and no bubble after the fill: a stage waits only for a packet, or for room in the link behind it.
+Markers (evaluation, checkpoint, end) travel the same links in the same order, so every stage meets them after the same
+training packet and none waits for another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+from decoupled_pp.contracts import Inlet, Outlet, Packet, PacketKind, Record
+from decoupled_pp.device import own_stream
+from decoupled_pp.metrics import StageMeter
+from decoupled_pp.stage import Stage
+
+
+class Nowhere(Outlet):
+    """The outlet of the last stage."""
+
+    def send(self, packet: Packet) -> None:
+        """Drop the packet."""
+
+
+@dataclass
+class Worker:
+    """One stage joined to its two links.
+
+    Attributes:
+        stage: The stage.
+        inlet: Where packets come from.
+        outlet: Where they go.
+        meter: Takes the measurements.
+        save: Saves the stage; called with the number of training packets done.
+        post: Takes records.
+        stream: Context in which the stage's device work is issued.
+    """
+
+    stage: Stage
+    inlet: Inlet
+    outlet: Outlet
+    meter: StageMeter
+    save: Callable[[Stage, int], None]
+    post: Callable[[Record], None]
+    stream: AbstractContextManager[object] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stream = own_stream(self.stage.device)
+
+    def advance(self) -> bool:
+        """Take one packet and do what it asks; False once that was the END."""
+        packet = self.inlet.receive()
+        self.meter.begin(packet.number)
+        self.meter.lap("wait_in")
+        if packet.kind is PacketKind.TRAIN:
+            loss = self.stage.step(packet, self.outlet.send, self.meter.lap)
+            if self.meter.trained(packet.number, loss, packet.samples):
+                self.meter.flush(self.stage, self.inlet.depth())
+        elif packet.kind is PacketKind.EVALUATE:
+            self.stage.evaluate(packet, self.outlet.send)
+            self.meter.lap("evaluate")
+        else:
+            self.outlet.send(packet)
+            self.meter.flush(self.stage, self.inlet.depth())  # finds a loss that is not finite before it is saved
+            if packet.kind is PacketKind.EVALUATION_END:
+                self._report_evaluation()
+            elif packet.kind is PacketKind.SAVE:
+                self.save(self.stage, packet.number)
+                self.meter.lap("save")
+        return packet.kind is not PacketKind.END
+
+    def close(self) -> None:
+        """Release both links."""
+        self.inlet.close()
+        self.outlet.close()
+
+    def _report_evaluation(self) -> None:
+        loss, accuracy = self.stage.finish_evaluation()
+        self.meter.lap("evaluate")
+        self.meter.last_exit = (loss, accuracy)
+        record = {"stage": self.stage.index, "step": self.stage.updates, "samples": self.stage.samples}
+        self.post({"kind": "validation", **record, "loss": loss, "accuracy": accuracy, "seconds": self.meter.seconds()})
+
+
+def run(workers: Sequence[Worker]) -> None:
+    """Run the stages of this process until the END packet has passed them all.
+
+    One worker is one rank of a distributed run. Several are a pipeline in one process: every kind of packet passes
+    every stage, so taking turns, first stage first, keeps at most one packet in each link. On CUDA each stage of a
+    process has a stream of its own, so that their work overlaps although one thread issues it.
+    """
+    running = True
+    while running:
+        for worker in workers:
+            with worker.stream:
+                running = worker.advance()
