@@ -1,0 +1,119 @@
+"""Baselines that are `torch.distributed.pipelining`'s own schedules: what each demands, and one step of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.pipelining import PipelineStage, schedules
+
+from decoupled_pp.baselines.strategy import Strategy, Training
+from decoupled_pp.contracts import Batch, Payload, Plan, UsageError, as_tuple, map_payload
+from decoupled_pp.device import on_device
+
+
+@dataclass(frozen=True)
+class ScheduleKind:
+    """One of torch's schedules.
+
+    Attributes:
+        make: Its class.
+        stages_per_rank: Stages on every rank.
+        folded: Whether the stages go up the ranks and down again (V), instead of starting over at rank 0.
+    """
+
+    make: Any
+    stages_per_rank: int = 1
+    folded: bool = False
+
+    def stages_of(self, rank: int, ranks: int) -> list[int]:
+        """The stages that a rank trains."""
+        rounds = range(self.stages_per_rank)
+        return [r * ranks + (ranks - 1 - rank if self.folded and r % 2 else rank) for r in rounds]
+
+
+SCHEDULES = {
+    "gpipe": ScheduleKind(schedules.ScheduleGPipe),
+    "1f1b": ScheduleKind(schedules.Schedule1F1B),
+    "interleaved_1f1b": ScheduleKind(schedules.ScheduleInterleaved1F1B, 2),
+    "zero_bubble": ScheduleKind(schedules.ScheduleInterleavedZeroBubble, 2),
+    "zbv": ScheduleKind(schedules.ScheduleZBVZeroBubble, 2, folded=True),
+}
+"""GPipe (Huang et al. 2019), 1F1B (PipeDream-flush, Narayanan et al. 2021), interleaved 1F1B (Megatron-LM, 2104.04473),
+and zero-bubble schedules, interleaved and ZBV (Qi et al. 2024, 2401.10241)."""
+
+
+class TorchPipeline(Strategy):
+    """Pipelined backpropagation with a flush per optimizer step."""
+
+    def __init__(
+        self, kind: str, plan: Plan, training: Training, device: torch.device, *, rank: int, ranks: int
+    ) -> None:
+        """Take over this rank's stages; activations and gradients travel in the default process group.
+
+        Args:
+            kind: A key of `SCHEDULES`.
+            plan: With as many stages as the schedule has on all ranks.
+            training: How.
+            device: Where.
+            rank: This rank.
+            ranks: Number of ranks.
+
+        Raises:
+            UsageError: The plan does not fit the schedule.
+        """
+        self.kind, self._schedule_kind = kind, SCHEDULES[kind]
+        wanted = ranks * self._schedule_kind.stages_per_rank
+        if plan.stages != wanted:
+            raise UsageError(f"{kind} on {ranks} ranks needs a plan of {wanted} stages, not {plan.stages}")
+        mine = self._schedule_kind.stages_of(rank, ranks)
+        super().__init__(plan, mine, training, device)
+        self._stages = [PipelineStage(part, k, plan.stages, device) for k, part in self.parts.items()]
+        self._first, self._last = 0 in mine, plan.stages - 1 in mine
+        self._schedules_by_count: dict[int, Any] = {}
+        self._targets: list[Payload] = []
+
+    def gradients(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """See `Strategy`; rank 0 uses the inputs, the rank of the last stage the targets and returns the losses."""
+        shapes = {tuple(tensor.shape for tensor in as_tuple(inputs)) for inputs, _ in batches}
+        if len(shapes) > 1:
+            raise UsageError(f"{self.kind}: micro-batches of one step must have one shape, not {sorted(shapes)}")
+        schedule = self._schedule(len(batches))
+        self._targets = [map_payload(self._here, target) for _, target in batches] if self._last else []
+        inputs = [as_tuple(payload) for payload, _ in batches] if self._first else []
+        whole = [self._here(torch.cat(tensors)) for tensors in zip(*inputs, strict=True)]
+        numbers = torch.arange(len(batches)) if self._last else None
+        losses: list[Tensor] = []
+        schedule.step(*whole, target=numbers, losses=losses, return_outputs=False)
+        return [loss.detach() for loss in losses]
+
+    def _schedule(self, count: int) -> Any:
+        """The schedule for so many micro-batches per step.
+
+        Raises:
+            UsageError: torch refuses the number.
+        """
+        if count not in self._schedules_by_count:
+            make, alone = self._schedule_kind.make, self._schedule_kind.stages_per_rank == 1
+            stages: Any = self._stages[0] if alone else self._stages
+            try:
+                self._schedules_by_count[count] = make(stages, n_microbatches=count, loss_fn=self._loss)
+            except (ValueError, AssertionError) as error:
+                raise UsageError(f"{self.kind} cannot run with {count} micro-batches per step: {error}") from error
+        return self._schedules_by_count[count]
+
+    def _loss(self, output: Payload, number: Tensor) -> Tensor:
+        """The loss of a micro-batch, given by number: torch can chunk a tensor of numbers, but no tuple of targets."""
+        with self.training.autocast(self.device):
+            return self.training.loss(as_tuple(output)[0], self._targets[int(number)])
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        return on_device(tensor, self.device)
+
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        dist.all_reduce(value)
+        return value
