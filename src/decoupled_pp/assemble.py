@@ -1,0 +1,231 @@
+"""Knows all the parts and only builds: a plan and a recipe -> stages, and stages -> workers joined to their links."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, cast
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from decoupled_pp.config import explain
+from decoupled_pp.contracts import (
+    CriticBuilder,
+    CriticContext,
+    Inlet,
+    Loss,
+    Outlet,
+    Plan,
+    Record,
+    UsageError,
+)
+from decoupled_pp.critics import build_critic, check_critic
+from decoupled_pp.device import Clock, seeded
+from decoupled_pp.links import InProcessLink, StoreControl, World
+from decoupled_pp.metrics import StageMeter
+from decoupled_pp.optim import OptimizerFactory, build_optimizers
+from decoupled_pp.partitioning.layers import critic_context, trace
+from decoupled_pp.runtime import Nowhere, Worker
+from decoupled_pp.settings import CriticSettings, OptimizerSettings, ScheduleSettings
+from decoupled_pp.stage import Stage, StageOptions
+
+CriticChoice: TypeAlias = "str | dict[str, Any] | CriticSettings | nn.Module | Sequence[nn.Module] | CriticBuilder"
+"""A critic by kind, as a settings section, as one module (copied per stage), as one per stage, or as a builder."""
+
+OptimizerChoice: TypeAlias = "str | dict[str, Any] | OptimizerSettings | OptimizerFactory"
+"""An optimizer of `torch.optim` by name, as a settings section, or a function of the parameters."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What makes stages out of a plan.
+
+    Attributes:
+        loss: loss(logits, target) -> scalar mean.
+        critic: Builds the critic of every stage before the last.
+        optimizer: Of every stage.
+        schedule: Learning-rate schedule of every stage.
+        options: How every stage computes.
+        seed: Of critics' weights and dropout.
+        log_every: Packets between two flushes of a stage's metrics.
+    """
+
+    loss: Loss
+    critic: CriticBuilder
+    optimizer: OptimizerSettings | OptimizerFactory
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    options: StageOptions = field(default_factory=StageOptions)
+    seed: int = 0
+    log_every: int = 50
+
+
+def resolve_critic(choice: CriticChoice) -> CriticBuilder:
+    """The builder that a user's choice means.
+
+    Raises:
+        UsageError: It means none.
+    """
+    if isinstance(choice, str):
+        choice = {"kind": choice}
+    if isinstance(choice, dict):
+        adapter: TypeAdapter[CriticSettings] = TypeAdapter(CriticSettings)
+        return build_critic(_checked(lambda: adapter.validate_python(choice), "critic"))
+    if isinstance(choice, nn.Module):
+        return lambda context: copy.deepcopy(choice)
+    if isinstance(choice, list | tuple):
+        return lambda context: _listed_critic(choice, context)
+    return choice if callable(choice) else build_critic(cast("CriticSettings", choice))
+
+
+def _listed_critic(critics: Sequence[nn.Module], context: CriticContext) -> nn.Module:
+    if len(critics) != context.stages - 1:
+        raise UsageError(
+            f"critic: {len(critics)} modules for {context.stages} stages; every stage but the last needs one"
+        )
+    return copy.deepcopy(critics[context.stage])
+
+
+def resolve_optimizer(choice: OptimizerChoice) -> OptimizerSettings | OptimizerFactory:
+    """The optimizer that a user's choice means.
+
+    Raises:
+        UsageError: Unknown keys or values.
+    """
+    if isinstance(choice, str):
+        choice = {"kind": choice}
+    if isinstance(choice, dict):
+        settings: OptimizerSettings = _checked(lambda: OptimizerSettings.model_validate(choice), "optimizer")
+        return settings
+    return choice
+
+
+def _checked(validate: Callable[[], Any], section: str) -> Any:
+    try:
+        return validate()
+    except ValidationError as error:
+        raise UsageError(f"{section}: {explain(error)}") from None
+
+
+def critic_contexts(plan: Plan) -> list[CriticContext]:
+    """What each critic of a plan may look at, by running the plan's sample through the network once."""
+    hiddens, output = trace(plan.module, plan.sample)
+    return [
+        critic_context(plan.module, hiddens, output, boundary=plan.boundaries[k + 1], stage=k, stages=plan.stages)
+        for k in range(plan.stages - 1)
+    ]
+
+
+def build_critics(plan: Plan, builder: CriticBuilder, stages: Sequence[int], seed: int) -> dict[int, nn.Module]:
+    """The checked critics of the given stages (the last has none); weights depend on the seed and the place only.
+
+    Raises:
+        UsageError: A critic does not fit its stage.
+    """
+    critics: dict[int, nn.Module] = {}
+    if all(k == plan.stages - 1 for k in stages):
+        return critics
+    for context in critic_contexts(plan):
+        if context.stage in stages:
+            with seeded(_mixed(seed, context.boundary, 1)):
+                critic = builder(context)
+            if not isinstance(critic, nn.Module):
+                raise UsageError(f"critic: the builder returned {type(critic).__name__}, not an nn.Module")
+            check_critic(critic, context)
+            critics[context.stage] = critic
+    return critics
+
+
+def build_stages(
+    plan: Plan,
+    recipe: Recipe,
+    stages: Sequence[int],
+    device: torch.device,
+) -> list[Stage]:
+    """Build the given stages of a plan on a device (their layers move there).
+
+    Args:
+        plan: The plan.
+        recipe: What to make of it.
+        stages: Which stages.
+        device: Where they compute.
+
+    Raises:
+        UsageError: A critic or the optimizer does not fit.
+    """
+    critics = build_critics(plan, recipe.critic, stages, recipe.seed)
+    built = []
+    for index in stages:
+        trunk = plan.stage_module(index).to(device).train()
+        critic = critics[index].to(device).train() if index in critics else None
+        optimizers = build_optimizers(recipe.optimizer, trunk, critic, owns_head=index == plan.stages - 1)
+        built.append(
+            Stage(
+                index,
+                trunk,
+                critic,
+                recipe.loss,
+                optimizers,
+                device=device,
+                seed=_mixed(recipe.seed, index, 2),
+                options=recipe.options,
+            )
+        )
+    return built
+
+
+def _mixed(seed: int, place: int, purpose: int) -> int:
+    """A seed of its own for every place and purpose (an affine mix modulo a 61-bit prime, never zero-correlated)."""
+    return (seed * 1_000_003 + place * 7_919 + purpose * 104_729 + 12_345) * 2_862_933_555_777_941_757 % (2**61 - 1)
+
+
+def plan_digest(plan: Plan, recipe: Recipe, capacity: int) -> str:
+    """What neighbouring ranks must agree on, as text."""
+    shapes = {name: list(tensor.shape) for name, tensor in plan.module.state_dict().items()}
+    return json.dumps([plan.boundaries, shapes, recipe.options.accumulate, recipe.seed, capacity])
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the workers of one run share.
+
+    Attributes:
+        feed: The inlet of the first stage.
+        save: Saves a stage.
+        post: Takes records.
+        log_every: Packets between two flushes of the metrics.
+        trace: Packet numbers whose spans are recorded.
+        capacity: Packets a link may hold.
+        timeout_seconds: Longest wait on a link.
+    """
+
+    feed: Inlet
+    save: Callable[[Stage, int], None]
+    post: Callable[[Record], None]
+    log_every: int
+    trace: range
+    capacity: int
+    timeout_seconds: float
+
+    def worker(self, stage: Stage, inlet: Inlet | None, outlet: Outlet | None) -> Worker:
+        """Join one stage to its links, with a meter of its own."""
+        meter = StageMeter(stage.index, Clock(stage.device), self.post, every=self.log_every, trace=self.trace)
+        return Worker(stage, inlet or self.feed, outlet or Nowhere(), meter, self.save, self.post)
+
+
+def join_in_process(session: Session, stages: Sequence[Stage]) -> list[Worker]:
+    """Workers of a pipeline in one process."""
+    capacity, seconds = session.capacity, session.timeout_seconds
+    links = [InProcessLink(s.index, capacity=capacity, timeout_seconds=seconds, device=s.device) for s in stages[:-1]]
+    ends = zip(stages, [None, *links], [*links, None], strict=True)
+    return [session.worker(stage, inlet, outlet) for stage, inlet, outlet in ends]
+
+
+def join_ranks(session: Session, stage: Stage, world: World, control: StoreControl, digest: str) -> Worker:
+    """This rank's worker of a distributed pipeline."""
+    capacity, seconds = session.capacity, session.timeout_seconds
+    inlet, outlet = world.connect(control, stage.device, digest, capacity=capacity, timeout_seconds=seconds)
+    return session.worker(stage, inlet, outlet)

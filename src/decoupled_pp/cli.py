@@ -1,0 +1,171 @@
+"""The `dpp` command: train, evaluate, export, bench."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from decoupled_pp.contracts import PeerError, TrainingError, UsageError
+
+if TYPE_CHECKING:
+    from decoupled_pp.settings import Settings
+
+USAGE, FAILED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; exits with 0, 1 (training failed), 2 (bad input), 130 (Ctrl-C) or 143 (SIGTERM)."""
+    from decoupled_pp import environment
+    from decoupled_pp.watch import sigterm_ends
+
+    with sigterm_ends(environment.rank()):
+        code = _run(arguments)
+    sys.exit(code)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    """Run the command; what the user can mend is one line on stderr, what they cannot is a traceback."""
+    from decoupled_pp import environment
+    from decoupled_pp.watch import Terminated
+
+    rank, several = environment.rank(), environment.world_size() > 1
+    try:
+        chosen = _parser().parse_args(arguments)
+        command: Callable[[argparse.Namespace], int] = chosen.run
+        return command(chosen)
+    except PeerError as error:
+        if not error.fault.usage:  # bad input is said once, by the rank that found it
+            _say(f"rank {rank}: ended because of another rank: {error}")
+        return USAGE if error.fault.usage else FAILED
+    except UsageError as error:
+        _say_once(error)
+        return USAGE
+    except Terminated as error:
+        _say(str(error))
+        return TERMINATED
+    except TrainingError as error:
+        _say(f"rank {rank}: {error}" if several else str(error))
+        return FAILED
+    except KeyboardInterrupt:
+        if rank == 0:
+            _say("interrupted; nothing was saved since the last checkpoint")
+        return INTERRUPTED
+
+
+def _say_once(fault: UsageError) -> None:
+    """Say what is wrong with the input, unless another rank has found the same and said it."""
+    from decoupled_pp import environment
+    from decoupled_pp.links import first_to_report
+    from decoupled_pp.settings import LinkSettings
+
+    if environment.world_size() == 1 or first_to_report(str(fault), LinkSettings().timeout_seconds):
+        _say(str(fault))
+
+
+def _say(text: str) -> None:
+    sys.stderr.write("dpp: " + " ".join(text.split()) + "\n")
+    sys.stderr.flush()
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line as with any other input."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UsageError."""
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="dpp", description="Pipeline training with local critics: nothing flows back.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a network through a decoupled pipeline")
+    train.add_argument("config", help="YAML file with the settings (docs/configuration.md)")
+    train.add_argument("--ranks", type=int, help="start this many ranks here (default: one process for all stages)")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder")
+    train.add_argument("--overwrite", action="store_true", help="clear an existing run folder")
+    train.add_argument("--max-restarts", type=int, default=0, help="start failed ranks again, from the last checkpoint")
+    _add_overrides(train)
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("evaluate", help="held-out loss and accuracy of every exit of a run")
+    evaluate.add_argument("folder", help="run folder")
+    _add_overrides(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
+    export = commands.add_parser("export", help="write a run's network as plain safetensors")
+    export.add_argument("folder", help="run folder")
+    export.add_argument("-o", "--output", required=True, help="file to write")
+    export.set_defaults(run=_export)
+
+    from decoupled_pp.benchmarks import add_benchmarks
+
+    add_benchmarks(commands.add_parser("bench", help="measure speed"))
+    return parser
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. training.steps=100"
+    )
+
+
+def _train(chosen: argparse.Namespace) -> int:
+    from decoupled_pp import environment
+    from decoupled_pp.config import load_settings
+    from decoupled_pp.job import check_ranks, run_rank
+
+    settings = load_settings(chosen.config, tuple(chosen.set))
+    if environment.world_size() > 1 and chosen.ranks is not None:
+        raise UsageError(f"--ranks {chosen.ranks} starts ranks, but a launcher has already done so; leave it out")
+    check_ranks(settings, environment.world_size() if chosen.ranks is None else chosen.ranks)
+    if chosen.ranks is not None and chosen.ranks > 1:
+        return _launch_train(chosen, settings)
+    outcome = run_rank(settings, resume=chosen.resume, overwrite=chosen.overwrite)
+    if outcome.report.stopped:
+        if outcome.rank == 0:
+            ranks = environment.world_size()
+            _say(f"{outcome.report.stopped} at step {outcome.report.steps}; saved. Go on with: {_again(chosen, ranks)}")
+        return INTERRUPTED
+    if outcome.rank == 0:
+        from decoupled_pp.tables import print_outcome
+
+        print_outcome(outcome)
+    return 0
+
+
+def _again(chosen: argparse.Namespace, ranks: int) -> str:
+    """The command line that goes on with this run."""
+    words = ["dpp", "train", chosen.config, *(word for override in chosen.set for word in ("--set", override))]
+    return shlex.join([*words, *(["--ranks", str(ranks)] if ranks > 1 else []), "--resume"])
+
+
+def _launch_train(chosen: argparse.Namespace, settings: Settings) -> int:
+    from decoupled_pp import run_folder
+    from decoupled_pp.launcher import launch
+
+    run_folder.check(settings.folder, resume=chosen.resume, overwrite=chosen.overwrite)  # sooner than the ranks can
+    arguments = ["train", chosen.config, *(f"--set={override}" for override in chosen.set)]
+    arguments += [flag for flag, given in (("--resume", chosen.resume), ("--overwrite", chosen.overwrite)) if given]
+    grace_seconds = settings.links.timeout_seconds
+    return launch(arguments, chosen.ranks, max_restarts=chosen.max_restarts, grace_seconds=grace_seconds)
+
+
+def _evaluate(chosen: argparse.Namespace) -> int:
+    from decoupled_pp.job import evaluate_run
+    from decoupled_pp.tables import print_exits
+
+    print_exits(evaluate_run(Path(chosen.folder), tuple(chosen.set)))
+    return 0
+
+
+def _export(chosen: argparse.Namespace) -> int:
+    from decoupled_pp.job import export_folder
+
+    export_folder(Path(chosen.folder), Path(chosen.output))
+    print(chosen.output)
+    return 0

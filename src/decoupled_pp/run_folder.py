@@ -1,0 +1,121 @@
+"""The folder of one run: made, refused or cleared first, filled with summary, pictures and weights at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from decoupled_pp.checkpoint import list_checkpoints, remove_incomplete
+from decoupled_pp.contracts import Record, Report, UsageError
+from decoupled_pp.plots import plot_losses, plot_timeline
+from decoupled_pp.runlog import METRICS_FILE, read_records
+from decoupled_pp.settings import Settings
+from decoupled_pp.trace import write_trace
+
+CONFIG_FILE = "config.yaml"
+CHECKPOINTS = "checkpoints"
+WEIGHTS_FILE = "model.safetensors"
+JOB_FILE = ".job"
+
+
+def check(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Decide whether a run may use the folder; only looks.
+
+    Raises:
+        UsageError: It exists and neither is allowed, there is nothing to resume, or it cannot be written.
+    """
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite contradict each other; give one")
+    try:
+        if resume and not list_checkpoints(folder / CHECKPOINTS):
+            raise UsageError(
+                f"{folder} has no checkpoint to resume from; start it without --resume (--overwrite if it exists)"
+            )
+        if not resume and folder.exists() and any(folder.iterdir()):
+            if not overwrite:
+                raise UsageError(
+                    f"run folder {folder} exists; --resume goes on, --overwrite starts anew, or change `name`"
+                )
+            if not (folder / CONFIG_FILE).exists():
+                raise UsageError(f"{folder} holds no {CONFIG_FILE}, so it is no run folder and is not overwritten")
+    except OSError as error:
+        raise _unwritable(folder, error.strerror or str(error)) from error
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise _unwritable(folder, f"{there} is not a directory")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise _unwritable(folder, f"no permission to write {there}")
+
+
+def claim(folder: Path, job: str, *, resume: bool, overwrite: bool) -> None:
+    """Make the run folder or take over an existing one, which may cost what is in it; nothing is refused after this.
+
+    Args:
+        folder: The run folder.
+        job: Who claims it; see `claimed_by`.
+        resume: Keep what is there.
+        overwrite: Clear what is there.
+
+    Raises:
+        UsageError: As `check`.
+    """
+    check(folder, resume=resume, overwrite=overwrite)
+    try:
+        if resume:
+            remove_incomplete(folder / CHECKPOINTS)
+        elif folder.exists():
+            shutil.rmtree(folder)
+        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        (folder / JOB_FILE).write_text(job, encoding="utf-8")
+    except OSError as error:
+        raise _unwritable(folder, error.strerror or str(error)) from error
+
+
+def claimed_by(folder: Path, job: str) -> bool:
+    """Whether this job, perhaps before torchrun started its workers again, was the last to claim the folder."""
+    file = folder / JOB_FILE
+    return file.is_file() and file.read_text(encoding="utf-8") == job
+
+
+def _unwritable(folder: Path, reason: str) -> UsageError:
+    return UsageError(f"cannot write the run folder {folder}: {reason}; change `runs`")
+
+
+def write_config(folder: Path, settings: Settings, sizes: tuple[int, ...]) -> None:
+    """The resolved settings, with the cut as it was chosen (a resumed run cuts the same way)."""
+    resolved: dict[str, Any] = settings.model_dump()
+    resolved["cut"] = list(sizes)
+    (folder / CONFIG_FILE).write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+
+
+def write_results(folder: Path, report: Report, spans: dict[int, list[Any]], device: str, unit: str) -> list[Path]:
+    """`summary.json`, `trace.json`, `timeline.png` and `loss.png`; returns the paths of the pictures."""
+    (folder / "summary.json").write_text(json.dumps(summary(report, device), indent=2) + "\n", encoding="utf-8")
+    write_trace(folder / "trace.json", spans)
+    pictures = [folder / "timeline.png", folder / "loss.png"]
+    plot_timeline(spans, pictures[0])
+    plot_losses(read_records(folder / METRICS_FILE), pictures[1], unit)
+    return pictures
+
+
+def summary(report: Report, device: str) -> Record:
+    """The content of `summary.json`."""
+    last = report.exits[-1]
+    return {
+        "strategy": "decoupled",
+        "ranks": len(report.per_stage),
+        "device": device,
+        "steps": report.steps,
+        "seconds": report.seconds,
+        "samples_per_second": report.samples_per_second,
+        "final": {"train_loss": report.train_loss, "val_loss": last.val_loss, "val_accuracy": last.val_accuracy},
+        "exits": [vars(one) for one in report.exits],
+        "per_stage": list(report.per_stage),
+        "links": list(report.links),
+        "stopped": report.stopped,
+    }
