@@ -1,0 +1,14 @@
+"""Benchmark commands of `dpp bench`."""
+
+from __future__ import annotations
+
+import argparse
+
+from decoupled_pp.benchmarks import gpu, schedule
+
+
+def add_benchmarks(parser: argparse.ArgumentParser) -> None:
+    """Add the benchmarks' own commands."""
+    commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
+    schedule.add_arguments(commands.add_parser("schedule", help="share of ideal with emulated compute"))
+    gpu.add_arguments(commands.add_parser("gpu", help="tests and speed of one stage on one GPU"))

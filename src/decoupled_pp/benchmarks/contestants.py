@@ -1,0 +1,175 @@
+"""One rank of an emulated pipeline, trained decoupled or by one of torch's schedules, and its own compute alone."""
+
+from __future__ import annotations
+
+import copy
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from decoupled_pp.baselines import Training, build_baseline, stages_needed
+from decoupled_pp.benchmarks.emulated import EmulatedLayer
+from decoupled_pp.contracts import Plan, Record
+from decoupled_pp.links import World
+from decoupled_pp.losses import cross_entropy
+from decoupled_pp.settings import OptimizerSettings, ScheduleSettings
+from decoupled_pp.trainer import Trainer, partition
+
+WIDTH, CLASSES, RATE, TIMEOUT = 64, 10, 0.01, 60.0
+_WARM_UP, _ALONE = 5, 25
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every contestant is given.
+
+    Attributes:
+        world: The ranks.
+        forward_seconds: Emulated forward of one rank and micro-batch.
+        backward_seconds: Emulated backward of one rank and micro-batch.
+        batch: Samples per micro-batch.
+        packets: Micro-batches per measurement.
+        micro_batches: Micro-batches per optimizer step of a pipelined baseline.
+        capacity: Packets a link of the decoupled pipeline may hold.
+    """
+
+    world: World
+    forward_seconds: float
+    backward_seconds: float
+    batch: int
+    packets: int
+    micro_batches: int
+    capacity: int
+
+    def plan(self, stages: int) -> Plan:
+        """An emulated network; the stages of a rank share its compute equally."""
+        torch.manual_seed(0)
+        share = self.world.size / stages
+        layers: list[nn.Module] = [
+            EmulatedLayer(WIDTH, self.forward_seconds * share, self.backward_seconds * share) for _ in range(stages)
+        ]
+        layers[-1] = nn.Sequential(layers[-1], nn.Linear(WIDTH, CLASSES))
+        return partition(layers, stages, "uniform", self.data()[0], device="cpu")
+
+    def data(self) -> tuple[Tensor, Tensor]:
+        """One micro-batch."""
+        generator = torch.Generator().manual_seed(0)
+        targets = torch.randint(CLASSES, (self.batch,), generator=generator)
+        return torch.randn(self.batch, WIDTH, generator=generator), targets
+
+
+class Contestant(ABC):
+    """A way to train the emulated pipeline; every rank calls the same methods at the same time."""
+
+    @abstractmethod
+    def period(self) -> float:
+        """Seconds per micro-batch in steady state, as this rank sees it (0 if another rank knows better)."""
+
+    @abstractmethod
+    def alone(self) -> float:
+        """Seconds per micro-batch of this rank's own compute as a plain PyTorch loop, back to back, without links."""
+
+
+class Decoupled(Contestant):
+    """Our own runtime, with linear critics; one optimizer step per micro-batch."""
+
+    def __init__(self, work: Work) -> None:
+        """Build the stages, connect, and warm up."""
+        self._work, self._batch = work, work.data()
+        self._ends: dict[int, float] = {}  # packet -> when the last stage was done with it
+        self._done = _WARM_UP
+        self._trainer = Trainer(
+            work.plan(work.world.size),
+            optimizer={"kind": "SGD", "lr": RATE},
+            device="cpu",
+            capacity=work.capacity,
+            timeout_seconds=TIMEOUT,
+            log_every=1000,
+            observer=self._observe,
+        )
+        self._trainer.fit([self._batch], _WARM_UP)
+
+    def _observe(self, records: list[Record]) -> None:
+        for record in records:
+            if record["kind"] == "spans" and record["stage"] == self._work.world.size - 1:
+                self._ends.update((number, at + took) for phase, at, took, number in record["spans"] if phase == "step")
+
+    def period(self) -> float:
+        """Between two ends of the last stage's steps, once the pipeline is full (rank 0 collects the spans)."""
+        self._ends.clear()
+        packets, start = self._work.packets, self._done
+        self._trainer.fit([self._batch], packets, trace_packets=range(start, start + packets))
+        self._done += packets
+        first, last = start + packets // 5, start + packets - 1
+        return (self._ends[last] - self._ends[first]) / (last - first) if self._work.world.rank == 0 else 0.0
+
+    def alone(self) -> float:
+        """The same trunk, critic, loss and optimizer."""
+        stage = self._trainer.stages[0]
+        trunk, critic = copy.deepcopy(stage.trunk), copy.deepcopy(stage.critic) or nn.Identity()
+        optimizer = torch.optim.SGD([*trunk.parameters(), *critic.parameters()], lr=RATE)
+
+        def step() -> None:
+            stage.loss(critic(trunk(self._batch[0])), self._batch[1]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return seconds_per_call(step, _ALONE)
+
+
+class Pipelined(Contestant):
+    """A baseline with a flush, and one optimizer step, per `micro_batches`."""
+
+    def __init__(self, kind: str, work: Work) -> None:
+        """Build this rank's stages and warm up.
+
+        Raises:
+            UsageError: The schedule does not fit the ranks or the micro-batches.
+        """
+        self._work, self._count = work, work.micro_batches
+        plan = work.plan(stages_needed(kind, work.world.size) or work.world.size)
+        training = Training(cross_entropy, OptimizerSettings(kind="SGD", lr=RATE), ScheduleSettings(), 1)
+        self._strategy = build_baseline(kind, plan, training, _CPU, rank=work.world.rank, ranks=work.world.size)
+        self._batches = [work.data()] * self._count
+        self._strategy.step(self._batches)
+
+    def period(self) -> float:
+        """Whole steps, flush and optimizer step included."""
+        steps = max(2, self._work.packets // self._count)
+        return seconds_per_call(lambda: self._strategy.step(self._batches), steps) / self._count
+
+    def alone(self) -> float:
+        """Copies of this rank's stages, each on an input of its own; the last one with the loss."""
+        parts = [copy.deepcopy(part.layers) for part in self._strategy.parts.values()]
+        optimizer = torch.optim.SGD([p for part in parts for p in part.parameters()], lr=RATE)
+        inputs, target = self._work.data()
+
+        def step() -> None:
+            for _ in range(self._count):
+                for part in parts:
+                    output = part(inputs)
+                    last = output.shape[1] == CLASSES
+                    (cross_entropy(output, target) / self._count if last else output.sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return seconds_per_call(step, max(2, _ALONE // self._count)) / self._count
+
+
+def contestant(kind: str, work: Work) -> Contestant:
+    """`decoupled`, or a pipelined baseline by name."""
+    return Decoupled(work) if kind == "decoupled" else Pipelined(kind, work)
+
+
+def seconds_per_call(call: Callable[[], object], calls: int) -> float:
+    """Mean over `calls`, after one that is not counted."""
+    call()
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) / calls

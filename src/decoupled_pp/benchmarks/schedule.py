@@ -1,0 +1,149 @@
+"""`dpp bench schedule`: share of the ideal that pipelines of emulated stages reach over real links and processes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from decoupled_pp import environment
+from decoupled_pp.baselines import BASELINES, stages_needed
+from decoupled_pp.benchmarks.contestants import TIMEOUT, Contestant, Work, contestant
+from decoupled_pp.contracts import UsageError
+from decoupled_pp.launcher import launch
+from decoupled_pp.links import join_world
+
+STRATEGIES = ("decoupled", *(kind for kind in BASELINES if stages_needed(kind, 1) is not None))
+"""What can be measured: pipelines. (The copies of `data_parallel` and `backprop` have no stages to emulate.)"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own arguments."""
+    parser.add_argument("--ranks", type=int, required=True, help="processes; a decoupled pipeline has as many stages")
+    parser.add_argument("--strategies", default="decoupled", help=f"comma-separated, of {', '.join(STRATEGIES)}")
+    parser.add_argument(
+        "--micro-batches", type=int, help="per optimizer step of a pipelined baseline (default: ranks); decoupled: 1"
+    )
+    parser.add_argument("--packets", type=int, default=60, help="micro-batches per repeat")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--forward-ms", type=float, default=10.0, help="emulated forward of one rank and micro-batch")
+    parser.add_argument("--backward-ms", type=float, default=20.0, help="emulated backward of one rank and micro-batch")
+    parser.add_argument("--batch", type=int, default=16, help="samples per micro-batch (64 floats each)")
+    parser.add_argument("--capacity", type=int, default=4, help="packets a link may hold")
+    parser.add_argument("--output", help="write the figures to this JSON file")
+    parser.set_defaults(run=run_command)
+
+
+def run_command(chosen: argparse.Namespace) -> int:
+    """Start the ranks, or be one of them."""
+    if chosen.ranks < 2 or chosen.packets < 10 or chosen.repeats < 1:
+        raise UsageError(
+            "bench schedule needs --ranks of at least 2, --packets of at least 10, --repeats of at least 1"
+        )
+    chosen.strategies = [kind.strip() for kind in chosen.strategies.split(",")]
+    if unknown := [kind for kind in chosen.strategies if kind not in STRATEGIES]:
+        raise UsageError(f"--strategies: {unknown[0]!r} is not known; of {', '.join(STRATEGIES)}")
+    chosen.micro_batches = chosen.ranks if chosen.micro_batches is None else chosen.micro_batches
+    if chosen.micro_batches < 1:
+        raise UsageError(f"--micro-batches {chosen.micro_batches} must be at least 1")
+    chosen.refused = {}
+    if environment.world_size() == 1:
+        return launch(sys.argv[1:], chosen.ranks, max_restarts=0, grace_seconds=10)
+    results = measure(chosen)
+    if environment.rank() == 0:
+        figures = summarize(results, chosen)
+        if chosen.output:
+            Path(chosen.output).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        sys.stdout.write(describe(figures))
+    return 0
+
+
+def measure(chosen: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """All strategies in turn, `repeats` times (A B A B ...): the figures of every repeat, equal on all ranks."""
+    torch.set_num_threads(1)
+    world = join_world(TIMEOUT)
+    channel = world.channel()
+    work = Work(
+        world,
+        chosen.forward_ms / 1000,
+        chosen.backward_ms / 1000,
+        chosen.batch,
+        chosen.packets,
+        chosen.micro_batches,
+        chosen.capacity,
+    )
+    contestants: dict[str, Contestant] = {}
+    for kind in chosen.strategies:
+        try:
+            contestants[kind] = contestant(kind, work)
+        except (
+            UsageError
+        ) as error:  # on every rank alike, before anything is sent; the others are measured all the same
+            chosen.refused[kind] = str(error)
+    results: dict[str, list[dict[str, float]]] = {kind: [] for kind in contestants}
+    for repeat in range(chosen.repeats):
+        for kind, one in contestants.items():
+            channel.gather(f"start/{kind}/{repeat}", 0, TIMEOUT)
+            alone = max(channel.gather(f"alone/{kind}/{repeat}", one.alone(), TIMEOUT))
+            seconds = TIMEOUT + 100 * chosen.packets * (chosen.forward_ms + chosen.backward_ms) / 1000
+            period = max(channel.gather(f"period/{kind}/{repeat}", one.period(), seconds))
+            results[kind].append(figures_of(period, alone, (chosen.forward_ms + chosen.backward_ms) / 1000))
+    return results
+
+
+def figures_of(period: float, alone: float, nominal: float) -> dict[str, float]:
+    """What one measurement says; the arguments are seconds per micro-batch.
+
+    Args:
+        period: Of the pipeline.
+        alone: Of the slowest rank's own compute, back to back; all ranks run theirs at the same time.
+        nominal: Of the bare sleeps.
+    """
+    return {
+        "period_ms": period * 1000,
+        "alone_ms": alone * 1000,
+        "share_of_ideal": alone / period,
+        "share_of_nominal": nominal / period,
+        "cost_us": (period - alone) * 1e6,
+    }
+
+
+def summarize(results: dict[str, list[dict[str, float]]], chosen: argparse.Namespace) -> dict[str, Any]:
+    """The arguments, and of every strategy the medians with the spread beside them."""
+    figures: dict[str, Any] = {k: v for k, v in vars(chosen).items() if k not in ("run", "output")}
+    for kind, repeats in results.items():
+        columns = {key: [one[key] for one in repeats] for key in repeats[0]}
+        figures[kind] = {
+            key: {"median": statistics.median(values), "min": min(values), "max": max(values)}
+            for key, values in columns.items()
+        }
+    return figures
+
+
+def describe(figures: dict[str, Any]) -> str:
+    """The figures as a few lines of text."""
+    nominal = figures["forward_ms"] + figures["backward_ms"]
+    rows = (
+        ("alone_ms", "ideal: slowest rank alone, back to back, ms", ".2f"),
+        ("period_ms", "pipeline in steady state, ms/micro-batch", ".2f"),
+        ("share_of_ideal", "share of ideal", ".4f"),
+        ("share_of_nominal", f"share of the bare sleeps ({nominal:g} ms)", ".4f"),
+        ("cost_us", "more than compute alone, us/micro-batch", ".0f"),
+    )
+    text = f"{figures['ranks']} ranks, {figures['packets']} micro-batches, {figures['repeats']} repeats; "
+    text += "median (min .. max)\n"
+    for kind in figures["strategies"]:
+        if kind in figures["refused"]:
+            text += f"{kind}: not measured: {figures['refused'][kind]}\n"
+            continue
+        per_step = 1 if kind == "decoupled" else figures["micro_batches"]
+        text += f"{kind}, an optimizer step every {per_step} micro-batch{'es' if per_step > 1 else ''}\n"
+        for key, label, form in rows:
+            low, middle, high = (format(figures[kind][key][which], form) for which in ("min", "median", "max"))
+            text += f"  {label:<44} {middle}  ({low} .. {high})\n"
+    return text
