@@ -1,0 +1,154 @@
+"""Heads, MLP-SR's architecture, factories and the check."""
+
+import pytest
+import torch
+from torch import nn
+
+from decoupled_pp.contracts import CriticContext, UsageError
+from decoupled_pp.critics import build_critic, check_critic
+from decoupled_pp.settings import FactoryCritic, HeadCritic, MlpSrCritic
+
+
+def context(hidden, output, stage=0):
+    return CriticContext(stage, 3, 1, hidden, output, ())
+
+
+@pytest.mark.parametrize(
+    ("hidden", "output", "name"),
+    [
+        ((2, 6, 5, 4), (2, 10), "ImageHead"),
+        ((2, 6), (2, 10), "VectorHead"),
+        ((2, 5, 6), (2, 5, 11), "TokenHead"),
+        ((2, 5, 6), (2, 10), "SequenceHead"),
+    ],
+)
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_head_by_shape(hidden, output, name, as_tuple):
+    given = torch.randn(hidden)
+    given = (given, torch.ones(2, dtype=torch.bool)) if as_tuple else given
+    where = context(given, torch.randn(output))
+    critic = build_critic(HeadCritic())(where)
+    assert type(critic).__name__ == name
+    check_critic(critic, where)
+
+
+def test_token_head_has_no_bias_and_follows_the_dtype():
+    critic = build_critic(HeadCritic())(context(torch.randn(2, 5, 6).bfloat16(), torch.randn(2, 5, 11)))
+    assert critic.projection.bias is None
+    assert {parameter.dtype for parameter in critic.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("hidden", "output"),
+    [((2, 3, 4, 5, 6), (2, 10)), ((2, 5, 6), (2, 4, 11)), ((2, 6, 5, 4), (2, 10, 5, 4)), ((2,), (2, 10))],
+)
+def test_head_refuses_other_shapes(hidden, output):
+    with pytest.raises(UsageError, match=r"stage 1: .*factory"):
+        build_critic(HeadCritic())(context(torch.randn(hidden), torch.randn(output), stage=1))
+
+
+def test_head_refuses_integers():
+    with pytest.raises(UsageError, match=r"stage 0.*int64"):
+        build_critic(HeadCritic())(context(torch.zeros(2, 6, dtype=torch.int64), torch.randn(2, 10)))
+
+
+@pytest.mark.parametrize(("size", "reduced"), [((32, 32), (8, 8)), ((9, 6), (3, 2)), ((3, 3), (1, 1))])
+def test_mlp_sr_architecture(size, reduced):
+    """CRITICS.md section 1: pool to ceil(H/4), 3 x conv1x1, 2x2, 3 x linear of 4C, output."""
+    channels = 6
+    where = context(torch.randn(4, channels, *size), torch.randn(4, 10))
+    critic = build_critic(MlpSrCritic(kind="mlp_sr"))(where)
+    seen = []
+
+    def note(part, given, result):
+        seen.append((type(part).__name__, tuple(result.shape[1:])))
+
+    handles = [
+        part.register_forward_hook(note)
+        for part in critic.modules()
+        if isinstance(part, nn.Conv2d | nn.Linear | nn.BatchNorm1d | nn.BatchNorm2d | nn.ReLU)
+    ]
+    critic(where.hidden)
+    for handle in handles:
+        handle.remove()
+    image, vector = (channels, *reduced), (4 * channels,)
+    assert seen == (
+        [("Conv2d", image), ("BatchNorm2d", image), ("ReLU", image)] * 3
+        + [("Linear", vector), ("BatchNorm1d", vector), ("ReLU", vector)] * 3
+        + [("Linear", (10,))]
+    )
+    assert all(part.kernel_size == (1, 1) for part in critic.modules() if isinstance(part, nn.Conv2d))
+
+
+def test_mlp_sr_on_vectors_is_the_linear_part():
+    where = context(torch.randn(4, 6), torch.randn(4, 10))
+    critic = build_critic(MlpSrCritic(kind="mlp_sr", linears=2))(where)
+    shapes = [tuple(part.weight.shape) for part in critic.modules() if isinstance(part, nn.Linear)]
+    assert shapes == [(6, 6), (6, 6), (10, 6)]
+    check_critic(critic, where)
+
+
+@pytest.mark.parametrize(("hidden", "output"), [((2, 5, 6), (2, 10)), ((2, 6), (2, 5, 10))])
+def test_mlp_sr_refuses_other_shapes(hidden, output):
+    with pytest.raises(UsageError, match="critic mlp_sr is for images and vectors"):
+        build_critic(MlpSrCritic(kind="mlp_sr"))(context(torch.randn(hidden), torch.randn(output)))
+
+
+class OwnCritic(nn.Module):
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(inputs)
+        self.linear = nn.Linear(inputs, outputs)
+
+    def forward(self, hidden):
+        return self.linear(self.norm(hidden))
+
+
+def make_critic(context, outputs):
+    return OwnCritic(context.hidden.shape[1], outputs) if outputs else "no module"
+
+
+def own(outputs):
+    return build_critic(
+        FactoryCritic(kind="factory", factory=f"{__name__}:make_critic", arguments={"outputs": outputs})
+    )
+
+
+def test_factory_and_check_leave_no_trace():
+    where = context(torch.randn(4, 6), torch.randn(4, 10))
+    critic = own(10)(where)
+    critic.norm.eval()
+    state = {key: value.clone() for key, value in critic.state_dict().items()}
+    check_critic(critic, where)
+    assert all(torch.equal(value, critic.state_dict()[key]) for key, value in state.items())
+    assert critic.training
+    assert not critic.norm.training
+
+
+def test_check_names_stage_class_and_both_shapes():
+    where = context(torch.randn(4, 6), torch.randn(4, 10), stage=1)
+    with pytest.raises(UsageError) as caught:
+        check_critic(own(9)(where), where)
+    assert str(caught.value) == (
+        "stage 1: critic OwnCritic turns a stage output of shape (4, 6) into shape (4, 9), but the network's output "
+        "has shape (4, 10); make the critic return logits of that shape, or choose critic.kind head"
+    )
+
+
+def test_check_names_a_critic_that_fails():
+    where = context(torch.randn(4, 6), torch.randn(4, 10), stage=1)
+    with pytest.raises(UsageError, match=r"stage 1: critic OwnCritic fails on a stage output of shape \(4, 6\)"):
+        check_critic(OwnCritic(7, 10), where)
+
+
+def test_check_refuses_a_critic_that_works_in_place():
+    where = context(torch.randn(4, 6), torch.randn(4, 10))
+    kept = where.hidden.clone()
+    with pytest.raises(UsageError, match="stage 0: critic Sequential changes the stage's output in place"):
+        check_critic(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 10)), where)
+    assert torch.equal(where.hidden, kept)
+
+
+def test_factory_returning_something_else():
+    with pytest.raises(UsageError, match=r"critic\.factory.*returned str"):
+        own(0)(context(torch.randn(4, 6), torch.randn(4, 10)))

@@ -1,0 +1,27 @@
+"""The README's first example runs as it stands, in one process and under torchrun, with the same result."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def run(command: list[str], folder: Path) -> list[str]:
+    """The lines of the example's own output (the live view's lines start otherwise)."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr
+    return re.findall(r"\[[\d., ]+\] \d+ bytes backward", done.stdout)
+
+
+def test_readme_example(tmp_path: Path) -> None:
+    [code] = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    lines = [line for line in code.splitlines() if line and not line.startswith(("import", "from"))]
+    assert len(lines) <= 15
+    (tmp_path / "script.py").write_text("import torch\ntorch.set_num_threads(1)\n" + code)
+    [alone] = run([sys.executable, "script.py"], tmp_path)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
+    assert run(torchrun, tmp_path) == [alone, alone]
+    assert alone.endswith("] 0 bytes backward")
+    assert min(float(score) for score in re.findall(r"0\.\d+|1\.0", alone)) > 0.85

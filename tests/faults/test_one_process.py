@@ -1,0 +1,222 @@
+"""Faults of a run in one process: losses, checkpoints, Ctrl-C, SIGTERM, and the commands that read run folders."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs.write_settings()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished run, made once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("finished"))
+        runs.write_settings()
+        assert runs.dpp("train", "run.yaml") == 0
+        return runs.FOLDER.absolute()
+
+
+@pytest.fixture
+def run(finished):
+    """A finished run, to be damaged."""
+    shutil.copytree(finished, runs.FOLDER)
+    return runs.FOLDER
+
+
+def _line(capsys, *words):
+    errors = capsys.readouterr().err
+    assert errors.startswith("dpp: ") and errors.count("\n") == 1, errors
+    assert all(word in errors for word in words), errors
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("stage, behind", [(0, 1), (1, 4)])
+def test_a_loss_that_is_not_finite(stage, behind, value, capsys):
+    runs.write_settings(cut=[3, 4], model=runs.factory("not_finite", at=5, value=value, behind=behind))
+    assert runs.dpp("train", "run.yaml") == 1
+    _line(capsys, f"stage {stage}: the loss is nan at packet 5", "learning rate", "checkpoint is kept")
+    assert runs.checkpoint_steps() == [2, 4]
+    assert runs.dpp("evaluate", runs.FOLDER) == 0
+    assert runs.metrics()
+
+
+@pytest.mark.parametrize("stage, behind", [(0, 2), (1, 5)])
+def test_weights_that_are_not_finite_are_not_saved(stage, behind, capsys):
+    """The last loss is finite, the step after it is not: no later loss tells."""
+    runs.write_settings(cut=[3, 4], model=runs.factory("infinite_gradient", at=5, behind=behind))
+    assert runs.dpp("train", "run.yaml") == 1
+    _line(capsys, f"stage {stage}: model.", "not finite after packet 5", "checkpoint is kept")
+    assert runs.checkpoint_steps() == [2, 4]
+
+
+def test_an_error_in_a_layer_is_a_traceback():
+    runs.write_settings(model=runs.factory("raises", at=5))
+    with pytest.raises(ZeroDivisionError):
+        runs.dpp("train", "run.yaml")
+    assert runs.checkpoint_steps() == [2, 4]
+
+
+@pytest.mark.parametrize("stage, behind", [(0, 1), (1, 4)])
+def test_ctrl_c_saves_and_resume_gives_the_same_weights(stage, behind, capsys):
+    model = runs.factory("dies_once", at=3, number=int(signal.SIGINT), behind=behind)
+    runs.write_settings(cut=[3, 4], model=model)
+    assert runs.dpp("train", "run.yaml", "--set=training.steps=7") == 130
+    _line(capsys, "interrupted at step 4; saved", "dpp train run.yaml --set training.steps=7 --resume")
+    assert runs.checkpoint_steps() == [2, 4]
+    assert runs.dpp("train", "run.yaml", "--set=training.steps=7", "--resume") == 0
+    assert runs.dpp("train", "run.yaml", "--set=training.steps=7", "--set=name=whole") == 0
+    resumed, whole = runs.weights(), runs.weights(Path("runs/whole"))
+    assert resumed.keys() == whole.keys() and all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("cut", [[1, 3], [3, 1]])
+def test_a_measured_cut_is_kept_by_resume(cut):
+    """A new measurement may give another cut, and at least one of these two is another."""
+    assert runs.dpp("train", "run.yaml", f"--set=cut={cut}", "--set=training.steps=2") == 0
+    assert runs.dpp("train", "run.yaml", "--set=cut=time", "--resume") == 0
+    record = json.loads((runs.FOLDER / "checkpoints/step-00000006/stage-0.json").read_text())
+    assert record["boundaries"] == [0, cut[0], 4]
+
+
+def test_sigterm_ends_the_run_and_keeps_the_last_checkpoint(capsys):
+    runs.write_settings(model=runs.factory("dies_once", at=5, number=int(signal.SIGTERM)))
+    before = signal.getsignal(signal.SIGTERM)
+    assert runs.dpp("train", "run.yaml") == 143
+    _line(capsys, "rank 0 got SIGTERM")
+    assert runs.checkpoint_steps() == [2, 4] and runs.metrics()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+
+def _newest(folder):
+    return folder / "checkpoints/step-00000006"
+
+
+def _flip_a_byte(folder):
+    (file,) = (_newest(folder) / "stage-1").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def _cut_short(folder):
+    (file,) = (_newest(folder) / "stage-1").glob("*.safetensors")
+    os.truncate(file, 100)
+
+
+def _break_the_record(folder):
+    os.truncate(_newest(folder) / "stage-1.json", 20)
+
+
+def _lose_a_stage(folder):
+    shutil.rmtree(_newest(folder) / "stage-1")
+
+
+def _lose_a_record(folder):
+    (_newest(folder) / "stage-1.json").unlink()
+
+
+def _change_the_format(folder):
+    record = json.loads((_newest(folder) / "stage-0.json").read_text())
+    (_newest(folder) / "stage-0.json").write_text(json.dumps({**record, "format": 99}))
+
+
+DAMAGE = [_flip_a_byte, _cut_short, _break_the_record, _lose_a_stage, _lose_a_record, _change_the_format]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_refused_by_every_command(damage, run, capsys):
+    damage(run)
+    before = runs.fingerprint(Path())
+    capsys.readouterr()
+    for command in (["train", "run.yaml", "--resume"], ["evaluate", run], ["export", run, "-o", "weights"]):
+        assert runs.dpp(*command) == 2
+        _line(capsys, "step-00000006", "format 99" if damage is _change_the_format else "corrupt")
+        assert runs.fingerprint(Path()) == before
+
+
+def test_the_remedy_for_a_damaged_checkpoint_works(run, capsys):
+    _flip_a_byte(run)
+    shutil.rmtree(_newest(run))
+    assert runs.dpp("train", "run.yaml", "--resume") == 0
+    assert runs.checkpoint_steps() == [2, 4, 6]
+
+
+def test_a_checkpoint_of_another_plan_is_refused(run, capsys):
+    (run / "checkpoints/step-00000008.incomplete").mkdir()
+    before = runs.fingerprint(Path())
+    capsys.readouterr()
+    for change in ("--set=model.width=8", "--set=model.depth=5"):
+        assert runs.dpp("train", "run.yaml", "--resume", change) == 2
+        _line(capsys, "step-00000006", "another plan", "use the config it was made with")
+        assert runs.fingerprint(Path()) == before
+        assert (run / "checkpoints/step-00000008.incomplete").exists()
+
+
+def test_a_damaged_log_is_refused(run, capsys):
+    (run / "metrics.jsonl").write_text("nothing\n" + (run / "metrics.jsonl").read_text())
+    capsys.readouterr()
+    assert runs.dpp("train", "run.yaml", "--resume", "--set=training.steps=8") == 2
+    _line(capsys, "metrics.jsonl line 1", "JSON")
+
+
+def test_overwrite_leaves_a_run_alone_when_another_key_is_bad(run, capsys):
+    before = runs.fingerprint(run)
+    assert runs.dpp("train", "run.yaml", "--overwrite", "--set=optimizer.arguments={momentun: 1}") == 2
+    assert runs.fingerprint(run) == before
+
+
+# ------------------------------------------------------------------------------------------ commands on run folders
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["export", "-o", "weights"]])
+def test_what_is_no_run_folder_is_refused(command, capsys):
+    for folder in ("nowhere", "."):
+        assert runs.dpp(command[0], folder, *command[1:]) == 2
+        _line(capsys, folder, "not a run folder", "config.yaml")
+    assert not Path("weights").exists()
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["export", "-o", "weights"]])
+def test_a_run_without_a_checkpoint_is_refused(command, run, capsys):
+    shutil.rmtree(run / "checkpoints")
+    capsys.readouterr()
+    assert runs.dpp(command[0], run, *command[1:]) == 2
+    _line(capsys, str(run), "no checkpoint yet")
+    assert not Path("weights").exists()
+
+
+@pytest.mark.parametrize("output", ["/dev/null/weights", "run.yaml/weights", "runs"])
+def test_an_output_that_cannot_be_written_is_refused(output, run, capsys):
+    before = runs.fingerprint(Path())
+    capsys.readouterr()
+    assert runs.dpp("export", run, "-o", output) == 2
+    _line(capsys, f"cannot write {output}")
+    assert runs.fingerprint(Path()) == before
+
+
+def test_good_folders_are_evaluated_and_exported(run, capsys):
+    assert runs.dpp("evaluate", run) == 0
+    assert runs.dpp("export", run, "-o", "exported/weights.safetensors") == 0
+    assert Path("exported/weights.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
+
+
+def test_a_finished_run_is_not_resumed(run, capsys):
+    before = runs.fingerprint(Path())
+    capsys.readouterr()
+    assert runs.dpp("train", "run.yaml", "--resume") == 2
+    _line(capsys, "is at step 6 of 6", "raise training.steps")
+    assert runs.fingerprint(Path()) == before

@@ -1,0 +1,69 @@
+"""A rank that dies, is told to end, or fails: every rank ends, says why, and the last good checkpoint is kept."""
+
+import signal
+
+import pytest
+import runs
+
+import ranks
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def _train(tmp_path, model, size=3, **sections):
+    """A run of `size` ranks, saving after every second packet, stopped by the fault that the model holds."""
+    runs.write_settings(stages=size, cut=[2, *[1] * (size - 2), 7 - size], model=model, **sections)
+    results = ranks.launch(
+        runs.dpp_in_rank, str(tmp_path), "train", "run.yaml", size=size, folder=tmp_path / "logs", may_fail=True
+    )
+    return results, ["\n".join(runs.said(result.output)) for result in results]
+
+
+def _check_kept(packet):
+    """Committed checkpoints up to the packet of the fault, all of them good, and readable metrics."""
+    steps = runs.checkpoint_steps()
+    assert steps and all(step <= packet for step in steps)
+    runs.metrics()
+    assert runs.dpp("evaluate", runs.FOLDER) == 0  # opens and verifies the newest
+
+
+@pytest.mark.parametrize("stage, behind", [(0, 1), (1, 2), (2, 3)])
+def test_a_killed_rank_is_named_by_all_others(stage, behind, tmp_path):
+    model = runs.factory("dies_once", at=5, number=int(signal.SIGKILL), behind=behind)
+    results, said = _train(tmp_path, model)
+    assert results[stage].exitcode == -signal.SIGKILL
+    for rank in {0, 1, 2} - {stage}:
+        assert results[rank].value == 1, results[rank]
+        assert f"stage {stage} (rank {stage})" in said[rank], said
+        assert said[rank].count("\n") == 0 and "Traceback" not in results[rank].output
+    _check_kept(5)
+
+
+@pytest.mark.parametrize("stage, behind", [(0, 1), (2, 3)])
+def test_a_rank_that_is_told_to_end_says_so_and_ends_all(stage, behind, tmp_path):
+    model = runs.factory("dies_once", at=5, number=int(signal.SIGTERM), behind=behind)
+    results, said = _train(tmp_path, model)
+    assert [result.value for result in results] == [143 if rank == stage else 1 for rank in range(3)]
+    assert all(f"rank {stage} got SIGTERM" in line and "\n" not in line for line in said), said
+    _check_kept(5)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_loss_that_is_not_finite_ends_all(value, tmp_path):
+    results, said = _train(tmp_path, runs.factory("not_finite", at=5, value=value, behind=2))
+    assert [result.value for result in results] == [1, 1, 1]
+    assert any("stage 1: the loss is nan at packet 5" in line for line in said), said
+    assert all("at packet 5" in line for line in said), said
+    _check_kept(4)
+
+
+def test_an_error_in_a_layer_is_a_traceback_there_and_a_line_elsewhere(tmp_path):
+    results, said = _train(tmp_path, runs.factory("raises", at=5, behind=2))
+    assert "Traceback" in results[1].output and "ZeroDivisionError" in results[1].output
+    for rank in (0, 2):
+        assert results[rank].value == 1 and "rank 1: ZeroDivisionError" in said[rank], said
+        assert "Traceback" not in results[rank].output
+    _check_kept(5)

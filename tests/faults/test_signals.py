@@ -1,0 +1,106 @@
+"""Signals to real launches, as a terminal, a batch system or the kernel sends them; and restarts by the launcher."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+
+SLOW = {"stages": 2, "cut": [3, 4], "training": {"steps": 400}}
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def _launch(*more, behind=2):
+    runs.write_settings(**SLOW, model=runs.factory("slow", seconds=0.05, behind=behind))
+    command = runs.Command("decoupled_pp", "train", "run.yaml", "--ranks=2", *more)
+    command.until(lambda: runs.checkpoint_steps() and (runs.FOLDER / "metrics.jsonl").read_text())
+    return command
+
+
+def _check_kept():
+    assert runs.checkpoint_steps() and runs.metrics()
+    Path("hurry").touch()
+    assert runs.dpp("evaluate", runs.FOLDER) == 0  # opens and verifies the newest
+
+
+def _equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_ctrl_c_saves_on_all_ranks_and_says_how_to_go_on():
+    command = _launch("--set=seed=3")
+    command.signal(signal.SIGINT)
+    code, errors = command.wait()
+    assert code == 130
+    (line,) = errors.splitlines()
+    assert line.startswith("dpp: interrupted at step ")
+    assert line.endswith("saved. Go on with: dpp train run.yaml --set seed=3 --ranks 2 --resume")
+    step = int(line.split()[4].strip(";"))
+    assert runs.checkpoint_steps()[-1] == step < 400
+    Path("hurry").touch()
+    short = f"--set=training.steps={step + 3}"
+    assert runs.dpp("train", "run.yaml", "--set=seed=3", short, "--resume") == 0
+    assert runs.dpp("train", "run.yaml", "--set=seed=3", short, "--set=name=whole") == 0
+    assert _equal(runs.weights(), runs.weights(Path("runs/whole")))
+
+
+def test_sigterm_to_the_launcher_ends_all():
+    command = _launch()
+    command.signal(signal.SIGTERM)
+    code, errors = command.wait()
+    assert code == 143
+    assert "Traceback" not in errors and all("got SIGTERM" in line for line in errors.splitlines()), errors
+    _check_kept()
+
+
+def test_a_killed_rank_is_named_by_the_survivor_and_the_launcher():
+    command = _launch()
+    command.signal_rank(0, signal.SIGKILL)
+    code, errors = command.wait()
+    assert code == 128 + signal.SIGKILL
+    lines = errors.splitlines()
+    assert len(lines) == 2 and all(line.startswith("dpp: ") for line in lines), errors
+    assert "rank 1: stage 0 (rank 0) is gone" in lines[0] and "rank 0" in lines[1] and "SIGKILL" in lines[1]
+    _check_kept()
+
+
+def test_a_killed_launcher_leaves_no_rank_behind():
+    """Its store is gone with it; packets need none, so the ranks save at one step and end."""
+    command = _launch()
+    before = runs.checkpoint_steps()[-1]
+    command.signal(signal.SIGKILL)
+    code, errors = command.wait()
+    assert code == -signal.SIGKILL
+    lines = runs.said(errors)
+    assert len(lines) == 2 and all("the launcher is gone: its store does not answer" in line for line in lines), errors
+    assert before <= runs.checkpoint_steps()[-1] < 400
+    _check_kept()
+
+
+def test_a_restarted_launch_goes_on_by_itself():
+    runs.write_settings(
+        cut=[3, 4], model=runs.factory("dies_once", at=5, number=int(signal.SIGKILL), behind=4), training={"steps": 8}
+    )
+    code, errors = runs.Command("decoupled_pp", "train", "run.yaml", "--ranks=2", "--max-restarts=1").wait(90)
+    assert code == 0, errors
+    assert Path("died").exists() and "is gone" in errors and "Traceback" not in errors
+    assert runs.dpp("train", "run.yaml", "--set=name=undisturbed") == 0
+    assert _equal(runs.weights(), runs.weights(Path("runs/undisturbed")))
+    assert [r["step"] for r in runs.metrics() if r["kind"] == "train" and r["stage"] == 0] == [2, 4, 6, 8]
+
+
+def test_a_restart_never_takes_over_the_run_of_another_launch():
+    """The first attempt refuses the folder, so the second must as well."""
+    runs.write_settings()
+    assert runs.dpp("train", "run.yaml") == 0
+    before = runs.fingerprint(runs.FOLDER)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        patch.setenv("TORCHELASTIC_RUN_ID", "another")
+        assert runs.dpp("train", "run.yaml") == 2
+        assert runs.fingerprint(runs.FOLDER) == before

@@ -1,0 +1,53 @@
+"""Who is to blame: what a rank raises when it is told to end, and who hears of Ctrl-C."""
+
+import threading
+
+import pytest
+
+from decoupled_pp.contracts import LinkError, PeerError, UsageError
+from decoupled_pp.links import LocalControl
+from decoupled_pp.watch import Terminated, Watcher, explain_failure
+
+
+def test_a_rank_that_is_told_to_end_waits_for_the_reason():
+    control = LocalControl()  # speaks for rank 0
+    late = threading.Timer(0.2, control.report_fault, ["stage 0: the loss is nan at packet 3"])
+    late.start()
+    cause = explain_failure(Terminated("rank 1 got SIGTERM"), control, 1)
+    late.join()
+    assert isinstance(cause, PeerError) and "packet 3" in str(cause)
+
+
+def test_a_rank_whose_link_broke_says_so_though_it_was_told_to_end():
+    control = LocalControl()
+    control.report_fault("stage 1 (rank 1) is gone")  # by a thread of the link
+    cause = explain_failure(Terminated("rank 0 got SIGTERM"), control, 0)
+    assert type(cause) is LinkError and str(cause) == "stage 1 (rank 1) is gone"
+
+
+def test_a_rank_that_knows_nothing_better_says_that_it_was_told_to_end():
+    control, error = LocalControl(), Terminated("rank 0 got SIGTERM")
+    assert explain_failure(error, control, 0) is error
+    assert control.fault().text == "rank 0 got SIGTERM"
+
+
+def test_bad_input_is_of_the_rank_that_reported_it_first():
+    control, first = LocalControl(), UsageError("critic: does not fit")
+    assert explain_failure(first, control, 0) is first
+    cause = explain_failure(UsageError("critic: does not fit"), control, 1)
+    assert isinstance(cause, PeerError) and cause.fault.usage
+
+
+def test_who_asks_about_ctrl_c_finds_it_in_the_control_plane_at_once(monkeypatch):
+    monkeypatch.setattr("decoupled_pp.watch._PERIOD_SECONDS", 60.0)
+    control, interrupted = LocalControl(), threading.Event()
+    watcher = Watcher(control, None, interrupted)
+    assert watcher.stop_requested() is None
+    interrupted.set()
+    assert watcher.stop_requested() == control.stop_requested() == "interrupted"
+    watcher.close()
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("in a layer"), LinkError("no room")])
+def test_an_error_of_its_own_stays(error):
+    assert explain_failure(error, LocalControl(), 0) is error

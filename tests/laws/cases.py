@@ -1,0 +1,128 @@
+"""The small networks the laws are tried on, how they train, and what there is to compare afterwards."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from decoupled_pp import Trainer, partition
+from decoupled_pp.contracts import DataInfo
+from decoupled_pp.device import seeded
+from decoupled_pp.models import build_model
+from decoupled_pp.settings import GptModel, MlpModel, ResnetModel
+
+TOKENS = DataInfo("tokens", (6,), 11)
+IMAGES = DataInfo("image", (3, 8, 8), 5)
+VECTORS = DataInfo("vector", (7,), 3)
+
+
+def token_batch(number):
+    tokens = torch.randint(TOKENS.outputs, (3, 7))
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def image_batch(number):
+    return torch.randn(4, *IMAGES.shape), torch.randint(IMAGES.outputs, (4,))
+
+
+def vector_batch(number):
+    return torch.randn(4, *VECTORS.shape), torch.randint(VECTORS.outputs, (4,))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, its data, and the options of its Trainer."""
+
+    model: Any
+    info: DataInfo
+    batch: Callable[[int], Any]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def network(self) -> nn.Sequential:
+        with seeded(1):
+            return build_model(self.model, self.info)
+
+    def batches(self, count: int) -> list[Any]:
+        with seeded(2):
+            return [self.batch(number) for number in range(count)]
+
+    def plan(self, stages: int | list[int], **options):
+        sizes = stages if isinstance(stages, list) else None
+        return partition(
+            self.network(), len(sizes) if sizes else stages, sizes or "uniform", self.batches(1)[0][0], **options
+        )
+
+    def trainer(self, stages: int | list[int], **options) -> Trainer:
+        defaults = {"device": "cpu", "observer": ignore, "timeout_seconds": 60, "seed": 3}
+        return Trainer(self.plan(stages), **(defaults | self.options | options))
+
+
+ADAMW = {"kind": "AdamW", "lr": 1e-2}
+MOMENTUM = {"kind": "SGD", "lr": 0.05, "arguments": {"momentum": 0.9, "weight_decay": 1e-3}}
+MUON = {"kind": "Muon", "lr": 1e-2}
+
+CASES = {
+    "gpt": Case(GptModel(kind="gpt", width=8, depth=2, heads=2), TOKENS, token_batch, {"optimizer": ADAMW}),
+    "gpt with dropout": Case(
+        GptModel(kind="gpt", width=8, depth=2, heads=2, dropout=0.2), TOKENS, token_batch, {"optimizer": ADAMW}
+    ),
+    "resnet": Case(ResnetModel(kind="resnet", depth=8, width=4), IMAGES, image_batch, {"optimizer": MOMENTUM}),
+    "mlp": Case(MlpModel(kind="mlp", width=8, depth=3), VECTORS, vector_batch, {"optimizer": ADAMW}),
+    "mlp with dropout": Case(
+        MlpModel(kind="mlp", width=8, depth=3, dropout=0.3), VECTORS, vector_batch, {"optimizer": ADAMW}
+    ),
+}
+
+
+def ignore(records):
+    """An observer that shows nothing."""
+
+
+def train(case: str, stages: int, steps: int, batches: int = 12, **options) -> dict[int, dict[str, torch.Tensor]]:
+    """Train a case; the state of every stage of this process (one stage on a rank)."""
+    trainer = CASES[case].trainer(stages, **options)
+    trainer.fit(CASES[case].batches(batches), steps)
+    return states(trainer)
+
+
+def states(trainer: Trainer) -> dict[int, dict[str, torch.Tensor]]:
+    """All that training changes, by stage and name, copied."""
+    return {stage.index: state(stage) for stage in trainer.stages}
+
+
+def state(stage) -> dict[str, torch.Tensor]:
+    """Weights, buffers, critic, optimizer state, learning rates and random stream of one stage."""
+    found = {f"model.{name}": tensor for name, tensor in stage.trunk.state_dict().items()}
+    if stage.critic is not None:
+        found |= {f"critic.{name}": tensor for name, tensor in stage.critic.state_dict().items()}
+    names = {parameter: name for name, parameter in stage.named_parameters("here").items()}
+    for number, optimizer in enumerate(stage.optimizers):
+        found[f"rate.{number}"] = torch.tensor([group["lr"] for group in optimizer.param_groups])
+        for parameter, values in optimizer.state.items():
+            found |= {
+                f"optimizer.{names[parameter]}.{key}": torch.as_tensor(value)
+                for key, value in values.items()
+                if value is not None
+            }
+    found["random stream"] = stage.random.state
+    return {name: tensor.detach().clone() for name, tensor in found.items()}
+
+
+def merged(parts):
+    """The states of all ranks as those of one process."""
+    return {index: one for part in parts for index, one in part.items()}
+
+
+def differences(ours, theirs):
+    """Names of what is not bit-equal in two nested dictionaries of tensors."""
+    if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
+        return [] if torch.equal(ours, theirs) and ours.dtype == theirs.dtype else ["differs"]
+    if ours is None or theirs is None:
+        return ["missing"]
+    return [
+        f"{key}: {found}"
+        for key in sorted({*ours, *theirs}, key=str)
+        for found in differences(ours.get(key), theirs.get(key))
+    ]

@@ -1,0 +1,135 @@
+"""Law 11: each baseline's gradients == plain PyTorch's; so are its weights after clipped, scheduled steps.
+
+In double precision, so that the tolerance can be far below any real difference.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+from decoupled_pp import partition
+from decoupled_pp.baselines import BASELINES, Training, build_baseline, stages_needed
+from decoupled_pp.links import join_world
+from decoupled_pp.losses import cross_entropy
+from decoupled_pp.settings import OptimizerSettings, ScheduleSettings
+from ranks import launch
+
+CPU = torch.device("cpu")
+LAYERS, WIDTH, B, STEPS, RATE, CLIP = 8, 6, 3, 3, 0.3, 0.5
+PARALLEL = [kind for kind in BASELINES if kind != "backprop"]
+
+
+class Pair(nn.Module):
+    """Two tensors between layers: the second is scaled, and both count."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, payload):
+        first, second = payload if isinstance(payload, tuple) else (payload, payload * 0.5)
+        return torch.tanh(self.linear(first) + second), second * 1.1
+
+
+class Join(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, 4)
+
+    def forward(self, payload):
+        first, second = payload
+        return self.linear(first * second)
+
+
+def network(pairs=False):
+    torch.manual_seed(1)
+    if pairs:
+        return nn.Sequential(*(Pair() for _ in range(LAYERS - 1)), Join()).double()
+    hidden = (nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(LAYERS - 1))
+    return nn.Sequential(*hidden, nn.Linear(WIDTH, 4)).double()
+
+
+def batches(count):
+    torch.manual_seed(2)
+    return [(torch.randn(B, WIDTH).double(), torch.randint(4, (B,))) for _ in range(count)]
+
+
+def loss(logits, target):
+    """Far from uniform over micro-batches, so that a wrong weight of one of them shows."""
+    return cross_entropy(logits, target) * (1 + target.sum())
+
+
+def plain(count, pairs):
+    """Gradients of one step, then weights and losses after some, with nothing but PyTorch."""
+    model = network(pairs)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
+    gradients = None
+    for _ in range(STEPS):
+        losses = [loss(model(inputs), target) for inputs, target in batches(count)]
+        torch.stack(losses).mean().backward()
+        gradients = gradients or {name: p.grad.clone() for name, p in model.named_parameters()}
+        assert nn.utils.clip_grad_norm_(model.parameters(), CLIP) > CLIP
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return gradients, dict(model.named_parameters()), torch.stack(losses).detach()
+
+
+def baseline(kind, rank, ranks, count, pairs):
+    """The same with one rank of a baseline."""
+    plan = partition(network(pairs), stages_needed(kind, ranks) or 2, "uniform", batches(1)[0][0], critic=None)
+    training = Training(
+        loss,
+        OptimizerSettings(kind="SGD", lr=RATE, arguments={"momentum": 0.9}),
+        ScheduleSettings(kind="linear"),
+        STEPS,
+        clip_norm=CLIP,
+    )
+    strategy = build_baseline(kind, plan, training, CPU, rank=rank, ranks=ranks)
+    named = {name: p for part in strategy.parts.values() for name, p in part.layers.named_parameters()}
+    strategy.gradients(batches(count))
+    gradients = {name: p.grad.clone() for name, p in named.items()}
+    for parameter in named.values():
+        parameter.grad = None
+    for _ in range(STEPS):
+        losses = strategy.step(batches(count))
+    return gradients, {name: p.detach() for name, p in named.items()}, losses
+
+
+def one_rank(kind, count, pairs):
+    world = join_world(30)
+    return baseline(kind, world.rank, world.size, count, pairs)
+
+
+def check(parts, count, pairs, copies=False):
+    gradients, weights, losses = plain(count, pairs)
+    for which, expected in ((0, gradients), (1, weights)):
+        ours = [part[which] for part in parts]
+        names = [name for one in ours for name in one]
+        assert sorted(names) == sorted(expected) if not copies else set(names) == set(expected)
+        for one in ours:
+            for name, tensor in one.items():
+                torch.testing.assert_close(tensor, expected[name].detach(), rtol=1e-10, atol=1e-12)
+    order = [part[2] for part in parts]
+    turns = zip(*order, strict=True) if copies else order  # copies take turns, stages of a pipeline judge all or none
+    found = [one for some in turns for one in some]
+    torch.testing.assert_close(torch.stack(found), losses, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_one_process(pairs):
+    check([baseline("backprop", 0, 1, 4, pairs)], 4, pairs)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("kind", PARALLEL)
+def test_two_ranks(kind, pairs, tmp_path):
+    results = launch(one_rank, kind, 4, pairs, size=2, folder=tmp_path)
+    check([result.value for result in results], 4, pairs, copies=kind == "data_parallel")
+
+
+@pytest.mark.parametrize("kind", PARALLEL)
+def test_four_ranks(kind, tmp_path):
+    results = launch(one_rank, kind, 8, False, size=4, folder=tmp_path)
+    check([result.value for result in results], 8, False, copies=kind == "data_parallel")

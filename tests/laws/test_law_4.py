@@ -1,0 +1,172 @@
+"""Law 4: nothing flows back; whatever becomes of a later stage, the stages before it stay bit-identical.
+
+A received tensor never requires grad. Payload bytes sent backward are counted, and are 0.
+"""
+
+import time
+from unittest.mock import patch
+
+import pytest
+import torch
+from cases import CASES, differences, merged, states
+from torch import nn
+
+from decoupled_pp import trainer as trainer_module
+from decoupled_pp.assemble import build_stages
+from decoupled_pp.contracts import as_tuple, payload_bytes
+from decoupled_pp.links import InProcessLink, ReceivingEnd
+from decoupled_pp.stage import Stage
+from ranks import launch, values
+
+STEPS, STAGES = 6, 3
+
+
+def change_weights(stage):
+    with torch.no_grad():
+        for parameter in stage.trunk.parameters():
+            parameter.mul_(3.0)
+
+
+def change_critic(stage):
+    with torch.no_grad():
+        for parameter in stage.critic.parameters():
+            parameter.uniform_(-1, 1)
+
+
+def change_loss(stage):
+    stage.loss = lambda logits, target: logits.square().mean()
+
+
+def change_learning_rate(stage):
+    for optimizer in stage.optimizers:
+        optimizer.param_groups[0]["lr"] = 1.0
+
+
+def change_architecture(stage):
+    critic = stage.critic
+    stage.critic = nn.Sequential(nn.Dropout(0.5), critic)
+    stage._run_critic = stage.critic
+
+
+def change_speed(stage):
+    step = stage.step
+
+    def slow(*arguments):
+        time.sleep(0.01)
+        return step(*arguments)
+
+    stage.step = slow
+
+
+CHANGES = [change_weights, change_critic, change_loss, change_learning_rate, change_architecture]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, change_speed])
+@pytest.mark.parametrize("case", ["gpt with dropout", "resnet"])
+def test_a_later_stage_does_not_reach_an_earlier_one(case, change):
+    untouched, changed = _train(case, None), _train(case, change)
+
+    assert differences(untouched[0], changed[0]) == []
+    assert bool(differences(untouched[1], changed[1])) == (change in CHANGES)
+    assert bool(differences(untouched[2], changed[2])) == (change in CHANGES)
+
+
+def test_over_ranks_too(tmp_path):
+    untouched = _train("gpt with dropout", None)
+    for change in (change_weights, change_loss, change_speed):
+        launched = launch(_train, "gpt with dropout", change, size=STAGES, folder=tmp_path / change.__name__)
+        changed = merged(values(launched))
+        assert differences(untouched[0], changed[0]) == []
+        assert bool(differences(untouched[1], changed[1])) == (change in CHANGES)
+
+
+def test_no_received_tensor_requires_grad(tmp_path):
+    here = _received_gradients("resnet")
+    there = [flag for flags in values(launch(_received_gradients, "resnet", size=2, folder=tmp_path)) for flag in flags]
+
+    assert here == there == [False] * (STEPS + 2) * 2  # payload and target of training and validation packets
+
+
+def test_nothing_but_credits_is_sent_backward(tmp_path):
+    sent = sum(payload_bytes(target) for _, target in CASES["mlp"].batches(STEPS)) + STEPS * 4 * 8 * 4
+    for link in (_link_record("mlp"), *values(launch(_link_record, "mlp", size=2, folder=tmp_path))):
+        assert link["payload_bytes_backward"] == 0
+        assert link["payload_bytes_forward"] == sent
+
+
+def test_a_tensor_sent_backward_would_be_counted(tmp_path):
+    """The counter of the law above is real: smuggle 8 bytes back that are no credit."""
+    with_smuggler = values(launch(_smuggle, size=2, folder=tmp_path))
+    assert [link["payload_bytes_backward"] for link in with_smuggler] == [8, 8]
+
+
+def test_evaluation_sends_nothing_backward_and_changes_no_parameter():
+    case = CASES["resnet"]
+    trainer = case.trainer(STAGES)
+    trainer.fit(case.batches(3), 2)
+    before = states(trainer)
+    trainer.evaluate(case.batches(3))
+    assert differences(before, states(trainer)) == []
+
+
+def _train(case, change):
+    """Train with stage 1 changed after it was built."""
+
+    def build(*arguments):
+        stages = build_stages(*arguments)
+        for stage in stages:
+            if change is not None and stage.index == 1:
+                change(stage)
+        return stages
+
+    trainer = CASES[case].trainer(STAGES)
+    with patch.object(trainer_module, "build_stages", build):
+        trainer.fit(CASES[case].batches(STEPS), STEPS)
+    return states(trainer)
+
+
+def _received_gradients(case):
+    """Whether each tensor that arrived over a link requires grad, in order."""
+    flags = []
+
+    def watched(receive):
+        def look(link):
+            packet = receive(link)
+            flags.extend(t.requires_grad for t in (*as_tuple(packet.payload), *as_tuple(packet.target)))
+            return packet
+
+        return look
+
+    with (
+        patch.object(InProcessLink, "receive", watched(InProcessLink.receive)),
+        patch.object(ReceivingEnd, "receive", watched(ReceivingEnd.receive)),
+    ):
+        batches = CASES[case].batches(STEPS)
+        CASES[case].trainer(2).fit(batches, STEPS, validate=batches[:2])
+    return flags
+
+
+def _link_record(case):
+    report = CASES[case].trainer(2).fit(CASES[case].batches(STEPS), STEPS)
+    return report.links[0]
+
+
+def _smuggle():
+    """Rank 1 sends 8 bytes back with the first packet (rank 0 takes them for a credit)."""
+    trainer = CASES["mlp"].trainer(2)
+    step, join = Stage.step, trainer._join
+    ends = []
+
+    def joined(*arguments):
+        (worker,) = join(*arguments)
+        ends.append(worker.outlet if worker.stage.index == 0 else worker.inlet)
+        return [worker]
+
+    def step_and_smuggle(stage, packet, *arguments):
+        loss = step(stage, packet, *arguments)
+        if packet.number == 0 and stage.index == 1:
+            ends[0]._wire.out.send(torch.ones(8, dtype=torch.uint8))
+        return loss
+
+    with patch.object(trainer, "_join", joined), patch.object(Stage, "step", step_and_smuggle):
+        return trainer.fit(CASES["mlp"].batches(2), 2).links[0]

@@ -1,0 +1,156 @@
+"""Law 7: save, stop, resume == never stopped; data order, RNG, schedule and optimizer included.
+
+And a checkpoint loads into any other cut: weights and optimizer state by name, critics where their place is still cut.
+"""
+
+import pytest
+from cases import ADAMW, CASES, MOMENTUM, MUON, differences, merged, states, train
+
+from decoupled_pp.checkpoint import latest_checkpoint
+from decoupled_pp.settings import ScheduleSettings
+from ranks import launch, values
+
+STEPS, STOP_AFTER = 9, 4
+OPTIONS = {
+    "accumulate": 2,
+    "clip_norm": 0.5,
+    "schedule": ScheduleSettings(kind="cosine", warmup=3, final=0.1),
+}
+
+
+@pytest.mark.parametrize("optimizer", [ADAMW, MOMENTUM, MUON], ids=lambda chosen: chosen["kind"])
+@pytest.mark.parametrize("case", ["gpt with dropout", "resnet"])
+def test_resumed_equals_never_stopped(case, optimizer, tmp_path):
+    never_stopped = train(case, 2, STEPS, batches=13, optimizer=optimizer, **OPTIONS)
+
+    stopped = _stop_early(case, 2, tmp_path, optimizer=optimizer)
+    resumed = _resume(case, 2, tmp_path, optimizer=optimizer)
+
+    assert differences(resumed, never_stopped) == []
+    assert differences(stopped, never_stopped) != []
+
+
+def test_over_ranks(tmp_path):
+    case, folder = "gpt with dropout", tmp_path / "checkpoints"
+    never_stopped = train(case, 2, STEPS, batches=13, **OPTIONS)
+
+    launch(_stop_early, case, 2, folder, size=2, folder=tmp_path / "first")
+    resumed = merged(values(launch(_resume, case, 2, folder, size=2, folder=tmp_path / "second")))
+
+    assert differences(resumed, never_stopped) == []
+
+
+def test_a_second_fit_goes_on_as_one_longer_fit_would():
+    """Without a schedule, whose length is that of the run, two calls are one."""
+    case = CASES["mlp"]
+    batches = case.batches(13)
+    once, twice = case.trainer(2), case.trainer(2)
+    once.fit(batches, 9)
+    twice.fit(batches, 4)
+    twice.fit(batches, 5)
+    assert differences(states(once), states(twice)) == []
+
+
+FOUR = [1, 1, 1, 1]  # embedding | block0 | block1 | head
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kept"),
+    [
+        ([4], []),
+        ([2, 2], ["after_block0"]),
+        ([1, 2, 1], ["after_embedding", "after_block1"]),
+        ([1, 1, 1, 1], ["after_embedding", "after_block0", "after_block1"]),
+    ],
+)
+@pytest.mark.parametrize("optimizer", [ADAMW, MUON], ids=lambda chosen: chosen["kind"])
+def test_a_checkpoint_of_four_stages_loads_into_any_cut(sizes, kept, optimizer, tmp_path):
+    saved = _flat(_save(FOUR, tmp_path, optimizer), FOUR)
+    loaded, notes = _load(sizes, tmp_path, optimizer)
+
+    assert _wrong(loaded, saved) == []
+    assert {name.split(".")[1] for name in loaded if name.startswith("critic.")} == set(kept)
+    assert {name for name in saved if name.startswith("optimizer.model.")} <= set(loaded)
+    assert _announced(notes, "no critic") == []
+    assert len(_announced(notes, "random stream")) == (0 if sizes == FOUR else len(sizes))
+
+
+def test_a_critic_that_moved_starts_anew_and_is_announced(tmp_path):
+    saved = _flat(_save([2, 2], tmp_path, ADAMW), [2, 2])
+    loaded, notes = _load([1, 2, 1], tmp_path, ADAMW)
+
+    assert _wrong(loaded, saved) == [
+        name for name in sorted(loaded) if name.startswith(("critic.", "optimizer.critic."))
+    ]
+    assert _announced(notes, "no critic") == ["after_embedding", "after_block1"]
+
+
+def test_training_goes_on_under_another_cut(tmp_path):
+    case = CASES["gpt"]
+    _save(FOUR, tmp_path, ADAMW)
+    trainer = case.trainer([2, 2])
+    report = trainer.fit(case.batches(5), 7, resume=latest_checkpoint(tmp_path))
+    assert report.steps == 7
+
+
+def _stop_early(case, stages, folder, **options):
+    """Like a Ctrl-C while the batch after step STOP_AFTER is read; the checkpoint is saved on the way out."""
+    trainer = CASES[case].trainer(stages, checkpoints=folder, **OPTIONS, **options)
+    batches = CASES[case].batches(13)
+
+    def interrupted_batches():
+        for number, batch in enumerate(batches):
+            if number == STOP_AFTER * OPTIONS["accumulate"] - 1:
+                trainer.interrupted.set()
+            yield batch
+
+    report = trainer.fit(interrupted_batches, STEPS)
+    assert (report.steps, report.stopped) == (STOP_AFTER, "interrupted")
+    return states(trainer)
+
+
+def _resume(case, stages, folder, **options):
+    trainer = CASES[case].trainer(stages, **OPTIONS, **options)
+    trainer.fit(CASES[case].batches(13), STEPS, resume=latest_checkpoint(folder))
+    return states(trainer)
+
+
+def _save(sizes, folder, optimizer):
+    case = CASES["gpt"]
+    trainer = case.trainer(sizes, checkpoints=folder, optimizer=optimizer)
+    trainer.fit(case.batches(5), 5)
+    return states(trainer)
+
+
+def _load(sizes, folder, optimizer):
+    """The state right after loading, and what was said about it."""
+    case, records = CASES["gpt"], []
+    trainer = case.trainer(sizes, optimizer=optimizer, seed=99, observer=records.extend)
+    trainer.evaluate(case.batches(1), resume=latest_checkpoint(folder))
+    return _flat(states(trainer), sizes), [record["text"] for record in records if record["kind"] == "note"]
+
+
+def _flat(states, sizes):
+    """Weights, critics and optimizer state of all stages under the names they have in a checkpoint."""
+    layers = list(CASES["gpt"].network()._modules)
+    flat = {}
+    for stage, tensors in states.items():
+        place = f"after_{layers[sum(sizes[: stage + 1]) - 1]}"
+        for name, tensor in tensors.items():
+            if name.startswith(("model.", "optimizer.model.")):
+                flat[name] = tensor
+            elif name.startswith("critic."):
+                flat[name.replace("critic.", f"critic.{place}.", 1)] = tensor
+            elif name.startswith("optimizer.critic."):
+                flat[name.replace("optimizer.critic.here", f"optimizer.critic.{place}")] = tensor
+    return flat
+
+
+def _wrong(loaded, saved):
+    return [name for name in sorted(loaded) if differences(loaded[name], saved.get(name))]
+
+
+def _announced(notes, what):
+    """The critics (or stages) that notes about `what` name."""
+    texts = [note for note in notes if what in note]
+    return [next((word for word in text.split() if word.startswith("after_")), text) for text in texts]

@@ -1,0 +1,67 @@
+"""The control plane: the first fault wins, records in order, gathering is bounded."""
+
+import pytest
+
+from decoupled_pp.contracts import Fault, LinkError, PeerError, UsageError
+from decoupled_pp.links import LocalControl, join_world
+from ranks import launch, values
+
+
+def test_in_one_process():
+    control = LocalControl()
+    control.post({"kind": "note", "stage": 0})
+    assert control.collect() == [{"kind": "note", "stage": 0}]
+    assert control.collect() == []
+    assert (control.report_fault("first"), control.report_fault("second", usage=True)) == (True, False)
+    assert control.fault() == Fault("first", 0, usage=False)
+    assert control.stop_requested() is None
+    control.request_stop("enough")
+    control.request_stop("really")
+    assert control.stop_requested() == "enough"
+    assert control.gather("anything", [1], 1.0) == [[1]]
+
+
+def test_over_ranks(tmp_path):
+    first, second = values(launch(_meet, size=2, folder=tmp_path))
+    assert first["gathered"] == second["gathered"] == [[0], [1]]
+    assert first["records"] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [first["won"], second["won"]].count(True) == 1
+    assert first["fault"] == second["fault"] == ("from rank 0" if first["won"] else "from rank 1")
+    assert second["peer error"] == first["fault"]
+    assert second["late"] == "rank 1 waited 0.1 s for never from rank 0: the bound is over"
+
+
+def test_what_fails_on_rank_0_fails_everywhere(tmp_path):
+    first, second = launch(_share_in_vain, size=2, folder=tmp_path, may_fail=True)
+    assert first.error == "UsageError: no such cut"
+    assert second.error == "PeerError: no such cut"
+
+
+def _meet():
+    world = join_world(30)
+    control, apart = world.channel(), world.channel()  # a fault of one is none of the other
+    for number in range(2):
+        control.post({"stage": world.rank, "number": number})
+    found = {"gathered": control.gather("ranks", [world.rank], 20)}
+    if world.rank == 0:
+        found["records"] = [(record["stage"], record["number"]) for record in control.collect()]
+    else:
+        with pytest.raises(LinkError) as late:
+            control.gather("never", 1, 0.1)
+        found["late"] = str(late.value)
+    apart.gather("no fault so far", True, 20)
+    found["won"] = control.report_fault(f"from rank {world.rank}")
+    found["fault"] = control.fault().text
+    apart.gather("both reported", True, 20)
+    if world.rank == 1:
+        with pytest.raises(PeerError) as caught:
+            control.gather("nobody comes", 1, 20)
+        found["peer error"] = caught.value.fault.text
+    return found
+
+
+def _share_in_vain():
+    def make():
+        raise UsageError("no such cut")
+
+    join_world(30).channel().from_rank_0("cut", make, 20)

@@ -1,0 +1,105 @@
+"""The feed: which packets come in which order, where a resumed run starts, and how a requested stop ends one."""
+
+import pytest
+import torch
+
+from decoupled_pp.contracts import BatchSource, PacketKind
+from decoupled_pp.feed import Feed, Itinerary
+
+T, E, V, S, X = "train", "evaluate", "evaluation end", "save", "end"
+NAMES = dict(zip(PacketKind, (T, E, V, S, X), strict=True))
+
+
+class Numbered(BatchSource):
+    """Batch n holds the number n; without a length it is endless."""
+
+    def __init__(self, length=None):
+        self.length = length
+
+    def batches(self, start=0):
+        number = start
+        while self.length is None or number < self.length:
+            yield torch.tensor([[float(number)]]), torch.tensor([number])
+            number += 1
+
+
+def packets(itinerary, *, validation=True, train=True, stop=lambda: False):
+    held_out = Numbered(2) if validation else None
+    feed = Feed(Numbered() if train else None, held_out, itinerary, torch.device("cpu"), stop)
+    seen = [feed.receive()]
+    while seen[-1].kind is not PacketKind.END:
+        seen.append(feed.receive())
+    return seen
+
+
+def kinds(seen):
+    return [NAMES[packet.kind] for packet in seen]
+
+
+def test_training_then_evaluation_then_the_end():
+    seen = packets(Itinerary(3))
+    assert kinds(seen) == [T, T, T, E, E, V, X]
+    assert [packet.number for packet in seen] == [0, 1, 2, 3, 3, 3, 3]
+    assert [packet.payload.item() for packet in seen[:5]] == [0, 1, 2, 0, 1]
+    assert [packet.target.item() for packet in seen[:5]] == [0, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("itinerary", "expected"),
+    [
+        (Itinerary(2, accumulate=2), [T, T, T, T, X]),
+        (Itinerary(2, save=True), [T, T, S, X]),
+        (Itinerary(4, save=True, save_every=2), [T, T, S, T, T, S, X]),
+        (Itinerary(3, save=True, save_every=2), [T, T, S, T, S, X]),
+        (Itinerary(3, save_every=1), [T, T, T, X]),
+        (Itinerary(2, start=2, save=True), [X]),
+    ],
+)
+def test_without_evaluation(itinerary, expected):
+    assert kinds(packets(itinerary, validation=False)) == expected
+
+
+@pytest.mark.parametrize(
+    ("itinerary", "expected"),
+    [
+        (Itinerary(4, validate_every=2), [T, T, E, E, V, T, T, E, E, V, X]),
+        (Itinerary(3, validate_every=2), [T, T, E, E, V, T, E, E, V, X]),
+        (Itinerary(1, validation_batches=1), [T, E, V, X]),
+        (Itinerary(2, validate_every=1, save=True, save_every=1), [T, E, E, V, S, T, E, E, V, S, X]),
+        (Itinerary(2, start=2), [E, E, V, X]),
+    ],
+)
+def test_with_evaluation(itinerary, expected):
+    assert kinds(packets(itinerary)) == expected
+
+
+def test_evaluation_alone_reads_no_training_data():
+    assert kinds(packets(Itinerary(5, start=5), train=False)) == [E, E, V, X]
+
+
+def test_a_resumed_run_goes_on_where_it_stopped():
+    seen = packets(Itinerary(5, start=3, accumulate=2, save=True), validation=False)
+    assert [(NAMES[packet.kind], packet.number) for packet in seen] == [
+        (T, 6), (T, 7), (T, 8), (T, 9), (S, 10), (X, 10),
+    ]  # fmt: skip
+    assert [packet.payload.item() for packet in seen[:4]] == [6, 7, 8, 9]
+
+
+def test_a_stop_is_honoured_between_steps_saved_and_not_evaluated():
+    asked = iter([False, True])
+    seen = packets(Itinerary(9, accumulate=2, validate_every=2, save=True), stop=lambda: next(asked))
+    assert kinds(seen) == [T, T, T, T, S, X]
+
+
+def test_without_checkpoints_a_stop_just_ends():
+    assert kinds(packets(Itinerary(9), stop=lambda: True)) == [T, X]
+
+
+def test_nothing_is_read_before_the_first_packet():
+    class Forbidden(BatchSource):
+        def batches(self, start=0):
+            raise AssertionError("read too early")
+
+    feed = Feed(Forbidden(), None, Itinerary(1), torch.device("cpu"))
+    with pytest.raises(AssertionError, match="read too early"):
+        feed.receive()
