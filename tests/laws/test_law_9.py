@@ -20,6 +20,8 @@ from ranks import launch
 
 CPU = torch.device("cpu")
 PACKETS = 7
+LAST_PACKET = 6
+"""By credits alone every link is connected then: with a capacity of 4, rank 1 has taken two packets and sent one on."""
 
 
 # ------------------------------------------------------------------------------------------------ capacity, and order
@@ -200,11 +202,11 @@ def _launch_with(end, victim, bound, **options):
 
 
 def _train_until(end, victim, bound):
-    """Train; at its fourth packet rank `victim` meets its `end`."""
+    """Train; at packet `LAST_PACKET` rank `victim` meets its `end`."""
     step = Stage.step
 
     def stepped(stage, packet, *arguments):
-        if stage.index == victim and packet.number == 3:
+        if stage.index == victim and packet.number == LAST_PACKET:
             end(stage, packet)
         return step(stage, packet, *arguments)
 

@@ -108,6 +108,11 @@ class StoreControl(Control):
         """The reason, if any rank asked, or that the store is gone."""
         return self._get("stop") or self._lost
 
+    def lost(self) -> str | None:
+        """That the store is gone, in words, or None while it answers."""
+        self._get("fault")
+        return self._lost
+
     def from_rank_0(self, name: str, make: Callable[[], Any], timeout_seconds: float) -> Any:
         """Let rank 0 make a JSON-able value and give it to every rank; what fails there fails everywhere.
 

@@ -162,9 +162,8 @@ class World:
             group: Group = dist.new_group([sender, sender + 1], backend=backend, timeout=bound)
         except (RuntimeError, ValueError) as error:
             ends = f"{_name(sender)} and {_name(sender + 1)}"
-            raise LinkError(
-                f"{ends} could not be connected: {str(error).splitlines()[0]}, seen by rank {self.rank}"
-            ) from error
+            cause = self.control.lost() or str(error).splitlines()[0]  # ranks find each other through the store
+            raise LinkError(f"{ends} could not be connected: {cause}, seen by rank {self.rank}") from error
         if self.rank in (sender, sender + 1):
             self._groups.append(group)
         return group
