@@ -6,14 +6,35 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from decoupled_pp.contracts import Batch, Loss, Payload, Plan
+from decoupled_pp.contracts import Batch, LinkCounters, Loss, Payload, Plan
 from decoupled_pp.optim import OptimizerFactory, build_optimizers, build_schedules
 from decoupled_pp.settings import OptimizerSettings, ScheduleSettings
+
+
+class Recorder(Protocol):
+    """Takes the phases of a rank (`contracts.PHASES`) as they end; `metrics.StageMeter` is one."""
+
+    def begin(self, packet: int) -> None:
+        """The laps from here on belong to this micro-batch."""
+
+    def lap(self, phase: str) -> None:
+        """The time since the last lap was `phase`."""
+
+
+class Unrecorded(Recorder):
+    """Takes no notice."""
+
+    def begin(self, packet: int) -> None:
+        """Nothing."""
+
+    def lap(self, phase: str) -> None:
+        """Nothing."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +83,14 @@ class Strategy(ABC):
 
     Every rank is given the same micro-batches and uses what it needs of them. The gradients are those of the mean loss
     over all micro-batches, as plain PyTorch computes them (law 11).
+
+    Attributes:
+        parts: The stages that this rank trains.
+        optimizers: Over their parameters.
+        recorder: Told of the phases of every micro-batch; `first` + its place in the step is its number.
+        first: Number of the first micro-batch of the present step.
+        links: What this rank has sent, by (rank that sends activations, rank that receives them); gradients count as
+            backward. Empty where ranks exchange no activations.
     """
 
     def __init__(self, plan: Plan, stages: Sequence[int], training: Training, device: torch.device) -> None:
@@ -78,6 +107,9 @@ class Strategy(ABC):
         """
         self.parts = {k: Part(plan.stage_module(k).to(device).train(), training, device) for k in stages}
         self.training, self.device = training, device
+        self.recorder: Recorder = Unrecorded()
+        self.first = 0
+        self.links: dict[tuple[int, int], LinkCounters] = {}
         self.optimizers: list[Optimizer] = []
         for k, part in self.parts.items():
             built = build_optimizers(training.optimizer, part.layers, None, owns_head=k == plan.stages - 1)
@@ -95,9 +127,18 @@ class Strategy(ABC):
             UsageError: The strategy cannot run with so many, or such, micro-batches.
         """
 
+    def owner(self, stage: int) -> int | None:
+        """The rank that trains a stage; None if every rank does."""
+        return None
+
+    def share(self, count: int) -> range:
+        """Which of a step's `count` micro-batches this rank works on."""
+        return range(count)
+
     def step(self, batches: Sequence[Batch]) -> list[Tensor]:
         """One optimizer step on the micro-batches; returns what `gradients` does."""
         losses = self.gradients(batches)
+        self.recorder.lap("wait_in")
         if self.training.clip_norm is not None:
             self._clip(self.training.clip_norm)
         for optimizer in self.optimizers:
@@ -105,7 +146,18 @@ class Strategy(ABC):
             optimizer.zero_grad(set_to_none=True)
         for schedule in self._schedules:
             schedule.step()
+        self.recorder.lap("step")
+        self.first += len(batches)
         return losses
+
+    def _sent(self, sender: int, receiver: int, tensor_bytes: int, *, backward: bool = False) -> None:
+        """Count a message over the link on which activations go from rank `sender` to rank `receiver`."""
+        counters = self.links.setdefault((sender, receiver), LinkCounters())
+        if backward:
+            counters.payload_bytes_backward += tensor_bytes
+        else:
+            counters.payload_bytes_forward += tensor_bytes
+            counters.packets += 1
 
     def _clip(self, limit: float) -> None:
         """Scale the gradients down if the norm over the whole network is above the limit."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, schedules
 
 from decoupled_pp.baselines.strategy import Strategy, Training
@@ -47,13 +47,48 @@ SCHEDULES = {
 and zero-bubble schedules, interleaved and ZBV (Qi et al. 2024, 2401.10241)."""
 
 
+class _RecordedStage(PipelineStage):
+    """torch's stage, which tells its strategy of every forward and backward, and counts what it sends."""
+
+    def __init__(self, part: nn.Module, index: int, pipeline: TorchPipeline) -> None:
+        super().__init__(part, index, pipeline.plan.stages, pipeline.device, group=pipeline.group)
+        self._pipeline = pipeline
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *arguments: Any, **keywords: Any) -> Any:
+        return self._recorded("forward", fwd_chunk_id, super().forward_one_chunk, *arguments, **keywords)
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **keywords: Any) -> Any:
+        return self._recorded("backward", bwd_chunk_id, super().backward_one_chunk, *arguments, **keywords)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **keywords: Any) -> Any:
+        return self._recorded("backward", bwd_chunk_id, super().backward_weight_one_chunk, *arguments, **keywords)
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._counted(super().get_fwd_send_ops(fwd_chunk_id), backward=False)
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._counted(super().get_bwd_send_ops(bwd_chunk_id), backward=True)
+
+    def _recorded(self, phase: str, chunk: int, call: Any, *arguments: Any, **keywords: Any) -> Any:
+        recorder = self._pipeline.recorder
+        recorder.begin(self._pipeline.first + chunk)
+        recorder.lap("wait_in")
+        result = call(chunk, *arguments, **keywords)
+        recorder.lap(phase)
+        return result
+
+    def _counted(self, sends: list[dist.P2POp], *, backward: bool) -> list[dist.P2POp]:
+        self._pipeline.count([(op.peer, op.tensor.nbytes) for op in sends], backward=backward)
+        return sends
+
+
 class TorchPipeline(Strategy):
     """Pipelined backpropagation with a flush per optimizer step."""
 
     def __init__(
         self, kind: str, plan: Plan, training: Training, device: torch.device, *, rank: int, ranks: int
     ) -> None:
-        """Take over this rank's stages; activations and gradients travel in the default process group.
+        """Take over this rank's stages; activations and gradients travel in a group of all ranks (GPUs: NCCL).
 
         Args:
             kind: A key of `SCHEDULES`.
@@ -72,7 +107,9 @@ class TorchPipeline(Strategy):
             raise UsageError(f"{kind} on {ranks} ranks needs a plan of {wanted} stages, not {plan.stages}")
         mine = self._schedule_kind.stages_of(rank, ranks)
         super().__init__(plan, mine, training, device)
-        self._stages = [PipelineStage(part, k, plan.stages, device) for k, part in self.parts.items()]
+        self.plan, self._rank, self._ranks = plan, rank, ranks
+        self.group = dist.new_group(backend="nccl") if device.type == "cuda" else None
+        self._stages = [_RecordedStage(part, k, self) for k, part in self.parts.items()]
         self._first, self._last = 0 in mine, plan.stages - 1 in mine
         self._schedules_by_count: dict[int, Any] = {}
         self._targets: list[Payload] = []
@@ -90,6 +127,16 @@ class TorchPipeline(Strategy):
         losses: list[Tensor] = []
         schedule.step(*whole, target=numbers, losses=losses, return_outputs=False)
         return [loss.detach() for loss in losses]
+
+    def owner(self, stage: int) -> int | None:
+        """See `Strategy`."""
+        return next(r for r in range(self._ranks) if stage in self._schedule_kind.stages_of(r, self._ranks))
+
+    def count(self, sent: Sequence[tuple[int, int]], *, backward: bool) -> None:
+        """Count messages (peer rank, bytes) of one micro-batch; tensors of one payload are one packet."""
+        for peer in dict.fromkeys(peer for peer, _ in sent):
+            ends = (peer, self._rank) if backward else (self._rank, peer)
+            self._sent(*ends, sum(size for to, size in sent if to == peer), backward=backward)
 
     def _schedule(self, count: int) -> Any:
         """The schedule for so many micro-batches per step.
@@ -109,11 +156,13 @@ class TorchPipeline(Strategy):
     def _loss(self, output: Payload, number: Tensor) -> Tensor:
         """The loss of a micro-batch, given by number: torch can chunk a tensor of numbers, but no tuple of targets."""
         with self.training.autocast(self.device):
-            return self.training.loss(as_tuple(output)[0], self._targets[int(number)])
+            loss = self.training.loss(as_tuple(output)[0], self._targets[int(number)])
+        self.recorder.lap("critic")
+        return loss
 
     def _here(self, tensor: Tensor) -> Tensor:
         return on_device(tensor, self.device)
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
-        dist.all_reduce(value)
+        dist.all_reduce(value, group=self.group)
         return value
