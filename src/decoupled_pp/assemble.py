@@ -212,7 +212,14 @@ class Session:
 
     def worker(self, stage: Stage, inlet: Inlet | None, outlet: Outlet | None) -> Worker:
         """Join one stage to its links, with a meter of its own."""
-        meter = StageMeter(stage.index, Clock(stage.device), self.post, every=self.log_every, trace=self.trace)
+        meter = StageMeter(
+            stage.index,
+            Clock(stage.device),
+            self.post,
+            every=self.log_every,
+            trace=self.trace,
+            updates_every=stage.options.accumulate,
+        )
         return Worker(stage, inlet or self.feed, outlet or Nowhere(), meter, self.save, self.post)
 
 

@@ -188,7 +188,10 @@ class Report:
     Attributes:
         steps: Optimizer steps per stage in all, resumed ones included.
         seconds: Wall-clock seconds of this run.
-        samples_per_second: Training samples per second of this run, through the last stage.
+        training_seconds: The same without evaluations and checkpoints.
+        step_seconds: Percentiles `p50` and `p95` of the training seconds from one optimizer update of the last stage
+            to the next; None with fewer than two updates.
+        samples_per_second: Training samples per training second of this run, through the last stage.
         train_loss: Mean training loss of the last stage over its last metrics interval.
         exits: Held-out score of every exit at the last evaluation.
         per_stage: Parameters, times and memory of every stage.
@@ -198,6 +201,8 @@ class Report:
 
     steps: int
     seconds: float
+    training_seconds: float
+    step_seconds: dict[str, float] | None
     samples_per_second: float
     train_loss: float | None
     exits: tuple[Exit, ...]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -35,6 +36,13 @@ def choose_device(setting: str, local_rank: int, local_ranks: int) -> torch.devi
     if setting == "cpu" or gpus < local_ranks:
         return torch.device("cpu")
     return torch.device("cuda", local_rank)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest bytes so far: of tensors on a GPU (torch's allocator), on the CPU of the whole process (resident set)."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 class Fence:

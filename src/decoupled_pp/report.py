@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from decoupled_pp.contracts import Exit, LinkEnd, Plan, Record, Report, count_parameters
+from decoupled_pp.device import peak_memory
 from decoupled_pp.metrics import StageMeter
 from decoupled_pp.stage import Stage
 
@@ -20,6 +21,7 @@ def stage_record(stage: Stage, meter: StageMeter) -> Record:
         "parameters": count_parameters(stage.trunk),
         "critic_parameters": count_parameters(stage.critic),
         "saved_activation_bytes_peak": stage.saved_activation_bytes_peak,
+        "memory_bytes_peak": peak_memory(stage.device),
         **summary,
         "steps": stage.updates,
         "train_loss": meter.last_loss,
@@ -46,10 +48,12 @@ def make_report(gathered: list[dict[str, Any]], plan: Plan, stopped: str | None)
     exits = tuple(
         Exit(r["stage"], r["exit"][0] if r["exit"] else None, r["exit"][1] if r["exit"] else None) for r in stages
     )
-    hidden = ("exit", "train_loss", "steps", "seconds", "samples_per_second")
+    hidden = ("exit", "train_loss", "steps", "seconds", "samples_per_second", "training_seconds", "step_seconds")
     return Report(
         steps=last["steps"],
         seconds=last["seconds"],
+        training_seconds=last["training_seconds"],
+        step_seconds=last["step_seconds"],
         samples_per_second=last["samples_per_second"],
         train_loss=last["train_loss"],
         exits=exits,

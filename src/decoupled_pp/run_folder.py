@@ -112,6 +112,8 @@ def summary(report: Report, device: str) -> Record:
         "device": device,
         "steps": report.steps,
         "seconds": report.seconds,
+        "training_seconds": report.training_seconds,
+        "step_seconds": report.step_seconds,
         "samples_per_second": report.samples_per_second,
         "final": {"train_loss": report.train_loss, "val_loss": last.val_loss, "val_accuracy": last.val_accuracy},
         "exits": [vars(one) for one in report.exits],

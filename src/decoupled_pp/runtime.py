@@ -21,6 +21,15 @@ from decoupled_pp.device import own_stream
 from decoupled_pp.metrics import StageMeter
 from decoupled_pp.stage import Stage
 
+_WAITS = {
+    PacketKind.TRAIN: "wait_in",
+    PacketKind.EVALUATE: "evaluate",
+    PacketKind.EVALUATION_END: "evaluate",
+    PacketKind.SAVE: "save",
+    PacketKind.END: "end",
+}
+"""What the wait for a packet is called: one for a pause is part of the pause, not of training."""
+
 
 class Nowhere(Outlet):
     """The outlet of the last stage."""
@@ -58,7 +67,7 @@ class Worker:
         """Take one packet and do what it asks; False once that was the END."""
         packet = self.inlet.receive()
         self.meter.begin(packet.number)
-        self.meter.lap("wait_in")
+        self.meter.lap(_WAITS[packet.kind])
         if packet.kind is PacketKind.TRAIN:
             loss = self.stage.step(packet, self.outlet.send, self.meter.lap)
             if self.meter.trained(packet.number, loss, packet.samples):
@@ -86,7 +95,8 @@ class Worker:
         self.meter.lap("evaluate")
         self.meter.last_exit = (loss, accuracy)
         record = {"stage": self.stage.index, "step": self.stage.updates, "samples": self.stage.samples}
-        self.post({"kind": "validation", **record, "loss": loss, "accuracy": accuracy, "seconds": self.meter.seconds()})
+        times = {"seconds": self.meter.seconds(), "training_seconds": self.meter.training_seconds()}
+        self.post({"kind": "validation", **record, "loss": loss, "accuracy": accuracy, **times})
 
 
 def run(workers: Sequence[Worker]) -> None:
