@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a network through a decoupled pipeline")
     train.add_argument("config", help="YAML file with the settings (docs/configuration.md)")
+    train.add_argument("--strategy", help="train by a baseline instead, e.g. 1f1b (short for --set strategy=1f1b)")
     train.add_argument("--ranks", type=int, help="start this many ranks here (default: one process for all stages)")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder")
     train.add_argument("--overwrite", action="store_true", help="clear an existing run folder")
@@ -119,6 +120,8 @@ def _train(chosen: argparse.Namespace) -> int:
     from decoupled_pp.config import load_settings
     from decoupled_pp.job import check_ranks, run_rank
 
+    if chosen.strategy is not None:
+        chosen.set.append(f"strategy={chosen.strategy}")
     settings = load_settings(chosen.config, tuple(chosen.set))
     if environment.world_size() > 1 and chosen.ranks is not None:
         raise UsageError(f"--ranks {chosen.ranks} starts ranks, but a launcher has already done so; leave it out")

@@ -189,8 +189,8 @@ class Report:
         steps: Optimizer steps per stage in all, resumed ones included.
         seconds: Wall-clock seconds of this run.
         training_seconds: The same without evaluations and checkpoints.
-        step_seconds: Percentiles `p50` and `p95` of the training seconds from one optimizer update of the last stage
-            to the next; None with fewer than two updates.
+        step_seconds: `mean`, `p50` and `p95` of the training seconds from one optimizer update of the last stage to
+            the next in steady state (without the first tenth of them); None with too few updates.
         samples_per_second: Training samples per training second of this run, through the last stage.
         train_loss: Mean training loss of the last stage over its last metrics interval.
         exits: Held-out score of every exit at the last evaluation.

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from decoupled_pp import environment, run_folder
+from decoupled_pp.baseline_trainer import BaselineTrainer
+from decoupled_pp.baselines import Training, stages_needed
 from decoupled_pp.checkpoint import (
     Checkpoint,
     export_safetensors,
@@ -27,6 +29,7 @@ from decoupled_pp.contracts import (
     Data,
     DataInfo,
     Exit,
+    Loss,
     Payload,
     Plan,
     Record,
@@ -39,6 +42,7 @@ from decoupled_pp.data import open_data
 from decoupled_pp.device import seeded
 from decoupled_pp.links import LocalControl, StoreControl, join_world
 from decoupled_pp.live import LiveView
+from decoupled_pp.losses import find_loss
 from decoupled_pp.models import build_model
 from decoupled_pp.models.generation import generate
 from decoupled_pp.optim import find_optimizer
@@ -84,7 +88,7 @@ class _Start:
     settings: Settings
     data: Data | None
     info: DataInfo
-    trainer: Trainer
+    trainer: Trainer | BaselineTrainer
     checkpoint: Checkpoint | None
     log: RunLog | None
 
@@ -114,25 +118,48 @@ def run_rank(settings: Settings, *, resume: bool = False, overwrite: bool = Fals
         sigint_stops(trainer.interrupted),
     ):
         trainer.observe(observer)
-        report = trainer.fit(
-            start.data.train if start.data is not None else [],
-            settings.training.steps,
-            validate=start.data.validation if start.data is not None else [],
-            validate_every=settings.validation.every,
-            validation_batches=settings.validation.batches,
-            save_every=settings.checkpoint.every,
-            resume=start.checkpoint,
-            trace_packets=_middle(settings, start.checkpoint),
-        )
+        report = _fit(settings, start)
+    weights = trainer.export() if isinstance(trainer, BaselineTrainer) else None
     if trainer.rank != 0:
         return Outcome(report, folder, [], None, trainer.rank)
     unit = "nats/token" if start.info.form == "tokens" and settings.loss == "cross_entropy" else "loss"
-    pictures = run_folder.write_results(folder, report, observer.spans, str(trainer.device.type), unit)
+    about = {"strategy": settings.strategy, "device": trainer.device.type}
+    pictures = run_folder.write_results(folder, report, observer.spans, about, unit)
     text = None
     if report.stopped is None:
-        export_folder(folder, folder / run_folder.WEIGHTS_FILE)
+        if weights is None:
+            export_folder(folder, folder / run_folder.WEIGHTS_FILE)
+        else:
+            export_safetensors(weights, folder / run_folder.WEIGHTS_FILE)
         text = generate_text(settings, start.info, folder / run_folder.WEIGHTS_FILE)
     return Outcome(report, folder, pictures, text, 0)
+
+
+def _fit(settings: Settings, start: _Start) -> Report:
+    """Train as the settings say, decoupled or by a baseline."""
+    data, steps, trace_packets = start.data, settings.training.steps, _middle(settings, start.checkpoint)
+    every, batches = settings.validation.every, settings.validation.batches
+    if isinstance(start.trainer, BaselineTrainer):
+        if data is None:
+            raise AssertionError("a baseline's ranks all read the data")
+        return start.trainer.fit(
+            data.train,
+            steps,
+            validate=data.validation,
+            validate_every=every,
+            validation_batches=batches,
+            trace_packets=trace_packets,
+        )
+    return start.trainer.fit(
+        data.train if data is not None else [],
+        steps,
+        validate=data.validation if data is not None else [],
+        validate_every=every,
+        validation_batches=batches,
+        save_every=settings.checkpoint.every,
+        resume=start.checkpoint,
+        trace_packets=trace_packets,
+    )
 
 
 def _start(settings: Settings, control: Control, *, resume: bool, overwrite: bool) -> _Start:
@@ -149,14 +176,21 @@ def _start(settings: Settings, control: Control, *, resume: bool, overwrite: boo
         run_folder.check(folder, resume=go_on, overwrite=anew)
         return go_on, anew, found[-1].name if go_on else None, again
 
+    if resume and settings.strategy != "decoupled":
+        raise UsageError(f"--resume: strategy {settings.strategy} saves no checkpoints; start anew with --overwrite")
     resume, overwrite, newest, restarted = _from_rank_0(control, settings, "beginning", decide)
     checkpoint = open_checkpoint(folder / run_folder.CHECKPOINTS / newest) if newest is not None else None
     if checkpoint is not None:
         settings = _with_cut_of(checkpoint, settings)
     data, info, plan = prepare(settings, control)
-    trainer = make_trainer(settings, plan)
-    _from_rank_0(control, settings, "loss", lambda: _check_loss(trainer, data))  # while all layers are on the CPU
-    trainer.build(checkpoint)
+    _from_rank_0(control, settings, "loss", lambda: _check_loss(plan, find_loss(settings.loss), data))
+    trainer: Trainer | BaselineTrainer
+    if settings.strategy == "decoupled":
+        trainer = make_trainer(settings, plan)
+        trainer.build(checkpoint)
+    else:
+        trainer = make_baseline(settings, plan)
+        trainer.build()
     if checkpoint is not None and checkpoint.step >= settings.training.steps and not restarted:
         raise UsageError(f"{folder} is at step {checkpoint.step} of {settings.training.steps}; raise training.steps")
     control.gather("no fault found", True, settings.links.timeout_seconds)
@@ -179,15 +213,15 @@ def _with_cut_of(checkpoint: Checkpoint, settings: Settings) -> Settings:
     return settings.model_copy(update={"cut": cut}) if again else settings
 
 
-def _check_loss(trainer: Trainer, data: Data | None) -> None:
-    """Raises UsageError unless the loss takes the network's output and a target of the data."""
+def _check_loss(plan: Plan, loss: Loss, data: Data | None) -> None:
+    """Raises UsageError unless the loss takes the network's output and a target of the data (layers on the CPU)."""
     if data is None:
         return
-    _, output = trace(trainer.plan.module, trainer.plan.sample)
+    _, output = trace(plan.module, plan.sample)
     _, target = next(data.train.batches())
     given = f"the network's output {describe(output)} and a target {describe(target)}"
     try:
-        result = trainer.recipe.loss(output, map_payload(lambda tensor: tensor.to(output.device), target))
+        result = loss(output, map_payload(lambda tensor: tensor.to(output.device), target))
     except LAYER_FAULTS as error:
         if isinstance(error, UsageError):
             raise
@@ -198,8 +232,13 @@ def _check_loss(trainer: Trainer, data: Data | None) -> None:
 
 
 def check_ranks(settings: Settings, ranks: int) -> None:
-    """Raises UsageError unless the ranks are one per stage, or a single process for all."""
-    if ranks not in {1, settings.stages}:
+    """Raises UsageError unless the ranks are what the strategy needs: decoupled, one per stage or one for all."""
+    kind, several = settings.strategy, settings.stages
+    if kind == "backprop" and ranks > 1:
+        raise UsageError(f"strategy backprop is one process, not {ranks}; leave --ranks out, or use data_parallel")
+    if kind not in {"decoupled", "backprop"} and (ranks != several or ranks == 1):
+        raise UsageError(f"strategy {kind} needs one rank per stage, at least 2: give --ranks {max(several, 2)}")
+    if kind == "decoupled" and ranks not in {1, settings.stages}:
         raise UsageError(
             f"stages is {settings.stages}: give {settings.stages} ranks, or one process for all, not {ranks}"
         )
@@ -223,16 +262,20 @@ def prepare(settings: Settings, control: Control | None = None) -> tuple[Data | 
         return {"info": [info.form, list(info.shape), info.outputs], "sample": _spec(sample)}
 
     described = _from_rank_0(control or LocalControl(), settings, "data", describe)
+    if not opened and settings.strategy != "decoupled":  # a pipeline's last stage needs targets, data parallel all
+        opened.append(open_data(settings.data, settings.seed))
     form, shape, outputs = described["info"]
     info = opened[0].info if opened else DataInfo(form, tuple(shape), outputs)
     with seeded(settings.seed):
         module = build_model(settings.model, info)
+    baseline = settings.strategy != "decoupled"
+    stages = stages_needed(settings.strategy, settings.stages) or 1 if baseline else settings.stages
     plan = partition(
         module,
-        settings.stages,
-        settings.cut,
+        stages,
+        "time" if isinstance(settings.cut, list) and len(settings.cut) != stages else settings.cut,
         _zeros(described["sample"]),
-        critic=build_critic(settings.critic),
+        critic=None if baseline else build_critic(settings.critic),
         loss=settings.loss,
         device=settings.device,
         timeout_seconds=settings.links.timeout_seconds,
@@ -283,6 +326,39 @@ def make_trainer(settings: Settings, plan: Plan) -> Trainer:
     )
 
 
+def make_baseline(settings: Settings, plan: Plan) -> BaselineTrainer:
+    """The trainer of the settings' baseline.
+
+    Raises:
+        UsageError: A setting that a baseline cannot honour.
+    """
+    training = settings.training
+    if settings.checkpoint.every is not None:
+        raise UsageError(
+            f"checkpoint.every {settings.checkpoint.every}: strategy {settings.strategy} saves no checkpoints; "
+            "leave it out (--set checkpoint.every=null)"
+        )
+    return BaselineTrainer(
+        settings.strategy,
+        plan,
+        Training(
+            find_loss(settings.loss),
+            settings.optimizer,
+            settings.schedule,
+            training.steps,
+            clip_norm=training.clip_norm,
+            precision=training.precision,
+            checkpoint_activations=training.checkpoint_activations,
+            compile=training.compile,
+        ),
+        accumulate=training.accumulate,
+        device=settings.device,
+        seed=settings.seed,
+        timeout_seconds=settings.links.timeout_seconds,
+        log_every=settings.logging.every,
+    )
+
+
 def _middle(settings: Settings, checkpoint: Checkpoint | None) -> range:
     """The packets whose spans go into the trace: the middle of the run, half-way between two evaluations."""
     first = checkpoint.packet if checkpoint is not None else 0
@@ -312,7 +388,9 @@ class _Observer:
     def __init__(self, settings: Settings, log: RunLog | None, step: int | None) -> None:
         self.spans: defaultdict[int, list[Any]] = defaultdict(list)
         self._log = log
-        self._view = LiveView(settings.stages, settings.training.steps) if log is not None else None
+        ranks = 1 if settings.strategy == "backprop" else settings.stages
+        exits = ranks if settings.strategy == "decoupled" else 1
+        self._view = LiveView(ranks, settings.training.steps, exits=exits) if log is not None else None
         if self._view is not None and step is not None:
             self._view.note(f"goes on from the checkpoint at step {step}; times count from here")
 

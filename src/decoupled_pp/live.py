@@ -27,13 +27,19 @@ class LiveView:
         stages: Number of stages; the table has a row for each.
         steps: Optimizer steps that every stage will do.
         console: Where to print; default: standard output.
+        exits: How many of the stages are scored in an evaluation; default: all.
         interval_seconds: Shortest time between two refreshes; default: 0.25 s on a terminal, 5 s for plain lines.
     """
 
     def __init__(
-        self, stages: int, steps: int, console: Console | None = None, interval_seconds: float | None = None
+        self,
+        stages: int,
+        steps: int,
+        console: Console | None = None,
+        interval_seconds: float | None = None,
+        exits: int | None = None,
     ) -> None:
-        self._stages, self._steps = stages, steps
+        self._stages, self._steps, self._exits = stages, steps, stages if exits is None else exits
         self._console = console or Console()
         self._tty = self._console.is_terminal and not self._console.is_dumb_terminal
         default = TERMINAL_SECONDS if self._tty else PLAIN_SECONDS
@@ -83,7 +89,7 @@ class LiveView:
         # Stages reach the same validation one after another: one line when the last of them has.
         done = self._passes.setdefault(step, {})
         done[stage] = record
-        if len(done) == self._stages:
+        if len(done) == self._exits:
             self._note_validation(step, self._passes.pop(step))
 
     def _note_validation(self, step: int, done: dict[int, Record]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -79,6 +79,19 @@ class ExitScore:
         # A micro-batch without any counted target has loss NaN (0 / 0) and weight 0.
         self._loss = self._loss + torch.where(weight > 0, loss.double() * weight, 0.0)
         self._weight = self._weight + weight
+
+    def sums(self) -> list[float | None]:
+        """What has been summed (loss, weight, correct or None), to be joined with others' by `of_sums`."""
+        return [float(self._loss), float(self._weight), float(self._correct) if self._classes else None]
+
+    @staticmethod
+    def of_sums(parts: list[list[Any]]) -> tuple[float, float | None]:
+        """`result` of several scores, each given by its `sums`."""
+        whole = ExitScore()
+        whole._loss, whole._weight = sum(part[0] for part in parts), sum(part[1] for part in parts)
+        whole._classes = all(part[2] is not None for part in parts)
+        whole._correct = sum(part[2] or 0.0 for part in parts)
+        return whole.result()
 
     def result(self) -> tuple[float, float | None]:
         """Mean loss and, for class targets, the share classified right (None otherwise)."""

@@ -167,12 +167,17 @@ class StageMeter:
         return self.seconds() - self._paused
 
     def step_seconds(self) -> dict[str, float] | None:
-        """Percentiles of the training time from one optimizer update to the next; None with fewer than two."""
+        """Mean and percentiles of the training time from one optimizer update to the next, in steady state.
+
+        The first tenth of the updates (warm-up, fill of the pipeline) does not count. None with fewer than two others.
+        """
         updates = self._step_ends[self._updates_every - 1 :: self._updates_every]
-        if len(updates) < 2:
+        steady = updates[-(-len(updates) // 10) :]
+        if len(steady) < 2:
             return None
-        middle, high = numpy.percentile(numpy.diff(updates), [50, 95])
-        return {"p50": float(middle), "p95": float(high)}
+        periods = numpy.diff(steady)
+        middle, high = numpy.percentile(periods, [50, 95])
+        return {"mean": float(periods.mean()), "p50": float(middle), "p95": float(high)}
 
     def summary(self) -> Record:
         """Totals of the run so far, for `summary.json`."""

@@ -108,7 +108,7 @@ def plot_losses(records: Sequence[Record], path: Path, unit: str) -> None:
         axes = figure.add_subplot()
         if drawn:
             stages = 1 + max(record["stage"] for record in drawn)
-            for stage in range(stages):
+            for stage in sorted({record["stage"] for record in drawn}):
                 _draw_exit(axes, [record for record in drawn if record["stage"] == stage], stage, stages)
             _dress_losses(axes, [record["loss"] for record in drawn], unit)
         else:

@@ -18,6 +18,7 @@ from decoupled_pp.settings import Settings
 from decoupled_pp.trace import write_trace
 
 CONFIG_FILE = "config.yaml"
+SUMMARY_FILE = "summary.json"
 CHECKPOINTS = "checkpoints"
 WEIGHTS_FILE = "model.safetensors"
 JOB_FILE = ".job"
@@ -93,9 +94,10 @@ def write_config(folder: Path, settings: Settings, sizes: tuple[int, ...]) -> No
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
 
 
-def write_results(folder: Path, report: Report, spans: dict[int, list[Any]], device: str, unit: str) -> list[Path]:
-    """`summary.json`, `trace.json`, `timeline.png` and `loss.png`; returns the paths of the pictures."""
-    (folder / "summary.json").write_text(json.dumps(summary(report, device), indent=2) + "\n", encoding="utf-8")
+def write_results(folder: Path, report: Report, spans: dict[int, list[Any]], about: Record, unit: str) -> list[Path]:
+    """`summary.json` (which begins with `about`), `trace.json`, `timeline.png`, `loss.png`; returns the pictures."""
+    text = json.dumps(about | summary(report), indent=2) + "\n"
+    (folder / SUMMARY_FILE).write_text(text, encoding="utf-8")
     write_trace(folder / "trace.json", spans)
     pictures = [folder / "timeline.png", folder / "loss.png"]
     plot_timeline(spans, pictures[0])
@@ -103,13 +105,11 @@ def write_results(folder: Path, report: Report, spans: dict[int, list[Any]], dev
     return pictures
 
 
-def summary(report: Report, device: str) -> Record:
+def summary(report: Report) -> Record:
     """The content of `summary.json`."""
     last = report.exits[-1]
     return {
-        "strategy": "decoupled",
         "ranks": len(report.per_stage),
-        "device": device,
         "steps": report.steps,
         "seconds": report.seconds,
         "training_seconds": report.training_seconds,

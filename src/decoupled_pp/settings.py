@@ -335,6 +335,19 @@ class SampleSettings(Section):
     """Softmax temperature; 0 takes the likeliest token."""
 
 
+Strategy = Literal[
+    "decoupled",
+    "backprop",
+    "gpipe",
+    "1f1b",
+    "interleaved_1f1b",
+    "zero_bubble",
+    "zbv",
+    "deepspeed",
+    "data_parallel",
+]
+
+
 class Settings(Section):
     """A run."""
 
@@ -348,8 +361,12 @@ class Settings(Section):
     """auto: one GPU per rank and NCCL where there are GPUs, else the CPU and gloo."""
     threads: int | None = Field(None, ge=1)
     """CPU threads per rank inside torch operators; default: cores of the machine divided by its ranks."""
+    strategy: Strategy = "decoupled"
+    """How to train: decoupled, or by backpropagation as a baseline (pipelines with `training.accumulate` micro-batches
+    per flush: torch's gpipe, 1f1b, interleaved_1f1b, zero_bubble and zbv, DeepSpeed's; data_parallel; or all in one
+    process: backprop)."""
     stages: int = Field(2, ge=1)
-    """Stages the network is cut into; one per rank (or all in one process)."""
+    """Stages the network is cut into; one per rank (decoupled: or all in one process)."""
     cut: Literal["time", "parameters", "uniform"] | list[int] = "time"
     """Balance stages by measured time, by parameters, by number of layers, or give the layers per stage."""
     model: ModelSettings

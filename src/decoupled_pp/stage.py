@@ -78,9 +78,7 @@ class Stage:
         self.samples = 0
         self.saved_activation_bytes_peak: int | None = None
         self.random = RandomStream(seed, device)  # own stream, whoever else draws in this process (law 3)
-        self._run_trunk: Callable[[Payload], Payload] = (
-            _checkpointed(trunk) if options.checkpoint_activations else trunk
-        )
+        self._run_trunk: Callable[[Payload], Payload] = checkpointed(trunk) if options.checkpoint_activations else trunk
         self._run_critic: Callable[[Payload], Tensor] = critic if critic is not None else _own_logits
         if options.compile:
             self._run_trunk = cast(Any, torch.compile(self._run_trunk))
@@ -201,7 +199,9 @@ def _own_logits(output: Payload) -> Tensor:
     return as_tuple(output)[0]
 
 
-def _checkpointed(trunk: nn.Module) -> Callable[[Payload], Payload]:
+def checkpointed(trunk: nn.Module) -> Callable[[Payload], Payload]:
+    """The layers in a row, each of which recomputes its activations in the backward pass."""
+
     def run(payload: Payload) -> Payload:
         for layer in trunk.children():
             payload = checkpoint(layer, payload, use_reentrant=False, **_same_buffers(layer))

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from decoupled_pp.contracts import Batch, LinkCounters, Loss, Payload, Plan
+from decoupled_pp.memory import SavedActivations
 from decoupled_pp.optim import OptimizerFactory, build_optimizers, build_schedules
 from decoupled_pp.settings import OptimizerSettings, ScheduleSettings
+from decoupled_pp.stage import checkpointed
 
 
 class Recorder(Protocol):
@@ -48,6 +50,8 @@ class Training:
         steps: Optimizer steps that the schedule spans.
         clip_norm: Largest norm of the whole network's gradient, or None.
         precision: "fp32" or "bf16" (autocast).
+        checkpoint_activations: Recompute activations in backward.
+        compile: `torch.compile` every part.
     """
 
     loss: Loss
@@ -56,6 +60,8 @@ class Training:
     steps: int
     clip_norm: float | None = None
     precision: str = "fp32"
+    checkpoint_activations: bool = False
+    compile: bool = False
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
         """The context that forward and loss run in."""
@@ -70,12 +76,14 @@ class Part(nn.Module):
         super().__init__()
         self.layers = layers
         self._training, self._device = training, device
+        self._run: Callable[[Payload], Payload] = checkpointed(layers) if training.checkpoint_activations else layers
+        if training.compile:
+            self._run = cast(Any, torch.compile(self._run))
 
     def forward(self, *payload: Tensor) -> Payload:
         """The layers' own output; they take a payload as one argument."""
         with self._training.autocast(self._device):
-            output: Payload = self.layers(payload[0] if len(payload) == 1 else payload)
-        return output
+            return self._run(payload[0] if len(payload) == 1 else payload)
 
 
 class Strategy(ABC):
@@ -91,6 +99,8 @@ class Strategy(ABC):
         first: Number of the first micro-batch of the present step.
         links: What this rank has sent, by (rank that sends activations, rank that receives them); gradients count as
             backward. Empty where ranks exchange no activations.
+        saved_activation_bytes_peak: Most bytes that autograd held for backward passes at any moment of the first step,
+            all micro-batches in flight together; None before it. Measured as in `stage.Stage`.
     """
 
     def __init__(self, plan: Plan, stages: Sequence[int], training: Training, device: torch.device) -> None:
@@ -110,6 +120,7 @@ class Strategy(ABC):
         self.recorder: Recorder = Unrecorded()
         self.first = 0
         self.links: dict[tuple[int, int], LinkCounters] = {}
+        self.saved_activation_bytes_peak: int | None = None
         self.optimizers: list[Optimizer] = []
         for k, part in self.parts.items():
             built = build_optimizers(training.optimizer, part.layers, None, owns_head=k == plan.stages - 1)
@@ -137,7 +148,8 @@ class Strategy(ABC):
 
     def step(self, batches: Sequence[Batch]) -> list[Tensor]:
         """One optimizer step on the micro-batches; returns what `gradients` does."""
-        losses = self.gradients(batches)
+        with self._probe() if self.saved_activation_bytes_peak is None else nullcontext():
+            losses = self.gradients(batches)
         self.recorder.lap("wait_in")
         if self.training.clip_norm is not None:
             self._clip(self.training.clip_norm)
@@ -149,6 +161,14 @@ class Strategy(ABC):
         self.recorder.lap("step")
         self.first += len(batches)
         return losses
+
+    @contextmanager
+    def _probe(self) -> Iterator[None]:
+        """Count the activations that a step saves for its backward passes."""
+        kept = [tensor for part in self.parts.values() for tensor in (*part.parameters(), *part.buffers())]
+        with SavedActivations(kept) as saved:
+            yield
+        self.saved_activation_bytes_peak = saved.peak
 
     def _sent(self, sender: int, receiver: int, tensor_bytes: int, *, backward: bool = False) -> None:
         """Count a message over the link on which activations go from rank `sender` to rank `receiver`."""
