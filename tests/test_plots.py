@@ -64,7 +64,7 @@ def test_timeline_shows_every_phase_of_a_shared_window(tmp_path, drawn, stages):
     path = tmp_path / "new" / "timeline.png"
     plots.plot_timeline(timeline(stages), path)
     seen = colours(path)
-    assert {rgb(plots._LOOKS[phase].face) for phase in ("forward", "critic", "backward", "step")} <= seen
+    assert {rgb(plots.LOOKS[phase].face) for phase in ("forward", "critic", "backward", "step")} <= seen
     (axes,) = drawn
     labels = [text.get_text() for text in axes.get_yticklabels()]
     assert labels == [f"stage {stage}\n92% working" for stage in range(stages)]

@@ -103,8 +103,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("-o", "--output", required=True, help="file to write")
     export.set_defaults(run=_export)
 
+    from decoupled_pp import comparison
     from decoupled_pp.benchmarks import add_benchmarks
 
+    comparison.add_arguments(commands.add_parser("compare", help="train by several strategies and report on all"))
     add_benchmarks(commands.add_parser("bench", help="measure speed"))
     return parser
 

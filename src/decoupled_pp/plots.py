@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -30,7 +30,7 @@ class _Look(NamedTuple):
     edge: str = "white"
 
 
-_LOOKS = {
+LOOKS = {
     "wait_in": _Look("waits for a packet", "#f4f4f4", "////", "#b5b5b5"),
     "forward": _Look("forward", "#0072b2"),
     "wait_out": _Look("waits for room", "#f4f4f4", "....", "#9a9a9a"),
@@ -42,7 +42,7 @@ _LOOKS = {
 }
 """Phase -> how it looks; colours of Okabe and Ito (2008), which colour-blind readers can tell apart."""
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 9.0,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -67,14 +67,14 @@ def plot_timeline(spans_by_stage: Mapping[int, Sequence[Span]], path: Path) -> N
         path: The PNG file.
     """
     rows = {stage: spans for stage, spans in sorted(spans_by_stage.items()) if spans}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH, 1.35 + 0.45 * max(2, len(rows))), layout="constrained")
         axes = figure.add_subplot()
         if rows:
             start, end = _window(rows)
             axes.set_xlim(0, (end - start) * 1e3)
             for position, spans in enumerate(rows.values()):
-                _draw_row(axes, position, spans, start, end)
+                draw_row(axes, position, spans, start, end)
             labels = [f"stage {stage}\n{_working(spans, start, end):.0%} working" for stage, spans in rows.items()]
             axes.set_yticks(range(len(rows)), labels)
             axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -82,13 +82,18 @@ def plot_timeline(spans_by_stage: Mapping[int, Sequence[Span]], path: Path) -> N
             axes.spines["left"].set_visible(False)
             axes.set_xlabel("milliseconds")
             axes.set_title("What every stage does, packet by packet (numbers: packets in forward)")
-            seen = {span[0] for spans in rows.values() for span in spans}
-            looks = [look for phase, look in _LOOKS.items() if phase in seen]
-            handles = [Patch(fc=look.face, ec=look.edge, hatch=look.hatch, label=look.label) for look in looks]
-            figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+            add_legend(figure, [span for spans in rows.values() for span in spans])
         else:
             _say_empty(axes, "no spans recorded")
         _save(figure, path)
+
+
+def add_legend(figure: Figure, spans: Iterable[Span]) -> None:
+    """Say below a figure what the boxes of these spans are."""
+    seen = {span[0] for span in spans}
+    looks = [look for phase, look in LOOKS.items() if phase in seen]
+    handles = [Patch(fc=look.face, ec=look.edge, hatch=look.hatch, label=look.label) for look in looks]
+    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, len(handles)), frameon=False)
 
 
 def plot_losses(records: Sequence[Record], path: Path, unit: str) -> None:
@@ -103,7 +108,7 @@ def plot_losses(records: Sequence[Record], path: Path, unit: str) -> None:
     """
     drawn = [record for record in records if record.get("kind") in ("train", "validation")]
     drawn = [record for record in drawn if record.get("loss") is not None and math.isfinite(record["loss"])]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.0, 5.0), layout="constrained")
         axes = figure.add_subplot()
         if drawn:
@@ -130,8 +135,9 @@ def _window(rows: Mapping[int, Sequence[Span]]) -> tuple[float, float]:
     return middle - width / 2, middle + width / 2
 
 
-def _draw_row(axes: Axes, position: int, spans: Sequence[Span], start: float, end: float) -> None:
-    for phase, look in _LOOKS.items():
+def draw_row(axes: Axes, position: int, spans: Sequence[Span], start: float, end: float) -> None:
+    """Draw the spans of one rank between two times as boxes, in milliseconds since `start`, on the row `position`."""
+    for phase, look in LOOKS.items():
         boxes = [_clip(span, start, end) for span in spans if span[0] == phase]
         visible = [(left, width) for left, width in boxes if width > 0]
         axes.broken_barh(

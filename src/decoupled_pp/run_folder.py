@@ -87,10 +87,10 @@ def _unwritable(folder: Path, reason: str) -> UsageError:
     return UsageError(f"cannot write the run folder {folder}: {reason}; change `runs`")
 
 
-def write_config(folder: Path, settings: Settings, sizes: tuple[int, ...]) -> None:
-    """The resolved settings, with the cut as it was chosen (a resumed run cuts the same way)."""
+def write_config(folder: Path, settings: Settings, sizes: tuple[int, ...] | None) -> None:
+    """The resolved settings, with the cut as it was chosen if it was (a resumed run cuts the same way)."""
     resolved: dict[str, Any] = settings.model_dump()
-    resolved["cut"] = list(sizes)
+    resolved["cut"] = list(sizes) if sizes is not None else settings.cut
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
 
 
