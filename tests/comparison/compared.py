@@ -16,12 +16,10 @@ def stage(**changes):
     return {**row, "phase_seconds": phases, **changes}
 
 
-def run(
-    name="1f1b", *, repeat=0, losses=(3.0, 2.0, 1.0), mean=0.02, strategy=None, spans=None, stages=None, samples=40
-):
+def run(name="1f1b", *, repeat=0, losses=(3.0, 2.0, 1.0), mean=0.02, spans=None, stages=None):
     """A run of 10 updates of 4 samples with an evaluation every second."""
     validations = [
-        {"loss": loss, "samples": samples * (n + 1) // len(losses), "training_seconds": n + 1.0}
+        {"loss": loss, "samples": 40 * (n + 1) // len(losses), "training_seconds": n + 1.0}
         for n, loss in enumerate(losses)
     ]
     summary = {
@@ -33,7 +31,7 @@ def run(
         "per_stage": stages or [stage(), stage()],
         "links": [{"from": 0, "to": 1, "payload_bytes_forward": 400, "payload_bytes_backward": 80, "packets": 10}],
     }
-    return Run(contender(name, strategy), repeat, summary, validations, spans or flushes())
+    return Run(contender(name), repeat, summary, validations, spans or flushes())
 
 
 def flushes():
