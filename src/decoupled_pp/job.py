@@ -46,6 +46,7 @@ from decoupled_pp.losses import find_loss
 from decoupled_pp.models import build_model
 from decoupled_pp.models.generation import generate
 from decoupled_pp.optim import find_optimizer
+from decoupled_pp.partitioning import By
 from decoupled_pp.partitioning.layers import LAYER_FAULTS, describe, trace
 from decoupled_pp.runlog import RunLog
 from decoupled_pp.settings import Settings
@@ -273,7 +274,7 @@ def prepare(settings: Settings, control: Control | None = None) -> tuple[Data | 
     plan = partition(
         module,
         stages,
-        "time" if isinstance(settings.cut, list) and len(settings.cut) != stages else settings.cut,
+        _cut(settings, stages),
         _zeros(described["sample"]),
         critic=None if baseline else build_critic(settings.critic),
         loss=settings.loss,
@@ -281,6 +282,13 @@ def prepare(settings: Settings, control: Control | None = None) -> tuple[Data | 
         timeout_seconds=settings.links.timeout_seconds,
     )
     return (opened[0] if opened else None), info, plan
+
+
+def _cut(settings: Settings, stages: int) -> By:
+    """How to cut into so many stages, which a baseline may want more or fewer of than the settings name."""
+    if stages == 1:
+        return "uniform"
+    return "time" if isinstance(settings.cut, list) and len(settings.cut) != stages else settings.cut
 
 
 def _spec(payload: Payload) -> list[Any]:

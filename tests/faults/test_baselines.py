@@ -1,0 +1,60 @@
+"""A baseline run meets the same faults: refused in one line, or ended on every rank with the cause named."""
+
+import signal
+
+import pytest
+import runs
+
+import ranks
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def settings():
+    runs.write_settings(checkpoint={}, training={"steps": 6, "accumulate": 2})
+
+
+@pytest.mark.parametrize(
+    ("strategy", "arguments", "line"),
+    [
+        ("1f2b", (), "strategy: Input should be 'decoupled', 'backprop', 'gpipe', "),
+        ("1f1b", (), "strategy 1f1b needs one rank per stage, at least 2: give --ranks 2"),
+        ("data_parallel", ("--ranks=3",), "strategy data_parallel needs one rank per stage"),
+        ("backprop", ("--ranks=2",), "strategy backprop is one process, not 2"),
+        ("backprop", ("--resume",), "--resume: strategy backprop saves no checkpoints; start anew with --overwrite"),
+        ("backprop", ("--set=checkpoint.every=2",), "checkpoint.every 2: strategy backprop saves no checkpoints"),
+        ("backprop", ("--set=optimizer.kind=AdamX",), "torch.optim has no usable 'AdamX'"),
+    ],
+)
+def test_bad_input(strategy, arguments, line, settings, capsys):
+    assert runs.dpp("train", "run.yaml", f"--strategy={strategy}", *arguments) == 2
+    (said,) = runs.said(capsys.readouterr().err)
+    assert line in said
+    assert not runs.FOLDER.exists()
+
+
+def _train(tmp_path, strategy, model, **sections):
+    runs.write_settings(checkpoint={}, training={"steps": 6, "accumulate": 2}, model=model, **sections)
+    arguments = ("train", "run.yaml", f"--strategy={strategy}")
+    options = {"size": 2, "folder": tmp_path / "logs", "may_fail": True}
+    results = ranks.launch(runs.dpp_in_rank, str(tmp_path), *arguments, **options)
+    return results, ["\n".join(runs.said(result.output)) for result in results]
+
+
+@pytest.mark.parametrize("strategy", ["1f1b", "data_parallel"])
+def test_a_killed_rank_ends_the_other(strategy, tmp_path):
+    model = runs.factory("dies_once", at=5, number=int(signal.SIGKILL), behind=1)
+    results, said = _train(tmp_path, strategy, model, cut=[3, 4])
+    dead = [result.exitcode for result in results].index(-signal.SIGKILL)
+    assert results[1 - dead].value == 1
+    assert "lost the connection to another rank" in said[1 - dead], said
+
+
+def test_a_loss_that_is_not_finite_ends_all(tmp_path):
+    results, said = _train(tmp_path, "gpipe", runs.factory("not_finite", at=9, value="nan", behind=2), cut=[3, 4])
+    assert [result.value for result in results] == [1, 1]
+    assert any("the loss is nan at packet" in line for line in said), said
