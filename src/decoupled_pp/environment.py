@@ -1,10 +1,11 @@
-"""The one place that looks at the process's environment: rank, world size, restarts, cores."""
+"""The one place that looks at the process's environment, or changes it: rank, world size, restarts, cores."""
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 
 def under_torchrun() -> bool:
@@ -52,3 +53,16 @@ def set_defaults(values: Mapping[str, str]) -> None:
     """Set environment variables for child processes where the user has not set them."""
     for name, value in values.items():
         os.environ.setdefault(name, value)
+
+
+@contextmanager
+def temporarily(values: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for as long as the context lasts; what is changed inside is as before afterwards."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name in [name for name in os.environ if name not in before]:
+            del os.environ[name]
+        os.environ.update(before)

@@ -1,6 +1,6 @@
 """Law 11: each baseline's gradients == plain PyTorch's; so are its weights after clipped, scheduled steps.
 
-In double precision, so that the tolerance can be far below any real difference.
+In double precision, so that the tolerance can be far below any real difference; DeepSpeed, which refuses it, in single.
 """
 
 import pytest
@@ -17,6 +17,16 @@ from ranks import launch
 CPU = torch.device("cpu")
 LAYERS, WIDTH, B, STEPS, RATE, CLIP = 8, 6, 3, 3, 0.3, 0.5
 PARALLEL = [kind for kind in BASELINES if kind != "backprop"]
+TOLERANCE = {
+    torch.float64: {"rtol": 1e-10, "atol": 1e-12},
+    torch.float32: {"rtol": 1e-5, "atol": 1e-6},
+    torch.bfloat16: {"rtol": 2e-2, "atol": 1e-3},
+}
+"""By what is computed in. bf16 (autocast): 2^-8 relative per operation, and sums in another order."""
+
+
+def dtype_of(kind):
+    return torch.float32 if kind == "deepspeed" else torch.float64
 
 
 class Pair(nn.Module):
@@ -41,17 +51,22 @@ class Join(nn.Module):
         return self.linear(first * second)
 
 
-def network(pairs=False):
+def parameter_dtype(dtype):
+    """Autocast to bf16 leaves parameters and inputs in fp32."""
+    return torch.float32 if dtype is torch.bfloat16 else dtype
+
+
+def network(pairs, dtype):
     torch.manual_seed(1)
     if pairs:
-        return nn.Sequential(*(Pair() for _ in range(LAYERS - 1)), Join()).double()
+        return nn.Sequential(*(Pair() for _ in range(LAYERS - 1)), Join()).to(parameter_dtype(dtype))
     hidden = (nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(LAYERS - 1))
-    return nn.Sequential(*hidden, nn.Linear(WIDTH, 4)).double()
+    return nn.Sequential(*hidden, nn.Linear(WIDTH, 4)).to(parameter_dtype(dtype))
 
 
-def batches(count):
+def batches(count, dtype):
     torch.manual_seed(2)
-    return [(torch.randn(B, WIDTH).double(), torch.randint(4, (B,))) for _ in range(count)]
+    return [(torch.randn(B, WIDTH).to(parameter_dtype(dtype)), torch.randint(4, (B,))) for _ in range(count)]
 
 
 def loss(logits, target):
@@ -59,14 +74,15 @@ def loss(logits, target):
     return cross_entropy(logits, target) * (1 + target.sum())
 
 
-def plain(count, pairs):
+def plain(count, pairs, dtype):
     """Gradients of one step, then weights and losses after some, with nothing but PyTorch."""
-    model = network(pairs)
+    model = network(pairs, dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
     gradients = None
     for _ in range(STEPS):
-        losses = [loss(model(inputs), target) for inputs, target in batches(count)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+            losses = [loss(model(inputs), target) for inputs, target in batches(count, dtype)]
         torch.stack(losses).mean().backward()
         gradients = gradients or {name: p.grad.clone() for name, p in model.named_parameters()}
         assert nn.utils.clip_grad_norm_(model.parameters(), CLIP) > CLIP
@@ -76,60 +92,68 @@ def plain(count, pairs):
     return gradients, dict(model.named_parameters()), torch.stack(losses).detach()
 
 
-def baseline(kind, rank, ranks, count, pairs):
+def baseline(kind, rank, ranks, *, count, pairs, dtype):
     """The same with one rank of a baseline."""
-    plan = partition(network(pairs), stages_needed(kind, ranks) or 2, "uniform", batches(1)[0][0], critic=None)
+    sample = batches(1, dtype)[0][0]
+    plan = partition(network(pairs, dtype), stages_needed(kind, ranks) or 2, "uniform", sample, critic=None)
     training = Training(
         loss,
         OptimizerSettings(kind="SGD", lr=RATE, arguments={"momentum": 0.9}),
         ScheduleSettings(kind="linear"),
         STEPS,
         clip_norm=CLIP,
+        precision="bf16" if dtype is torch.bfloat16 else "fp32",
     )
     strategy = build_baseline(kind, plan, training, CPU, rank=rank, ranks=ranks)
     named = {name: p for part in strategy.parts.values() for name, p in part.layers.named_parameters()}
-    strategy.gradients(batches(count))
+    strategy.gradients(batches(count, dtype))
     gradients = {name: p.grad.clone() for name, p in named.items()}
     for parameter in named.values():
         parameter.grad = None
     for _ in range(STEPS):
-        losses = strategy.step(batches(count))
+        losses = strategy.step(batches(count, dtype))
     return gradients, {name: p.detach() for name, p in named.items()}, losses
 
 
-def one_rank(kind, count, pairs):
+def one_rank(kind, count, pairs, dtype):
     world = join_world(30)
-    return baseline(kind, world.rank, world.size, count, pairs)
+    return baseline(kind, world.rank, world.size, count=count, pairs=pairs, dtype=dtype)
 
 
-def check(parts, count, pairs, copies=False):
-    gradients, weights, losses = plain(count, pairs)
+def check(parts, count, pairs, dtype, copies=False):
+    gradients, weights, losses = plain(count, pairs, dtype)
     for which, expected in ((0, gradients), (1, weights)):
         ours = [part[which] for part in parts]
         names = [name for one in ours for name in one]
         assert sorted(names) == sorted(expected) if not copies else set(names) == set(expected)
         for one in ours:
             for name, tensor in one.items():
-                torch.testing.assert_close(tensor, expected[name].detach(), rtol=1e-10, atol=1e-12)
+                torch.testing.assert_close(tensor, expected[name].detach(), **TOLERANCE[dtype])
     order = [part[2] for part in parts]
     turns = zip(*order, strict=True) if copies else order  # copies take turns, stages of a pipeline judge all or none
     found = [one for some in turns for one in some]
-    torch.testing.assert_close(torch.stack(found), losses, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(torch.stack(found), losses, **TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("pairs", [False, True])
 def test_one_process(pairs):
-    check([baseline("backprop", 0, 1, 4, pairs)], 4, pairs)
+    check([baseline("backprop", 0, 1, count=4, pairs=pairs, dtype=torch.float64)], 4, pairs, torch.float64)
 
 
 @pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("kind", PARALLEL)
 def test_two_ranks(kind, pairs, tmp_path):
-    results = launch(one_rank, kind, 4, pairs, size=2, folder=tmp_path)
-    check([result.value for result in results], 4, pairs, copies=kind == "data_parallel")
+    results = launch(one_rank, kind, 4, pairs, dtype_of(kind), size=2, folder=tmp_path)
+    check([result.value for result in results], 4, pairs, dtype_of(kind), copies=kind == "data_parallel")
 
 
 @pytest.mark.parametrize("kind", PARALLEL)
 def test_four_ranks(kind, tmp_path):
-    results = launch(one_rank, kind, 8, False, size=4, folder=tmp_path)
-    check([result.value for result in results], 8, False, copies=kind == "data_parallel")
+    results = launch(one_rank, kind, 8, False, dtype_of(kind), size=4, folder=tmp_path)
+    check([result.value for result in results], 8, False, dtype_of(kind), copies=kind == "data_parallel")
+
+
+@pytest.mark.parametrize("kind", ["1f1b", "deepspeed"])
+def test_autocast(kind, tmp_path):
+    results = launch(one_rank, kind, 4, True, torch.bfloat16, size=2, folder=tmp_path)
+    check([result.value for result in results], 4, True, torch.bfloat16)

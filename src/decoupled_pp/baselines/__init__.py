@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from decoupled_pp.baselines.deepspeed_pipeline import DeepSpeedPipeline
 from decoupled_pp.baselines.strategy import Strategy, Training
 from decoupled_pp.baselines.torch_pipeline import SCHEDULES, TorchPipeline
 from decoupled_pp.baselines.whole import Backprop, DataParallel
 from decoupled_pp.contracts import Plan, UsageError
 
-BASELINES = ("backprop", *SCHEDULES, "data_parallel")
+BASELINES = ("backprop", *SCHEDULES, "deepspeed", "data_parallel")
 """Names of all baselines."""
 
 __all__ = ["BASELINES", "Strategy", "Training", "build_baseline", "stages_needed"]
@@ -17,6 +18,8 @@ __all__ = ["BASELINES", "Strategy", "Training", "build_baseline", "stages_needed
 
 def stages_needed(kind: str, ranks: int) -> int | None:
     """Stages that a plan must have for a baseline on so many ranks; None if any plan will do."""
+    if kind == "deepspeed":
+        return ranks
     return ranks * SCHEDULES[kind].stages_per_rank if kind in SCHEDULES else None
 
 
@@ -34,7 +37,7 @@ def build_baseline(
         ranks: Number of ranks.
 
     Raises:
-        UsageError: An unknown kind, or one that does not fit the plan or the ranks.
+        UsageError: An unknown kind, one that does not fit the plan or the ranks, or one whose package is missing.
     """
     if kind not in BASELINES:
         raise UsageError(f"strategy {kind!r} is not known; one of {', '.join(BASELINES)}")
@@ -46,4 +49,6 @@ def build_baseline(
         return Backprop(plan, training, device)
     if kind == "data_parallel":
         return DataParallel(plan, training, device, rank=rank, ranks=ranks)
+    if kind == "deepspeed":
+        return DeepSpeedPipeline(plan, training, device, rank=rank, ranks=ranks)
     return TorchPipeline(kind, plan, training, device, rank=rank, ranks=ranks)

@@ -151,6 +151,13 @@ class Strategy(ABC):
         with self._probe() if self.saved_activation_bytes_peak is None else nullcontext():
             losses = self.gradients(batches)
         self.recorder.lap("wait_in")
+        self._update()
+        self.recorder.lap("step")
+        self.first += len(batches)
+        return losses
+
+    def _update(self) -> None:
+        """Clip and use up the gradients, and move the learning rates on."""
         if self.training.clip_norm is not None:
             self._clip(self.training.clip_norm)
         for optimizer in self.optimizers:
@@ -158,9 +165,6 @@ class Strategy(ABC):
             optimizer.zero_grad(set_to_none=True)
         for schedule in self._schedules:
             schedule.step()
-        self.recorder.lap("step")
-        self.first += len(batches)
-        return losses
 
     @contextmanager
     def _probe(self) -> Iterator[None]:
