@@ -1,4 +1,4 @@
-"""One rank of an emulated pipeline, trained decoupled or by one of torch's schedules, and its own compute alone."""
+"""One rank of an emulated pipeline, trained decoupled or by a pipelined baseline, and its own compute alone."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from decoupled_pp.baselines import Training, build_baseline, stages_needed
+from decoupled_pp.benchmarks.durations import Durations
 from decoupled_pp.benchmarks.emulated import EmulatedLayer
 from decoupled_pp.contracts import Plan, Record
 from decoupled_pp.links import World
@@ -36,6 +37,7 @@ class Work:
         packets: Micro-batches per measurement.
         micro_batches: Micro-batches per optimizer step of a pipelined baseline.
         capacity: Packets a link of the decoupled pipeline may hold.
+        durations: What this rank's sleeps are multiplied by; every measurement starts them over.
     """
 
     world: World
@@ -45,13 +47,20 @@ class Work:
     packets: int
     micro_batches: int
     capacity: int
+    durations: Durations
+
+    @property
+    def alone(self) -> int:
+        """Micro-batches that a rank's own compute is measured on: the pipeline's own, if they differ in duration."""
+        return self.packets if self.durations.unevenness.drawn else _ALONE
 
     def plan(self, stages: int) -> Plan:
         """An emulated network; the stages of a rank share its compute equally."""
         torch.manual_seed(0)
         share = self.world.size / stages
         layers: list[nn.Module] = [
-            EmulatedLayer(WIDTH, self.forward_seconds * share, self.backward_seconds * share) for _ in range(stages)
+            EmulatedLayer(WIDTH, self.forward_seconds * share, self.backward_seconds * share, self.durations)
+            for _ in range(stages)
         ]
         layers[-1] = nn.Sequential(layers[-1], nn.Linear(WIDTH, CLASSES))
         return partition(layers, stages, "uniform", self.data()[0], device="cpu")
@@ -103,10 +112,12 @@ class Decoupled(Contestant):
         """Between two ends of the last stage's steps, once the pipeline is full (rank 0 collects the spans)."""
         self._ends.clear()
         packets, start = self._work.packets, self._done
-        self._trainer.fit([self._batch], packets, trace_packets=range(start, start + packets))
-        self._done += packets
-        first, last = start + packets // 5, start + packets - 1
-        return (self._ends[last] - self._ends[first]) / (last - first) if self._work.world.rank == 0 else 0.0
+        fill = max(_WARM_UP, packets // 5)
+        self._work.durations.restart(fill)
+        self._done += fill + packets
+        self._trainer.fit([self._batch], fill + packets, trace_packets=range(start, self._done))
+        first, last = start + fill - 1, self._done - 1
+        return (self._ends[last] - self._ends[first]) / packets if self._work.world.rank == 0 else 0.0
 
     def alone(self) -> float:
         """The same trunk, critic, loss and optimizer."""
@@ -119,7 +130,8 @@ class Decoupled(Contestant):
             optimizer.step()
             optimizer.zero_grad()
 
-        return seconds_per_call(step, _ALONE)
+        self._work.durations.restart(1)
+        return seconds_per_call(step, self._work.alone)
 
 
 class Pipelined(Contestant):
@@ -141,6 +153,7 @@ class Pipelined(Contestant):
     def period(self) -> float:
         """Whole steps, flush and optimizer step included."""
         steps = max(2, self._work.packets // self._count)
+        self._work.durations.restart(self._count)
         return seconds_per_call(lambda: self._strategy.step(self._batches), steps) / self._count
 
     def alone(self) -> float:
@@ -158,7 +171,8 @@ class Pipelined(Contestant):
             optimizer.step()
             optimizer.zero_grad()
 
-        return seconds_per_call(step, max(2, _ALONE // self._count)) / self._count
+        self._work.durations.restart(self._count)
+        return seconds_per_call(step, max(2, self._work.alone // self._count)) / self._count
 
 
 def contestant(kind: str, work: Work) -> Contestant:

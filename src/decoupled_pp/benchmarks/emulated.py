@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from decoupled_pp.benchmarks.durations import Durations, Unevenness
+
 
 class _Sleep(torch.autograd.Function):
     @staticmethod
@@ -31,17 +33,21 @@ class EmulatedLayer(nn.Module):
     stage of several layers would for all but its first.
     """
 
-    def __init__(self, width: int, forward_seconds: float, backward_seconds: float) -> None:
-        """Make a layer that sleeps for the given times in forward and backward."""
+    def __init__(
+        self, width: int, forward_seconds: float, backward_seconds: float, durations: Durations | None = None
+    ) -> None:
+        """Make a layer that sleeps for the given times, `durations` times as long, in forward and backward."""
         super().__init__()
         self.scale = nn.Parameter(torch.ones(width))
         self._forward, self._half = forward_seconds, backward_seconds / 2
+        self._durations = durations if durations is not None else Durations(Unevenness(), 0)
 
     def forward(self, hidden_BD: Tensor) -> Tensor:
         """Scale the features and sleep; the backward pass of what this returns sleeps too."""
-        both = not hidden_BD.requires_grad
-        inputs: Tensor = hidden_BD if both else _sleep(hidden_BD, 0.0, self._half)
-        scale = _sleep(self.scale, self._forward, 2 * self._half if both else self._half)
+        forward, backward = self._durations.next(self)
+        both, half = not hidden_BD.requires_grad, self._half * backward
+        inputs: Tensor = hidden_BD if both else _sleep(hidden_BD, 0.0, half)
+        scale = _sleep(self.scale, self._forward * forward, 2 * half if both else half)
         return inputs * scale
 
 

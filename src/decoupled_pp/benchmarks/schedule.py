@@ -6,6 +6,7 @@ import argparse
 import json
 import statistics
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from decoupled_pp import environment
 from decoupled_pp.baselines import BASELINES, stages_needed
+from decoupled_pp.benchmarks import durations
 from decoupled_pp.benchmarks.contestants import TIMEOUT, Contestant, Work, contestant
 from decoupled_pp.contracts import UsageError
 from decoupled_pp.launcher import launch
@@ -35,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backward-ms", type=float, default=20.0, help="emulated backward of one rank and micro-batch")
     parser.add_argument("--batch", type=int, default=16, help="samples per micro-batch (64 floats each)")
     parser.add_argument("--capacity", type=int, default=4, help="packets a link may hold")
+    durations.add_arguments(parser)
     parser.add_argument("--output", help="write the figures to this JSON file")
     parser.set_defaults(run=run_command)
 
@@ -51,6 +54,7 @@ def run_command(chosen: argparse.Namespace) -> int:
     chosen.micro_batches = chosen.ranks if chosen.micro_batches is None else chosen.micro_batches
     if chosen.micro_batches < 1:
         raise UsageError(f"--micro-batches {chosen.micro_batches} must be at least 1")
+    unevenness = durations.unevenness_of(chosen)  # refused before any rank is started
     chosen.refused = {}
     if environment.world_size() == 1:
         return launch(sys.argv[1:], chosen.ranks, max_restarts=0, grace_seconds=10)
@@ -59,13 +63,14 @@ def run_command(chosen: argparse.Namespace) -> int:
         figures = summarize(results, chosen)
         if chosen.output:
             Path(chosen.output).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        sys.stdout.write(describe(figures))
+        sys.stdout.write(durations.describe(unevenness) + describe(figures))
     return 0
 
 
 def measure(chosen: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     """All strategies in turn, `repeats` times (A B A B ...): the figures of every repeat, equal on all ranks."""
     torch.set_num_threads(1)
+    unevenness = durations.unevenness_of(chosen)
     world = join_world(TIMEOUT)
     channel = world.channel()
     work = Work(
@@ -76,6 +81,7 @@ def measure(chosen: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
         chosen.packets,
         chosen.micro_batches,
         chosen.capacity,
+        durations.Durations(unevenness, world.rank),
     )
     contestants: dict[str, Contestant] = {}
     for kind in chosen.strategies:
@@ -88,11 +94,13 @@ def measure(chosen: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     results: dict[str, list[dict[str, float]]] = {kind: [] for kind in contestants}
     for repeat in range(chosen.repeats):
         for kind, one in contestants.items():
+            work.durations.repeat = repeat
             channel.gather(f"start/{kind}/{repeat}", 0, TIMEOUT)
-            alone = max(channel.gather(f"alone/{kind}/{repeat}", one.alone(), TIMEOUT))
-            seconds = TIMEOUT + 100 * chosen.packets * (chosen.forward_ms + chosen.backward_ms) / 1000
+            nominal = (chosen.forward_ms + chosen.backward_ms) / 1000 * unevenness.slowest_mean
+            seconds = TIMEOUT + 100 * chosen.packets * nominal
+            alone = max(channel.gather(f"alone/{kind}/{repeat}", one.alone(), seconds))
             period = max(channel.gather(f"period/{kind}/{repeat}", one.period(), seconds))
-            results[kind].append(figures_of(period, alone, (chosen.forward_ms + chosen.backward_ms) / 1000))
+            results[kind].append(figures_of(period, alone, nominal))
     return results
 
 
@@ -101,8 +109,9 @@ def figures_of(period: float, alone: float, nominal: float) -> dict[str, float]:
 
     Args:
         period: Of the pipeline.
-        alone: Of the slowest rank's own compute, back to back; all ranks run theirs at the same time.
-        nominal: Of the bare sleeps.
+        alone: Of the slowest rank's own compute, back to back; all ranks run theirs at the same time. Uneven durations:
+            the mean over the very micro-batches that `period` is measured on.
+        nominal: Of the bare sleeps; uneven durations: expected, on the slowest rank.
     """
     return {
         "period_ms": period * 1000,
@@ -116,6 +125,8 @@ def figures_of(period: float, alone: float, nominal: float) -> dict[str, float]:
 def summarize(results: dict[str, list[dict[str, float]]], chosen: argparse.Namespace) -> dict[str, Any]:
     """The arguments, and of every strategy the medians with the spread beside them."""
     figures: dict[str, Any] = {k: v for k, v in vars(chosen).items() if k not in ("run", "output")}
+    unevenness = durations.unevenness_of(chosen)
+    figures |= {"unevenness": asdict(unevenness), "slowest_mean": unevenness.slowest_mean}
     for kind, repeats in results.items():
         columns = {key: [one[key] for one in repeats] for key in repeats[0]}
         figures[kind] = {
@@ -127,7 +138,7 @@ def summarize(results: dict[str, list[dict[str, float]]], chosen: argparse.Names
 
 def describe(figures: dict[str, Any]) -> str:
     """The figures as a few lines of text."""
-    nominal = figures["forward_ms"] + figures["backward_ms"]
+    nominal = (figures["forward_ms"] + figures["backward_ms"]) * figures["slowest_mean"]
     rows = (
         ("alone_ms", "ideal: slowest rank alone, back to back, ms", ".2f"),
         ("period_ms", "pipeline in steady state, ms/micro-batch", ".2f"),
