@@ -1,5 +1,7 @@
 """What a baseline demands and does not get is refused in one line; the ranks need not have met for most of it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -62,3 +64,11 @@ def _step(kind, sizes, expected):
     with pytest.raises(UsageError, match=f"^{expected}$"):
         strategy.step(batches(*sizes))
     return True
+
+
+@pytest.mark.parametrize("kind", ["zero_bubble", "zbv"])
+def test_a_split_backward_is_not_compiled(kind):
+    layers = [nn.Linear(3, 3) for _ in range(4)]
+    plan = partition(layers, 4, "uniform", torch.ones(2, 3), critic=None)
+    with pytest.raises(UsageError, match=f"^{kind}: torch's split backward does not work with torch.compile; set"):
+        build_baseline(kind, plan, replace(TRAINING, compile=True), torch.device("cpu"), rank=0, ranks=2)

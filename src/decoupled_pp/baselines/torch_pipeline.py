@@ -24,11 +24,13 @@ class ScheduleKind:
         make: Its class.
         stages_per_rank: Stages on every rank.
         folded: Whether the stages go up the ranks and down again (V), instead of starting over at rank 0.
+        splits_backward: Whether a backward pass is done in two parts, first for inputs, later for weights.
     """
 
     make: Any
     stages_per_rank: int = 1
     folded: bool = False
+    splits_backward: bool = False
 
     def stages_of(self, rank: int, ranks: int) -> list[int]:
         """The stages that a rank trains."""
@@ -40,8 +42,8 @@ SCHEDULES = {
     "gpipe": ScheduleKind(schedules.ScheduleGPipe),
     "1f1b": ScheduleKind(schedules.Schedule1F1B),
     "interleaved_1f1b": ScheduleKind(schedules.ScheduleInterleaved1F1B, 2),
-    "zero_bubble": ScheduleKind(schedules.ScheduleInterleavedZeroBubble, 2),
-    "zbv": ScheduleKind(schedules.ScheduleZBVZeroBubble, 2, folded=True),
+    "zero_bubble": ScheduleKind(schedules.ScheduleInterleavedZeroBubble, 2, splits_backward=True),
+    "zbv": ScheduleKind(schedules.ScheduleZBVZeroBubble, 2, folded=True, splits_backward=True),
 }
 """GPipe (Huang et al. 2019), 1F1B (PipeDream-flush, Narayanan et al. 2021), interleaved 1F1B (Megatron-LM, 2104.04473),
 and zero-bubble schedules, interleaved and ZBV (Qi et al. 2024, 2401.10241)."""
@@ -105,6 +107,10 @@ class TorchPipeline(Strategy):
         wanted = ranks * self._schedule_kind.stages_per_rank
         if plan.stages != wanted:
             raise UsageError(f"{kind} on {ranks} ranks needs a plan of {wanted} stages, not {plan.stages}")
+        if training.compile and self._schedule_kind.splits_backward:
+            raise UsageError(
+                f"{kind}: torch's split backward does not work with torch.compile; set training.compile: false"
+            )
         mine = self._schedule_kind.stages_of(rank, ranks)
         super().__init__(plan, mine, training, device)
         self.plan, self._rank, self._ranks = plan, rank, ranks
