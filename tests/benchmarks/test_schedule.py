@@ -45,7 +45,7 @@ def test_a_split_backward_sleeps_half_for_the_input_and_half_for_the_weight(slep
 
 def _chosen(**changes):
     values = {"ranks": 2, "strategies": list(schedule.STRATEGIES), "micro_batches": 4, "packets": 10, "repeats": 2}
-    values |= {"forward_ms": 1.0, "backward_ms": 2.0, "batch": 4, "capacity": 4, "output": None, "refused": {}}
+    values |= {"forward_ms": 1.0, "backward_ms": 2.0, "batch": 4, "capacity": 4, "steps": 2, "refused": {}}
     values |= {"slow_factor": None, "slow_share": None, "slow_stage": None, "jitter": "none"}
     return argparse.Namespace(**{**values, **changes})
 
@@ -86,6 +86,7 @@ def _measure(chosen):
         (["--ranks=2", "--slow-factor=1"], "--slow-factor 1 must be above 1"),
         (["--ranks=2", "--slow-factor=2", "--slow-share=1.5"], "--slow-share 1.5 must be above 0 and at most 1"),
         (["--ranks=2", "--slow-factor=2", "--slow-stage=2"], "--slow-stage 2 must be one of 0 to 1"),
+        (["--ranks=2", "--steps=0"], "--steps 0 must be at least 1"),
     ],
 )
 def test_bad_input(arguments, line, capsys):

@@ -34,8 +34,9 @@ class Work:
         forward_seconds: Emulated forward of one rank and micro-batch.
         backward_seconds: Emulated backward of one rank and micro-batch.
         batch: Samples per micro-batch.
-        packets: Micro-batches per measurement.
+        packets: Micro-batches per measurement of a decoupled pipeline.
         micro_batches: Micro-batches per optimizer step of a pipelined baseline.
+        steps: Optimizer steps per measurement of a pipelined baseline, after one that is not counted.
         capacity: Packets a link of the decoupled pipeline may hold.
         durations: What this rank's sleeps are multiplied by; every measurement starts them over.
     """
@@ -46,6 +47,7 @@ class Work:
     batch: int
     packets: int
     micro_batches: int
+    steps: int
     capacity: int
     durations: Durations
 
@@ -152,9 +154,8 @@ class Pipelined(Contestant):
 
     def period(self) -> float:
         """Whole steps, flush and optimizer step included."""
-        steps = max(2, self._work.packets // self._count)
         self._work.durations.restart(self._count)
-        return seconds_per_call(lambda: self._strategy.step(self._batches), steps) / self._count
+        return seconds_per_call(lambda: self._strategy.step(self._batches), self._work.steps) / self._count
 
     def alone(self) -> float:
         """Copies of this rank's stages, each on an input of its own; the last one with the loss."""

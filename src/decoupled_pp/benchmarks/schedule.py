@@ -27,35 +27,34 @@ STRATEGIES = ("decoupled", *(kind for kind in BASELINES if stages_needed(kind, 1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     parser.add_argument("--ranks", type=int, required=True, help="processes; a decoupled pipeline has as many stages")
+    add_work_arguments(parser)
+    parser.add_argument("--output", help="write the figures to this JSON file")
+    parser.set_defaults(run=run_command)
+
+
+def add_work_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is measured, and on how much work: shared by the benchmarks with emulated compute."""
     parser.add_argument("--strategies", default="decoupled", help=f"comma-separated, of {', '.join(STRATEGIES)}")
     parser.add_argument(
         "--micro-batches", type=int, help="per optimizer step of a pipelined baseline (default: ranks); decoupled: 1"
     )
     parser.add_argument("--packets", type=int, default=60, help="micro-batches per repeat")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="optimizer steps per repeat of a pipelined baseline (default: packets / micro-batches)",
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--forward-ms", type=float, default=10.0, help="emulated forward of one rank and micro-batch")
     parser.add_argument("--backward-ms", type=float, default=20.0, help="emulated backward of one rank and micro-batch")
     parser.add_argument("--batch", type=int, default=16, help="samples per micro-batch (64 floats each)")
     parser.add_argument("--capacity", type=int, default=4, help="packets a link may hold")
     durations.add_arguments(parser)
-    parser.add_argument("--output", help="write the figures to this JSON file")
-    parser.set_defaults(run=run_command)
 
 
 def run_command(chosen: argparse.Namespace) -> int:
     """Start the ranks, or be one of them."""
-    if chosen.ranks < 2 or chosen.packets < 10 or chosen.repeats < 1:
-        raise UsageError(
-            "bench schedule needs --ranks of at least 2, --packets of at least 10, --repeats of at least 1"
-        )
-    chosen.strategies = [kind.strip() for kind in chosen.strategies.split(",")]
-    if unknown := [kind for kind in chosen.strategies if kind not in STRATEGIES]:
-        raise UsageError(f"--strategies: {unknown[0]!r} is not known; of {', '.join(STRATEGIES)}")
-    chosen.micro_batches = chosen.ranks if chosen.micro_batches is None else chosen.micro_batches
-    if chosen.micro_batches < 1:
-        raise UsageError(f"--micro-batches {chosen.micro_batches} must be at least 1")
-    unevenness = durations.unevenness_of(chosen)  # refused before any rank is started
-    chosen.refused = {}
+    check_work(chosen, "schedule")
     if environment.world_size() == 1:
         return launch(sys.argv[1:], chosen.ranks, max_restarts=0, grace_seconds=10)
     results = measure(chosen)
@@ -63,8 +62,31 @@ def run_command(chosen: argparse.Namespace) -> int:
         figures = summarize(results, chosen)
         if chosen.output:
             Path(chosen.output).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        sys.stdout.write(durations.describe(unevenness) + describe(figures))
+        sys.stdout.write(durations.describe(durations.unevenness_of(chosen)) + describe(figures))
     return 0
+
+
+def check_work(chosen: argparse.Namespace, command: str) -> None:
+    """Check the arguments of `add_work_arguments`, and fill in what follows from others.
+
+    Raises:
+        UsageError: One of them cannot be honoured.
+    """
+    if chosen.ranks < 2 or chosen.packets < 10 or chosen.repeats < 1:
+        raise UsageError(
+            f"bench {command} needs --ranks of at least 2, --packets of at least 10, --repeats of at least 1"
+        )
+    chosen.strategies = [kind.strip() for kind in chosen.strategies.split(",")]
+    if unknown := [kind for kind in chosen.strategies if kind not in STRATEGIES]:
+        raise UsageError(f"--strategies: {unknown[0]!r} is not known; of {', '.join(STRATEGIES)}")
+    chosen.micro_batches = chosen.ranks if chosen.micro_batches is None else chosen.micro_batches
+    if chosen.micro_batches < 1:
+        raise UsageError(f"--micro-batches {chosen.micro_batches} must be at least 1")
+    chosen.steps = max(2, chosen.packets // chosen.micro_batches) if chosen.steps is None else chosen.steps
+    if chosen.steps < 1:
+        raise UsageError(f"--steps {chosen.steps} must be at least 1")
+    durations.unevenness_of(chosen)
+    chosen.refused = {}
 
 
 def measure(chosen: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
@@ -80,6 +102,7 @@ def measure(chosen: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
         chosen.batch,
         chosen.packets,
         chosen.micro_batches,
+        chosen.steps,
         chosen.capacity,
         durations.Durations(unevenness, world.rank),
     )
