@@ -66,3 +66,8 @@ def temporarily(values: Mapping[str, str]) -> Iterator[None]:
         for name in [name for name in os.environ if name not in before]:
             del os.environ[name]
         os.environ.update(before)
+
+
+def with_variables(values: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a child process: ours, and `values` on top."""
+    return {**os.environ, **values}

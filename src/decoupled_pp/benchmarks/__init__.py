@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from decoupled_pp.benchmarks import gpu, schedule
+from decoupled_pp.benchmarks import gpu, schedule, wan
 
 
 def add_benchmarks(parser: argparse.ArgumentParser) -> None:
     """Add the benchmarks' own commands."""
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
     schedule.add_arguments(commands.add_parser("schedule", help="share of ideal with emulated compute"))
+    wan.add_arguments(commands.add_parser("wan", help="two hosts, slow links: share of the rate without latency"))
     gpu.add_arguments(commands.add_parser("gpu", help="tests and speed of one stage on one GPU"))

@@ -6,6 +6,7 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from decoupled_pp.benchmarks import durations
 from decoupled_pp.benchmarks.contestants import TIMEOUT, Contestant, Work, contestant
 from decoupled_pp.contracts import UsageError
 from decoupled_pp.launcher import launch
-from decoupled_pp.links import join_world
+from decoupled_pp.links import StoreControl, World, join_world
 
 STRATEGIES = ("decoupled", *(kind for kind in BASELINES if stages_needed(kind, 1) is not None))
 """What can be measured: pipelines. (The copies of `data_parallel` and `backprop` have no stages to emulate.)"""
@@ -124,7 +125,19 @@ def measure(chosen: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
             alone = max(channel.gather(f"alone/{kind}/{repeat}", one.alone(), seconds))
             period = max(channel.gather(f"period/{kind}/{repeat}", one.period(), seconds))
             results[kind].append(figures_of(period, alone, nominal))
+    _part(world, channel)
     return results
+
+
+def _part(world: World, channel: StoreControl) -> None:
+    """Without torchrun rank 0 hosts the store: it leaves when the others need it no more, and they need not ask."""
+    if world.rank:
+        channel.post({"rank": world.rank})
+        return
+    deadline, left = time.monotonic() + TIMEOUT, world.size - 1
+    while left > 0 and time.monotonic() < deadline:
+        left -= len(channel.collect())
+        time.sleep(0.01)
 
 
 def figures_of(period: float, alone: float, nominal: float) -> dict[str, float]:
