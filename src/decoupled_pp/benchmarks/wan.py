@@ -241,11 +241,12 @@ def _bound_seconds(chosen: argparse.Namespace) -> float:
 
 def _wait(ranks: list[subprocess.Popen[str]], deadline: float) -> int | None:
     """Wait for all; the rank that failed or outstayed the deadline, or None."""
-    while time.monotonic() < deadline:
+    while True:
         codes = [process.poll() for process in ranks]
         if failed := [rank for rank, code in enumerate(codes) if code]:
             return failed[0]
         if None not in codes:
             return None
+        if time.monotonic() > deadline:
+            return codes.index(None)
         time.sleep(_POLL_SECONDS)
-    return next(rank for rank, process in enumerate(ranks) if process.poll() is None)

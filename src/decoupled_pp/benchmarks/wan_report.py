@@ -56,7 +56,8 @@ class Condition:
     def progress(self) -> str:
         """The newest repeat in one line."""
         periods = [f"{kind} {repeats[-1]['period_ms']:.1f}" for kind, repeats in self.repeats.items()]
-        stream = "" if self.stream_mbit is None else f", one TCP stream {self.stream_mbit:.0f} Mbit/s"
+        new = self.stream_mbit is not None and all(len(repeats) == 1 for repeats in self.repeats.values())
+        stream = f", one TCP stream {self.stream_mbit:.0f} Mbit/s" if new else ""
         return f"{self} (ping {statistics.median(self.pings):.2f} ms{stream}): {', '.join(periods)} ms/micro-batch"
 
 
@@ -177,7 +178,8 @@ def draw(figures: dict[str, Any], path: Path) -> None:
             _draw_panel(panel, [one for one in figures["conditions"] if one["mbit"] == mbit])
             panel.set_title(_limit(mbit), loc="left")
         panels[0].set_ylabel("share of its own rate without latency")
-        panels[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        if panels[-1].get_legend_handles_labels()[0]:
+            panels[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
         figure.savefig(path, dpi=150)
 
 
@@ -197,5 +199,6 @@ def _draw_panel(panel: Axes, conditions: list[dict[str, Any]]) -> None:
     panel.set_xscale("symlog", linthresh=1.0)
     panel.set_xticks(trips, [f"{trip:g}" for trip in trips])
     panel.minorticks_off()
-    panel.set_ylim(0.0, 1.08)
+    panel.set_xlim(-0.2, 1.3 * max(trips[-1], 1.0))
+    panel.set_ylim(bottom=0.0)
     panel.set_xlabel("round trip, ms")
