@@ -1,20 +1,30 @@
-"""decoupled_pp: pipeline-parallel training without the backward pass between GPUs."""
+"""decoupled_pp: pipeline-parallel training without the backward pass between GPUs.
 
-from decoupled_pp.contracts import (
-    Batch,
-    BatchSource,
-    CriticContext,
-    Data,
-    DataInfo,
-    Exit,
-    LinkError,
-    Payload,
-    Plan,
-    Report,
-    TrainingError,
-    UsageError,
-)
-from decoupled_pp.trainer import Trainer, partition
+The public names are loaded when they are first used (PEP 562), so that parts which need no torch, such as the planner's
+simulation, can be imported without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from decoupled_pp.contracts import (
+        Batch,
+        BatchSource,
+        CriticContext,
+        Data,
+        DataInfo,
+        Exit,
+        LinkError,
+        Payload,
+        Plan,
+        Report,
+        TrainingError,
+        UsageError,
+    )
+    from decoupled_pp.trainer import Trainer, partition
 
 __all__ = [
     "Batch",
@@ -33,3 +43,19 @@ __all__ = [
     "partition",
 ]
 __version__ = "0.1.0"
+
+_OF_THE_TRAINER = ("Trainer", "partition")
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name; the next use finds it without coming here."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = "trainer" if name in _OF_THE_TRAINER else "contracts"
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
