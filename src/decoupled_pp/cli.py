@@ -1,4 +1,4 @@
-"""The `dpp` command: train, evaluate, export, bench."""
+"""The `dpp` command: train, evaluate, export, plan, bench."""
 
 from __future__ import annotations
 
@@ -105,8 +105,10 @@ def _parser() -> argparse.ArgumentParser:
 
     from decoupled_pp import comparison
     from decoupled_pp.benchmarks import add_benchmarks
+    from decoupled_pp.plan_command import add_plan
 
     comparison.add_arguments(commands.add_parser("compare", help="train by several strategies and report on all"))
+    add_plan(commands.add_parser("plan", help="predict time, memory and traffic of every strategy, without running it"))
     add_benchmarks(commands.add_parser("bench", help="measure speed"))
     return parser
 

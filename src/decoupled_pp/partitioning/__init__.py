@@ -19,6 +19,7 @@ from decoupled_pp.partitioning.measure import (
     Objective,
     measure_critics,
     measure_layers,
+    measure_passes,
     stand_in_objective,
 )
 from decoupled_pp.partitioning.shared import refuse_shared
@@ -26,13 +27,16 @@ from decoupled_pp.partitioning.shared import refuse_shared
 __all__ = [
     "By",
     "as_sequential",
+    "candidate_contexts",
     "critic_context",
     "cut_network",
     "listed_cut",
     "measure_critics",
     "measure_layers",
+    "measure_passes",
     "minmax_cut",
     "refuse_shared",
+    "stand_in_objective",
     "trace",
     "uniform_cut",
 ]
@@ -54,7 +58,7 @@ def _expected_stage(boundary: int, layers: int, stages: int) -> int:
     return min(max(round(boundary * stages / layers) - 1, 0), stages - 2)
 
 
-def _candidates(module: nn.Sequential, traced: _Traced, stages: int) -> list[CriticContext]:
+def candidate_contexts(module: nn.Sequential, traced: _Traced, stages: int) -> list[CriticContext]:
     """A context for every possible cut, in order: after layer 0, after layer 1, ..."""
     layers = len(module)
     return [
@@ -93,7 +97,7 @@ def _cut_by_parameters(
             raise UsageError(
                 "cut 'parameters' counts the critics, and needs a sample to build them for; pass sample or critic=None"
             )
-        critics = [_parameters_of(critic, context) for context in _candidates(module, traced, stages)]
+        critics = [_parameters_of(critic, context) for context in candidate_contexts(module, traced, stages)]
     return _balanced([float(count_parameters(layer)) for layer in module], stages, critics)
 
 
@@ -110,7 +114,7 @@ def _cut_by_time(
     layer_seconds = measure_layers(module, traced[0], device, objective=objective)
     if critic is None or stages == 1:
         return _balanced(layer_seconds, stages, None), layer_seconds, None if critic is None else ()
-    contexts = _candidates(module, traced, stages)
+    contexts = candidate_contexts(module, traced, stages)
     measured = measure_critics(contexts, critic, device, objective=objective)
     boundaries = _balanced(layer_seconds, stages, measured)
     seconds: list[float] = []

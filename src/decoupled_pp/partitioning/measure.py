@@ -1,4 +1,4 @@
-"""Seconds of forward + backward of every layer and of the critic at every cut, on copies of them."""
+"""Seconds of forward and backward of every layer and of the critic at every cut, on copies of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -49,14 +51,35 @@ def _leaf(tensor: Tensor, device: torch.device) -> Tensor:
     return moved.requires_grad_(moved.is_floating_point() or moved.is_complex())
 
 
-def _one_pass(module: nn.Module, given: Payload, objective: Objective | None) -> None:
+Reach: TypeAlias = Literal["forward", "input", "all"]
+"""How far a pass goes: forward only; back to the input, without the weights' gradients; all of it."""
+
+
+@dataclass(frozen=True)
+class PassSeconds:
+    """Seconds of a module's passes.
+
+    Attributes:
+        forward: The forward pass.
+        input_gradient: The backward pass to the input alone; 0 if the input takes no gradient.
+        weight_gradient: What the whole backward pass takes beyond that.
+    """
+
+    forward: float
+    input_gradient: float
+    weight_gradient: float
+
+
+def _one_pass(module: nn.Module, given: Payload, objective: Objective | None, reach: Reach = "all") -> None:
     """Forward and backward once; without an objective the gradient of the output is made of ones."""
     # The clone lets a module work in place on what would otherwise be a leaf.
     result = module(map_payload(torch.clone, given))
     results = as_tuple(objective(result) if objective is not None else result)
     roots = [tensor for tensor in results if tensor.requires_grad]
-    if roots:
-        torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
+    leaves = [tensor for tensor in as_tuple(given) if tensor.requires_grad]
+    if roots and (reach == "all" or (reach == "input" and leaves)):
+        aims = leaves if reach == "input" else None
+        torch.autograd.backward(roots, [torch.ones_like(root) for root in roots], inputs=aims)
     module.zero_grad(set_to_none=True)
     for tensor in as_tuple(given):
         tensor.grad = None
@@ -85,14 +108,19 @@ def _seconds_on_cuda(run: Callable[[], None], repeats: int, device: torch.device
 
 
 def _seconds(
-    module: nn.Module, given: Payload, device: torch.device, objective: Objective | None, repeats: int
+    module: nn.Module,
+    given: Payload,
+    device: torch.device,
+    objective: Objective | None,
+    repeats: int,
+    reach: Reach = "all",
 ) -> float:
     """Median seconds of one pass of `module`, which is changed by it (a copy), in training mode."""
     module = module.to(device).train()
     leaves = map_payload(lambda tensor: _leaf(tensor, device), given)
 
     def run() -> None:
-        _one_pass(module, leaves, objective)
+        _one_pass(module, leaves, objective, reach)
 
     with torch.enable_grad():
         for _ in range(WARM_UP):
@@ -100,6 +128,25 @@ def _seconds(
         if device.type == "cuda":
             return _seconds_on_cuda(run, repeats, device)
         return _seconds_on_cpu(run, repeats)
+
+
+def measure_passes(
+    module: nn.Module, given: Payload, device: torch.device, *, objective: Objective | None = None, repeats: int = 5
+) -> PassSeconds:
+    """Seconds of the passes of a module, which is changed by it: give a copy.
+
+    Args:
+        module: A layer or a critic.
+        given: Its input.
+        device: Where to measure.
+        objective: Counted with it (see `stand_in_objective`).
+        repeats: Measured runs; the median counts.
+    """
+    reaches: tuple[Reach, ...] = ("forward", "input", "all")
+    forward, to_input, whole = (_seconds(module, given, device, objective, repeats, reach) for reach in reaches)
+    to_input = min(max(to_input, forward), whole)  # medians of a short pass may come in any order
+    forward = min(forward, to_input)
+    return PassSeconds(forward, to_input - forward, whole - to_input)
 
 
 def measure_layers(

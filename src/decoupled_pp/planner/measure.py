@@ -1,0 +1,212 @@
+"""Measures a network for the planner: times, saved activations, parameters and optimizer state of layers and critics."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import statistics
+import time
+
+import torch
+from torch import nn
+
+from decoupled_pp.contracts import (
+    CriticBuilder,
+    CriticContext,
+    Loss,
+    Payload,
+    UsageError,
+    as_tuple,
+    map_payload,
+    payload_bytes,
+)
+from decoupled_pp.memory import SavedActivations
+from decoupled_pp.optim import OptimizerFactory, build_optimizers
+from decoupled_pp.partitioning import candidate_contexts, measure_passes, stand_in_objective, trace
+from decoupled_pp.partitioning.layers import LAYER_FAULTS, cuda_devices, misfit
+from decoupled_pp.partitioning.measure import Objective
+from decoupled_pp.planner.profile import Piece, Profile
+from decoupled_pp.settings import OptimizerSettings
+
+_STEPS = 5
+
+
+def measure_profile(
+    module: nn.Sequential,
+    sample: Payload,
+    critic: CriticBuilder,
+    *,
+    stages: int,
+    loss: Loss,
+    optimizer: OptimizerSettings | OptimizerFactory,
+    device: torch.device,
+    source: str,
+    repeats: int = 5,
+) -> Profile:
+    """Measure every layer, and the critic after every layer but the last, on copies of them.
+
+    Args:
+        module: The network; as it was afterwards.
+        sample: An input micro-batch.
+        critic: Builds the critics.
+        stages: Number of stages, for critics that depend on it; as if the cut were even.
+        loss: Counted with the last layer and every critic, with a made-up target.
+        optimizer: Its step and its state are measured.
+        device: Where to measure.
+        source: What is measured; the machine is added.
+        repeats: Measured runs of every pass; the median counts.
+
+    Raises:
+        UsageError: A layer fails in training mode.
+    """
+    hiddens, output = trace(module, sample)
+    objective = stand_in_objective(loss, output.to(device))
+    outputs = [*hiddens[1:], output]
+    kept, beside = _saved(module, sample, device, objective)
+    layers = []
+    with torch.random.fork_rng(devices=cuda_devices(device)):
+        for index, (name, layer) in enumerate(module.named_children()):
+            last = index == len(module) - 1
+            piece = _piece(name, layer, hiddens[index], device, objective if last else None, optimizer, repeats)
+            layers.append(
+                {
+                    **piece,
+                    "saved_bytes": kept[index],
+                    "saved_beside": beside[index],
+                    "output_bytes": payload_bytes(outputs[index]),
+                    "gradient_bytes": sum(payload_bytes(t) for t in as_tuple(outputs[index]) if t.is_floating_point()),
+                }
+            )
+        contexts = candidate_contexts(module, (hiddens, output), max(2, stages)) if len(module) > 1 else []
+        critics = [
+            _critic(critic, context, hiddens[context.boundary - 1], device, objective, optimizer, repeats)
+            for context in contexts
+        ]
+    with_loss = as_tuple(output)[0]
+    target_bytes = with_loss[..., 0].numel() * 8  # class indices, int64; for other targets see docs/planner.md
+    machine = f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}"
+    return Profile(
+        f"{source}; {machine}; {time.strftime('%Y-%m-%d')}",
+        as_tuple(sample)[0].shape[0],
+        target_bytes,
+        tuple(Piece(**layer) for layer in layers),
+        tuple(critics),
+        stages,
+    )
+
+
+def _piece(
+    name: str,
+    module: nn.Module,
+    given: Payload,
+    device: torch.device,
+    objective: Objective | None,
+    optimizer: OptimizerSettings | OptimizerFactory,
+    repeats: int,
+) -> dict[str, object]:
+    """Times, parameters and optimizer state of a module, on a copy."""
+    copied = copy.deepcopy(module)
+    try:
+        passes = measure_passes(copied, given, device, objective=objective, repeats=repeats)
+    except UsageError:
+        raise
+    except LAYER_FAULTS as error:
+        raise misfit(name, module, given, error) from error
+    step, state = _optimizer(copied, optimizer)
+    trainable = [p for p in copied.parameters() if p.requires_grad]
+    return {
+        "name": name,
+        "forward": passes.forward,
+        "input_gradient": passes.input_gradient,
+        "weight_gradient": passes.weight_gradient,
+        "step": step,
+        "parameter_bytes": sum(p.numel() * p.element_size() for p in trainable),
+        "state_bytes": state,
+    }
+
+
+def _optimizer(module: nn.Module, choice: OptimizerSettings | OptimizerFactory) -> tuple[float, int]:
+    """Seconds of a step and bytes of the state it leaves, by taking steps along gradients of zeros."""
+    optimizers = build_optimizers(choice, nn.Sequential(module), None, owns_head=False)
+    if not optimizers:
+        return 0.0, 0
+    seconds = []
+    for _ in range(1 + _STEPS):  # the first one makes the state
+        for parameter in module.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        start = time.perf_counter()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if next(module.parameters()).is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    tensors = [
+        value
+        for optimizer in optimizers
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    return statistics.median(seconds[1:]), sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _saved(
+    module: nn.Sequential, sample: Payload, device: torch.device, objective: Objective
+) -> tuple[list[int], list[int]]:
+    """Bytes that autograd keeps for every layer by itself, and beside what the layers before it keep."""
+    copied = copy.deepcopy(module).to(device).train()
+    owned = [*copied.parameters(), *copied.buffers()]
+    alone: list[int] = []
+    beside: list[int] = []
+    with torch.enable_grad(), torch.random.fork_rng(devices=cuda_devices(device)), SavedActivations(owned) as chain:
+        current = map_payload(lambda tensor: tensor.to(device), sample)
+        for index, layer in enumerate(copied):
+            last = index == len(copied) - 1
+            alone.append(_kept(copy.deepcopy(layer), map_payload(torch.detach, current), objective if last else None))
+            before = chain.peak
+            current = layer(current)
+            held = objective(as_tuple(current)[0]) if last else current
+            beside.append(chain.peak - before)
+        del held
+    return alone, beside
+
+
+def _kept(module: nn.Module, given: Payload, objective: Objective | None) -> int:
+    """Bytes that autograd keeps after a forward pass on a tensor that takes a gradient."""
+    with SavedActivations([*module.parameters(), *module.buffers()]) as saved:
+        inputs = map_payload(
+            lambda tensor: tensor.clone().requires_grad_() if tensor.is_floating_point() else tensor, given
+        )
+        result = module(map_payload(lambda tensor: tensor.view_as(tensor), inputs))
+        result = objective(result) if objective is not None else result
+        peak = saved.peak
+        del result
+    return peak
+
+
+def _critic(
+    critic: CriticBuilder,
+    context: CriticContext,
+    below_input: Payload,
+    device: torch.device,
+    objective: Objective,
+    optimizer: OptimizerSettings | OptimizerFactory,
+    repeats: int,
+) -> Piece | None:
+    """The critic's costs, its loss included, or None where none can be built.
+
+    What it saves is counted beside what the layer below it saves, whose output both may keep.
+    """
+    try:
+        built = critic(context)
+        piece = _piece("critic", built, context.hidden, device, objective, optimizer, repeats)
+    except UsageError:
+        return None
+    built = built.to(device).train()
+    kept = _kept(built, map_payload(lambda tensor: tensor.to(device), context.hidden), objective)
+    below = copy.deepcopy(context.layers[context.boundary - 1]).to(device).train()
+    given = map_payload(lambda tensor: tensor.to(device), below_input)
+    both = _kept(nn.Sequential(below, built), given, objective)
+    beside = max(0, both - _kept(below, given, None))
+    return Piece(**piece, saved_bytes=kept, saved_beside=beside)  # type: ignore[arg-type]

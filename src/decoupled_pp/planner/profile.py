@@ -1,0 +1,117 @@
+"""What a network costs, layer by layer and critic by critic: the planner's input, as JSON on disk. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+FORMAT = "decoupled_pp profile 1"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A layer, or a critic with its loss; seconds and bytes of one micro-batch.
+
+    Attributes:
+        name: Name of the layer, or "critic".
+        forward: Seconds of its forward pass.
+        input_gradient: Seconds of the backward pass to its input.
+        weight_gradient: Seconds that the whole backward pass takes beyond that.
+        step: Seconds of its optimizer step.
+        parameter_bytes: Its trainable parameters; their gradients take as much again.
+        state_bytes: What the optimizer keeps for them.
+        saved_bytes: What autograd keeps between its forward and its backward.
+        saved_beside: The same, without what the layer before it keeps anyway.
+        output_bytes: What it gives the next layer.
+        gradient_bytes: What comes back for that in backpropagation (its floating-point tensors).
+    """
+
+    name: str
+    forward: float
+    input_gradient: float
+    weight_gradient: float
+    step: float = 0.0
+    parameter_bytes: int = 0
+    state_bytes: int = 0
+    saved_bytes: int = 0
+    saved_beside: int = 0
+    output_bytes: int = 0
+    gradient_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a cost that none can be."""
+        for field in dataclasses.fields(self)[1:]:
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"{self.name}: {field.name} is {value!r}; it must be a number of at least 0")
+
+    @property
+    def backward(self) -> float:
+        """Seconds of the whole backward pass."""
+        return self.input_gradient + self.weight_gradient
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of forward and backward."""
+        return self.forward + self.backward
+
+    @property
+    def memory(self) -> int:
+        """Bytes of parameters, gradients and optimizer state."""
+        return 2 * self.parameter_bytes + self.state_bytes
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A network's costs.
+
+    Attributes:
+        source: Where they are from: configuration, device, time.
+        samples: Samples in a micro-batch.
+        target_bytes: Bytes of a micro-batch's targets, which ride along with a decoupled packet.
+        layers: The layers in order; the last one with the network's loss.
+        critics: The critic after every layer but the last; None where none can be built.
+        stages: Number of stages that the critics were built for (some depend on it).
+    """
+
+    source: str
+    samples: int
+    target_bytes: int
+    layers: tuple[Piece, ...]
+    critics: tuple[Piece | None, ...]
+    stages: int
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that do not go together."""
+        if self.samples < 1 or not self.layers or len(self.critics) != len(self.layers) - 1:
+            raise ValueError(
+                f"a profile needs samples (has {self.samples}), layers (has {len(self.layers)}) and one critic or null "
+                f"after every layer but the last (has {len(self.critics)}); measure again"
+            )
+
+    def write(self) -> str:
+        """JSON."""
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n"
+
+
+def read_profile(text: str) -> Profile:
+    """The profile that `Profile.write` wrote.
+
+    Raises:
+        ValueError: It is none; one line.
+    """
+    try:
+        raw: Any = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON: {error}; write one with --save-profile") from error
+    if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
+        raise ValueError(f"is no profile (no format {FORMAT!r}); write one with --save-profile")
+    try:
+        layers = tuple(Piece(**layer) for layer in raw.pop("layers"))
+        critics = tuple(None if critic is None else Piece(**critic) for critic in raw.pop("critics"))
+        return Profile(layers=layers, critics=critics, **raw)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"is no profile: {error}; write one with --save-profile") from error
