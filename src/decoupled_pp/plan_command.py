@@ -45,8 +45,12 @@ _OF_DEVICES = (
 def add_plan(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     parser.add_argument("config", nargs="?", help="YAML file with the settings: plan this network for --ranks")
-    parser.add_argument("--strategies", default=",".join(STRATEGIES), help=f"comma-separated, of {', '.join(STRATEGIES)}")
-    parser.add_argument("--micro-batches", type=int, help="per optimizer step (default: 2 x ranks; with --devices 1024)")
+    parser.add_argument(
+        "--strategies", default=",".join(STRATEGIES), help=f"comma-separated, of {', '.join(STRATEGIES)}"
+    )
+    parser.add_argument(
+        "--micro-batches", type=int, help="per optimizer step (default: 2 x ranks; with --devices 1024)"
+    )
     parser.add_argument("--link", help="bandwidth of every link, e.g. 25GB/s (default: no limit)")
     parser.add_argument("--latency", help="latency of every link, e.g. 5us (default: none)")
     parser.add_argument("--message-time", help="time that handing over a message keeps its rank busy (default: none)")
@@ -54,7 +58,9 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", help="write the figures to this JSON file")
     config = parser.add_argument_group("a configured network")
     config.add_argument("--ranks", type=int, help="number of ranks")
-    config.add_argument("--measure", action="store_true", help="measure the network here (the default without --profile)")
+    config.add_argument(
+        "--measure", action="store_true", help="measure the network here (the default without --profile)"
+    )
     config.add_argument("--profile", help="read what --save-profile wrote instead of measuring")
     config.add_argument("--save-profile", help="write what was measured to this JSON file")
     config.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
@@ -67,7 +73,9 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     curves.add_argument("--sequence", type=int, help="tokens per sample (default: 4096)")
     curves.add_argument("--micro-batch", type=int, help="samples per micro-batch (default: 1)")
     curves.add_argument("--flops", help="speed that a device reaches (default: 400TFLOP/s)")
-    curves.add_argument("--critic-share", type=float, help="of its stage's time, parameters, activations (default: 0.1)")
+    curves.add_argument(
+        "--critic-share", type=float, help="of its stage's time, parameters, activations (default: 0.1)"
+    )
     curves.add_argument("--weak", action="store_true", help="--micro-batches per replica instead of in all")
     curves.add_argument("--depth", type=int, help="deepest pipeline (default: as deep as there are blocks)")
     curves.add_argument("--picture", help="PNG file of the curves (default: scaling.png)")
@@ -196,7 +204,9 @@ def _scale(chosen: argparse.Namespace, strategies: Sequence[str], link: Link) ->
     from decoupled_pp.planner.picture import plot_curves
 
     devices = _usage("--devices", lambda: units.whole_numbers(chosen.devices))
-    sizes = {k: getattr(chosen, k) for k in ("layers", "width", "vocabulary", "sequence", "micro_batch", "critic_share")}
+    sizes = {
+        k: getattr(chosen, k) for k in ("layers", "width", "vocabulary", "sequence", "micro_batch", "critic_share")
+    }
     for name, read in (("parameters", units.count), ("flops", units.speed)):
         text = getattr(chosen, name)
         sizes[name] = _usage(f"--{name}", lambda read=read, text=text: read(text)) if text is not None else None  # type: ignore[misc]
@@ -213,7 +223,9 @@ def _scale(chosen: argparse.Namespace, strategies: Sequence[str], link: Link) ->
     if all(isinstance(one, str) for points in curves.values() for one in points):
         raise UsageError(f"no strategy runs on any of {devices} devices: {next(iter(curves.values()))[0]}")
     picture = Path(chosen.picture or "scaling.png")
-    size = f"{model.total_parameters / 1e9:.3g} billion parameters, {model.layers} blocks, {model.flops / 1e12:g} TFLOP/s"
+    size = (
+        f"{model.total_parameters / 1e9:.3g} billion parameters, {model.layers} blocks, {model.flops / 1e12:g} TFLOP/s"
+    )
     plot_curves(curves, f"{size}, critics {model.critic_share:g} of a stage", picture)
     return f"{describe_curves(scale, devices, curves)}{picture}\n", {"scale": scale, "curves": curves}
 

@@ -16,11 +16,26 @@ KINDS = {
     "zero_bubble": schedules.ScheduleInterleavedZeroBubble,
     "zbv": schedules.ScheduleZBVZeroBubble,
 }
-SIZES = [(1, 1), (1, 4), (2, 2), (2, 4), (2, 7), (3, 3), (3, 6), (4, 4), (4, 8), (4, 6), (4, 16), (5, 15), (8, 8), (8, 16)]
+SIZES = [
+    (1, 1),
+    (1, 4),
+    (2, 2),
+    (2, 4),
+    (2, 7),
+    (3, 3),
+    (3, 6),
+    (4, 4),
+    (4, 8),
+    (4, 6),
+    (4, 16),
+    (5, 15),
+    (8, 8),
+    (8, 16),
+]
 
 
 def torchs_schedule(kind, ranks, micro_batches, rank=0):
-    """torch's schedule object, built on stand-ins for the stages: nothing is computed or sent."""
+    """A schedule object of torch, built on stand-ins for the stages: nothing is computed or sent."""
     count = ranks * stages_per_rank(kind)
     stages = [
         SimpleNamespace(

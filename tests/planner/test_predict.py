@@ -81,7 +81,7 @@ def test_bandwidth_bounds_the_rate():
 
 @pytest.mark.parametrize(("ranks", "micro_batches"), SIZES)
 def test_activations_in_flight(ranks, micro_batches):
-    """m of GPipe, min(p - r, m) of 1F1B, 1 of decoupled (SYSTEMS: Megatron, DeepSpeed `num_pipe_buffers`)."""
+    """GPipe m, 1F1B min(p - r, m), decoupled 1 (SYSTEMS: Megatron, DeepSpeed `num_pipe_buffers`)."""
 
     def held(strategy):
         return [one.activations for one in _predict(strategy, ranks, micro_batches).memory]
@@ -97,9 +97,9 @@ def test_bytes_on_the_links(ranks):
         traffic = _predict(strategy, ranks, 8).traffic
         rounds = stages_per_rank(strategy)
         up = [t for t in traffic if t.target == t.source + 1]
-        assert sum(t.activations for t in traffic) == pytest.approx(
-            sum(t.gradients for t in traffic)
-        ), "what goes forward comes back"
+        assert sum(t.activations for t in traffic) == pytest.approx(sum(t.gradients for t in traffic)), (
+            "what goes forward comes back"
+        )
         crossings = ranks * rounds - 1 - (strategy == "zbv")
         assert sum(t.activations for t in traffic) == pytest.approx(8 * crossings)
         assert len(up) == ranks - 1
@@ -181,7 +181,13 @@ def test_a_profile_comes_back_from_disk():
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "[]", "{}", _profile().write().replace('"samples": 4', '"samples": 0'), _profile().write().replace("1.0", "-1")],
+    [
+        "{",
+        "[]",
+        "{}",
+        _profile().write().replace('"samples": 4', '"samples": 0'),
+        _profile().write().replace("1.0", "-1"),
+    ],
 )
 def test_no_profile(text):
     with pytest.raises(ValueError, match=r"measure again|--save-profile|at least 0"):

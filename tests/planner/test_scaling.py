@@ -73,7 +73,9 @@ def test_devices_are_pipelines_side_by_side():
     assert (one.replicas, two.replicas, one.micro_batches, two.micro_batches) == (1, 2, 1024, 512)
     assert one.tokens_per_second < two.tokens_per_second < 2 * one.tokens_per_second  # strong scaling: more bubble
     weak = point("1f1b", Scale(Transformer(), Link(), weak=True), 64)
-    assert weak.tokens_per_second == pytest.approx(2 * point("1f1b", Scale(Transformer(), Link()), 32).tokens_per_second)
+    assert weak.tokens_per_second == pytest.approx(
+        2 * point("1f1b", Scale(Transformer(), Link()), 32).tokens_per_second
+    )
 
 
 def test_what_cannot_run_says_why():
@@ -86,7 +88,9 @@ def test_what_cannot_run_says_why():
 
 @pytest.mark.parametrize("strategy", STRATEGIES[:-1])
 def test_no_device_does_more_than_it_can(strategy):
-    points = [one for one in curve(strategy, Scale(Transformer(), Link(5e-6, 25e9)), [8, 64, 512]) if not isinstance(one, str)]
+    points = [
+        one for one in curve(strategy, Scale(Transformer(), Link(5e-6, 25e9)), [8, 64, 512]) if not isinstance(one, str)
+    ]
     assert points
     assert all(0 < one.efficiency <= 1 + 1e-9 for one in points)
 

@@ -12,16 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from decoupled_pp.baselines import Training, build_baseline, stages_needed
+from decoupled_pp.baselines.alone import pass_seconds
 from decoupled_pp.benchmarks.durations import Durations
 from decoupled_pp.benchmarks.emulated import EmulatedLayer
 from decoupled_pp.contracts import Plan, Record
 from decoupled_pp.links import World
 from decoupled_pp.losses import cross_entropy
+from decoupled_pp.planner.orders import SPLIT
 from decoupled_pp.settings import OptimizerSettings, ScheduleSettings
 from decoupled_pp.trainer import Trainer, partition
 
 WIDTH, CLASSES, RATE, TIMEOUT = 64, 10, 0.01, 60.0
-_WARM_UP, _ALONE = 5, 25
+_WARM_UP, _ALONE, _PASSES = 5, 25, 8
 _CPU = torch.device("cpu")
 
 
@@ -85,6 +87,14 @@ class Contestant(ABC):
     def alone(self) -> float:
         """Seconds per micro-batch of this rank's own compute as a plain PyTorch loop, back to back, without links."""
 
+    @abstractmethod
+    def passes(self, alone: float) -> dict[int, tuple[float, float, float]]:
+        """Stage -> seconds of its forward, input's and weights' gradients by themselves, for the planner.
+
+        Args:
+            alone: What `alone` has just given.
+        """
+
 
 class Decoupled(Contestant):
     """Our own runtime, with linear critics; one optimizer step per micro-batch."""
@@ -135,6 +145,11 @@ class Decoupled(Contestant):
         self._work.durations.restart(1)
         return seconds_per_call(step, self._work.alone)
 
+    def passes(self, alone: float) -> dict[int, tuple[float, float, float]]:
+        """All of `alone`, split as the sleeps are; only the sum sets the pace."""
+        share = self._work.forward_seconds / (self._work.forward_seconds + self._work.backward_seconds)
+        return {self._work.world.rank: (share * alone, (1 - share) * alone, 0.0)}
+
 
 class Pipelined(Contestant):
     """A baseline with a flush, and one optimizer step, per `micro_batches`."""
@@ -145,8 +160,9 @@ class Pipelined(Contestant):
         Raises:
             UsageError: The schedule does not fit the ranks or the micro-batches.
         """
-        self._work, self._count = work, work.micro_batches
-        plan = work.plan(stages_needed(kind, work.world.size) or work.world.size)
+        self._work, self._count, self._split = work, work.micro_batches, kind in SPLIT
+        self._stages = stages_needed(kind, work.world.size) or work.world.size
+        plan = work.plan(self._stages)
         training = Training(cross_entropy, OptimizerSettings(kind="SGD", lr=RATE), ScheduleSettings(), 1)
         self._strategy = build_baseline(kind, plan, training, _CPU, rank=work.world.rank, ranks=work.world.size)
         self._batches = [work.data()] * self._count
@@ -174,6 +190,13 @@ class Pipelined(Contestant):
 
         self._work.durations.restart(self._count)
         return seconds_per_call(step, max(2, self._work.alone // self._count)) / self._count
+
+    def passes(self, alone: float) -> dict[int, tuple[float, float, float]]:
+        """The passes that the schedule will call, one after the other."""
+        parts, (inputs, target) = copy.deepcopy(self._strategy.parts), self._work.data()
+        return pass_seconds(
+            parts, inputs, target, cross_entropy, stages=self._stages, split=self._split, repeats=_PASSES
+        )
 
 
 def contestant(kind: str, work: Work) -> Contestant:

@@ -15,7 +15,8 @@ import torch
 
 from decoupled_pp import environment
 from decoupled_pp.baselines import BASELINES, stages_needed
-from decoupled_pp.benchmarks import durations
+from decoupled_pp.baselines.alone import message_seconds
+from decoupled_pp.benchmarks import durations, predicted
 from decoupled_pp.benchmarks.contestants import TIMEOUT, Contestant, Work, contestant
 from decoupled_pp.contracts import UsageError
 from decoupled_pp.launcher import launch
@@ -23,6 +24,8 @@ from decoupled_pp.links import StoreControl, World, join_world
 
 STRATEGIES = ("decoupled", *(kind for kind in BASELINES if stages_needed(kind, 1) is not None))
 """What can be measured: pipelines. (The copies of `data_parallel` and `backprop` have no stages to emulate.)"""
+
+_MESSAGES = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,9 +125,17 @@ def measure(chosen: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
             channel.gather(f"start/{kind}/{repeat}", 0, TIMEOUT)
             nominal = (chosen.forward_ms + chosen.backward_ms) / 1000 * unevenness.slowest_mean
             seconds = TIMEOUT + 100 * chosen.packets * nominal
-            alone = max(channel.gather(f"alone/{kind}/{repeat}", one.alone(), seconds))
+            own = one.alone()
+            alone = max(channel.gather(f"alone/{kind}/{repeat}", own, seconds))
+            passes = channel.gather(f"passes/{kind}/{repeat}", one.passes(own), TIMEOUT)
+            messages = channel.gather(f"messages/{kind}/{repeat}", _message(work), TIMEOUT)
             period = max(channel.gather(f"period/{kind}/{repeat}", one.period(), seconds))
-            results[kind].append(figures_of(period, alone, nominal))
+            figures = figures_of(period, alone, nominal)
+            if not unevenness.drawn:  # the planner's passes take always the same time
+                counts = {"micro_batches": work.micro_batches, "capacity": work.capacity}
+                foreseen = predicted.predicted_period(kind, passes, messages, **counts)
+                figures |= predicted.figures(period, foreseen, messages)
+            results[kind].append(figures)
     _part(world, channel)
     return results
 
@@ -138,6 +149,14 @@ def _part(world: World, channel: StoreControl) -> None:
     while left > 0 and time.monotonic() < deadline:
         left -= len(channel.collect())
         time.sleep(0.01)
+
+
+def _message(work: Work) -> tuple[float, float]:
+    """Latency and host seconds of a message as large as a micro-batch's activations, all ranks at once."""
+    tensor, _ = work.data()
+    world = work.world
+    cost = message_seconds(tensor, rank=world.rank, ranks=world.size, pause=work.forward_seconds, repeats=_MESSAGES)
+    return cost.latency, cost.host
 
 
 def figures_of(period: float, alone: float, nominal: float) -> dict[str, float]:
@@ -181,6 +200,8 @@ def describe(figures: dict[str, Any]) -> str:
         ("share_of_ideal", "share of ideal", ".4f"),
         ("share_of_nominal", f"share of the bare sleeps ({nominal:g} ms)", ".4f"),
         ("cost_us", "more than compute alone, us/micro-batch", ".0f"),
+        ("predicted_ms", "predicted by the planner, ms/micro-batch", ".2f"),
+        ("measured_to_predicted", "measured / predicted", ".3f"),
     )
     text = f"{figures['ranks']} ranks, {figures['packets']} micro-batches, {figures['repeats']} repeats; "
     text += "median (min .. max)\n"
@@ -190,7 +211,7 @@ def describe(figures: dict[str, Any]) -> str:
             continue
         per_step = 1 if kind == "decoupled" else figures["micro_batches"]
         text += f"{kind}, an optimizer step every {per_step} micro-batch{'es' if per_step > 1 else ''}\n"
-        for key, label, form in rows:
+        for key, label, form in (row for row in rows if row[0] in figures[kind]):
             low, middle, high = (format(figures[kind][key][which], form) for which in ("min", "median", "max"))
             text += f"  {label:<44} {middle}  ({low} .. {high})\n"
     return text

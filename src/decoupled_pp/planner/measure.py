@@ -6,6 +6,7 @@ import copy
 import platform
 import statistics
 import time
+from typing import Any
 
 import torch
 from torch import nn
@@ -103,7 +104,7 @@ def _piece(
     objective: Objective | None,
     optimizer: OptimizerSettings | OptimizerFactory,
     repeats: int,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Times, parameters and optimizer state of a module, on a copy."""
     copied = copy.deepcopy(module)
     try:
@@ -209,4 +210,4 @@ def _critic(
     given = map_payload(lambda tensor: tensor.to(device), below_input)
     both = _kept(nn.Sequential(below, built), given, objective)
     beside = max(0, both - _kept(below, given, None))
-    return Piece(**piece, saved_bytes=kept, saved_beside=beside)  # type: ignore[arg-type]
+    return Piece(**piece, saved_bytes=kept, saved_beside=beside)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -28,9 +29,14 @@ def plot_curves(curves: Mapping[str, Sequence[Point | str]], title: str, path: P
     for (kind, points), colour in zip(curves.items(), _COLOURS, strict=False):
         there = [one for one in points if not isinstance(one, str)]
         devices = [one.devices for one in there]
-        look = {"color": colour, "marker": "o", "markersize": 4.0, "linewidth": 2.4 if kind == "decoupled" else 1.3}
-        rate.plot(devices, [one.tokens_per_second for one in there], label=kind, **look)  # type: ignore[arg-type]
-        share.plot(devices, [one.efficiency for one in there], **look)  # type: ignore[arg-type]
+        look: dict[str, Any] = {
+            "color": colour,
+            "marker": "o",
+            "markersize": 4.0,
+            "linewidth": 2.4 if kind == "decoupled" else 1.3,
+        }
+        rate.plot(devices, [one.tokens_per_second for one in there], label=kind, **look)
+        share.plot(devices, [one.efficiency for one in there], **look)
     ticks = sorted({one.devices for points in curves.values() for one in points if not isinstance(one, str)})
     for axes, name in ((rate, "tokens/s"), (share, "efficiency (critics are no useful work)")):
         axes.set_xscale("log", base=2)

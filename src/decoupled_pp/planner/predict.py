@@ -131,7 +131,9 @@ def predict(strategy: str, profile: Profile, setting: Setting, cut: Cut) -> Pred
         return _whole(strategy, profile, setting)
     own_critics = strategy == "decoupled"
     stages = setting.ranks * stages_per_rank(strategy)
-    closing = [critic.seconds if critic is not None else math.inf for critic in profile.critics] if own_critics else None
+    closing = (
+        [critic.seconds if critic is not None else math.inf for critic in profile.critics] if own_critics else None
+    )
     boundaries = cut([layer.seconds for layer in profile.layers], stages, None if closing is None else [*closing, 0.0])
     costs = stage_costs(profile, boundaries, critics=own_critics)
     return predict_stages(strategy, costs, setting, profile.samples, boundaries)

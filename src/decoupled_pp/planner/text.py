@@ -113,7 +113,9 @@ def link_assumptions(link: Link) -> list[str]:
 
 def describe_curves(scale: Scale, devices: Sequence[int], curves: Mapping[str, Sequence[Point | str]]) -> str:
     """All that `dpp plan --devices` says."""
-    rows = [["strategy", "devices", "depth x replicas", "micro-batches", "s/step", "tokens/s", "efficiency", "GiB/device"]]
+    rows = [
+        ["strategy", "devices", "depth x replicas", "micro-batches", "s/step", "tokens/s", "efficiency", "GiB/device"]
+    ]
     notes: list[str] = []
     for kind, points in curves.items():
         for count, one in zip(devices, points, strict=True):
@@ -158,6 +160,8 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     full = [[*row, *[""] * (width - len(row))] for row in rows]
     widths = [max(len(row[column]) for row in full) for column in range(width)]
     return [
-        "  ".join(cell.rjust(size) if column else cell.ljust(size) for column, (cell, size) in enumerate(pairs)).rstrip()
+        "  ".join(
+            cell.rjust(size) if column else cell.ljust(size) for column, (cell, size) in enumerate(pairs)
+        ).rstrip()
         for pairs in (list(zip(row, widths, strict=True)) for row in full)
     ]

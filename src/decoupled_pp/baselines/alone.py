@@ -1,0 +1,135 @@
+"""What a pipelined baseline is made of, measured apart: the passes of a rank's stages, and a message between two ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.pipelining import schedules
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+
+from decoupled_pp.baselines.strategy import Part
+from decoupled_pp.contracts import Loss, Payload
+
+
+@dataclass(frozen=True)
+class MessageSeconds:
+    """What a message costs.
+
+    Attributes:
+        latency: Seconds until it has arrived, once both sides have posted it.
+        host: Seconds of a rank's own time at one end: to post it, and to find that it is done.
+    """
+
+    latency: float
+    host: float
+
+
+def message_seconds(tensor: Tensor, *, rank: int, ranks: int, pause: float, repeats: int) -> MessageSeconds:
+    """Exchange a tensor with each neighbour over the default process group; all ranks at once, means over this rank's.
+
+        first  send |---- latency ---->| second wakes, sends |---- latency ---->| first wakes
+               host                      host
+
+    Args:
+        tensor: What is sent.
+        rank: This rank.
+        ranks: Number of ranks, at least 2.
+        pause: Seconds slept before every exchange, as computing would: a busy loop finds caches warm.
+        repeats: Exchanges with every neighbour.
+    """
+    hosts: list[float] = []
+    trips: list[float] = []
+    checks: list[float] = []
+    back = torch.empty_like(tensor)
+    for parity in (0, 1):
+        first = rank % 2 == parity
+        peer = rank + 1 if first else rank - 1
+        for _ in range(repeats if 0 <= peer < ranks else 0):
+            received = _post(dist.irecv, back, peer) if not first else []
+            time.sleep(pause)
+            _wait(received)
+            start = time.perf_counter()
+            sent = _post(dist.isend, tensor, peer)
+            hosts.append(time.perf_counter() - start)
+            if first:
+                _wait(_post(dist.irecv, back, peer))
+                trips.append(time.perf_counter() - start)
+            else:
+                time.sleep(pause)
+            start = time.perf_counter()
+            _wait(sent)  # long done
+            checks.append(time.perf_counter() - start)
+    host = sum(hosts) / len(hosts)
+    trip = sum(trips) / len(trips) if trips else 2 * host  # the last rank of an even number only answers
+    return MessageSeconds(max(0.0, trip / 2 - host), host + sum(checks) / len(checks))
+
+
+def _post(operation: Any, tensor: Tensor, peer: int) -> list[Any]:
+    """Post one message as torch's schedules do."""
+    return list(schedules._batch_p2p([dist.P2POp(operation, tensor, peer)]))
+
+
+def _wait(works: list[Any]) -> None:
+    schedules._wait_batch_p2p(works)
+
+
+def pass_seconds(
+    parts: Mapping[int, Part],
+    inputs: Tensor,
+    target: Payload,
+    loss: Loss,
+    *,
+    stages: int,
+    split: bool,
+    repeats: int,
+) -> dict[int, tuple[float, float, float]]:
+    """Mean seconds of forward, input's gradient and weights' gradient of every part, by itself, without links.
+
+    Unless `split`, the whole backward pass counts as the input's. The first stage, whose input takes no gradient, is
+    never split (torch 2.13, `backward_one_chunk`). The passes are those that torch's schedules call.
+
+    Args:
+        parts: Stage -> its layers.
+        inputs: One micro-batch of an input that fits every part.
+        target: Its target, for the last stage.
+        loss: The last stage's.
+        stages: Number of stages.
+        split: Whether the schedule splits its backward passes.
+        repeats: Measured runs, after one that is not counted.
+    """
+    seconds = {}
+    for stage, part in parts.items():
+        judge = loss if stage == stages - 1 else None
+        runs = [_passes(part, inputs, target, judge, stage, split) for _ in range(repeats + 1)][1:]
+        forward, to_input, weights = (sum(column) / repeats for column in zip(*runs, strict=True))
+        seconds[stage] = forward, to_input, weights
+        part.zero_grad(set_to_none=True)
+    return seconds
+
+
+def _passes(
+    part: Part, inputs: Tensor, target: Payload, loss: Loss | None, stage: int, split: bool
+) -> tuple[float, float, float]:
+    given = inputs.detach().clone().requires_grad_(stage > 0)
+    times = [time.perf_counter()]
+    output = part(given)
+    assert isinstance(output, Tensor), "emulated stages return one tensor"
+    result = loss(output, target) if loss is not None else output
+    times.append(time.perf_counter())
+    gradients = None if loss is not None else [torch.ones_like(output)]
+    if split and stage > 0:
+        _, groups = stage_backward_input([result], gradients, [given], part.parameters())
+        times.append(time.perf_counter())
+        stage_backward_weight(part.parameters(), groups)
+    else:
+        torch.autograd.backward([result], gradients)
+        times.append(time.perf_counter())
+    times.append(time.perf_counter())
+    forward, to_input, weights = (b - a for a, b in zip(times[:-1], times[1:], strict=True))
+    return forward, to_input, weights
