@@ -80,7 +80,7 @@ def _exists(name):
 def test_commands_and_flags_exist(page):
     text = page.read_text(encoding="utf-8")
     wrong = []
-    for line in re.findall(r"\bdpp ((?:train|evaluate|export|bench|[a-z]+ -)[^`#\n]*)", text):
+    for line in re.findall(r"\bdpp ((?:train|evaluate|export|plan|bench|[a-z]+ -)[^`#\n]*)", text):
         words = line.split()
         known = _flags(words)
         if known is None:

@@ -1,10 +1,11 @@
-"""What a pipelined baseline is made of, measured apart: the passes of a rank's stages, and a message between two ranks."""
+"""What a pipelined baseline is made of, measured apart: passes of a rank's stages, messages between two ranks."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -60,8 +61,7 @@ def message_seconds(tensor: Tensor, *, rank: int, ranks: int, pause: float, repe
             if first:
                 _wait(_post(dist.irecv, back, peer))
                 trips.append(time.perf_counter() - start)
-            else:
-                time.sleep(pause)
+            time.sleep(pause)
             start = time.perf_counter()
             _wait(sent)  # long done
             checks.append(time.perf_counter() - start)
@@ -106,7 +106,7 @@ def pass_seconds(
     seconds = {}
     for stage, part in parts.items():
         judge = loss if stage == stages - 1 else None
-        runs = [_passes(part, inputs, target, judge, stage, split) for _ in range(repeats + 1)][1:]
+        runs = [_passes(part, inputs, target, judge, first=stage == 0, split=split) for _ in range(repeats + 1)][1:]
         forward, to_input, weights = (sum(column) / repeats for column in zip(*runs, strict=True))
         seconds[stage] = forward, to_input, weights
         part.zero_grad(set_to_none=True)
@@ -114,16 +114,16 @@ def pass_seconds(
 
 
 def _passes(
-    part: Part, inputs: Tensor, target: Payload, loss: Loss | None, stage: int, split: bool
+    part: Part, inputs: Tensor, target: Payload, loss: Loss | None, *, first: bool, split: bool
 ) -> tuple[float, float, float]:
-    given = inputs.detach().clone().requires_grad_(stage > 0)
+    given = inputs.detach().clone().requires_grad_(not first)
     times = [time.perf_counter()]
     output = part(given)
     assert isinstance(output, Tensor), "emulated stages return one tensor"
     result = loss(output, target) if loss is not None else output
     times.append(time.perf_counter())
     gradients = None if loss is not None else [torch.ones_like(output)]
-    if split and stage > 0:
+    if split and not first:
         _, groups = stage_backward_input([result], gradients, [given], part.parameters())
         times.append(time.perf_counter())
         stage_backward_weight(part.parameters(), groups)
@@ -131,5 +131,5 @@ def _passes(
         torch.autograd.backward([result], gradients)
         times.append(time.perf_counter())
     times.append(time.perf_counter())
-    forward, to_input, weights = (b - a for a, b in zip(times[:-1], times[1:], strict=True))
+    forward, to_input, weights = (b - a for a, b in pairwise(times))
     return forward, to_input, weights

@@ -1,7 +1,7 @@
 """The planner's prediction of an emulated pipeline, from its parts measured apart on the same ranks.
 
-What goes in: every stage's passes alone, and a message between neighbours. What comes out: the schedule's effect. Nothing
-is fitted to the pipeline's own time.
+What goes in: every stage's passes alone, and a message between neighbours. What comes out: the schedule's effect.
+Nothing is fitted to the pipeline's own time.
 """
 
 from __future__ import annotations

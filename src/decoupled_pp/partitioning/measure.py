@@ -107,7 +107,7 @@ def _seconds_on_cuda(run: Callable[[], None], repeats: int, device: torch.device
         return statistics.median(milliseconds) / 1000
 
 
-def _seconds(
+def _seconds(  # noqa: PLR0917 - what to run, where, how far and how often
     module: nn.Module,
     given: Payload,
     device: torch.device,

@@ -1,4 +1,4 @@
-"""Measures a network for the planner: times, saved activations, parameters and optimizer state of layers and critics."""
+"""Measures a network for the planner: times, activations, parameters, optimizer state of layers and critics."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import platform
 import statistics
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +31,16 @@ from decoupled_pp.planner.profile import Piece, Profile
 from decoupled_pp.settings import OptimizerSettings
 
 _STEPS = 5
+
+
+@dataclass(frozen=True)
+class _How:
+    """How to measure: where, with what loss and optimizer, how often."""
+
+    device: torch.device
+    objective: Objective
+    optimizer: OptimizerSettings | OptimizerFactory
+    repeats: int
 
 
 def measure_profile(
@@ -63,12 +74,13 @@ def measure_profile(
     hiddens, output = trace(module, sample)
     objective = stand_in_objective(loss, output.to(device))
     outputs = [*hiddens[1:], output]
+    how = _How(device, objective, optimizer, repeats)
     kept, beside = _saved(module, sample, device, objective)
     layers = []
     with torch.random.fork_rng(devices=cuda_devices(device)):
         for index, (name, layer) in enumerate(module.named_children()):
             last = index == len(module) - 1
-            piece = _piece(name, layer, hiddens[index], device, objective if last else None, optimizer, repeats)
+            piece = _piece(name, layer, hiddens[index], how, objective if last else None)
             layers.append(
                 {
                     **piece,
@@ -79,10 +91,7 @@ def measure_profile(
                 }
             )
         contexts = candidate_contexts(module, (hiddens, output), max(2, stages)) if len(module) > 1 else []
-        critics = [
-            _critic(critic, context, hiddens[context.boundary - 1], device, objective, optimizer, repeats)
-            for context in contexts
-        ]
+        critics = [_critic(critic, context, hiddens[context.boundary - 1], how) for context in contexts]
     with_loss = as_tuple(output)[0]
     target_bytes = with_loss[..., 0].numel() * 8  # class indices, int64; for other targets see docs/planner.md
     machine = f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}"
@@ -100,20 +109,18 @@ def _piece(
     name: str,
     module: nn.Module,
     given: Payload,
-    device: torch.device,
+    how: _How,
     objective: Objective | None,
-    optimizer: OptimizerSettings | OptimizerFactory,
-    repeats: int,
 ) -> dict[str, Any]:
     """Times, parameters and optimizer state of a module, on a copy."""
     copied = copy.deepcopy(module)
     try:
-        passes = measure_passes(copied, given, device, objective=objective, repeats=repeats)
+        passes = measure_passes(copied, given, how.device, objective=objective, repeats=how.repeats)
     except UsageError:
         raise
     except LAYER_FAULTS as error:
         raise misfit(name, module, given, error) from error
-    step, state = _optimizer(copied, optimizer)
+    step, state = _optimizer(copied, how.optimizer)
     trainable = [p for p in copied.parameters() if p.requires_grad]
     return {
         "name": name,
@@ -190,10 +197,7 @@ def _critic(
     critic: CriticBuilder,
     context: CriticContext,
     below_input: Payload,
-    device: torch.device,
-    objective: Objective,
-    optimizer: OptimizerSettings | OptimizerFactory,
-    repeats: int,
+    how: _How,
 ) -> Piece | None:
     """The critic's costs, its loss included, or None where none can be built.
 
@@ -201,13 +205,13 @@ def _critic(
     """
     try:
         built = critic(context)
-        piece = _piece("critic", built, context.hidden, device, objective, optimizer, repeats)
+        piece = _piece("critic", built, context.hidden, how, how.objective)
     except UsageError:
         return None
-    built = built.to(device).train()
-    kept = _kept(built, map_payload(lambda tensor: tensor.to(device), context.hidden), objective)
-    below = copy.deepcopy(context.layers[context.boundary - 1]).to(device).train()
-    given = map_payload(lambda tensor: tensor.to(device), below_input)
-    both = _kept(nn.Sequential(below, built), given, objective)
+    built = built.to(how.device).train()
+    kept = _kept(built, map_payload(lambda tensor: tensor.to(how.device), context.hidden), how.objective)
+    below = copy.deepcopy(context.layers[context.boundary - 1]).to(how.device).train()
+    given = map_payload(lambda tensor: tensor.to(how.device), below_input)
+    both = _kept(nn.Sequential(below, built), given, how.objective)
     beside = max(0, both - _kept(below, given, None))
     return Piece(**piece, saved_bytes=kept, saved_beside=beside)

@@ -151,7 +151,7 @@ def _loops(rank: int, ranks: int, micro_batches: int, *, split: bool) -> Order:
     return counters.order
 
 
-def _zero_bubble_v(rank: int, ranks: int, micro_batches: int) -> Order:
+def _zero_bubble_v(rank: int, ranks: int, micro_batches: int) -> Order:  # noqa: C901 - a loop per phase
     """Stages `rank` (on the way up) and `2 p - 1 - rank` (on the way down): ZBV of Qi et al. 2023, 2401.10241.
 
     torch builds it for at least 2 p - 1 micro-batches and leaves out those that are not there.

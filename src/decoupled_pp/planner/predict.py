@@ -1,7 +1,7 @@
-"""From a profile to what every strategy would take: time, bubble, memory of every rank, traffic of every link. No torch.
+"""From a profile to what a strategy would take: time, bubble, memory of ranks, traffic of links. No torch.
 
-The step of a flushed pipeline is its period in steady state: the third of three simulated steps, so that what one step
-overlaps with the next counts. A decoupled run has no flush: its period per micro-batch, once the pipeline is full, counts.
+The step of a flushed pipeline is its period in steady state: the third of three simulated steps, so that what one
+step overlaps with the next counts. A decoupled run has no flush: its period per micro-batch counts, once it is full.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ The semantics are those of the libraries, where they matter for time (torch 2.13
 
 - `gpipe` posts a receive only when it needs it and waits for it; its sends are waited for at the end of a phase.
 - `1f1b` fuses the send of one direction with the receive of the other and waits for both (`_batch_p2p`).
-- the schedules of two stages per rank post receives ahead, where torch's `_add_send_recv` puts them, and wait for sends at
-  the end of the step only.
+- the schedules of two stages per rank post receives ahead, where torch's `_add_send_recv` puts them, and wait for
+  sends at the end of the step only.
 - `deepspeed` sends and receives one message at a time, each blocking.
 - `decoupled` takes a credit before it sends, and its receives are always posted.
 """
@@ -108,7 +108,7 @@ def _gpipe(shape: Shape, orders: Sequence[Order]) -> list[list[Instruction]]:
 def _fused(shape: Shape, orders: Sequence[Order]) -> list[list[Instruction]]:
     """1F1B: a send is held back and posted together with the next receive, if that goes the other way.
 
-    Between two passes of one kind (warm-up, cool-down) the send goes out at once, and is waited for after the next pass.
+    Between two passes of one kind (warm-up, cool-down) the send goes out at once; the rank waits for it after the next.
     """
     programs = []
     for order in orders:
@@ -163,8 +163,8 @@ def _clock(operation: Operation, stages: int, first: int) -> int:
 def _ahead(shape: Shape, orders: Sequence[Order]) -> list[list[Instruction]]:
     """Two stages per rank: receives stand where torch's `_add_send_recv` puts them.
 
-    It goes over the ranks in turn, one operation each, as far as what they need has been computed; an operation that sends
-    puts the receive into the other rank's list there and then.
+    It goes over the ranks in turn, one operation each, as far as what they need has been computed; an operation that
+    sends puts the receive into the other rank's list there and then.
     """
     programs: list[list[Instruction]] = [[] for _ in orders]
     left = [list(reversed(order)) for order in orders]
@@ -197,7 +197,7 @@ def _known(shape: Shape, operation: Operation, posted: set[Message]) -> bool:
 def decoupled(shape: Shape, capacity: int, packets: int, accumulate: int = 1) -> list[Program]:
     """The programs of a decoupled run: F, then the packet leaves, C, B, and S every `accumulate` packets.
 
-    A packet needs a credit: the one of packet n comes back when the next stage takes it, and lets packet n + capacity go.
+    A packet needs a credit: that of packet n comes back when the next stage takes it, and lets n + capacity go.
     """
 
     def packet(stage: int, number: int) -> Message:

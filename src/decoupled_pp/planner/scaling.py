@@ -1,11 +1,11 @@
 """Scaling curves: a transformer on more and more devices, as pipelines side by side. No torch.
 
-Devices = depth x replicas. The depth of a pipeline is the largest divisor of the devices that leaves every stage a block
-(or `depth`); the rest are replicas of the pipeline, which share the micro-batches of a step and add up their gradients.
+Devices = depth x replicas. The depth of a pipeline is the largest divisor of the devices that leaves every stage a
+block (or `depth`); the rest are replicas, which share the micro-batches of a step and add up their gradients.
 
 Long steps are not simulated in full. With equal stages a step takes T(p, m) seconds, which is affine in m once the
-pipeline is full, and affine along p = t p0, m = t m0; so two smaller simulations give the rest (`step_seconds`; the tests
-compare it with full simulations).
+pipeline is full, and affine along p = t p0, m = t m0; so two smaller simulations give the rest (`step_seconds`; the
+tests compare it with full simulations).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A deterministic discrete-event simulation of ranks that compute, send and wait. No torch, no random numbers.
 
-Every rank runs its program, a list of instructions, in order: `Compute` takes an operation's time, `Wait` as long as it
-must, `Send` and `Post` what the host needs to hand a message to the library (`Link.host`). A message crosses its link like this:
+Every rank runs its program, a list of instructions, in order: `Compute` takes an operation's time, `Wait` as long as
+it must, `Send` and `Post` what the host needs to hand a message to the library (`Link.host`).
+A message crosses its link like this:
 
     sender    Send ----------+--- data start -- bytes / bandwidth --+ (Wait "sent" ends)
                              |                                      |

@@ -19,8 +19,8 @@ def describe_plan(
 ) -> str:
     """All that `dpp plan CONFIG` says."""
     lines = [
-        f"Predicted, not run: {setting.ranks} ranks, {setting.micro_batches} micro-batches of {profile.samples} samples per "
-        "optimizer step",
+        f"Predicted, not run: {setting.ranks} ranks, {setting.micro_batches} micro-batches of {profile.samples} "
+        "samples per optimizer step",
         f"profile: {profile.source}",
         "",
         *_columns(_plan_rows(predictions, setting.micro_batches)),
@@ -56,7 +56,7 @@ def _plan_rows(predictions: Mapping[str, Prediction], micro_batches: int) -> lis
                 f"{one.step_seconds * 1e3:.3f}",
                 f"{one.step_seconds * 1e3 / micro_batches:.3f}",
                 f"{one.samples_per_second:,.0f}",
-                f"{one.samples_per_second / base:.2f}" if base == base else "-",
+                f"{one.samples_per_second / base:.2f}" if math.isfinite(base) else "-",
                 f"{one.share_of_ideal:.3f}",
                 f"{one.bubble:.3f}",
                 f"{max(memory.total for memory in one.memory) / MIB:.1f}",
@@ -90,8 +90,9 @@ def plan_assumptions(setting: Setting) -> list[str]:
     return [
         *link_assumptions(setting.link),
         "every pass of a layer always takes its median time; nothing else runs on the ranks; no jitter",
-        f"decoupled: an optimizer step every {setting.accumulate} micro-batches (--set training.accumulate), links of {setting.capacity} packets; the "
-        "others: one step per flush; a step is the sum of its layers' steps, each measured alone",
+        f"decoupled: an optimizer step every {setting.accumulate} micro-batches (--set training.accumulate), links of "
+        f"{setting.capacity} packets; the others: one step per flush; a step is the sum of its "
+        "layers' steps, each measured alone",
         "ideal: the busiest rank's own compute back to back; bubble: share of all ranks' time without compute",
         "deepspeed: TrainSchedule with blocking sends; its engine's own overhead is not in it",
         "zero_bubble, zbv: the backward pass splits into input and weight parts at no extra cost",
@@ -106,8 +107,9 @@ def link_assumptions(link: Link) -> list[str]:
         return ["links are free (--link, --latency, --message-time set them)"]
     rate = "without limit" if math.isinf(link.bandwidth) else f"{link.bandwidth / 1e9:g} GB/s"
     return [
-        f"every pair of ranks has a link of its own, {rate} in each direction, latency {link.latency * 1e6:g} us; handing "
-        f"over a message keeps its rank busy for {link.host * 1e6:g} us; a message leaves once word of its receive is there"
+        f"every pair of ranks has a link of its own, {rate} in each direction, latency {link.latency * 1e6:g} us; "
+        f"handing over a message keeps its rank busy for {link.host * 1e6:g} us; a message leaves once word of its "
+        "receive is there"
     ]
 
 
@@ -136,8 +138,8 @@ def scaling_assumptions(scale: Scale) -> list[str]:
         f"weak scaling: every replica takes {scale.micro_batches} micro-batches per step, so the batch grows with the "
         "replicas, and so may the samples that a loss needs"
         if scale.weak
-        else f"strong scaling: {scale.micro_batches} micro-batches per step, whatever the devices, so that all points learn "
-        "alike; replicas share them, and a pipeline gets few where there are many"
+        else f"strong scaling: {scale.micro_batches} micro-batches per step, whatever the devices, so that all points "
+        "learn alike; replicas share them, and a pipeline gets few where there are many"
     )
     return [
         *scale.model.assumptions(),

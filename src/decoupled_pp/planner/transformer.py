@@ -1,4 +1,4 @@
-"""What the stages of a transformer of a given size cost on a device of a given speed: counted, not measured. No torch."""
+"""What the stages of a transformer of a given size cost on a given device: counted, not measured. No torch."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class Transformer:
                 raise ValueError(f"{field.name} is {value:g}; it must be at least {least}")
         if self.block_parameters <= 0:
             raise ValueError(
-                f"{self.parameters:g} parameters are fewer than the 2 x {self.vocabulary} x {self.width} of the embedding "
-                "and the head; give more, or a smaller vocabulary or width"
+                f"{self.parameters:g} parameters are fewer than the 2 x {self.vocabulary} x {self.width} of the "
+                "embedding and the head; give more, or a smaller vocabulary or width"
             )
 
     @property
@@ -121,16 +121,17 @@ class Transformer:
     def assumptions(self) -> list[str]:
         """What is assumed, one line each, with its numbers."""
         return [
-            f"{self.total_parameters / 1e9:.3g} billion parameters: {self.layers} blocks of {self.block_parameters:.4g}, "
-            f"embedding and head of {self.vocabulary} x {self.width} each",
-            f"a micro-batch is {self.micro_batch} x {self.sequence} tokens; a device reaches {self.flops / 1e12:g} TFLOP/s "
-            "whatever the size of its share (real ones lose speed on small shares)",
-            "2 operations per parameter and token forward, 2 sequence width more per block for causal attention; backward "
-            "twice forward; of it the weights' gradients take the matrices' forward time again",
+            f"{self.total_parameters / 1e9:.3g} billion parameters: {self.layers} blocks of "
+            f"{self.block_parameters:.4g}, embedding and head of {self.vocabulary} x {self.width} each",
+            f"a micro-batch is {self.micro_batch} x {self.sequence} tokens; a device reaches "
+            f"{self.flops / 1e12:g} TFLOP/s whatever the size of its share (real ones lose speed on small shares)",
+            "2 operations per parameter and token forward, 2 sequence width more per block for causal attention; "
+            "backward twice forward; of it the weights' gradients take the matrices' forward time again",
             "stages are equal: the work, embedding and head included, is shared out evenly",
-            f"a critic costs {self.critic_share:g} of its stage in time, parameters and saved activations, on all but the "
-            "last stage; a full vocabulary head on few blocks costs more (vocabulary / (12 width blocks))",
-            f"{BYTES_PER_PARAMETER} bytes of states per parameter, {SAVED_BYTES_PER_TOKEN_AND_WIDTH} bytes of saved "
-            "activations per token, width and block (flash attention, no recomputation), 2 bytes per value on the links",
+            f"a critic costs {self.critic_share:g} of its stage in time, parameters and saved activations, on all but "
+            "the last stage; a full vocabulary head on few blocks costs more (vocabulary / (12 width blocks))",
+            f"{BYTES_PER_PARAMETER} bytes of states per parameter, {SAVED_BYTES_PER_TOKEN_AND_WIDTH} bytes of "
+            "saved activations per token, width and block (flash attention, no recomputation), 2 bytes per value on "
+            "the links",
             "the optimizer step itself takes no time",
         ]

@@ -1,0 +1,88 @@
+"""`dpp plan`: a profile measured once serves again, one strategy does not stop the others, bad input is one line."""
+
+import json
+
+import pytest
+
+from decoupled_pp.cli import main
+
+CONFIG = "configs/small/digits.yaml"
+
+
+def _run(*arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", *arguments])
+    return ended.value.code
+
+
+def test_a_network_is_measured_planned_and_planned_again(tmp_path, capsys):
+    saved, first, second = (str(tmp_path / name) for name in ("profile.json", "first.json", "second.json"))
+    assert _run(CONFIG, "--ranks=2", f"--save-profile={saved}", f"--output={first}") == 0
+    told = capsys.readouterr().out
+    assert _run(CONFIG, "--ranks=2", f"--profile={saved}", f"--output={second}") == 0
+    assert capsys.readouterr().out == told  # the same costs, the same prediction
+    figures = json.loads((tmp_path / "second.json").read_text())
+    assert figures == json.loads((tmp_path / "first.json").read_text())
+    assert set(figures["predictions"]) | set(figures["refused"]) == {
+        *(
+            "decoupled",
+            "gpipe",
+            "1f1b",
+            "interleaved_1f1b",
+            "zero_bubble",
+            "zbv",
+            "deepspeed",
+            "data_parallel",
+            "backprop",
+        )
+    }
+    one_way = figures["predictions"]["decoupled"]["traffic"]
+    assert all(way["gradients"] == 0 for way in one_way)
+    assert "Assumptions" in told and "Memory of every rank" in told
+
+
+def test_a_strategy_that_cannot_run_does_not_stop_the_others(tmp_path, capsys):
+    assert _run(CONFIG, "--ranks=4", "--micro-batches=2", "--strategies=decoupled,1f1b,zbv,gpipe") == 0
+    told = capsys.readouterr().out
+    assert "1f1b: not predicted: 1f1b takes at least as many micro-batches as ranks" in told
+    assert "zbv: not predicted: stages is 8 but the network has only 5 layers" in told
+    assert "\ngpipe " in told
+
+
+def test_scaling_curves_are_a_table_and_a_picture(tmp_path, capsys):
+    picture = tmp_path / "curves.png"
+    small = ["--layers=8", "--width=64", "--vocabulary=100", "--sequence=32", "--micro-batches=64"]
+    assert _run("--devices=4,16", "--link=25GB/s", "--latency=5us", *small, f"--picture={picture}") == 0
+    told = capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "strong scaling: 64 micro-batches" in told
+    assert "backprop on 4 devices: backprop runs on one device" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "either a configuration and --ranks, or --devices"),
+        ([CONFIG, "--ranks=2", "--devices=8"], "either a configuration and --ranks, or --devices"),
+        ([CONFIG], "--ranks None must be a whole number of at least 1"),
+        ([CONFIG, "--ranks=0"], "--ranks 0 must be"),
+        ([CONFIG, "--ranks=2", "--layers=3"], "--layers has no effect with a configuration"),
+        ([CONFIG, "--ranks=2", "--micro-batches=0"], "micro_batches is 0; it must be at least 1"),
+        ([CONFIG, "--ranks=2", "--strategies=2f2b"], "--strategies: '2f2b' is not known; of decoupled"),
+        ([CONFIG, "--ranks=2", "--profile=nowhere.json"], "--profile: cannot read nowhere.json"),
+        ([CONFIG, "--ranks=2", f"--profile={CONFIG}"], "is not JSON"),
+        ([CONFIG, "--ranks=2", "--profile=x", "--measure"], "leave out --measure"),
+        ([CONFIG, "--ranks=2", "--save-profile=no/where.json"], "there is no folder no"),
+        ([CONFIG, "--ranks=2", "--link=fast"], "'fast' is no bandwidth; write it like 25GB/s"),
+        (["--devices=8,x"], "--devices: '8,x' is no list of whole numbers"),
+        (["--devices=8", "--ranks=2"], "--ranks has no effect with --devices"),
+        (["--devices=8", "--layers=0"], "layers is 0; it must be at least 1"),
+        (["--devices=8", "--flops=much"], "--flops: 'much' is no speed"),
+        (["--devices=8", "--strategies=backprop"], "no strategy runs on any of [8] devices"),
+    ],
+)
+def test_bad_input(arguments, line, capsys):
+    assert _run(*arguments) == 2
+    told = capsys.readouterr().err
+    assert line in told
+    assert told.count("\n") == 1
