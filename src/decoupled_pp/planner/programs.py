@@ -167,7 +167,7 @@ def _ahead(shape: Shape, orders: Sequence[Order]) -> list[list[Instruction]]:
     sends puts the receive into the other rank's list there and then.
     """
     programs: list[list[Instruction]] = [[] for _ in orders]
-    left = [list(reversed(order)) for order in orders]
+    left = [list(reversed(_with_turns(order))) for order in orders]
     posted: set[Message] = set()
     while any(left):
         moved = False
@@ -175,6 +175,8 @@ def _ahead(shape: Shape, orders: Sequence[Order]) -> list[list[Instruction]]:
             if not operations or not _known(shape, operations[-1], posted):
                 continue
             operation, moved = operations.pop(), True
+            if operation is None:
+                continue
             needed, message = shape.needed_before(operation), shape.sent_after(operation)
             programs[rank] += [Wait(needed, "received")] if needed is not None else []
             programs[rank].append(Compute(operation))
@@ -188,9 +190,18 @@ def _ahead(shape: Shape, orders: Sequence[Order]) -> list[list[Instruction]]:
     return programs
 
 
-def _known(shape: Shape, operation: Operation, posted: set[Message]) -> bool:
+def _with_turns(order: Order) -> list[Operation | None]:
+    """The order with the two turns (None) that torch's lowering spends after a stage's last pass: REDUCE_GRAD, RESHARD."""
+    last = {operation.stage: position for position, operation in enumerate(order)}
+    turns: list[Operation | None] = []
+    for position, operation in enumerate(order):
+        turns += [operation, None, None] if last[operation.stage] == position else [operation]
+    return turns
+
+
+def _known(shape: Shape, operation: Operation | None, posted: set[Message]) -> bool:
     """Whether torch's lowering may place an operation now: what comes from another rank has been sent."""
-    needed = shape.needed_before(operation)
+    needed = shape.needed_before(operation) if operation is not None else None
     return needed is None or needed in posted
 
 
