@@ -191,7 +191,7 @@ def _ahead(shape: Shape, orders: Sequence[Order]) -> list[list[Instruction]]:
 
 
 def _with_turns(order: Order) -> list[Operation | None]:
-    """The order with the two turns (None) that torch's lowering spends after a stage's last pass: REDUCE_GRAD, RESHARD."""
+    """The order with the turns (None) that torch's lowering spends after a stage's last pass: REDUCE_GRAD, RESHARD."""
     last = {operation.stage: position for position, operation in enumerate(order)}
     turns: list[Operation | None] = []
     for position, operation in enumerate(order):
