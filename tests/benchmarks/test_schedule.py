@@ -61,6 +61,8 @@ def test_every_strategy_is_measured(tmp_path):
     text = schedule.describe(schedule.summarize(results[0]["results"], chosen))
     assert "decoupled, an optimizer step every 1 micro-batch\n" in text
     assert "zbv, an optimizer step every 4 micro-batches\n" in text
+    assert text.count("predicted by the planner, ms/micro-batch") == len(schedule.STRATEGIES)
+    assert all(one["predicted_ms"] >= 3.0 for repeats in results[0]["results"].values() for one in repeats)
 
 
 def test_a_schedule_that_cannot_run_says_so_and_the_others_run(tmp_path):

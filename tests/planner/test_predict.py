@@ -6,8 +6,16 @@ import math
 import pytest
 
 from decoupled_pp.partitioning.cut import minmax_cut
-from decoupled_pp.planner.orders import PIPELINES, stages_per_rank
-from decoupled_pp.planner.predict import STRATEGIES, Setting, StageCosts, predict, predict_stages, ring_all_reduce
+from decoupled_pp.planner.orders import PIPELINES, SPLIT, Operation, stages_per_rank
+from decoupled_pp.planner.predict import (
+    STRATEGIES,
+    Setting,
+    StageCosts,
+    predict,
+    predict_stages,
+    ring_all_reduce,
+    seconds_of,
+)
 from decoupled_pp.planner.profile import Piece, Profile, read_profile
 from decoupled_pp.planner.simulate import Link
 
@@ -89,6 +97,20 @@ def test_activations_in_flight(ranks, micro_batches):
     assert held("gpipe") == [micro_batches] * ranks
     assert held("1f1b") == [min(ranks - rank, micro_batches) for rank in range(ranks)]
     assert held("decoupled") == [1] * ranks
+
+
+@pytest.mark.parametrize("strategy", ["interleaved_1f1b", *SPLIT])
+def test_activations_of_two_stages_per_rank_do_not_grow_with_the_micro_batches(strategy):
+    few, many = (_predict(strategy, 4, count).memory for count in (16, 32))
+    assert [one.activations for one in few] == [one.activations for one in many]
+
+
+@pytest.mark.parametrize("strategy", SPLIT)
+def test_the_first_stage_does_all_of_its_backward_with_its_weights(strategy):
+    """Torch computes no gradient of the network's input."""
+    seconds = seconds_of(strategy, _stages(strategy, 2), 2)
+    assert [seconds(Operation(kind, 0, 0)) for kind in "IW"] == [0.0, B / 2]
+    assert [seconds(Operation(kind, 1, 0)) for kind in "IW"] == [B / 4, B / 4]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
