@@ -73,7 +73,7 @@ def _draws_of(kinds):
     durations.factors = counted
     found = {}
     for kind in kinds:
-        one = contestant(kind, Work(world, FORWARD, BACKWARD, 4, PACKETS, M, 4, durations))
+        one = contestant(kind, Work(world, FORWARD, BACKWARD, 4, PACKETS, M, PACKETS // M, 4, durations))
         for measured in (one.alone, one.period):
             taken.clear()
             measured()
