@@ -65,6 +65,11 @@ class _RecordedStage(PipelineStage):
     def backward_weight_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **keywords: Any) -> Any:
         return self._recorded("backward", bwd_chunk_id, super().backward_weight_one_chunk, *arguments, **keywords)
 
+    def _compute_outputs(self, *arguments: Any, **keywords: Any) -> Any:
+        """Torch's trial run for shapes before the first step: what it saves is no step's, so no probe shall see it."""
+        with torch.autograd.graph.saved_tensors_hooks(_as_is, _as_is):
+            return super()._compute_outputs(*arguments, **keywords)
+
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         return self._counted(super().get_fwd_send_ops(fwd_chunk_id), backward=False)
 
@@ -82,6 +87,10 @@ class _RecordedStage(PipelineStage):
     def _counted(self, sends: list[dist.P2POp], *, backward: bool) -> list[dist.P2POp]:
         self._pipeline.count([(op.peer, op.tensor.nbytes) for op in sends], backward=backward)
         return sends
+
+
+def _as_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class TorchPipeline(Strategy):
