@@ -59,9 +59,10 @@ def _panel(axes: Axes, results: list[dict[str, Any]], strategies: Sequence[str],
     for place, kind in enumerate(strategies):
         points = sorted((one[key], max(one["bytes"]) / KIB) for one in results if one["strategy"] == kind)
         colour, marker = _LOOKS[place % len(_LOOKS)]
-        width = 3.0 if kind == "decoupled" else 1.4
+        # Some lie on top of each other: what is drawn later is smaller, and its line has gaps.
+        size, style = 11.0 - 1.3 * place, ("-", "--", ":", "-.")[place % 4]
         x, y = [at for at, _ in points], [value for _, value in points]
-        axes.plot(x, y, color=colour, marker=marker, linewidth=width, label=kind)
+        axes.plot(x, y, color=colour, marker=marker, markersize=max(4.0, size), linestyle=style, label=kind)
     ticks = sorted({one[key] for one in results})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
