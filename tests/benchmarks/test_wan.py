@@ -158,7 +158,8 @@ def test_shares_are_of_the_same_repeat_and_limit(tmp_path):
         for trip, factor in ((0.0, 1.0), (50.0, 2.0)):
             repeats = {"decoupled": [{"period_ms": p * factor, "share_of_ideal": 0.5} for p in periods]}
             conditions.append(wan_report.Condition(mbit, trip, [trip], repeats=repeats, refused={"zbv": "too few"}))
-    chosen = argparse.Namespace(strategies=["decoupled", "zbv"], repeats=2)
+    chosen = argparse.Namespace(strategies=["decoupled", "zbv"], repeats=2, ranks=2, jitter="none")
+    chosen.slow_factor = chosen.slow_share = chosen.slow_stage = None
     figures = wan_report.summarize(conditions, chosen, "dpp bench wan")
     shares = [one["summary"]["decoupled"]["share_of_zero_latency"] for one in figures["conditions"]]
     assert [share["min"] for share in shares] == [share["max"] for share in shares] == [1.0, 0.5, 1.0, 0.5]

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from decoupled_pp.benchmarks import schedule
+from decoupled_pp.benchmarks import durations, schedule
 
 GOAL = 0.95
 """Of its own rate without latency, for `decoupled`, at every round trip, as long as bandwidth suffices."""
@@ -25,6 +25,7 @@ _LOOKS = {
     "zero_bubble": ("#009e73", "^"),
     "zbv": ("#cc79a7", "D"),
     "interleaved_1f1b": ("#e69f00", "P"),
+    "deepspeed": ("#000000", "X"),
 }
 """Strategy -> colour (Okabe and Ito 2008) and marker."""
 
@@ -116,10 +117,10 @@ def _figures(condition: Condition, conditions: list[Condition], chosen: argparse
 
 def details(figures: dict[str, Any], chosen: argparse.Namespace) -> str:
     """Every condition as `dpp bench schedule` would tell it."""
-    text = ""
+    text, mean = "", durations.unevenness_of(chosen).slowest_mean
     for one in figures["conditions"]:
         text += f"\nround trip {one['round_trip_ms']:g} ms, {_limit(one['mbit'])}: "
-        text += schedule.describe({**vars(chosen), **one["summary"], "refused": one["refused"]})
+        text += schedule.describe({**vars(chosen), "slowest_mean": mean, **one["summary"], "refused": one["refused"]})
     return text
 
 
