@@ -1,6 +1,7 @@
 """The link between two ranks: packets arrive as they were sent, whatever their tensors; counters; errors."""
 
 import re
+import time
 
 import pytest
 import torch
@@ -61,15 +62,22 @@ def test_the_first_packet_may_take_one_bound_for_every_stage_before(tmp_path):
     assert re.fullmatch(whom + ": the bound of 2 s is over", last.value)
 
 
+def test_a_packet_of_another_size_waits_one_bound_for_each_packet_before_it(tmp_path):
+    """A resize needs an empty link, and a healthy consumer may take the bound for every packet in it."""
+    sender, receiver = launch(_resize_behind_a_slow_consumer, size=2, folder=tmp_path)
+    assert sender.value > 2.0
+    assert receiver.value == [4, 4, 4, 4, 400, 0]
+
+
 def test_different_plans_are_refused_on_both_ranks(tmp_path):
     for result in launch(_disagree, size=2, folder=tmp_path, may_fail=True):
         assert result.error.startswith("UsageError: ")
         assert "run different plans or settings: start all ranks alike" in result.error
 
 
-def _connect(seconds=30, plan="one plan"):
+def _connect(seconds=30, plan="one plan", capacity=2):
     world = join_world(30)
-    return world, *world.connect(world.channel(), CPU, plan, capacity=2, timeout_seconds=seconds)
+    return world, *world.connect(world.channel(), CPU, plan, capacity=capacity, timeout_seconds=seconds)
 
 
 def _exchange():
@@ -99,6 +107,26 @@ def _exchange():
         "payload back": counted.payload_bytes_backward,
         "control back": counted.control_bytes_backward,
     }
+
+
+def _resize_behind_a_slow_consumer():
+    """The sender: how long it took to send the large packet; the receiver: the sizes it got."""
+    _, inlet, outlet = _connect(seconds=2.0, capacity=4)
+    if outlet is None:
+        sizes = []
+        for _ in range(6):
+            sizes.append(inlet.receive().samples)
+            time.sleep(0.8)
+        inlet.close()
+        return sizes
+    for number in range(4):
+        outlet.send(Packet(PacketKind.TRAIN, number, torch.ones(4, 9), torch.ones(4)))
+    start = time.monotonic()
+    outlet.send(Packet(PacketKind.TRAIN, 4, torch.ones(400, 9), torch.ones(400)))
+    seconds = time.monotonic() - start
+    outlet.send(Packet(PacketKind.END, 5))
+    outlet.close()
+    return seconds
 
 
 def _wait_for_the_first():

@@ -242,13 +242,18 @@ class SendingEnd(_End, Outlet):
         self._roomy = self._roomy + 1 if 2 * needed < out.size and packet.samples else 0
         if needed <= out.size and self._roomy <= _ROOMY_PACKETS:
             return
-        with self._changed:  # this packet's own credit is taken; all others back means that the link is empty
-            what = f"the link to be empty, to send packet {packet.number} of another size to"
-            self._wait(lambda: self._credits == self._capacity - 1, what)
+        with self._changed:
+            while self._credits < self._capacity - 1:  # this packet's own is taken; all others back: the link is empty
+                self._wait_for_credit(f"the link to be empty, to send packet {packet.number} of another size to")
         for _ in range(self._capacity):
             resize = headers.encode_resize(out.size, needed)
             self._transport(lambda message=resize: out.send(message, control_bytes=message.numel()))  # type: ignore[misc]
         out.size, self._roomy = needed, 0
+
+    def _wait_for_credit(self, what: str) -> None:
+        """Wait under `_changed` until the peer has taken one packet more: the bound is for each packet, not for all."""
+        taken = self._taken
+        self._wait(lambda: self._taken > taken, what)
 
     def _send_loop(self) -> None:
         lane = self._wire.payload
