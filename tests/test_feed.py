@@ -103,3 +103,15 @@ def test_nothing_is_read_before_the_first_packet():
     feed = Feed(Forbidden(), None, Itinerary(1), torch.device("cpu"))
     with pytest.raises(AssertionError, match="read too early"):
         feed.receive()
+
+
+def test_packets_carry_no_graph():
+    class Taught(Numbered):
+        def batches(self, start=0):
+            for payload, _ in super().batches(start):
+                yield payload.requires_grad_(), payload * 2
+
+    feed = Feed(Taught(), None, Itinerary(1), torch.device("cpu"))
+    packet = feed.receive()
+    assert not packet.payload.requires_grad
+    assert not packet.target.requires_grad

@@ -90,7 +90,8 @@ class Feed(Inlet):
         yield Packet(PacketKind.EVALUATION_END, number)
 
     def _packet(self, kind: PacketKind, number: int, batch: Batch) -> Packet:
-        payload, target = (map_payload(lambda t: on_device(t, self._device), part) for part in batch)
+        # Detached: a graph behind a target would be one for all stages, and its backward pass goes through it once.
+        payload, target = (map_payload(lambda t: on_device(t.detach(), self._device), part) for part in batch)
         return Packet(kind, number, payload, target)
 
 

@@ -100,6 +100,18 @@ def test_a_tensor_sent_backward_would_be_counted(tmp_path):
     assert [link["payload_bytes_backward"] for link in with_smuggler] == [8, 8]
 
 
+def test_a_target_that_a_network_has_made_trains_every_stage_and_not_its_maker():
+    """Distillation: every stage differentiates its own loss, and nothing flows into the teacher."""
+    case = CASES["mlp"]
+    teacher, networks = nn.Linear(7, 3), []
+    for target in (teacher, lambda inputs: teacher(inputs).detach()):
+        trainer = case.trainer(STAGES, loss="mse")
+        trainer.fit([(inputs, target(inputs)) for inputs, _ in case.batches(2)], STEPS)
+        networks.append(states(trainer))
+    assert differences(*networks) == []
+    assert teacher.weight.grad is None
+
+
 def test_evaluation_sends_nothing_backward_and_changes_no_parameter():
     case = CASES["resnet"]
     trainer = case.trainer(STAGES)
