@@ -1,8 +1,11 @@
 """Law 2: N stages in one process == N processes over gloo; every parameter, buffer, critic and optimizer state."""
 
 import pytest
-from cases import differences, merged, train
+import torch
+from cases import CASES, differences, ignore, merged, states, train
+from torch import nn
 
+from decoupled_pp import Trainer, partition
 from ranks import launch, values
 
 
@@ -16,6 +19,25 @@ def test_ranks_equal_one_process(case, stages, tmp_path):
 
     assert differences(together, apart) == []
     assert set(apart) == set(range(stages))
+
+
+def test_ranks_equal_one_process_whatever_the_strides(tmp_path):
+    """A batch norm sums a channels-last tensor in another order than a contiguous one."""
+    together = _train_channels_last()
+    apart = merged(values(launch(_train_channels_last, size=2, folder=tmp_path)))
+    assert differences(together, apart) == []
+
+
+def _train_channels_last():
+    torch.manual_seed(4)
+    first, second = nn.Conv2d(3, 8, 3, padding=1), nn.Sequential(nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(512, 5))
+    batches = [
+        (inputs.contiguous(memory_format=torch.channels_last), target) for inputs, target in CASES["resnet"].batches(4)
+    ]
+    plan = partition([first.to(memory_format=torch.channels_last), second], 2, [1, 1], batches[0][0])
+    trainer = Trainer(plan, device="cpu", observer=ignore, timeout_seconds=60)
+    trainer.fit(batches, 6)
+    return states(trainer)
 
 
 def _train(case, stages, options):

@@ -36,6 +36,17 @@ def test_neither_side_can_alter_the_others_activations():
     assert torch.equal(payload, torch.ones(2))
 
 
+def test_tensors_arrive_as_from_a_wire_without_graph_and_with_plain_strides():
+    one, weight = link(), torch.ones(2, 3, 4, 5, requires_grad=True)
+    sent = (weight * 2).contiguous(memory_format=torch.channels_last)
+    one.send(Packet(PacketKind.TRAIN, 0, sent, sent.transpose(1, 2)))
+    packet = one.receive()
+    for arrived, expected in ((packet.payload, sent), (packet.target, sent.transpose(1, 2))):
+        assert torch.equal(arrived, expected)
+        assert arrived.is_contiguous()
+        assert not arrived.requires_grad
+
+
 def test_counters_count_payload_and_target_once():
     one = link()
     one.send(packet(0))

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from decoupled_pp.contracts import (
     Inlet,
@@ -21,6 +22,14 @@ from decoupled_pp.contracts import (
     payload_bytes,
 )
 from decoupled_pp.device import Fence
+
+
+def _carried(tensor: Tensor) -> Tensor:
+    """A copy as a wire would make it: no graph comes along, and the strides are the plain ones of the shape.
+
+    Kernels sum in an order that depends on strides, so with others the two kinds of links would train differently.
+    """
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 class InProcessLink(Inlet, Outlet, LinkEnd):
@@ -66,8 +75,8 @@ class InProcessLink(Inlet, Outlet, LinkEnd):
         copied = Packet(
             packet.kind,
             packet.number,
-            map_payload(torch.clone, packet.payload),
-            map_payload(torch.clone, packet.target),
+            map_payload(_carried, packet.payload),
+            map_payload(_carried, packet.target),
         )
         with self._changed:
             self._wait(lambda: len(self._packets) < self._capacity, 0, f"room to send packet {packet.number} to")
