@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 
+from decoupled_pp.compiled import compiled
 from decoupled_pp.contracts import Loss, Packet, Payload, as_tuple, check_payload, map_payload
 from decoupled_pp.device import RandomStream
 from decoupled_pp.losses import ExitScore
@@ -81,8 +82,8 @@ class Stage:
         self._run_trunk: Callable[[Payload], Payload] = checkpointed(trunk) if options.checkpoint_activations else trunk
         self._run_critic: Callable[[Payload], Tensor] = critic if critic is not None else _own_logits
         if options.compile:
-            self._run_trunk = cast(Any, torch.compile(self._run_trunk))
-            self._run_critic = cast(Any, torch.compile(critic)) if critic is not None else _own_logits
+            self._run_trunk = compiled(self._run_trunk, f"trunk {index}")
+            self._run_critic = compiled(critic, f"critic {index}") if critic is not None else _own_logits
         self._autocast: AbstractContextManager[object] = (
             torch.autocast(device.type, dtype=torch.bfloat16) if options.precision == "bf16" else _NOTHING
         )
