@@ -59,6 +59,7 @@ def test_unusable_names_are_refused_with_the_usable_ones(name):
     [
         ("AdamW", {"momentum": 0.9}, "unexpected keyword argument 'momentum'"),
         ("AdamW", {"betas": [2.0, 0.9]}, "Invalid beta parameter at index 0: 2.0"),
+        ("AdamW", {"foreach": True, "fused": True}, "`fused` and `foreach` cannot be `True` together"),
         ("SGD", {"weight_decay": -1.0}, "Invalid weight_decay value: -1.0"),
     ],
 )

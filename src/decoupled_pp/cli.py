@@ -130,6 +130,8 @@ def _train(chosen: argparse.Namespace) -> int:
     if environment.world_size() > 1 and chosen.ranks is not None:
         raise UsageError(f"--ranks {chosen.ranks} starts ranks, but a launcher has already done so; leave it out")
     check_ranks(settings, environment.world_size() if chosen.ranks is None else chosen.ranks)
+    if chosen.max_restarts < 0:
+        raise UsageError(f"--max-restarts {chosen.max_restarts} must not be below 0")
     if chosen.ranks is not None and chosen.ranks > 1:
         return _launch_train(chosen, settings)
     outcome = run_rank(settings, resume=chosen.resume, overwrite=chosen.overwrite)

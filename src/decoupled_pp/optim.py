@@ -46,7 +46,7 @@ def build_optimizers(
         if choice.kind == "Muon":
             return _muon(kind, parameters, hidden_matrices(trunk, owns_head), arguments)
         return [kind(parameters, **arguments)]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"optimizer: torch.optim.{choice.kind} refuses {arguments}: {error}") from error
 
 

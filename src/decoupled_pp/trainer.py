@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,13 @@ def partition(
     )
 
 
+def _check_counts(**counts: int | None) -> None:
+    """Raises UsageError unless each is a whole number above 0, or None."""
+    for name, count in counts.items():
+        if count is not None and (not isinstance(count, Integral) or isinstance(count, bool) or count < 1):
+            raise UsageError(f"{name} {count!r} must be a whole number above 0")
+
+
 class Trainer:
     """Trains a plan: all stages in this process, or under torchrun the one stage of this rank."""
 
@@ -162,11 +170,10 @@ class Trainer:
         ranks = environment.world_size()
         if ranks not in (1, plan.stages):
             raise UsageError(f"{plan.stages} stages need {plan.stages} ranks (or one process for all), not {ranks}")
-        positive = {"capacity": capacity, "accumulate": accumulate, "timeout_seconds": timeout_seconds}
-        positive |= {"log_every": log_every, "keep_checkpoints": keep_checkpoints, "clip_norm": clip_norm or 1}
-        for name, value in positive.items():
-            if value <= 0 or (clip_norm is not None and clip_norm <= 0):
-                raise UsageError(f"{name} {clip_norm if name == 'clip_norm' else value} must be above 0")
+        _check_counts(capacity=capacity, accumulate=accumulate, log_every=log_every, keep_checkpoints=keep_checkpoints)
+        for name, value in (("timeout_seconds", timeout_seconds), ("clip_norm", clip_norm)):
+            if value is not None and not value > 0:
+                raise UsageError(f"{name} {value} must be above 0")
         if precision not in ("fp32", "bf16"):
             raise UsageError(f"precision {precision!r} must be 'fp32' or 'bf16'")
         if not isinstance(plan.sample, torch.Tensor) and not plan.sample:
@@ -256,6 +263,8 @@ class Trainer:
             UsageError: The user's input is at fault.
             TrainingError: Training cannot go on; the text names stage and packet, or the rank that failed.
         """
+        _check_counts(steps=steps, validate_every=validate_every, validation_batches=validation_batches)
+        _check_counts(save_every=save_every)
         if validate is None and (validate_every is not None or validation_batches is not None):
             raise UsageError("validate_every and validation_batches need validate=batches")
         if save_every is not None and self._checkpoints is None:

@@ -52,6 +52,15 @@ def test_head_refuses_integers():
         build_critic(HeadCritic())(context(torch.zeros(2, 6, dtype=torch.int64), torch.randn(2, 10)))
 
 
+@pytest.mark.parametrize(("shape", "options"), [((1, 6), {}), ((1, 6, 4, 4), {}), ((1, 6, 4, 4), {"linears": 0})])
+def test_mlp_sr_refuses_to_train_on_a_single_sample(shape, options):
+    critic = build_critic(MlpSrCritic(kind="mlp_sr", **options))(context(torch.randn(shape), torch.randn(1, 10)))
+    with pytest.raises(UsageError, match="critic mlp_sr normalises over the micro-batch and"):
+        critic(torch.randn(shape))
+    assert critic.eval()(torch.randn(shape)).shape == (1, 10)
+    assert critic.train()(torch.randn(2, *shape[1:])).shape == (2, 10)
+
+
 @pytest.mark.parametrize(("size", "reduced"), [((32, 32), (8, 8)), ((9, 6), (3, 2)), ((3, 3), (1, 1))])
 def test_mlp_sr_architecture(size, reduced):
     """CRITICS.md section 1: pool to ceil(H/4), 3 x conv1x1, 2x2, 3 x linear of 4C, output."""

@@ -14,11 +14,26 @@ from decoupled_pp.settings import MlpSrCritic
 # Convolutions and linear layers followed by batch normalisation have no bias: the normalisation would cancel it.
 
 
+class _Normalised(nn.Sequential):
+    """Layers with batch normalisation, which needs two values of a channel to train on."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Run the layers."""
+        if self.training and len(self) > 1 and features.numel() == features.shape[1]:
+            raise UsageError(
+                "critic mlp_sr normalises over the micro-batch and cannot train on one of a single sample; "
+                "give at least 2 (data.batch_size), or choose critic.kind head"
+            )
+        for layer in self:
+            features = layer(features)
+        return features
+
+
 def _linear_part(width: int, outputs: int, linears: int) -> nn.Sequential:
     parts: list[nn.Module] = []
     for _ in range(linears):
         parts += [nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()]
-    return nn.Sequential(*parts, nn.Linear(width, outputs))
+    return _Normalised(*parts, nn.Linear(width, outputs))
 
 
 class ImageMlpSr(nn.Module):
@@ -30,7 +45,7 @@ class ImageMlpSr(nn.Module):
         parts: list[nn.Module] = []
         for _ in range(settings.convolutions):
             parts += [nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
-        self.convolutions = nn.Sequential(*parts)
+        self.convolutions = _Normalised(*parts)
         self.linears = _linear_part(4 * channels, outputs, settings.linears)
 
     def forward(self, hidden: Payload) -> Tensor:

@@ -1,0 +1,39 @@
+"""The public Trainer: what it refuses, in one line each."""
+
+import pytest
+import torch
+from torch import nn
+
+from decoupled_pp import Trainer, partition
+from decoupled_pp.contracts import UsageError
+
+BATCHES = [(torch.randn(4, 3), torch.randint(2, (4,)))]
+
+
+def trainer(**options):
+    plan = partition([nn.Linear(3, 5), nn.Linear(5, 2)], 2, "uniform", BATCHES[0][0], device="cpu")
+    return Trainer(plan, **{"device": "cpu", "observer": lambda records: None} | options)
+
+
+@pytest.mark.parametrize("name", ["capacity", "accumulate", "log_every", "keep_checkpoints"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, True])
+def test_counts_of_a_trainer_are_whole_numbers_above_0(name, value):
+    with pytest.raises(UsageError, match=f"^{name} {value} must be a whole number above 0$"):
+        trainer(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["clip_norm", "timeout_seconds"])
+@pytest.mark.parametrize("value", [0, -1.5, float("nan")])
+def test_bounds_of_a_trainer_are_above_0(name, value):
+    with pytest.raises(UsageError, match=f"^{name} {value} must be above 0$"):
+        trainer(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["steps", "validate_every", "validation_batches", "save_every"])
+@pytest.mark.parametrize("value", [0, -3, 2.5, True])
+def test_counts_of_fit_are_whole_numbers_above_0(name, value, tmp_path):
+    one = trainer(checkpoints=tmp_path / "checkpoints")
+    with pytest.raises(UsageError, match=f"^{name} {value} must be a whole number above 0$"):
+        one.fit(BATCHES, **{"steps": 2, "validate": BATCHES, name: value})
+    assert one.stages == ()
+    assert not any(tmp_path.iterdir())
