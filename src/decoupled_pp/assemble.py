@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -25,6 +27,7 @@ from decoupled_pp.contracts import (
 )
 from decoupled_pp.critics import build_critic, check_critic
 from decoupled_pp.device import Clock, seeded
+from decoupled_pp.feed import Itinerary
 from decoupled_pp.links import InProcessLink, StoreControl, World
 from decoupled_pp.metrics import StageMeter
 from decoupled_pp.optim import OptimizerFactory, build_optimizers
@@ -75,10 +78,14 @@ def resolve_critic(choice: CriticChoice) -> CriticBuilder:
         adapter: TypeAdapter[CriticSettings] = TypeAdapter(CriticSettings)
         return build_critic(_checked(lambda: adapter.validate_python(choice), "critic"))
     if isinstance(choice, nn.Module):
-        return lambda context: copy.deepcopy(choice)
+        return partial(_copied_critic, choice)
     if isinstance(choice, list | tuple):
-        return lambda context: _listed_critic(choice, context)
+        return partial(_listed_critic, choice)
     return choice if callable(choice) else build_critic(cast("CriticSettings", choice))
+
+
+def _copied_critic(critic: nn.Module, _context: CriticContext) -> nn.Module:
+    return copy.deepcopy(critic)
 
 
 def _listed_critic(critics: Sequence[nn.Module], context: CriticContext) -> nn.Module:
@@ -182,10 +189,12 @@ def _mixed(seed: int, place: int, purpose: int) -> int:
     return (seed * 1_000_003 + place * 7_919 + purpose * 104_729 + 12_345) * 2_862_933_555_777_941_757 % (2**61 - 1)
 
 
-def plan_digest(plan: Plan, recipe: Recipe, capacity: int) -> str:
-    """What neighbouring ranks must agree on, as text."""
+def plan_digest(plan: Plan, recipe: Recipe, capacity: int, itinerary: Itinerary) -> str:
+    """What all ranks must agree on, as text. Of the itinerary it is what every rank acts on; rank 0 alone feeds."""
     shapes = {name: list(tensor.shape) for name, tensor in plan.module.state_dict().items()}
-    return json.dumps([plan.boundaries, shapes, recipe.options.accumulate, recipe.seed, capacity])
+    made_of = re.sub(r" at 0x[0-9a-f]+|cuda:\d+", "", repr(recipe))  # addresses and devices are each rank's own
+    course = [itinerary.start, itinerary.steps, itinerary.save]
+    return json.dumps([plan.boundaries, shapes, made_of, capacity, course])
 
 
 @dataclass(frozen=True)

@@ -317,7 +317,7 @@ class Trainer:
             self._begin(itinerary, resume, training=train is not None)
             stop = watcher.stop_requested
             feed = Feed(train, held_out, itinerary, self.device, lambda: stop() is not None)
-            workers = self._join(feed, trace_packets)
+            workers = self._join(feed, itinerary, trace_packets)
             run(workers)
             for worker in workers:
                 worker.close()  # now every byte is out, and counted
@@ -365,12 +365,12 @@ class Trainer:
             raise UsageError("resume=True needs a trainer with checkpoints=FOLDER")
         return latest_checkpoint(self._checkpoints)
 
-    def _join(self, feed: Feed, trace: range) -> list[Worker]:
+    def _join(self, feed: Feed, itinerary: Itinerary, trace: range) -> list[Worker]:
         log_every = self.recipe.log_every
         session = Session(feed, self._save, self._post, log_every, trace, self._capacity, self._timeout)
         if self._world is None or not isinstance(self._control, StoreControl):
             return join_in_process(session, self._stages)
-        digest = plan_digest(self.plan, self.recipe, self._capacity)
+        digest = plan_digest(self.plan, self.recipe, self._capacity, itinerary)
         return [join_ranks(session, self._stages[0], self._world, self._control, digest)]
 
     def _post(self, record: Record) -> None:
