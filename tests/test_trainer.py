@@ -37,3 +37,9 @@ def test_counts_of_fit_are_whole_numbers_above_0(name, value, tmp_path):
         one.fit(BATCHES, **{"steps": 2, "validate": BATCHES, name: value})
     assert one.stages == ()
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:1", ""])
+def test_a_device_is_one_that_is_known(device):
+    with pytest.raises(UsageError, match=f"^device '{device}' must be 'auto', 'cpu' or 'cuda'"):
+        trainer(device=device)

@@ -132,6 +132,11 @@ def _train(chosen: argparse.Namespace) -> int:
     check_ranks(settings, environment.world_size() if chosen.ranks is None else chosen.ranks)
     if chosen.max_restarts < 0:
         raise UsageError(f"--max-restarts {chosen.max_restarts} must not be below 0")
+    if chosen.max_restarts and (chosen.ranks or 1) == 1:
+        raise UsageError(
+            f"--max-restarts {chosen.max_restarts} is for ranks that --ranks starts; give --ranks {settings.stages}, "
+            "or give it to torchrun"
+        )
     if chosen.ranks is not None and chosen.ranks > 1:
         return _launch_train(chosen, settings)
     outcome = run_rank(settings, resume=chosen.resume, overwrite=chosen.overwrite)

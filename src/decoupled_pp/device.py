@@ -26,8 +26,10 @@ def choose_device(setting: str, local_rank: int, local_ranks: int) -> torch.devi
         local_ranks: Ranks on this machine.
 
     Raises:
-        UsageError: "cuda" without enough GPUs.
+        UsageError: "cuda" without enough GPUs, or another setting.
     """
+    if setting not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"device {setting!r} must be 'auto', 'cpu' or 'cuda' (one GPU per rank, in their order)")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if setting == "cuda" and gpus < local_ranks:
         raise UsageError(

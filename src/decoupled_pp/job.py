@@ -260,6 +260,8 @@ def prepare(settings: Settings, control: Control | None = None) -> tuple[Data | 
         payload, _ = next(opened[0].train.batches())
         sample = map_payload(torch.zeros_like, payload)
         info = opened[0].info
+        if settings.sample is not None and (info.encode is None or info.decode is None):
+            raise UsageError(f"sample: data.kind {settings.data.kind!r} is no text to go on from; leave sample out")
         return {"info": [info.form, list(info.shape), info.outputs], "sample": _spec(sample)}
 
     described = _from_rank_0(control or LocalControl(), settings, "data", describe)

@@ -58,6 +58,7 @@ CASES = {
     "optimizer arguments": ({"optimizer.arguments": {"momentun": 1}}, ["torch.optim.AdamW", "momentun"]),
     "loss of other targets": ({"loss": "mse"}, ["loss", "(16, 10)", "(16,)", "cross_entropy"]),
     "loss that is no scalar": ({"loss": "faulty:no_scalar"}, ["loss", "(16, 10)", "scalar"]),
+    "sample of no text": ({"sample": {"tokens": 9}}, ["sample", "data.kind 'factory'", "leave sample out"]),
     "no such device": ({"device": "cuda"}, ["device: cuda", "found 0", "cpu"]),
 }
 COMMAND_LINES = {
@@ -69,6 +70,7 @@ COMMAND_LINES = {
     "other ranks than stages": (["run.yaml", "--ranks=3"], ["stages is 2", "not 3"]),
     "no ranks": (["run.yaml", "--ranks=0"], ["stages is 2", "not 0"]),
     "fewer restarts than none": (["run.yaml", "--ranks=2", "--max-restarts=-1"], ["--max-restarts -1", "below 0"]),
+    "restarts of one process": (["run.yaml", "--max-restarts=5"], ["--max-restarts 5", "--ranks 2"]),
     "both ways": (["run.yaml", "--resume", "--overwrite"], ["--resume", "--overwrite", "contradict"]),
     "unknown option": (["run.yaml", "--resum=3"], ["--resum", "dpp"]),
     "no checkpoint": (["run.yaml", "--set=name=new", "--resume"], ["runs/new", "no checkpoint", "without --resume"]),
