@@ -208,6 +208,16 @@ def test_evaluation_ends_in_training_mode_with_a_fresh_score():
     assert stage.critic.training
 
 
+def test_evaluation_leaves_frozen_parts_frozen():
+    frozen = nn.BatchNorm1d(5).eval()
+    stage = make(nn.Sequential(nn.Linear(3, 5), frozen), nn.Sequential(nn.Linear(5, 2), nn.Dropout(0.5).eval()))
+    before = {name: part.training for module in stage._modules for name, part in module.named_modules()}
+    stage.evaluate(packet(kind=PacketKind.EVALUATE), lambda sent: None)
+    assert {name: part.training for module in stage._modules for name, part in module.named_modules()} == before
+    step(stage, packet())
+    assert torch.equal(frozen.running_mean, torch.zeros(5))
+
+
 def test_the_random_numbers_of_others_are_left_alone():
     stage = make(nn.Sequential(nn.Linear(3, 5), nn.Dropout(0.5)), nn.Linear(5, 2))
     given, outside = packet(), torch.get_rng_state()

@@ -43,3 +43,24 @@ def test_counts_of_fit_are_whole_numbers_above_0(name, value, tmp_path):
 def test_a_device_is_one_that_is_known(device):
     with pytest.raises(UsageError, match=f"^device '{device}' must be 'auto', 'cpu' or 'cuda'"):
         trainer(device=device)
+
+
+def modes(network, critic=None):
+    """Which modules train, after two steps and an evaluation."""
+    plan = partition(network, 2, "uniform", BATCHES[0][0], device="cpu")
+    trainer = Trainer(plan, critic=critic or nn.Linear(5, 2), device="cpu", observer=lambda records: None)
+    trainer.fit(BATCHES, 2, validate=BATCHES, validate_every=1)
+    return [part.training for layer in (*network, trainer.stages[0].critic) for part in layer.modules()]
+
+
+def test_what_the_user_froze_stays_frozen():
+    frozen = nn.BatchNorm1d(5).eval()
+    assert modes([nn.Linear(3, 5), frozen, nn.Linear(5, 5), nn.Linear(5, 2)]) == [True, False, True, True, True]
+    assert torch.equal(frozen.running_mean, torch.zeros(5))
+    critic = nn.Sequential(nn.BatchNorm1d(5).eval(), nn.Linear(5, 2))
+    assert modes([nn.Linear(3, 5), nn.Linear(5, 2)], critic) == [True, True, True, False, True]
+
+
+def test_a_network_in_evaluation_mode_as_a_whole_is_trained():
+    network, critic = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)), nn.Linear(5, 2)
+    assert all(modes(network.eval(), critic.eval()))

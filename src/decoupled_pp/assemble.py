@@ -164,10 +164,13 @@ def build_stages(
         UsageError: A critic or the optimizer does not fit.
     """
     critics = build_critics(plan, recipe.critic, stages, recipe.seed)
+    _leave_evaluation_mode(*plan.module.children())
     built = []
     for index in stages:
-        trunk = plan.stage_module(index).to(device).train()
-        critic = critics[index].to(device).train() if index in critics else None
+        trunk = plan.stage_module(index).to(device)
+        critic = critics[index].to(device) if index in critics else None
+        if critic is not None:
+            _leave_evaluation_mode(critic)
         optimizers = build_optimizers(recipe.optimizer, trunk, critic, owns_head=index == plan.stages - 1)
         built.append(
             Stage(
@@ -182,6 +185,13 @@ def build_stages(
             )
         )
     return built
+
+
+def _leave_evaluation_mode(*modules: nn.Module) -> None:
+    """Of modules that are in it as a whole, as pretrained ones come; where only parts are, those are frozen."""
+    if not any(part.training for module in modules for part in module.modules()):
+        for module in modules:
+            module.train()
 
 
 def _mixed(seed: int, place: int, purpose: int) -> int:

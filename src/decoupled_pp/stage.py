@@ -110,17 +110,11 @@ class Stage:
 
     def evaluate(self, packet: Packet, send: Send) -> None:
         """Score this exit on one held-out packet and pass it on; changes nothing that trains."""
-        self.trunk.eval()
-        if self.critic is not None:
-            self.critic.eval()
-        with torch.no_grad(), self.random, self._autocast:
+        with _evaluating(self._modules), torch.no_grad(), self.random, self._autocast:
             output = self._run_trunk(packet.payload)
             send(replace(packet, payload=output))
             logits = self._run_critic(output)
             self._score.add(self.loss(logits, packet.target), logits, packet.target)
-        self.trunk.train()
-        if self.critic is not None:
-            self.critic.train()
 
     def finish_evaluation(self) -> tuple[float, float | None]:
         """Held-out loss and accuracy of this exit since the last call."""
@@ -139,6 +133,10 @@ class Stage:
         if self.critic is not None:
             named |= {f"critic.{critic_name}.{name}": p for name, p in self.critic.named_parameters()}
         return named
+
+    @property
+    def _modules(self) -> list[nn.Module]:
+        return [module for module in (self.trunk, self.critic) if module is not None]
 
     def _forward(self, packet: Packet) -> Payload:
         with self._autocast:
@@ -177,10 +175,22 @@ class Stage:
     @contextmanager
     def _probe(self) -> Iterator[None]:
         """Count the activations that a step saves for its backward pass."""
-        modules = [module for module in (self.trunk, self.critic) if module is not None]
-        with SavedActivations([t for m in modules for t in (*m.parameters(), *m.buffers())]) as saved:
+        with SavedActivations([t for m in self._modules for t in (*m.parameters(), *m.buffers())]) as saved:
             yield
         self.saved_activation_bytes_peak = saved.peak
+
+
+@contextmanager
+def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
+    """Evaluation mode; then every part goes back to its own: a frozen one (`layer.eval()`) stays frozen."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 class _Once:
