@@ -225,6 +225,18 @@ def test_sharing_inside_a_stage_is_allowed_and_views_and_buffers_are_found():
         cut_network(layers, 2, [3, 1], None, None)
 
 
+@pytest.mark.parametrize(("part", "overlaps"), [(slice(4, 8), True), (slice(7, 11), True), (slice(8, 12), False)])
+def test_views_that_overlap_across_a_cut_are_refused(part, overlaps):
+    whole = torch.randn(12, 4)
+    layers = [nn.Linear(4, 8, bias=False), nn.Linear(8, 4), nn.Linear(4, 4, bias=False)]
+    layers[0].weight, layers[2].weight = nn.Parameter(whole[:8]), nn.Parameter(whole[part])
+    if overlaps:
+        with pytest.raises(UsageError, match=r"'0\.weight' \(stage 0\) and '2\.weight' \(stage 1\) are one shared"):
+            cut_network(layers, 2, [2, 1], None, None)
+    else:
+        assert cut_network(layers, 2, [2, 1], None, None).stages == 2
+
+
 def test_measure_critics_reports_refusals_in_place():
     module = network(0, 0, 0)
     hiddens, output = trace(module, SAMPLE)
