@@ -64,3 +64,21 @@ def test_what_the_user_froze_stays_frozen():
 def test_a_network_in_evaluation_mode_as_a_whole_is_trained():
     network, critic = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)), nn.Linear(5, 2)
     assert all(modes(network.eval(), critic.eval()))
+
+
+def numbered(read):
+    """Endless batches; notes how many were read."""
+    while True:
+        read.append(len(read))
+        yield BATCHES[0]
+
+
+def test_a_second_fit_reads_an_iterator_on_and_a_resumed_one_from_its_beginning(tmp_path):
+    read, one = [], trainer(accumulate=2, checkpoints=tmp_path)
+    batches = numbered(read)
+    one.fit(batches, 3)
+    one.fit(batches, 2)
+    assert len(read) == 10
+    resumed, read_again = trainer(accumulate=2, checkpoints=tmp_path), []
+    resumed.fit(numbered(read_again), 6, resume=True)
+    assert len(read_again) == 12

@@ -246,7 +246,9 @@ class Trainer:
         """Train; every rank calls this, only rank 0 reads the batches.
 
         Args:
-            train_batches: Micro-batches (input, target), started over when they end; each is one packet.
+            train_batches: Micro-batches (input, target), started over when they end; each is one packet. A second
+                `fit` goes on in them; a one-shot iterator is read on from where it stands, or for `resume` from its
+                beginning.
             steps: Optimizer steps to take; a second `fit` adds its own, and the schedule spans all of them.
             validate: Held-out micro-batches; scored at the end, and every `validate_every` steps.
             validate_every: Optimizer steps between evaluations.
@@ -281,7 +283,8 @@ class Trainer:
             save_every=save_every,
             save=self._checkpoints is not None,
         )
-        train = as_source(train_batches, endless=True)
+        first = itinerary.accumulate * done if checkpoint is None else 0
+        train = as_source(train_batches, endless=True, first=first)
         held_out = as_source(validate) if validate is not None else None
         return self._session(train, held_out, itinerary, checkpoint, trace_packets)
 

@@ -53,6 +53,14 @@ def test_a_generator_can_be_read_once_and_then_names_the_remedy():
         next(once.batches())
 
 
+def test_an_iterator_is_read_on_from_where_it_stands():
+    generator = generate()
+    assert numbers(islice(generator, 2)) == [0, 1]
+    assert numbers(as_source(generator, first=2).batches(2)) == [2, 3, 4]
+    assert numbers(as_source(generate(), first=1).batches(3)) == [2, 3, 4]
+    assert numbers(as_source(PAIRS, first=2).batches(2)) == [2, 3, 4]
+
+
 @pytest.mark.parametrize("empty", [[], list, lambda: iter(())])
 def test_nothing_to_yield_is_an_error_and_not_an_endless_loop(empty):
     with pytest.raises(UsageError, match="empty"):

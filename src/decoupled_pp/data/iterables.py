@@ -19,19 +19,21 @@ class ListedBatches(BatchSource):
 
     The same number is the same micro-batch only if the iterable says the same every time: a shuffling DataLoader
     needs a seeded generator of its own. Resuming costs nothing for lists and tuples; other iterables are read
-    through up to the first wanted batch.
+    through up to the first wanted batch; a one-shot iterator from where it stands.
     """
 
-    def __init__(self, batches: Batches, endless: bool = False) -> None:
+    def __init__(self, batches: Batches, endless: bool = False, first: int = 0) -> None:
         """Wrap `batches`.
 
         Args:
             batches: List, DataLoader, other iterable, or function that returns an iterable, of (input, target).
             endless: Start over at the end (training) instead of stopping (validation).
+            first: Number of the batch that a one-shot iterator yields next; all else begins with number 0.
         """
         self._batches = batches
         self._endless = endless
         self._one_shot = isinstance(batches, Iterator)
+        self._first = first if self._one_shot else 0
         self._used = False
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
@@ -42,7 +44,7 @@ class ListedBatches(BatchSource):
         """
         if isinstance(self._batches, Sequence):
             return self._listed(self._batches, start)
-        return (as_batch(batch) for batch in islice(self._iterated(), start, None))
+        return (as_batch(batch) for batch in islice(self._iterated(), start - self._first, None))
 
     def _listed(self, batches: Sequence[Any], start: int) -> Iterator[Batch]:
         if not batches:
@@ -78,12 +80,13 @@ class ListedBatches(BatchSource):
         return fresh
 
 
-def as_source(batches: Batches | BatchSource, endless: bool = False) -> BatchSource:
+def as_source(batches: Batches | BatchSource, endless: bool = False, first: int = 0) -> BatchSource:
     """Whatever a user brings along as a `BatchSource`; a `BatchSource` is returned as it is.
 
     Args:
         batches: A `BatchSource`, an iterable of (input, target), or a function that returns one.
         endless: For an iterable: start over at its end (training) instead of stopping (validation).
+        first: For a one-shot iterator: number of the batch that it yields next.
 
     Raises:
         UsageError: It is none of these.
@@ -95,7 +98,7 @@ def as_source(batches: Batches | BatchSource, endless: bool = False) -> BatchSou
             f"batches: {type(batches).__name__} is not an iterable of (input, target); give a list, a DataLoader, a "
             "generator function or a BatchSource"
         )
-    return ListedBatches(batches, endless)
+    return ListedBatches(batches, endless, first)
 
 
 def as_batch(value: object) -> Batch:
