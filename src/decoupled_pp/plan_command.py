@@ -166,7 +166,7 @@ def _profile(chosen: argparse.Namespace, settings: Settings) -> tuple[Profile, C
     if save is not None:
         save.write_text(profile.write(), encoding="utf-8")
 
-    def cut(costs: Sequence[float], stages: int, closing: Sequence[float] | None) -> tuple[int, ...]:
+    def cut(costs: Sequence[float], stages: int, closing: Sequence[Sequence[float]] | None) -> tuple[int, ...]:
         boundaries = minmax_cut(costs, stages, closing)
         refuse_shared(module, boundaries)
         return boundaries

@@ -13,7 +13,7 @@ from decoupled_pp.partitioning.cut import listed_cut, minmax_cut, uniform_cut
 def stage_costs(costs, boundaries, closing):
     stages = [sum(costs[first:end]) for first, end in itertools.pairwise(boundaries)]
     for stage, end in enumerate(boundaries[1:-1]):
-        stages[stage] += closing[end - 1] if closing else 0
+        stages[stage] += closing[stage][end - 1] if closing else 0
     return stages
 
 
@@ -33,8 +33,8 @@ def test_equals_brute_force(with_closing):
     for _ in range(1500):
         layers = draw.randint(1, 9)
         costs = [draw.randint(0, 6) for _ in range(layers)]
-        closing = [draw.randint(0, 6) for _ in range(layers)] if with_closing else None
         for stages in range(1, layers + 1):
+            closing = [[draw.randint(0, 6) for _ in range(layers)] for _ in costs[1:stages]] if with_closing else None
             assert minmax_cut(costs, stages, closing) == brute_force(costs, stages, closing), (costs, stages, closing)
 
 
@@ -43,26 +43,26 @@ def test_equals_brute_force_on_seconds():
     for _ in range(300):
         layers = draw.randint(2, 9)
         costs = [draw.expovariate(1000) for _ in range(layers)]
-        closing = [draw.expovariate(1000) for _ in range(layers)]
         for stages in range(1, layers + 1):
+            closing = [[draw.expovariate(1000) for _ in range(layers)] for _ in costs[1:stages]]
             found = max(stage_costs(costs, minmax_cut(costs, stages, closing), closing))
             best = max(stage_costs(costs, brute_force(costs, stages, closing), closing))
             assert math.isclose(found, best, rel_tol=1e-9)
 
 
 def test_the_last_layer_has_no_closing_cost():
-    assert minmax_cut([1, 1, 1, 1], 2, [0, 0, 0, 1000]) == (0, 2, 4)
+    assert minmax_cut([1, 1, 1, 1], 2, [[0, 0, 0, 1000]]) == (0, 2, 4)
 
 
 def test_infinite_closing_costs_forbid_a_cut():
-    assert minmax_cut([1, 1, 1, 9], 2, [1, math.inf, math.inf, 0]) == (0, 1, 4)
+    assert minmax_cut([1, 1, 1, 9], 2, [[1, math.inf, math.inf, 0]]) == (0, 1, 4)
     with pytest.raises(UsageError, match="no cut into 3 stages"):
-        minmax_cut([1, 1, 1, 9], 3, [1, math.inf, math.inf, 0])
+        minmax_cut([1, 1, 1, 9], 3, [[1, math.inf, math.inf, 0]] * 2)
 
 
 def test_a_large_case_is_quick():
-    boundaries = minmax_cut([1.0] * 120, 12, [0.5] * 120)
-    assert max(stage_costs([1.0] * 120, boundaries, [0.5] * 120)) == 10.5
+    boundaries = minmax_cut([1.0] * 120, 12, [[0.5] * 120] * 11)
+    assert max(stage_costs([1.0] * 120, boundaries, [[0.5] * 120] * 11)) == 10.5
 
 
 @pytest.mark.parametrize("cut", [lambda: minmax_cut([1, 2], 3, None), lambda: uniform_cut(2, 3)])

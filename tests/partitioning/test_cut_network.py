@@ -1,15 +1,20 @@
 """cut_network: each way to cut, measuring without a trace, shared parameters."""
 
+import itertools
+import random
 from collections import OrderedDict
+from functools import cache
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from decoupled_pp.contracts import UsageError
-from decoupled_pp.partitioning import cut_network, measure_critics, trace
+from decoupled_pp.contracts import UsageError, count_parameters
+from decoupled_pp.critics import build_critic
+from decoupled_pp.partitioning import critic_context, cut_network, measure_critics, trace
 from decoupled_pp.partitioning.measure import measure_layers, stand_in_objective
+from decoupled_pp.settings import AuglocalCritic
 
 
 class Clock:
@@ -89,19 +94,51 @@ def test_time_counts_the_critics():
     assert plan.critic_seconds == pytest.approx((0.001,), abs=1e-5)
 
 
+def test_parameters_count_the_critic_of_each_stage_itself():
+    """Law 10 where the critic depends on its stage: AugLocal's is deeper near the input."""
+    critic = build_critic(AuglocalCritic(kind="auglocal", depth=5, pyramid=1.0))
+    draw = random.Random(0)
+    for _ in range(20):
+        layers = [nn.Sequential(*(nn.Linear(4, 4) for _ in range(draw.randint(1, 4)))) for _ in range(8)]
+        module, stages = nn.Sequential(*layers), 4
+        traced = trace(module, SAMPLE)
+        own = [count_parameters(layer) for layer in layers]
+
+        @cache
+        def of_critic(stage, boundary, module=module, traced=traced, stages=stages):
+            if stage == stages - 1:
+                return 0
+            return count_parameters(
+                critic(critic_context(module, *traced, boundary=boundary, stage=stage, stages=stages))
+            )
+
+        def largest(boundaries, own=own, of_critic=of_critic):
+            runs = enumerate(itertools.pairwise(boundaries))
+            return max(sum(own[first:end]) + of_critic(stage, end) for stage, (first, end) in runs)
+
+        every = [(0, *inner, 8) for inner in itertools.combinations(range(1, 8), stages - 1)]
+        found = cut_network(module, stages, "parameters", SAMPLE, critic).boundaries
+        assert largest(found) == min(largest(boundaries) for boundaries in every)
+
+
 @pytest.mark.usefixtures("clock")
-def test_critic_seconds_are_those_of_the_stage_it_judges():
-    """The last layers are so slow that the first critic stands elsewhere than in an even cut."""
-    built = []
+def test_time_counts_the_critic_of_each_stage_itself_and_measures_what_looks_alike_once():
+    measured = []
 
-    def critic(context):
-        built.append((context.stage, context.boundary))
-        return Slow(0.01 * context.stage)
+    class Counted(Slow):
+        def forward(self, hidden):
+            measured.append(self.seconds)
+            return super().forward(hidden)
 
-    plan = cut_network(network(0.01, 0.01, 0.01, 0.01, 0.05, 0.05), 3, "time", SAMPLE, critic)
-    assert plan.boundaries == (0, 4, 5, 6)  # 4 is where an even cut has the second critic
-    assert plan.critic_seconds == pytest.approx((0, 0.01), abs=1e-5)
-    assert {(stage, boundary) for stage, boundary in enumerate(plan.boundaries[1:-1])} <= set(built)
+    layers = network(0.01, 0.01, 0.01, 0.01, 0.03, 0.03)
+    plan = cut_network(layers, 3, "time", SAMPLE, lambda context: Counted(0.02 * context.stage))
+    assert plan.boundaries == (0, 4, 5, 6)  # 0.04, 0.03 + 0.02, 0.03: the first stage's critic costs nothing
+    assert plan.critic_seconds == pytest.approx((0, 0.02), abs=1e-5)
+    assert measured.count(0.0) == measured.count(0.02) == 4 * (2 + 5)
+
+    measured.clear()
+    cut_network(layers, 3, "time", SAMPLE, lambda context: Counted(0.001))
+    assert len(measured) == 5 * (2 + 5)  # one for every boundary, not for every stage
 
 
 @pytest.mark.usefixtures("clock")

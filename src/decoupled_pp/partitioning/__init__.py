@@ -27,7 +27,6 @@ from decoupled_pp.partitioning.shared import refuse_shared
 __all__ = [
     "By",
     "as_sequential",
-    "candidate_contexts",
     "critic_context",
     "cut_network",
     "listed_cut",
@@ -49,38 +48,37 @@ _CPU = torch.device("cpu")
 _Traced: TypeAlias = tuple[list[Payload], Tensor]
 
 
-def _expected_stage(boundary: int, layers: int, stages: int) -> int:
-    """The stage that likely ends before layer `boundary`: where an even cut would put it.
-
-    A critic may depend on its stage's index (AugLocal is deeper near the input), and the index is known only after the
-    cut that the critic's cost decides.
-    """
-    return min(max(round(boundary * stages / layers) - 1, 0), stages - 2)
+_Cost: TypeAlias = "float | UsageError"
+"""Of a critic, or why none can be there."""
 
 
-def candidate_contexts(module: nn.Sequential, traced: _Traced, stages: int) -> list[CriticContext]:
-    """A context for every possible cut, in order: after layer 0, after layer 1, ..."""
-    layers = len(module)
+def _candidates(module: nn.Sequential, traced: _Traced, stages: int) -> list[CriticContext]:
+    """A context for every stage but the last and every place where it can end: each other stage needs a layer too."""
+    spare = len(module) - stages
     return [
-        critic_context(
-            module, *traced, boundary=boundary, stage=_expected_stage(boundary, layers, stages), stages=stages
-        )
-        for boundary in range(1, layers)
+        critic_context(module, *traced, boundary=boundary, stage=stage, stages=stages)
+        for stage in range(stages - 1)
+        for boundary in range(stage + 1, stage + spare + 2)
     ]
 
 
-def _balanced(costs: Sequence[float], stages: int, critics: Sequence[float | UsageError] | None) -> tuple[int, ...]:
-    """The best cut; where no critic can be built is no place for one. If that leaves none, why is raised."""
-    if critics is None:
-        return minmax_cut(costs, stages, None)
-    closing = [math.inf if isinstance(cost, UsageError) else cost for cost in critics]
+def _balanced(
+    costs: Sequence[float], stages: int, contexts: Sequence[CriticContext], critics: Sequence[_Cost]
+) -> tuple[int, ...]:
+    """The best cut; where no critic can be built is no place for one. If that leaves none, why is raised.
+
+    A critic's cost is that of the very stage it would belong to: AugLocal's is deeper near the input.
+    """
+    closing = [[math.inf] * len(costs) for _ in range(stages - 1)]
+    for context, cost in zip(contexts, critics, strict=True):
+        closing[context.stage][context.boundary - 1] = math.inf if isinstance(cost, UsageError) else cost
     try:
-        return minmax_cut(costs, stages, [*closing, 0.0])
+        return minmax_cut(costs, stages, closing)
     except UsageError as error:
         raise next((cost for cost in critics if isinstance(cost, UsageError)), error) from error
 
 
-def _parameters_of(critic: CriticBuilder, context: CriticContext) -> float | UsageError:
+def _parameters_of(critic: CriticBuilder, context: CriticContext) -> _Cost:
     try:
         with torch.random.fork_rng(devices=[]):
             return float(count_parameters(critic(context)))
@@ -91,14 +89,15 @@ def _parameters_of(critic: CriticBuilder, context: CriticContext) -> float | Usa
 def _cut_by_parameters(
     module: nn.Sequential, stages: int, traced: _Traced | None, critic: CriticBuilder | None
 ) -> tuple[int, ...]:
-    critics = None
-    if critic is not None and stages > 1:
-        if traced is None:
-            raise UsageError(
-                "cut 'parameters' counts the critics, and needs a sample to build them for; pass sample or critic=None"
-            )
-        critics = [_parameters_of(critic, context) for context in candidate_contexts(module, traced, stages)]
-    return _balanced([float(count_parameters(layer)) for layer in module], stages, critics)
+    parameters = [float(count_parameters(layer)) for layer in module]
+    if critic is None or stages == 1:
+        return minmax_cut(parameters, stages, None)
+    if traced is None:
+        raise UsageError(
+            "cut 'parameters' counts the critics, and needs a sample to build them for; pass sample or critic=None"
+        )
+    contexts = _candidates(module, traced, stages)
+    return _balanced(parameters, stages, contexts, [_parameters_of(critic, context) for context in contexts])
 
 
 def _cut_by_time(
@@ -113,20 +112,13 @@ def _cut_by_time(
     """Boundaries, seconds per layer, seconds of the critic of each cut stage."""
     layer_seconds = measure_layers(module, traced[0], device, objective=objective)
     if critic is None or stages == 1:
-        return _balanced(layer_seconds, stages, None), layer_seconds, None if critic is None else ()
-    contexts = candidate_contexts(module, traced, stages)
+        return minmax_cut(layer_seconds, stages, None), layer_seconds, None if critic is None else ()
+    contexts = _candidates(module, traced, stages)
     measured = measure_critics(contexts, critic, device, objective=objective)
-    boundaries = _balanced(layer_seconds, stages, measured)
-    seconds: list[float] = []
-    for stage, boundary in enumerate(boundaries[1:-1]):
-        cost = measured[boundary - 1]
-        if contexts[boundary - 1].stage != stage:  # measured as the critic of another stage: see _expected_stage
-            context = critic_context(module, *traced, boundary=boundary, stage=stage, stages=stages)
-            (cost,) = measure_critics([context], critic, device, objective=objective)
-        if isinstance(cost, UsageError):
-            raise cost
-        seconds.append(cost)
-    return boundaries, layer_seconds, tuple(seconds)
+    boundaries = _balanced(layer_seconds, stages, contexts, measured)
+    places = set(enumerate(boundaries[1:-1]))
+    chosen = [cost for one, cost in zip(contexts, measured, strict=True) if (one.stage, one.boundary) in places]
+    return boundaries, layer_seconds, tuple(cost for cost in chosen if not isinstance(cost, UsageError))
 
 
 def cut_network(  # noqa: PLR0917 - the plain facts, as `dpp.partition` takes them
@@ -148,7 +140,7 @@ def cut_network(  # noqa: PLR0917 - the plain facts, as `dpp.partition` takes th
         sample: An input micro-batch on the network's device; "time" needs one, and "parameters" with a critic. With
             one, the layers are checked to fit each other, whatever `by` is.
         critic: Builds the critic of every stage but the last; None to leave critics out of the balance. While the cut
-            is sought, a critic that depends on its stage's index is built for the index an even cut would give it.
+            is sought, it builds one for every stage and every layer behind which that stage can end.
         loss: Counted with the last layer and every critic, with a made-up target; None for a plain mean square.
         device: Where to measure.
 

@@ -21,32 +21,36 @@ def _check_stages(layers: int, stages: int) -> None:
         )
 
 
-def _check_costs(costs: Sequence[float], closing: Sequence[float] | None) -> None:
+def _check_costs(costs: Sequence[float], stages: int, closing: Sequence[Sequence[float]] | None) -> None:
     if any(not math.isfinite(cost) or cost < 0 for cost in costs):
         raise UsageError(f"layer costs {list(costs)} must be finite and not negative; measure again")
-    if closing is not None and len(closing) != len(costs):
-        raise UsageError(f"{len(closing)} closing costs for {len(costs)} layers; give one for every layer")
-    if closing is not None and any(math.isnan(cost) or cost < 0 for cost in closing):
-        raise UsageError(f"closing costs {list(closing)} must not be negative or NaN; measure again")
+    if closing is not None and len(closing) != stages - 1:
+        raise UsageError(f"closing costs of {len(closing)} stages for {stages}; give them for every stage but the last")
+    for row in closing or ():
+        if len(row) != len(costs):
+            raise UsageError(f"{len(row)} closing costs for {len(costs)} layers; give one for every layer")
+        if any(math.isnan(cost) or cost < 0 for cost in row):
+            raise UsageError(f"closing costs {list(row)} must not be negative or NaN; measure again")
 
 
 def _best_cut(
-    layers: int, stages: int, cost: Callable[[int, int], float], join: Callable[[float, float], float]
+    layers: int, stages: int, cost: Callable[[int, int, int], float], join: Callable[[float, float], float]
 ) -> tuple[float, tuple[int, ...]]:
-    """Cut layers 0..n-1 into `stages` runs so that the costs, folded with `join` from the last on, are least.
+    """Cut layers 0..n-1 into K = `stages` runs so that the costs, folded with `join` from the last on, are least.
 
-    best[k][i] = min over j of join(cost(i, j), best[k-1][j]): what k stages from layer i to the end cost at best; the
-    first stage of them is i..j-1. Time O(K n^2). Of equal cuts the one with the smallest boundaries is returned.
+    best[k][i] = min over j of join(cost(K-k, i, j), best[k-1][j]): what the last k stages cost at best if they begin at
+    layer i; the first of them, stage K-k, is i..j-1. Time O(K n^2). Of equal cuts the one with the smallest boundaries
+    is returned.
     """
     best: list[list[float]] = [[math.inf] * (layers + 1) for _ in range(stages + 1)]
     choice: list[list[int]] = [[layers] * (layers + 1) for _ in range(stages + 1)]
-    for first in range(layers):
-        best[1][first] = join(cost(first, layers), 0.0)
+    for first in range(stages - 1, layers):
+        best[1][first] = join(cost(stages - 1, first, layers), 0.0)
     for count in range(2, stages + 1):
-        for first in range(layers - count + 1):
-            # Each of the other count - 1 stages needs a layer.
+        for first in range(stages - count, layers - count + 1):
+            # Each of the count - 1 stages behind needs a layer, as did each before.
             for end in range(first + 1, layers - count + 2):
-                value = join(cost(first, end), best[count - 1][end])
+                value = join(cost(stages - count, first, end), best[count - 1][end])
                 if value < best[count][first]:
                     best[count][first], choice[count][first] = value, end
     boundaries = [0]
@@ -55,7 +59,7 @@ def _best_cut(
     return best[stages][0], tuple(boundaries)
 
 
-def minmax_cut(costs: Sequence[float], stages: int, closing: Sequence[float] | None) -> tuple[int, ...]:
+def minmax_cut(costs: Sequence[float], stages: int, closing: Sequence[Sequence[float]] | None) -> tuple[int, ...]:
     """Cut so that the costliest stage, which sets the pace of the pipeline, costs as little as possible. Exact.
 
     A stage costs the sum of its layers plus the closing cost of its last layer (its critic); the last stage of all has
@@ -65,7 +69,8 @@ def minmax_cut(costs: Sequence[float], stages: int, closing: Sequence[float] | N
     Args:
         costs: Cost of every layer (seconds or parameters).
         stages: Number of stages.
-        closing: Cost of a critic after every layer; infinite where a cut is impossible. None for no critics.
+        closing: For every stage but the last, the cost of its critic after every layer; infinite where a cut is
+            impossible. None for no critics.
 
     Returns:
         The boundaries, `stages + 1` of them.
@@ -75,11 +80,11 @@ def minmax_cut(costs: Sequence[float], stages: int, closing: Sequence[float] | N
     """
     layers = len(costs)
     _check_stages(layers, stages)
-    _check_costs(costs, closing)
+    _check_costs(costs, stages, closing)
     sums = list(accumulate(costs, initial=0.0))
 
-    def stage_cost(first: int, end: int) -> float:
-        critic = closing[end - 1] if closing is not None and end < layers else 0.0
+    def stage_cost(stage: int, first: int, end: int) -> float:
+        critic = closing[stage][end - 1] if closing is not None and end < layers else 0.0
         return sums[end] - sums[first] + critic
 
     least, _ = _best_cut(layers, stages, stage_cost, max)
@@ -89,8 +94,8 @@ def minmax_cut(costs: Sequence[float], stages: int, closing: Sequence[float] | N
             "use fewer stages or another critic.kind"
         )
 
-    def square_within_least(first: int, end: int) -> float:
-        cost = stage_cost(first, end)
+    def square_within_least(stage: int, first: int, end: int) -> float:
+        cost = stage_cost(stage, first, end)
         return cost * cost if cost <= least else math.inf
 
     _, boundaries = _best_cut(layers, stages, square_within_least, lambda one, other: one + other)

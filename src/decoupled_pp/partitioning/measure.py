@@ -194,10 +194,10 @@ def measure_critics(
     objective: Objective | None = None,
     repeats: int = 5,
 ) -> tuple[float | UsageError, ...]:
-    """Seconds of forward + backward of the critic at every cut, or why none can be there.
+    """Seconds of forward + backward of the critic at every place, or why none can be there.
 
     Args:
-        contexts: One for every cut.
+        contexts: One for every place; critics that look alike behind one layer, of different stages, are measured once.
         critic: Builds the critics; the generators stay as they are.
         device: Where to measure.
         objective: The critic's loss (see `stand_in_objective`).
@@ -207,6 +207,7 @@ def measure_critics(
         For every context the seconds, or the UsageError that the builder or the critic raised.
     """
     results: list[float | UsageError] = []
+    alike: dict[object, float | UsageError] = {}
     with torch.random.fork_rng(devices=cuda_devices(device)):
         for context in contexts:
             try:
@@ -214,10 +215,25 @@ def measure_critics(
             except UsageError as error:
                 results.append(error)
                 continue
-            try:
-                results.append(_seconds(built, context.hidden, device, objective, repeats))
-            except UsageError as error:
-                results.append(error)
-            except LAYER_FAULTS as error:
-                results.append(misfit(f"critic of stage {context.stage}", built, context.hidden, error))
+            look = context.boundary, _look(built)
+            if look not in alike:
+                alike[look] = _critic_seconds(built, context, device, objective, repeats)
+            results.append(alike[look])
     return tuple(results)
+
+
+def _look(critic: nn.Module) -> str:
+    """Text that is the same for critics that compute alike: their modules, plain attributes and shapes."""
+    plain = [{k: v for k, v in vars(part).items() if isinstance(v, int | float | str)} for part in critic.modules()]
+    return f"{critic} {plain} {[tuple(parameter.shape) for parameter in critic.parameters()]}"
+
+
+def _critic_seconds(
+    critic: nn.Module, context: CriticContext, device: torch.device, objective: Objective | None, repeats: int
+) -> float | UsageError:
+    try:
+        return _seconds(critic, context.hidden, device, objective, repeats)
+    except UsageError as error:
+        return error
+    except LAYER_FAULTS as error:
+        return misfit(f"critic of stage {context.stage}", critic, context.hidden, error)

@@ -24,8 +24,8 @@ from decoupled_pp.contracts import (
 )
 from decoupled_pp.memory import SavedActivations
 from decoupled_pp.optim import OptimizerFactory, build_optimizers
-from decoupled_pp.partitioning import candidate_contexts, measure_passes, stand_in_objective, trace
-from decoupled_pp.partitioning.layers import LAYER_FAULTS, cuda_devices, misfit
+from decoupled_pp.partitioning import measure_passes, stand_in_objective, trace
+from decoupled_pp.partitioning.layers import LAYER_FAULTS, critic_context, cuda_devices, misfit
 from decoupled_pp.partitioning.measure import Objective
 from decoupled_pp.planner.profile import Piece, Profile
 from decoupled_pp.settings import OptimizerSettings
@@ -90,7 +90,11 @@ def measure_profile(
                     "gradient_bytes": sum(payload_bytes(t) for t in as_tuple(outputs[index]) if t.is_floating_point()),
                 }
             )
-        contexts = candidate_contexts(module, (hiddens, output), max(2, stages)) if len(module) > 1 else []
+        count = max(2, stages)
+        contexts = [
+            critic_context(module, hiddens, output, boundary=k, stage=_even_stage(k, len(module), count), stages=count)
+            for k in range(1, len(module))
+        ]
         critics = [_critic(critic, context, hiddens[context.boundary - 1], how) for context in contexts]
     with_loss = as_tuple(output)[0]
     target_bytes = with_loss[..., 0].numel() * 8  # class indices, int64; for other targets see docs/planner.md
@@ -103,6 +107,11 @@ def measure_profile(
         tuple(critics),
         stages,
     )
+
+
+def _even_stage(boundary: int, layers: int, stages: int) -> int:
+    """The stage that ends before layer `boundary` in an even cut: a critic may depend on it (AugLocal's depth)."""
+    return min(max(round(boundary * stages / layers) - 1, 0), stages - 2)
 
 
 def _piece(

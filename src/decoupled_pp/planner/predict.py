@@ -19,8 +19,8 @@ from decoupled_pp.planner.simulate import Link, Span, Timeline, simulate
 
 STRATEGIES = ("decoupled", *PIPELINES, "data_parallel", "backprop")
 
-Cut: TypeAlias = Callable[[Sequence[float], int, Sequence[float] | None], tuple[int, ...]]
-"""cut(seconds per layer, stages, seconds of a critic after every layer or None) -> boundaries."""
+Cut: TypeAlias = Callable[[Sequence[float], int, Sequence[Sequence[float]] | None], tuple[int, ...]]
+"""cut(seconds per layer, stages, for every stage but the last seconds of a critic after every layer) -> boundaries."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ def predict(strategy: str, profile: Profile, setting: Setting, cut: Cut) -> Pred
     closing = (
         [critic.seconds if critic is not None else math.inf for critic in profile.critics] if own_critics else None
     )
-    boundaries = cut([layer.seconds for layer in profile.layers], stages, None if closing is None else [*closing, 0.0])
+    by_stage = None if closing is None else [[*closing, 0.0]] * (stages - 1)
+    boundaries = cut([layer.seconds for layer in profile.layers], stages, by_stage)
     costs = stage_costs(profile, boundaries, critics=own_critics)
     return predict_stages(strategy, costs, setting, profile.samples, boundaries)
 
