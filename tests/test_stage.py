@@ -132,6 +132,18 @@ def test_gradients_are_clipped_over_trunk_and_critic_together():
     assert float(moved.norm()) == pytest.approx(0.01, rel=1e-3)
 
 
+def test_gradients_of_all_optimizers_are_clipped_as_one():
+    """Muon's half and AdamW's half of a stage have one norm."""
+    stage = with_critic(clip_norm=0.01)
+    halves = stage.trunk.parameters(), stage.critic.parameters()
+    stage.optimizers = [torch.optim.SGD(parameters, lr=1.0) for parameters in halves]
+    before = weights(stage)
+    step(stage, packet())
+    moved = [a - b for a, b in zip(weights(stage), before, strict=True)]
+    assert all(part.any() for part in moved)
+    assert float(torch.cat([part.flatten() for part in moved]).norm()) == pytest.approx(0.01, rel=1e-3)
+
+
 def test_the_schedule_goes_on_with_every_update():
     stage = with_critic(schedule=lambda update: 1 / (1 + update), accumulate=2)
     rates = []
