@@ -34,8 +34,13 @@ def local_world_size() -> int:
 
 
 def restart_count() -> int:
-    """How often torchrun has restarted the workers."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    """How often torchrun, or the launcher of `dpp train --ranks`, has restarted the workers."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) + int(os.environ.get("DPP_RESTART_COUNT", "0"))
+
+
+def begin_attempt(number: int) -> None:
+    """Tell the workers that this process is about to start how often it has restarted them."""
+    os.environ["DPP_RESTART_COUNT"] = str(number)
 
 
 def job() -> str:

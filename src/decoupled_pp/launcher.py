@@ -13,7 +13,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from decoupled_pp import environment
 
-SIGNAL_EXIT = 128
+USAGE_EXIT, SIGNAL_EXIT = 2, 128
 
 
 def launch(arguments: list[str], ranks: int, *, max_restarts: int, grace_seconds: float) -> int:
@@ -22,7 +22,7 @@ def launch(arguments: list[str], ranks: int, *, max_restarts: int, grace_seconds
     Args:
         arguments: Command line of every rank.
         ranks: Number of ranks.
-        max_restarts: How often a failed run is started again.
+        max_restarts: How often a failed run is started again; one that ends for bad input would only repeat it.
         grace_seconds: How long ranks may take to end after a signal (Ctrl-C: to save).
 
     Returns:
@@ -37,11 +37,26 @@ def launch(arguments: list[str], ranks: int, *, max_restarts: int, grace_seconds
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         run_id=uuid.uuid4().hex,  # by which a restart knows the run folder of its own job
-        max_restarts=max_restarts,
+        max_restarts=0,  # restarts are counted here: torchrun's own would also repeat what cannot succeed
         monitor_interval=0.1,
         shutdown_timeout=max(1, int(grace_seconds)),
         local_addr="localhost",
     )
+    try:
+        for attempt in range(max_restarts + 1):
+            environment.begin_attempt(attempt)
+            code = _attempt(config, arguments)
+            if code in (0, USAGE_EXIT):
+                break
+        return code
+    except SignalException as error:
+        return SIGNAL_EXIT + int(error.sigval)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _attempt(config: LaunchConfig, arguments: list[str]) -> int:
+    """Start the ranks once and wait for them; the exit code as of `launch`."""
     try:
         elastic_launch(config, sys.executable)("-m", "decoupled_pp", *arguments)
     except ChildFailedError as error:
@@ -51,8 +66,4 @@ def launch(arguments: list[str], ranks: int, *, max_restarts: int, grace_seconds
         name = signal.Signals(-first.exitcode).name  # a killed rank cannot say so itself
         sys.stderr.write(f"dpp: rank {rank} (process {first.pid}) was killed by {name}\n")
         return SIGNAL_EXIT - first.exitcode
-    except SignalException as error:
-        return SIGNAL_EXIT + int(error.sigval)
-    finally:
-        logging.disable(logging.NOTSET)
     return 0

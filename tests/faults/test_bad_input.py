@@ -204,9 +204,11 @@ def test_other_ranks_than_stages_under_a_launcher(here, tmp_path):
 
 
 def test_launched_ranks_say_it_once(here):
-    """`--ranks` itself: the fault is found in a rank, and neither torch's launcher nor another rank adds a line."""
+    """`--ranks` itself: the fault is found in a rank, and no other rank, launcher or restart adds a line."""
     before = runs.fingerprint(here)
-    command = runs.Command("decoupled_pp", "train", "run.yaml", "--ranks=2", "--overwrite", *_overrides(LATE))
+    command = runs.Command(
+        "decoupled_pp", "train", "run.yaml", "--ranks=2", "--max-restarts=2", "--overwrite", *_overrides(LATE)
+    )
     code, errors = command.wait()
     assert code == 2
     _check_line(errors, CASES[LATE][1])
