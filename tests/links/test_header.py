@@ -15,6 +15,10 @@ TENSORS = {
     "uint8": torch.arange(5, dtype=torch.uint8),
     "bool": torch.tensor([[True], [False]]),
     "complex64": torch.randn(3, dtype=torch.complex64),
+    "complex128": torch.randn(3, dtype=torch.complex128),
+    "uint16": torch.tensor([1, 65535], dtype=torch.uint16),
+    "uint32": torch.tensor([1, 2**32 - 1], dtype=torch.uint32),
+    "uint64": torch.tensor([1, 2**63], dtype=torch.uint64),
     "0-dim": torch.tensor(2.5),
     "empty": torch.empty(0, 7),
 }
@@ -61,8 +65,10 @@ def test_too_many_tensors_are_refused():
 
 
 def test_a_dtype_that_cannot_travel_is_refused():
-    with pytest.raises(UsageError, match=r"packet 0: a tensor of torch.complex128 cannot travel a link; convert it"):
-        header.parcel(Packet(PacketKind.TRAIN, 0, torch.ones(1, dtype=torch.complex128)))
+    with pytest.raises(
+        UsageError, match=r"packet 0: a tensor of torch.float8_e4m3fnuz cannot travel a link; convert it"
+    ):
+        header.parcel(Packet(PacketKind.TRAIN, 0, torch.empty(1, dtype=torch.float8_e4m3fnuz)))
 
 
 def test_what_is_no_header_is_refused():

@@ -32,6 +32,10 @@ _DTYPES = (
     torch.complex64,
     torch.float8_e4m3fn,
     torch.float8_e5m2,
+    torch.complex128,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
 )
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 _SINGLE = -1  # a form of -1 is one tensor; a form of n >= 0 is a tuple of n tensors
