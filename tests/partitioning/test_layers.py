@@ -112,6 +112,13 @@ def test_trace_is_without_trace_after_a_failure_too():
     assert module[1].training
 
 
+def test_the_sample_follows_the_layers_to_their_devices():
+    """Some of them may be on a GPU since a plan was trained; here another device is stood in for by meta."""
+    hiddens, output = trace(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2, device="meta"), nn.ReLU()), torch.ones(5, 3))
+    assert [hidden.device.type for hidden in hiddens] == ["cpu", "cpu", "meta"]
+    assert (output.device.type, tuple(output.shape)) == ("meta", (5, 2))
+
+
 def test_misfit_is_named():
     module = nn.Sequential(OrderedDict(first=nn.Linear(3, 4), second=nn.Linear(5, 2)))
     with pytest.raises(UsageError) as caught:

@@ -137,8 +137,8 @@ def cut_network(  # noqa: PLR0917 - the plain facts, as `dpp.partition` takes th
         stages: Number of stages.
         by: "time" (measured forward + backward, critics and loss included), "parameters" (critics included), "uniform"
             (number of layers), or the number of layers of every stage.
-        sample: An input micro-batch on the network's device; "time" needs one, and "parameters" with a critic. With
-            one, the layers are checked to fit each other, whatever `by` is.
+        sample: An input micro-batch; "time" needs one, and "parameters" with a critic. With one, the layers are
+            checked to fit each other, whatever `by` is.
         critic: Builds the critic of every stage but the last; None to leave critics out of the balance. While the cut
             is sought, it builds one for every stage and every layer behind which that stage can end.
         loss: Counted with the last layer and every critic, with a made-up target; None for a plain mean square.

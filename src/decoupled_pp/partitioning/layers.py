@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -102,13 +103,19 @@ def cuda_devices(device: torch.device) -> list[int]:
     return [device.index if device.index is not None else torch.cuda.current_device()]
 
 
+def _copy_for(layer: nn.Module, payload: Payload) -> Payload:
+    """A copy on the layer's device; a copy, because the layer may work in place."""
+    own = next(chain(layer.parameters(), layer.buffers()), None)
+    return map_payload(lambda tensor: tensor.to(own.device if own is not None else tensor.device, copy=True), payload)
+
+
 @torch.no_grad()
 def trace(module: nn.Sequential, sample: Payload) -> tuple[list[Payload], Tensor]:
     """Run a sample through the layers, in eval mode and without gradients; leaves no trace in module or generators.
 
     Args:
         module: The network.
-        sample: An input micro-batch, on the device of the network.
+        sample: An input micro-batch; it follows the layers to their devices (those that trained may be on a GPU).
 
     Returns:
         The input of every layer, in order, and the network's output.
@@ -123,8 +130,7 @@ def trace(module: nn.Sequential, sample: Payload) -> tuple[list[Payload], Tensor
         for name, layer in module.named_children():
             hiddens.append(current)
             try:
-                # A copy, because a layer may work in place.
-                result = layer(map_payload(torch.clone, current))
+                result = layer(_copy_for(layer, current))
             except UsageError:
                 raise
             except LAYER_FAULTS as error:
