@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from decoupled_pp.contracts import BatchSource, PacketKind
+from decoupled_pp.contracts import BatchSource, PacketKind, UsageError
+from decoupled_pp.data import as_source
 from decoupled_pp.feed import Feed, Itinerary
 
 T, E, V, S, X = "train", "evaluate", "evaluation end", "save", "end"
@@ -65,12 +66,36 @@ def test_without_evaluation(itinerary, expected):
         (Itinerary(4, validate_every=2), [T, T, E, E, V, T, T, E, E, V, X]),
         (Itinerary(3, validate_every=2), [T, T, E, E, V, T, E, E, V, X]),
         (Itinerary(1, validation_batches=1), [T, E, V, X]),
-        (Itinerary(2, validate_every=1, save=True, save_every=1), [T, E, E, V, S, T, E, E, V, S, X]),
+        (Itinerary(2, validate_every=1, save=True, save_every=1), [T, S, E, E, V, T, S, E, E, V, X]),
         (Itinerary(2, start=2), [E, E, V, X]),
     ],
 )
 def test_with_evaluation(itinerary, expected):
     assert kinds(packets(itinerary)) == expected
+
+
+def test_what_was_trained_is_saved_before_it_is_evaluated():
+    assert kinds(packets(Itinerary(2, save=True))) == [T, T, S, E, E, V, X]
+
+
+@pytest.mark.parametrize("fault", [Numbered(0), "broken"])
+def test_a_fault_in_the_held_out_data_is_found_before_anything_is_trained(fault):
+    class Broken(BatchSource):
+        def batches(self, start=0):
+            raise UsageError("there is no held-out batch")
+            yield
+
+    held_out = Broken() if fault == "broken" else fault
+    feed = Feed(Numbered(), held_out, Itinerary(3, save=True), torch.device("cpu"))
+    with pytest.raises(UsageError, match="no held-out batch"):
+        feed.receive()
+
+
+def test_an_iterator_that_can_be_read_once_loses_no_batch():
+    held_out = as_source(iter(list(Numbered(3).batches())))
+    feed = Feed(Numbered(), held_out, Itinerary(1), torch.device("cpu"))
+    seen = [feed.receive() for _ in range(5)]
+    assert [(NAMES[packet.kind], packet.target.item()) for packet in seen[1:4]] == [(E, 0), (E, 1), (E, 2)]
 
 
 def test_evaluation_alone_reads_no_training_data():

@@ -255,3 +255,19 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_weights():
     step(stage, packet(), sent.append)
     assert sent[0].payload.dtype is torch.bfloat16
     assert {tensor.dtype for tensor in weights(stage)} == {torch.float32}
+
+
+def test_an_evaluation_that_draws_random_numbers_changes_no_training():
+    """Whether an evaluation has happened when a checkpoint is written may not matter to a run that goes on from it."""
+
+    class Noise(nn.Module):
+        def forward(self, x):
+            return x + torch.rand_like(x)
+
+    stage = make(nn.Sequential(nn.Linear(3, 5), Noise()), nn.Linear(5, 2))
+    before, scores = stage.random.state, []
+    for _ in range(2):
+        stage.evaluate(packet(kind=PacketKind.EVALUATE, payload=torch.ones(B, 3)), lambda sent: None)
+        scores.append(stage.finish_evaluation())
+    assert torch.equal(stage.random.state, before)
+    assert scores[0] == scores[1]

@@ -1,14 +1,14 @@
-"""Batches -> the packets of a run, in order: training, held-out evaluation, checkpoints, the end."""
+"""Batches -> the packets of a run, in order: training, checkpoints, held-out evaluation, the end."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 
-from decoupled_pp.contracts import Batch, BatchSource, Inlet, Packet, PacketKind, map_payload
+from decoupled_pp.contracts import Batch, BatchSource, Inlet, Packet, PacketKind, UsageError, map_payload
 from decoupled_pp.device import on_device
 
 
@@ -36,7 +36,11 @@ class Itinerary:
 
 
 class Feed(Inlet):
-    """The inlet of the first stage. A requested stop is honoured between optimizer steps: save, then end."""
+    """The inlet of the first stage. A requested stop is honoured between optimizer steps: save, then end.
+
+    What was trained is saved before it is evaluated, and the first held-out batch is read before anything is trained:
+    a fault in the held-out data costs no training.
+    """
 
     def __init__(
         self,
@@ -64,7 +68,7 @@ class Feed(Inlet):
         return next(self._packets)
 
     def _stream(self) -> Iterator[Packet]:
-        plan = self._itinerary
+        plan, held_out = self._itinerary, self._held_out()
         number, step = plan.start * plan.accumulate, plan.start
         batches = self._train.batches(number) if self._train is not None and step < plan.steps else iter(())
         stopping = False
@@ -74,18 +78,29 @@ class Feed(Inlet):
                 number += 1
             step += 1
             last, stopping = step == plan.steps, self._stop_requested()
-            if not stopping and (last or _due(step, plan.validate_every)):
-                yield from self._evaluation(number)
             if plan.save and (last or stopping or _due(step, plan.save_every)):
                 yield Packet(PacketKind.SAVE, number)
+            if not stopping and (last or _due(step, plan.validate_every)):
+                yield from self._evaluation(number, held_out)
+                held_out = self._held_out() if not last else None
         if plan.start >= plan.steps:
-            yield from self._evaluation(number)
+            yield from self._evaluation(number, held_out)
         yield Packet(PacketKind.END, number)
 
-    def _evaluation(self, number: int) -> Iterator[Packet]:
+    def _held_out(self) -> Iterator[Batch] | None:
+        """One pass over the held-out data, its first batch already read; None without such data."""
         if self._validation is None:
+            return None
+        batches = islice(self._validation.batches(), self._itinerary.validation_batches)
+        first = next(batches, None)
+        if first is None:
+            raise UsageError("validate: there is no held-out batch; give at least one, or leave validation out")
+        return chain([first], batches)
+
+    def _evaluation(self, number: int, held_out: Iterator[Batch] | None) -> Iterator[Packet]:
+        if held_out is None:
             return
-        for batch in islice(self._validation.batches(), self._itinerary.validation_batches):
+        for batch in held_out:
             yield self._packet(PacketKind.EVALUATE, number, batch)
         yield Packet(PacketKind.EVALUATION_END, number)
 

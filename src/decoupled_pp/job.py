@@ -215,21 +215,24 @@ def _with_cut_of(checkpoint: Checkpoint, settings: Settings) -> Settings:
 
 
 def _check_loss(plan: Plan, loss: Loss, data: Data | None) -> None:
-    """Raises UsageError unless the loss takes the network's output and a target of the data (layers on the CPU)."""
-    if data is None:
-        return
-    _, output = trace(plan.module, plan.sample)
-    _, target = next(data.train.batches())
-    given = f"the network's output {describe(output)} and a target {describe(target)}"
-    try:
-        result = loss(output, map_payload(lambda tensor: tensor.to(output.device), target))
-    except LAYER_FAULTS as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"loss: fails on {given}: {error}; choose another loss or data with other targets") from error
-    if not isinstance(result, torch.Tensor) or result.dim():
-        got = describe(result) if isinstance(result, torch.Tensor) else type(result).__name__
-        raise UsageError(f"loss: turns {given} into {got}; it must return one scalar tensor")
+    """Raises UsageError unless network and loss take a batch of the training and of the validation data (on the CPU)."""
+    for name, source in (("training", data.train), ("validation", data.validation)) if data is not None else ():
+        batch = next(source.batches(), None)
+        if batch is None:
+            raise UsageError(f"data: there is no {name} batch; give more data")
+        _, output = trace(plan.module, batch[0])
+        given = f"the network's output {describe(output)} and a {name} target {describe(batch[1])}"
+        try:
+            result = loss(output, map_payload(lambda tensor, here=output.device: tensor.to(here), batch[1]))
+        except LAYER_FAULTS as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(
+                f"loss: fails on {given}: {error}; choose another loss or data with other targets"
+            ) from error
+        if not isinstance(result, torch.Tensor) or result.dim():
+            got = describe(result) if isinstance(result, torch.Tensor) else type(result).__name__
+            raise UsageError(f"loss: turns {given} into {got}; it must return one scalar tensor")
 
 
 def check_ranks(settings: Settings, ranks: int) -> None:

@@ -87,7 +87,8 @@ class Stage:
         self._autocast: AbstractContextManager[object] = (
             torch.autocast(device.type, dtype=torch.bfloat16) if options.precision == "bf16" else _NOTHING
         )
-        self._score = ExitScore()
+        self._seed = seed
+        self._begin_evaluation()
 
     def step(self, packet: Packet, send: Send, lap: Lap) -> Tensor:
         """Train on one packet; its output is sent as soon as it exists.
@@ -110,7 +111,7 @@ class Stage:
 
     def evaluate(self, packet: Packet, send: Send) -> None:
         """Score this exit on one held-out packet and pass it on; changes nothing that trains."""
-        with _evaluating(self._modules), torch.no_grad(), self.random, self._autocast:
+        with _evaluating(self._modules), torch.no_grad(), self._evaluation_random, self._autocast:
             output = self._run_trunk(packet.payload)
             send(replace(packet, payload=output))
             logits = self._run_critic(output)
@@ -119,7 +120,7 @@ class Stage:
     def finish_evaluation(self) -> tuple[float, float | None]:
         """Held-out loss and accuracy of this exit since the last call."""
         result = self._score.result()
-        self._score = ExitScore()
+        self._begin_evaluation()
         return result
 
     @property
@@ -158,6 +159,11 @@ class Stage:
             (loss / self.options.accumulate if self.options.accumulate > 1 else loss).backward()
         critic_is_done()  # if no gradient came to the trunk, all of it was the critic's
         return loss.detach()
+
+    def _begin_evaluation(self) -> None:
+        """An empty score, and a random stream that is the same in every evaluation and no part of training (law 7)."""
+        self._score = ExitScore()
+        self._evaluation_random = RandomStream(self._seed, self.device)
 
     def _update(self) -> None:
         if self.options.clip_norm is not None:

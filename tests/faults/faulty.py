@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,6 +29,21 @@ class Points(BatchSource):
 def points(settings, seed):
     """Data that need no import of scikit-learn, which takes seconds in every rank."""
     return Data(DataInfo("image", (1, 8, 8), 10), Points(settings.batch_size, None), Points(settings.batch_size, 2))
+
+
+class Mislabelled(Points):
+    """As many classes as the network has, and one more."""
+
+    def batches(self, start=0):
+        return ((images, target + 1) for images, target in super().batches(start))
+
+
+def mislabelled(settings, seed):
+    return replace(points(settings, seed), validation=Mislabelled(settings.batch_size, 2))
+
+
+def nothing_held_out(settings, seed):
+    return replace(points(settings, seed), validation=Points(settings.batch_size, 0))
 
 
 class Tripwire(nn.Module):

@@ -57,6 +57,11 @@ CASES = {
     ),
     "optimizer arguments": ({"optimizer.arguments": {"momentun": 1}}, ["torch.optim.AdamW", "momentun"]),
     "loss of other targets": ({"loss": "mse"}, ["loss", "(16, 10)", "(16,)", "cross_entropy"]),
+    "validation label that is no class": (
+        {"data.factory": "faulty:mislabelled"},
+        ["loss", "a validation target", "out of bounds"],
+    ),
+    "no validation batch": ({"data.factory": "faulty:nothing_held_out"}, ["no validation batch", "more data"]),
     "loss that is no scalar": ({"loss": "faulty:no_scalar"}, ["loss", "(16, 10)", "scalar"]),
     "sample of no text": ({"sample": {"tokens": 9}}, ["sample", "data.kind 'factory'", "leave sample out"]),
     "no such device": ({"device": "cuda"}, ["device: cuda", "found 0", "cpu"]),
@@ -137,6 +142,21 @@ def test_bad_settings_are_one_line_and_touch_nothing(case, here, capsys):
         _check_line(printed.err.replace("runs/new", "runs/run").replace("x/new", "x/run"), CASES[case][1])
         assert printed.out == ""
         assert runs.fingerprint(here) == before and not Path("runs/new").exists()
+
+
+def test_a_held_out_text_that_a_tokenizer_makes_too_short_touches_nothing(tmp_path, monkeypatch, capsys):
+    """How many tokens a text has is only known when it has been read; as bytes this one would do."""
+    tokenizers = pytest.importorskip("tokenizers")
+    monkeypatch.chdir(tmp_path)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"word": 0, "?": 1}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.save("words.json")
+    Path("short.txt").write_text("word " * 500)
+    data = {"kind": "text", "files": ["short.txt"], "tokenizer": "words.json", "context": 64, "batch_size": 2}
+    runs.write_settings(data=data, model={"kind": "gpt", "width": 8, "depth": 2, "heads": 2})
+    assert runs.dpp("train", "run.yaml") == 2
+    _check_line(capsys.readouterr().err, ["the validation text has", "data.context 64"])
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("case", COMMAND_LINES)
