@@ -14,12 +14,12 @@ from decoupled_pp.checkpoint import (
     export_safetensors,
     latest_checkpoint,
     list_checkpoints,
-    load_model,
     open_checkpoint,
     remove_incomplete,
     save_stage,
 )
 from decoupled_pp.contracts import UsageError
+from decoupled_pp.resume import load_model
 
 SAMPLE = torch.zeros(4, 3)
 
@@ -158,6 +158,16 @@ def test_a_checkpoint_of_another_network_is_refused(folder):
     wider = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
     other = Trainer(partition(wider, 2, [2, 1], SAMPLE), device="cpu", observer=lambda records: None)
     with pytest.raises(UsageError, match=r"is of another plan: model.0.weight is \(5, 3\) there and \(6, 3\) here"):
+        other.fit(batches(), 5, resume=latest_checkpoint(folder))
+
+
+def test_a_checkpoint_of_a_larger_network_is_refused(folder):
+    """All that the smaller one needs is there."""
+    smaller = nn.Sequential(*list(network())[:2])
+    with pytest.raises(UsageError, match=r"is of another plan: it has model.2.bias, which this network has not"):
+        load_model(latest_checkpoint(folder), smaller)
+    other = Trainer(partition(smaller, 2, [1, 1], SAMPLE), device="cpu", observer=lambda records: None)
+    with pytest.raises(UsageError, match=r"it has model\.2\.bias"):
         other.fit(batches(), 5, resume=latest_checkpoint(folder))
 
 

@@ -1,4 +1,4 @@
-"""Save, resume and export: one consistent cut of all stages, written stage by stage, committed by a rename.
+"""Save, find and export: one consistent cut of all stages, written stage by stage, committed by a rename.
 
     checkpoints/step-00000200.incomplete/          every stage writes its own part after the same packet, alone
         stage-0/*.safetensors                      tensors, by torch.distributed.checkpoint (safetensors format)
@@ -7,7 +7,7 @@
     checkpoints/step-00000200/                     renamed by whichever stage finds all parts there
 
 Nothing is pickled: DCP's own metadata file is a pickle, its safetensors format is not. Tensors are keyed by name
-(`model.*`, `critic.<cut>.*`, `optimizer.<parameter>.<key>`), so any number of stages can load them.
+(`model.*`, `critic.<cut>.*`, `optimizer.<parameter>.<key>`), so any number of stages can load them (`resume.py`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.optim import Optimizer
 
 from decoupled_pp.contracts import Plan, TrainingError, UsageError
 from decoupled_pp.stage import Stage
@@ -39,6 +38,11 @@ _PARTIAL = ".incomplete"
 def critic_name(plan: Plan, stage: int) -> str:
     """Name of the critic after a stage: the layer it follows. A critic keeps its name as long as its place is cut."""
     return f"after_{plan.layer_names[plan.boundaries[stage + 1] - 1]}"
+
+
+def name_of_critic(stage: Stage, plan: Plan) -> str:
+    """`critic_name` of a stage's critic, empty if it has none."""
+    return critic_name(plan, stage.index) if stage.critic is not None else ""
 
 
 # --------------------------------------------------------------------------------------------------------- saving
@@ -60,7 +64,7 @@ def save_stage(folder: Path, stage: Stage, plan: Plan, packet: int, *, keep: int
     Raises:
         TrainingError: A parameter is not finite: nothing worth keeping.
     """
-    for name, parameter in stage.named_parameters(_name(stage, plan)).items():
+    for name, parameter in stage.named_parameters(name_of_critic(stage, plan)).items():
         if parameter.requires_grad and not bool(parameter.isfinite().all()):
             raise TrainingError(
                 f"stage {stage.index}: {name} is not finite after packet {packet - 1}; lower the learning rate, or "
@@ -104,7 +108,7 @@ def save_stage(folder: Path, stage: Stage, plan: Plan, packet: int, *, keep: int
 
 def _stage_state(stage: Stage, plan: Plan) -> tuple[dict[str, Tensor], dict[str, float]]:
     tensors: dict[str, Tensor] = {f"model.{name}": t for name, t in stage.trunk.state_dict().items()}
-    name = _name(stage, plan)
+    name = name_of_critic(stage, plan)
     if stage.critic is not None:
         tensors |= {f"critic.{name}.{key}": t for key, t in stage.critic.state_dict().items()}
     tensors[f"rng.stage{stage.index}"] = stage.random.state
@@ -115,10 +119,6 @@ def _stage_state(stage: Stage, plan: Plan) -> tuple[dict[str, Tensor], dict[str,
         else:
             scalars[key] = value
     return {key: t.detach().contiguous() for key, t in tensors.items()}, scalars
-
-
-def _name(stage: Stage, plan: Plan) -> str:
-    return critic_name(plan, stage.index) if stage.critic is not None else ""
 
 
 def _optimizer_state(stage: Stage, name: str) -> Iterable[tuple[str, Any]]:
@@ -184,6 +184,16 @@ class Checkpoint:
     parts: tuple[dict[str, Any], ...]
     places: dict[str, tuple[Path, torch.Size, torch.dtype]]
 
+    def fill(self, tensors: dict[str, Tensor]) -> None:
+        """Read the tensors of these names in place; all must be there, in these shapes."""
+        by_folder: dict[Path, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            by_folder.setdefault(self.places[key][0], {})[key] = tensor
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process.*")
+            for folder, part in by_folder.items():
+                dcp.load(part, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint and verify every file of it. Nothing is unpickled.
@@ -221,124 +231,6 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest committed checkpoint of a run, opened and checked; None if there is none."""
     found = list_checkpoints(folder)
     return open_checkpoint(found[-1]) if found else None
-
-
-# -------------------------------------------------------------------------------------------------------- loading
-
-
-def load_stage(checkpoint: Checkpoint, stage: Stage, plan: Plan) -> list[str]:
-    """Bring a stage to the state of the checkpoint, by parameter names, whatever cut it was saved with.
-
-    Returns:
-        What could not be taken over, in words (a critic whose place moved, the random stream of another cut).
-
-    Raises:
-        UsageError: A parameter of the stage is missing in the checkpoint, or has another shape.
-    """
-    _refuse_other_training(checkpoint, stage)
-    notes: list[str] = []
-    _load_into(checkpoint, {f"model.{name}": t for name, t in stage.trunk.state_dict().items()})
-    name = _name(stage, plan)
-    kept = True
-    if stage.critic is not None:
-        critic = {f"critic.{name}.{key}": t for key, t in stage.critic.state_dict().items()}
-        kept = all(key in checkpoint.places and checkpoint.places[key][1] == t.shape for key, t in critic.items())
-        if kept:
-            _load_into(checkpoint, critic)
-        else:
-            notes.append(f"stage {stage.index}: the checkpoint has no critic {name} like this one; it starts anew")
-    _load_optimizers(checkpoint, stage, name, with_critic=kept)
-    random_stream, state = f"rng.stage{stage.index}", stage.random.state
-    if checkpoint.boundaries != plan.boundaries:
-        notes.append(
-            f"stage {stage.index}: cut {checkpoint.boundaries} -> {plan.boundaries}; its random stream starts anew"
-        )
-    elif checkpoint.places[random_stream][1] != state.shape:
-        notes.append(f"stage {stage.index}: saved on another kind of device; its random stream starts anew")
-    else:
-        _load_into(checkpoint, {random_stream: state})
-        stage.random.state = state
-    stage.updates = checkpoint.step
-    stage.samples = checkpoint.samples
-    return notes
-
-
-def _refuse_other_training(checkpoint: Checkpoint, stage: Stage) -> None:
-    """What a run cannot change on its way: packets per step (their numbers count on), and the optimizers' kinds."""
-    saved = checkpoint.parts[0]["accumulate"]
-    if saved != stage.options.accumulate:
-        raise UsageError(
-            f"checkpoint {checkpoint.path} was made with accumulate {saved}, not {stage.options.accumulate}; keep it"
-        )
-    kinds = {kind for part in checkpoint.parts for kind in part["optimizers"]}
-    for optimizer in stage.optimizers:
-        if type(optimizer).__name__ not in kinds:
-            raise UsageError(
-                f"checkpoint {checkpoint.path} has the state of {', '.join(sorted(kinds)) or 'no optimizer'}, not of "
-                f"{type(optimizer).__name__}; use the optimizer it was made with"
-            )
-
-
-def _load_into(checkpoint: Checkpoint, wanted: dict[str, Tensor]) -> None:
-    """Fill the tensors in place."""
-    by_folder: dict[Path, dict[str, Tensor]] = {}
-    for key, tensor in wanted.items():
-        if key not in checkpoint.places:
-            raise UsageError(
-                f"checkpoint {checkpoint.path} is of another plan: it has no {key}; use the config it was made with"
-            )
-        folder, shape, _ = checkpoint.places[key]
-        if shape != tensor.shape:
-            raise UsageError(
-                f"checkpoint {checkpoint.path} is of another plan: {key} is {tuple(shape)} there and "
-                f"{tuple(tensor.shape)} here; use the config it was made with"
-            )
-        by_folder.setdefault(folder, {})[key] = tensor
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process.*")
-        for folder, tensors in by_folder.items():
-            dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
-
-
-def _load_optimizers(checkpoint: Checkpoint, stage: Stage, name: str, *, with_critic: bool) -> None:
-    scalars = {key: value for part in checkpoint.parts for key, value in part["scalars"].items()}
-    parameters = stage.named_parameters(name)
-    owners = {
-        p: optimizer for optimizer in stage.optimizers for group in optimizer.param_groups for p in group["params"]
-    }
-    wanted: dict[str, Tensor] = {}
-    for key in (*checkpoint.places, *scalars):
-        if not key.startswith("optimizer."):
-            continue
-        parameter_name, _, field = key.removeprefix("optimizer.").rpartition(".")
-        parameter = parameters.get(parameter_name)
-        if parameter is None or parameter not in owners or (parameter_name.startswith("critic.") and not with_critic):
-            continue
-        state = owners[parameter].state[parameter]
-        if key in scalars:
-            state[field] = scalars[key]
-            continue
-        _, shape, dtype = checkpoint.places[key]
-        device = _home(owners[parameter], parameter, field)
-        state[field] = wanted[key] = torch.empty(shape, dtype=dtype, device=device)
-    _load_into(checkpoint, wanted)
-
-
-def _home(optimizer: Optimizer, parameter: Tensor, field: str) -> torch.device:
-    """Where torch keeps a state: beside its parameter; step counters on the CPU unless a fused kernel reads them."""
-    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
-    fused = group.get("fused") or group.get("capturable")
-    return torch.device("cpu") if field == "step" and not fused else parameter.device
-
-
-def load_model(checkpoint: Checkpoint, module: torch.nn.Module) -> None:
-    """Fill the user's whole module with the checkpoint's weights and buffers, strictly by its own names."""
-    _load_into(checkpoint, {f"model.{name}": tensor for name, tensor in module.state_dict().items()})
-
-
-def load_critic(checkpoint: Checkpoint, critic: torch.nn.Module, name: str) -> None:
-    """Fill a critic with its saved weights."""
-    _load_into(checkpoint, {f"critic.{name}.{key}": tensor for key, tensor in critic.state_dict().items()})
 
 
 def export_safetensors(module: torch.nn.Module, path: Path) -> None:

@@ -170,7 +170,7 @@ def _launch_train(chosen: argparse.Namespace, settings: Settings) -> int:
 
 
 def _evaluate(chosen: argparse.Namespace) -> int:
-    from decoupled_pp.job import evaluate_run
+    from decoupled_pp.finished_run import evaluate_run
     from decoupled_pp.tables import print_exits
 
     print_exits(evaluate_run(Path(chosen.folder), tuple(chosen.set)))
@@ -178,7 +178,7 @@ def _evaluate(chosen: argparse.Namespace) -> int:
 
 
 def _export(chosen: argparse.Namespace) -> int:
-    from decoupled_pp.job import export_folder
+    from decoupled_pp.finished_run import export_folder
 
     export_folder(Path(chosen.folder), Path(chosen.output))
     print(chosen.output)

@@ -20,15 +20,12 @@ from decoupled_pp.checkpoint import (
     export_safetensors,
     latest_checkpoint,
     list_checkpoints,
-    load_model,
     open_checkpoint,
 )
-from decoupled_pp.config import load_settings
 from decoupled_pp.contracts import (
     Control,
     Data,
     DataInfo,
-    Exit,
     Loss,
     Payload,
     Plan,
@@ -48,6 +45,7 @@ from decoupled_pp.models.generation import generate
 from decoupled_pp.optim import find_optimizer
 from decoupled_pp.partitioning import By
 from decoupled_pp.partitioning.layers import LAYER_FAULTS, describe, trace
+from decoupled_pp.resume import load_model
 from decoupled_pp.runlog import RunLog
 from decoupled_pp.settings import Settings
 from decoupled_pp.trainer import Trainer, partition
@@ -120,7 +118,7 @@ def run_rank(settings: Settings, *, resume: bool = False, overwrite: bool = Fals
     ):
         trainer.observe(observer)
         report = _fit(settings, start)
-    weights = trainer.export() if isinstance(trainer, BaselineTrainer) else None
+    plain = trainer.export() if isinstance(trainer, BaselineTrainer) else trainer.plan.module
     if trainer.rank != 0:
         return Outcome(report, folder, [], None, trainer.rank)
     unit = "nats/token" if start.info.form == "tokens" and settings.loss == "cross_entropy" else "loss"
@@ -128,10 +126,10 @@ def run_rank(settings: Settings, *, resume: bool = False, overwrite: bool = Fals
     pictures = run_folder.write_results(folder, report, observer.spans, about, unit)
     text = None
     if report.stopped is None:
-        if weights is None:
-            export_folder(folder, folder / run_folder.WEIGHTS_FILE)
-        else:
-            export_safetensors(weights, folder / run_folder.WEIGHTS_FILE)
+        newest = latest_checkpoint(folder / run_folder.CHECKPOINTS)
+        if newest is not None:  # the other ranks' stages are in there
+            load_model(newest, plain)
+        export_safetensors(plain, folder / run_folder.WEIGHTS_FILE)
         text = generate_text(settings, start.info, folder / run_folder.WEIGHTS_FILE)
     return Outcome(report, folder, pictures, text, 0)
 
@@ -215,24 +213,25 @@ def _with_cut_of(checkpoint: Checkpoint, settings: Settings) -> Settings:
 
 
 def _check_loss(plan: Plan, loss: Loss, data: Data | None) -> None:
-    """Raises UsageError unless network and loss take a batch of the training and of the validation data (on the CPU)."""
+    """Raises UsageError unless network and loss take a batch of training and of validation data (on the CPU)."""
     for name, source in (("training", data.train), ("validation", data.validation)) if data is not None else ():
         batch = next(source.batches(), None)
         if batch is None:
             raise UsageError(f"data: there is no {name} batch; give more data")
-        _, output = trace(plan.module, batch[0])
-        given = f"the network's output {describe(output)} and a {name} target {describe(batch[1])}"
+        given, target = (map_payload(torch.Tensor.cpu, part) for part in batch)
+        _, output = trace(plan.module, given)
+        met = f"the network's output {describe(output)} and a {name} target {describe(target)}"
         try:
-            result = loss(output, map_payload(lambda tensor, here=output.device: tensor.to(here), batch[1]))
+            result = loss(output, target)
         except LAYER_FAULTS as error:
             if isinstance(error, UsageError):
                 raise
             raise UsageError(
-                f"loss: fails on {given}: {error}; choose another loss or data with other targets"
+                f"loss: fails on {met}: {error}; choose another loss or data with other targets"
             ) from error
         if not isinstance(result, torch.Tensor) or result.dim():
             got = describe(result) if isinstance(result, torch.Tensor) else type(result).__name__
-            raise UsageError(f"loss: turns {given} into {got}; it must return one scalar tensor")
+            raise UsageError(f"loss: turns {met} into {got}; it must return one scalar tensor")
 
 
 def check_ranks(settings: Settings, ranks: int) -> None:
@@ -427,36 +426,3 @@ class _Observer:
                 self._view.note(f"checkpoint at step {record['step']}")
             elif record["kind"] == "note":
                 self._view.note(record["text"])
-
-
-def open_run(folder: Path, overrides: tuple[str, ...] = ()) -> tuple[Settings, Checkpoint]:
-    """A run folder's settings and newest checkpoint.
-
-    Raises:
-        UsageError: It is no run folder, or holds no good checkpoint.
-    """
-    if not (folder / run_folder.CONFIG_FILE).is_file():
-        raise UsageError(f"{folder} is not a run folder: it has no {run_folder.CONFIG_FILE}")
-    settings = load_settings(folder / run_folder.CONFIG_FILE, overrides)
-    checkpoint = latest_checkpoint(folder / run_folder.CHECKPOINTS)
-    if checkpoint is None:
-        raise UsageError(f"{folder} has no checkpoint yet")
-    return settings, checkpoint
-
-
-def evaluate_run(folder: Path, overrides: tuple[str, ...] = ()) -> tuple[Exit, ...]:
-    """Held-out scores of every exit of a run, in this process."""
-    settings, checkpoint = open_run(folder, overrides)
-    torch.set_num_threads(settings.threads or environment.cores())
-    data, _, plan = prepare(settings)
-    if data is None:
-        raise UsageError("evaluate runs in one process, not under torchrun")
-    return make_trainer(settings, plan).evaluate(data.validation, resume=checkpoint)
-
-
-def export_folder(folder: Path, output: Path) -> None:
-    """Write the newest checkpoint of a run as plain safetensors."""
-    settings, checkpoint = open_run(folder)
-    module = build_model(settings.model, open_data(settings.data, settings.seed).info)
-    load_model(checkpoint, module)
-    export_safetensors(module, output)

@@ -25,7 +25,7 @@ from decoupled_pp.assemble import (
     resolve_critic,
     resolve_optimizer,
 )
-from decoupled_pp.checkpoint import Checkpoint, latest_checkpoint, load_stage, make_room, save_stage
+from decoupled_pp.checkpoint import Checkpoint, latest_checkpoint, make_room, save_stage
 from decoupled_pp.contracts import (
     BatchSource,
     Control,
@@ -46,6 +46,7 @@ from decoupled_pp.losses import find_loss
 from decoupled_pp.optim import build_schedules
 from decoupled_pp.partitioning import By, cut_network
 from decoupled_pp.report import link_records, make_report, stage_record
+from decoupled_pp.resume import load_stage, refuse_other_network
 from decoupled_pp.runtime import Worker, run
 from decoupled_pp.settings import ScheduleSettings
 from decoupled_pp.stage import Stage, StageOptions
@@ -222,6 +223,8 @@ class Trainer:
         Raises:
             UsageError: A critic, the optimizer or the checkpoint does not fit.
         """
+        if resume is not None:
+            refuse_other_network(resume, self.plan.module)
         if not self._stages:
             mine = range(self.plan.stages) if self._world is None else [self._world.rank]
             self._stages = build_stages(self.plan, self.recipe, list(mine), self.device)

@@ -159,8 +159,8 @@ def test_a_checkpoint_of_another_plan_is_refused(run, capsys):
     (run / "checkpoints/step-00000008.incomplete").mkdir()
     before = runs.fingerprint(Path())
     capsys.readouterr()
-    for change in ("--set=model.width=8", "--set=model.depth=5"):
-        assert runs.dpp("train", "run.yaml", "--resume", change) == 2
+    for change in ("--set=model.width=8", "--set=model.depth=5", "--set=model.depth=2", "--set=model.depth=1"):
+        assert runs.dpp("train", "run.yaml", "--resume", "--set=training.steps=8", change) == 2
         _line(capsys, "step-00000006", "another plan", "use the config it was made with")
         assert runs.fingerprint(Path()) == before
         assert (run / "checkpoints/step-00000008.incomplete").exists()
