@@ -123,7 +123,7 @@ def test_the_one_before_a_damaged_one_still_loads(folder):
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-@pytest.mark.parametrize("moment", ["_stage_state", "_checksum", "_write_atomically"])
+@pytest.mark.parametrize("moment", ["_stage_state", "_checksum", "write_atomically"])
 def test_a_save_killed_half_way_leaves_the_last_good_one(folder, monkeypatch, stage, moment):
     class Killed(BaseException):
         pass

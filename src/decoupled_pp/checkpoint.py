@@ -92,7 +92,7 @@ def save_stage(folder: Path, stage: Stage, plan: Plan, packet: int, *, keep: int
         "optimizers": [type(optimizer).__name__ for optimizer in stage.optimizers],
         "checksums": {file.name: _checksum(file) for file in sorted(part.iterdir())},
     }
-    _write_atomically(partial / f"stage-{stage.index}.json", json.dumps({**record, "checksum": _checksum_of(record)}))
+    write_atomically(partial / f"stage-{stage.index}.json", json.dumps({**record, "checksum": _checksum_of(record)}))
     if not all((partial / f"stage-{k}.json").exists() for k in range(plan.stages)):
         return False
     try:
@@ -265,7 +265,8 @@ def _checksum_of(record: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file; one that is killed, or loses its power, leaves the old or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -173,7 +173,7 @@ def _evaluate(chosen: argparse.Namespace) -> int:
     from decoupled_pp.finished_run import evaluate_run
     from decoupled_pp.tables import print_exits
 
-    print_exits(evaluate_run(Path(chosen.folder), tuple(chosen.set)))
+    print_exits(evaluate_run(Path(chosen.folder), tuple(chosen.set), _say))
     return 0
 
 

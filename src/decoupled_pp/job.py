@@ -197,9 +197,8 @@ def _start(settings: Settings, control: Control, *, resume: bool, overwrite: boo
 
     def claim() -> None:
         run_folder.claim(folder, job, resume=resume, overwrite=overwrite)
-        if not resume:
-            run_folder.write_config(folder, settings, plan.sizes)
         log.append(RunLog(folder, settings.logging.tensorboard, checkpoint.step if checkpoint is not None else None))
+        run_folder.write_config(folder, settings, plan.sizes)
 
     _from_rank_0(control, settings, "run folder", claim)
     return _Start(settings, data, info, trainer, checkpoint, log[0] if log else None)

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from decoupled_pp.checkpoint import list_checkpoints, remove_incomplete
+from decoupled_pp.checkpoint import list_checkpoints, remove_incomplete, write_atomically
 from decoupled_pp.contracts import Record, Report, UsageError
 from decoupled_pp.plots import plot_losses, plot_timeline
 from decoupled_pp.runlog import METRICS_FILE, read_records
@@ -88,10 +88,10 @@ def _unwritable(folder: Path, reason: str) -> UsageError:
 
 
 def write_config(folder: Path, settings: Settings, sizes: tuple[int, ...] | None) -> None:
-    """The resolved settings, with the cut as it was chosen if it was (a resumed run cuts the same way)."""
+    """The resolved settings of the run, or of the last that went on with it, with its cut if it is cut."""
     resolved: dict[str, Any] = settings.model_dump()
     resolved["cut"] = list(sizes) if sizes is not None else settings.cut
-    (folder / CONFIG_FILE).write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+    write_atomically(folder / CONFIG_FILE, yaml.safe_dump(resolved, sort_keys=False))
 
 
 def write_results(folder: Path, report: Report, spans: dict[int, list[Any]], about: Record, unit: str) -> list[Path]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import runs
 import torch
+import yaml
 
 
 @pytest.fixture(autouse=True)
@@ -206,6 +207,42 @@ def test_an_output_that_cannot_be_written_is_refused(output, run, capsys):
     assert runs.dpp("export", run, "-o", output) == 2
     _line(capsys, f"cannot write {output}")
     assert runs.fingerprint(Path()) == before
+
+
+def _judged(capsys):
+    """Rows of the printed table of exits, and the notes beside it."""
+    printed = capsys.readouterr()
+    return [line for line in printed.out.splitlines() if "critic" in line or "head" in line], runs.said(printed.err)
+
+
+@pytest.mark.parametrize("change", [("--set=cut=[1, 3]",), ("--set=stages=3",), ("--set=critic.kind=mlp_sr",)])
+def test_a_run_that_went_on_otherwise_is_evaluated_as_it_is(change, run, capsys):
+    """The settings and exits are those of the last checkpoint, not of the beginning; no critic is a fresh one."""
+    assert runs.dpp("train", "run.yaml", "--resume", "--set=training.steps=8", *change) == 0
+    capsys.readouterr()
+    assert runs.dpp("evaluate", run) == 0
+    rows, notes = _judged(capsys)
+    exits = json.loads((run / "summary.json").read_text())["exits"]
+    assert len(rows) == len(exits) and notes == []
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    assert (settings["training"]["steps"], settings["stages"], len(settings["cut"])) == (8, len(exits), len(exits))
+
+
+def test_evaluate_uses_the_cut_of_the_checkpoint(run, capsys):
+    """A run that was killed before its first checkpoint under another cut."""
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump(settings | {"stages": 3, "cut": [1, 1, 2]}))
+    capsys.readouterr()
+    assert runs.dpp("evaluate", run) == 0
+    rows, notes = _judged(capsys)
+    assert len(rows) == 2 and notes == []
+
+
+def test_evaluate_says_which_critics_are_not_of_the_run(run, capsys):
+    capsys.readouterr()
+    assert runs.dpp("evaluate", run, "--set=critic.kind=mlp_sr") == 0
+    _, notes = _judged(capsys)
+    assert len(notes) == 1 and "no critic" in notes[0] and "anew" in notes[0]
 
 
 def test_good_folders_are_evaluated_and_exported(run, capsys):
