@@ -28,7 +28,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from decoupled_pp.contracts import Plan, TrainingError, UsageError
+from decoupled_pp.contracts import Control, Plan, TrainingError, UsageError
 from decoupled_pp.stage import Stage
 
 FORMAT = 1
@@ -231,6 +231,13 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest committed checkpoint of a run, opened and checked; None if there is none."""
     found = list_checkpoints(folder)
     return open_checkpoint(found[-1]) if found else None
+
+
+def agreed_checkpoint(folder: Path, control: Control, timeout_seconds: float) -> Checkpoint | None:
+    """The newest that rank 0 sees, on every rank: what others see of a shared folder may lag behind."""
+    newest = [path.name for path in list_checkpoints(folder)[-1:]]
+    agreed = control.gather("newest checkpoint", newest, timeout_seconds)[0]
+    return open_checkpoint(folder / agreed[0]) if agreed else None
 
 
 def export_safetensors(module: torch.nn.Module, path: Path) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,6 @@ from decoupled_pp.contracts import (
     Loss,
     Payload,
     Plan,
-    Record,
     Report,
     UsageError,
     map_payload,
@@ -38,10 +35,10 @@ from decoupled_pp.critics import build_critic
 from decoupled_pp.data import open_data
 from decoupled_pp.device import seeded
 from decoupled_pp.links import LocalControl, StoreControl, join_world
-from decoupled_pp.live import LiveView
 from decoupled_pp.losses import find_loss
 from decoupled_pp.models import build_model
 from decoupled_pp.models.generation import generate
+from decoupled_pp.observer import RunObserver
 from decoupled_pp.optim import find_optimizer
 from decoupled_pp.partitioning import By
 from decoupled_pp.partitioning.layers import LAYER_FAULTS, describe, trace
@@ -76,7 +73,6 @@ class _Start:
     """What a run begins with, all of it checked, its run folder claimed.
 
     Attributes:
-        settings: The run, with the cut of the checkpoint it goes on from.
         data: The data (rank 0).
         info: What the data are like.
         trainer: Has built this rank's stages.
@@ -84,7 +80,6 @@ class _Start:
         log: The run's log (rank 0).
     """
 
-    settings: Settings
     data: Data | None
     info: DataInfo
     trainer: Trainer | BaselineTrainer
@@ -111,9 +106,9 @@ def run_rank(settings: Settings, *, resume: bool = False, overwrite: bool = Fals
     control = world.channel() if world is not None else LocalControl()
     with told_to_all(control, environment.rank()):
         start = _start(settings, control, resume=resume, overwrite=overwrite)
-    settings, folder, trainer = start.settings, start.settings.folder, start.trainer
+    folder, trainer = settings.folder, start.trainer
     with (
-        _Observer(settings, start.log, start.checkpoint.step if start.checkpoint else None) as observer,
+        RunObserver(settings, start.log, start.checkpoint.step if start.checkpoint else None) as observer,
         sigint_stops(trainer.interrupted),
     ):
         trainer.observe(observer)
@@ -179,8 +174,6 @@ def _start(settings: Settings, control: Control, *, resume: bool, overwrite: boo
         raise UsageError(f"--resume: strategy {settings.strategy} saves no checkpoints; start anew with --overwrite")
     resume, overwrite, newest, restarted = _from_rank_0(control, settings, "beginning", decide)
     checkpoint = open_checkpoint(folder / run_folder.CHECKPOINTS / newest) if newest is not None else None
-    if checkpoint is not None:
-        settings = _with_cut_of(checkpoint, settings)
     data, info, plan = prepare(settings, control)
     _from_rank_0(control, settings, "loss", lambda: _check_loss(plan, find_loss(settings.loss), data))
     trainer: Trainer | BaselineTrainer
@@ -198,17 +191,10 @@ def _start(settings: Settings, control: Control, *, resume: bool, overwrite: boo
     def claim() -> None:
         run_folder.claim(folder, job, resume=resume, overwrite=overwrite)
         log.append(RunLog(folder, settings.logging.tensorboard, checkpoint.step if checkpoint is not None else None))
-        run_folder.write_config(folder, settings, plan.sizes)
+        run_folder.write_config(folder, settings, trainer.plan.sizes)
 
     _from_rank_0(control, settings, "run folder", claim)
-    return _Start(settings, data, info, trainer, checkpoint, log[0] if log else None)
-
-
-def _with_cut_of(checkpoint: Checkpoint, settings: Settings) -> Settings:
-    """The settings, but with the checkpoint's cut where measuring again might give another one."""
-    cut = [b - a for a, b in pairwise(checkpoint.boundaries)]
-    again = settings.cut == "time" and len(cut) == settings.stages
-    return settings.model_copy(update={"cut": cut}) if again else settings
+    return _Start(data, info, trainer, checkpoint, log[0] if log else None)
 
 
 def _check_loss(plan: Plan, loss: Loss, data: Data | None) -> None:
@@ -391,37 +377,3 @@ def generate_text(settings: Settings, info: DataInfo, weights: Path) -> str | No
     prompt, generator = info.encode(settings.sample.prompt), torch.Generator().manual_seed(settings.seed)
     tokens = generate(module, prompt, settings.sample.tokens, info.shape[0], settings.sample.temperature, generator)
     return info.decode(prompt + tokens)
-
-
-class _Observer:
-    """On rank 0: records to the run's log and the terminal, spans kept for the trace. Elsewhere nothing."""
-
-    def __init__(self, settings: Settings, log: RunLog | None, step: int | None) -> None:
-        self.spans: defaultdict[int, list[Any]] = defaultdict(list)
-        self._log = log
-        ranks = 1 if settings.strategy == "backprop" else settings.stages
-        exits = ranks if settings.strategy == "decoupled" else 1
-        self._view = LiveView(ranks, settings.training.steps, exits=exits) if log is not None else None
-        if self._view is not None and step is not None:
-            self._view.note(f"goes on from the checkpoint at step {step}; times count from here")
-
-    def __enter__(self) -> _Observer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._view is not None and self._log is not None:
-            self._view.close()
-            self._log.close()
-
-    def __call__(self, records: list[Record]) -> None:
-        if self._view is None or self._log is None:
-            return
-        self._log.write(records)
-        self._view.update(records)
-        for record in records:
-            if record["kind"] == "spans":
-                self.spans[record["stage"]] += record["spans"]
-            elif record["kind"] == "checkpoint":
-                self._view.note(f"checkpoint at step {record['step']}")
-            elif record["kind"] == "note":
-                self._view.note(record["text"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -130,6 +132,12 @@ def refuse_other_network(checkpoint: Checkpoint, module: torch.nn.Module) -> Non
             raise _of_another_plan(checkpoint, f"it has {key}, which this network has not")
         if here[key] != there[key]:
             raise _of_another_plan(checkpoint, f"{key} is {tuple(there[key])} there and {tuple(here[key])} here")
+
+
+def with_cut_of(checkpoint: Checkpoint, plan: Plan) -> Plan:
+    """The plan, cut as the checkpoint is if only a new measurement says otherwise (noise)."""
+    same = (len(checkpoint.boundaries), checkpoint.boundaries[-1]) == (len(plan.boundaries), plan.boundaries[-1])
+    return replace(plan, boundaries=checkpoint.boundaries) if plan.layer_seconds is not None and same else plan
 
 
 def _of_another_plan(checkpoint: Checkpoint, why: str) -> UsageError:

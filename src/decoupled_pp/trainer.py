@@ -25,7 +25,7 @@ from decoupled_pp.assemble import (
     resolve_critic,
     resolve_optimizer,
 )
-from decoupled_pp.checkpoint import Checkpoint, latest_checkpoint, make_room, save_stage
+from decoupled_pp.checkpoint import Checkpoint, agreed_checkpoint, make_room, save_stage
 from decoupled_pp.contracts import (
     BatchSource,
     Control,
@@ -46,7 +46,7 @@ from decoupled_pp.losses import find_loss
 from decoupled_pp.optim import build_schedules
 from decoupled_pp.partitioning import By, cut_network
 from decoupled_pp.report import link_records, make_report, stage_record
-from decoupled_pp.resume import load_stage, refuse_other_network
+from decoupled_pp.resume import load_stage, refuse_other_network, with_cut_of
 from decoupled_pp.runtime import Worker, run
 from decoupled_pp.settings import ScheduleSettings
 from decoupled_pp.stage import Stage, StageOptions
@@ -218,13 +218,15 @@ class Trainer:
         """Build this rank's stages now rather than in the first `fit`, to find what does not fit before a run starts.
 
         Args:
-            resume: Bring them to the state of this checkpoint; give `fit` the same.
+            resume: Bring them to the state of this checkpoint; give `fit` the same. A plan of as many stages that was
+                cut by time is cut as the checkpoint is: measured again, it may have come out otherwise.
 
         Raises:
             UsageError: A critic, the optimizer or the checkpoint does not fit.
         """
         if resume is not None:
             refuse_other_network(resume, self.plan.module)
+            self.plan = with_cut_of(resume, self.plan) if not self._stages else self.plan
         if not self._stages:
             mine = range(self.plan.stages) if self._world is None else [self._world.rank]
             self._stages = build_stages(self.plan, self.recipe, list(mine), self.device)
@@ -313,7 +315,7 @@ class Trainer:
         trace_packets: range,
     ) -> Report:
         """Build what is missing, connect, run to the END packet, and gather the report."""
-        self._control = self._world.channel() if self._world is not None else LocalControl()
+        self._control = self._channel()
         wanted = self._observer is None and self.rank == 0 and train is not None
         view = LiveView(self.plan.stages, itinerary.steps) if wanted else None
         observer = self._observer or (view.update if view is not None else None)
@@ -369,7 +371,10 @@ class Trainer:
     def _newest(self) -> Checkpoint | None:
         if self._checkpoints is None:
             raise UsageError("resume=True needs a trainer with checkpoints=FOLDER")
-        return latest_checkpoint(self._checkpoints)
+        return agreed_checkpoint(self._checkpoints, self._channel(), self._timeout)
+
+    def _channel(self) -> Control:
+        return self._world.channel() if self._world is not None else LocalControl()
 
     def _join(self, feed: Feed, itinerary: Itinerary, trace: range) -> list[Worker]:
         log_every = self.recipe.log_every

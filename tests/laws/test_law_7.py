@@ -6,6 +6,7 @@ And a checkpoint loads into any other cut: weights and optimizer state by name, 
 import pytest
 from cases import ADAMW, CASES, MOMENTUM, MUON, differences, merged, states, train
 
+from decoupled_pp import Trainer, partition
 from decoupled_pp.checkpoint import latest_checkpoint
 from decoupled_pp.settings import ScheduleSettings
 from ranks import launch, values
@@ -91,6 +92,18 @@ def test_training_goes_on_under_another_cut(tmp_path):
     trainer = case.trainer([2, 2])
     report = trainer.fit(case.batches(5), 7, resume=latest_checkpoint(tmp_path))
     assert report.steps == 7
+
+
+@pytest.mark.parametrize("sizes", [[1, 3], [3, 1]])
+def test_a_script_that_measures_again_keeps_the_cut(sizes, tmp_path):
+    """A new measurement may give another cut, and at least one of these two is another."""
+    case, records = CASES["gpt"], []
+    case.trainer(sizes, checkpoints=tmp_path).fit(case.batches(5), 2)
+    plan = partition(case.network(), 2, "time", case.batches(1)[0][0], device="cpu")
+    trainer = Trainer(plan, device="cpu", checkpoints=tmp_path, observer=records.extend, **case.options)
+    trainer.fit(case.batches(5), 4, resume=True)
+    assert list(trainer.plan.sizes) == sizes
+    assert [record for record in records if record["kind"] == "note"] == []
 
 
 def _stop_early(case, stages, folder, **options):
