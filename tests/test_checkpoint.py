@@ -113,7 +113,7 @@ def test_a_missing_file_is_refused_in_one_line(folder, suffix):
 def test_another_format_is_refused(folder):
     record = folder / "step-00000004" / "stage-0.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"format": 99}))
-    with pytest.raises(UsageError, match="has format 99, this version reads 1"):
+    with pytest.raises(UsageError, match="has format 99, this version reads 2"):
         latest_checkpoint(folder)
 
 

@@ -7,7 +7,8 @@
     checkpoints/step-00000200/                     renamed by whichever stage finds all parts there
 
 Nothing is pickled: DCP's own metadata file is a pickle, its safetensors format is not. Tensors are keyed by name
-(`model.*`, `critic.<cut>.*`, `optimizer.<parameter>.<key>`), so any number of stages can load them (`resume.py`).
+(`model.*`, `critic.<cut>.*`, `optimizer.<parameter>.<key>`, `groups.stage<k>.*`), so any number of stages can load
+them (`resume.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +29,10 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from decoupled_pp.contracts import Control, Plan, TrainingError, UsageError
+from decoupled_pp.optimizer_state import changed_entries, named_state, owners
 from decoupled_pp.stage import Stage
 
-FORMAT = 1
+FORMAT = 2
 _PARTIAL = ".incomplete"
 
 
@@ -89,7 +90,7 @@ def save_stage(folder: Path, stage: Stage, plan: Plan, packet: int, *, keep: int
         "samples": stage.samples,
         "scalars": scalars,
         "accumulate": stage.options.accumulate,
-        "optimizers": [type(optimizer).__name__ for optimizer in stage.optimizers],
+        "owners": {key: type(one).__name__ for key, one in owners(stage.optimizers, _names(stage, plan)).items()},
         "checksums": {file.name: _checksum(file) for file in sorted(part.iterdir())},
     }
     write_atomically(partial / f"stage-{stage.index}.json", json.dumps({**record, "checksum": _checksum_of(record)}))
@@ -106,32 +107,23 @@ def save_stage(folder: Path, stage: Stage, plan: Plan, packet: int, *, keep: int
     return True
 
 
-def _stage_state(stage: Stage, plan: Plan) -> tuple[dict[str, Tensor], dict[str, float]]:
-    tensors: dict[str, Tensor] = {f"model.{name}": t for name, t in stage.trunk.state_dict().items()}
+def _stage_state(stage: Stage, plan: Plan) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Everything of a stage that training changes: its tensors, and what fits into JSON."""
     name = name_of_critic(stage, plan)
+    state: dict[str, Any] = {f"model.{key}": t for key, t in stage.trunk.state_dict().items()}
     if stage.critic is not None:
-        tensors |= {f"critic.{name}.{key}": t for key, t in stage.critic.state_dict().items()}
-    tensors[f"rng.stage{stage.index}"] = stage.random.state
-    scalars: dict[str, float] = {}
-    for key, value in _optimizer_state(stage, name):
-        if isinstance(value, Tensor):
-            tensors[key] = value
-        else:
-            scalars[key] = value
-    return {key: t.detach().contiguous() for key, t in tensors.items()}, scalars
+        state |= {f"critic.{name}.{key}": t for key, t in stage.critic.state_dict().items()}
+    state[f"rng.stage{stage.index}"] = stage.random.state
+    for parameter, field, value in named_state(stage.optimizers, _names(stage, plan)):
+        state[f"optimizer.{parameter}.{field}"] = value
+    for key, value in changed_entries(stage.optimizers, stage.first_groups, scheduled=bool(stage.schedules)).items():
+        state[f"groups.stage{stage.index}.{key}"] = value
+    tensors = {key: value.detach().contiguous() for key, value in state.items() if isinstance(value, Tensor)}
+    return tensors, {key: value for key, value in state.items() if key not in tensors}
 
 
-def _optimizer_state(stage: Stage, name: str) -> Iterable[tuple[str, Any]]:
-    names: dict[Tensor, str] = {parameter: key for key, parameter in stage.named_parameters(name).items()}
-    for optimizer in stage.optimizers:
-        for parameter, state in optimizer.state.items():
-            for key, value in state.items():
-                if isinstance(value, Tensor | int | float):
-                    yield f"optimizer.{names[parameter]}.{key}", value
-                elif value is not None:
-                    raise UsageError(
-                        f"{type(optimizer).__name__} keeps a {type(value).__name__} ({key!r}): cannot be saved"
-                    )
+def _names(stage: Stage, plan: Plan) -> dict[Tensor, str]:
+    return {parameter: key for key, parameter in stage.named_parameters(name_of_critic(stage, plan)).items()}
 
 
 # -------------------------------------------------------------------------------------------------------- finding
@@ -183,6 +175,10 @@ class Checkpoint:
     samples: int
     parts: tuple[dict[str, Any], ...]
     places: dict[str, tuple[Path, torch.Size, torch.dtype]]
+
+    def merged(self, key: str) -> dict[str, Any]:
+        """An entry of the records of all stages, `owners` or `scalars`, as one."""
+        return {name: value for part in self.parts for name, value in part[key].items()}
 
     def fill(self, tensors: dict[str, Tensor]) -> None:
         """Read the tensors of these names in place; all must be there, in these shapes."""

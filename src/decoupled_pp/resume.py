@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from decoupled_pp.checkpoint import Checkpoint, name_of_critic
 from decoupled_pp.contracts import Plan, UsageError
+from decoupled_pp.optimizer_state import make_state, named_state, owners, reset_entries
 from decoupled_pp.stage import Stage
 
 
@@ -22,19 +23,20 @@ def load_stage(checkpoint: Checkpoint, stage: Stage, plan: Plan) -> list[str]:
     Raises:
         UsageError: A parameter of the stage is missing in the checkpoint, or has another shape.
     """
-    _refuse_other_training(checkpoint, stage)
+    _refuse_other_accumulation(checkpoint, stage)
     notes: list[str] = []
-    _load_into(checkpoint, {f"model.{name}": t for name, t in stage.trunk.state_dict().items()})
     name = name_of_critic(stage, plan)
-    kept = True
+    wanted = {f"model.{key}": t for key, t in stage.trunk.state_dict().items()}
     if stage.critic is not None:
         critic = {f"critic.{name}.{key}": t for key, t in stage.critic.state_dict().items()}
-        kept = all(key in checkpoint.places and checkpoint.places[key][1] == t.shape for key, t in critic.items())
-        if kept:
-            _load_into(checkpoint, critic)
+        if all(key in checkpoint.places and checkpoint.places[key][1] == t.shape for key, t in critic.items()):
+            wanted |= critic
         else:
             notes.append(f"stage {stage.index}: the checkpoint has no critic {name} like this one; it starts anew")
-    _load_optimizers(checkpoint, stage, name, with_critic=kept)
+    loaded = {key: p for key, p in stage.named_parameters(name).items() if key in wanted}
+    _load_optimizers(checkpoint, stage, loaded)
+    _load_groups(checkpoint, stage, same_cut=checkpoint.boundaries == plan.boundaries)
+    _load_into(checkpoint, wanted)
     random_stream, state = f"rng.stage{stage.index}", stage.random.state
     if checkpoint.boundaries != plan.boundaries:
         notes.append(
@@ -50,20 +52,13 @@ def load_stage(checkpoint: Checkpoint, stage: Stage, plan: Plan) -> list[str]:
     return notes
 
 
-def _refuse_other_training(checkpoint: Checkpoint, stage: Stage) -> None:
-    """What a run cannot change on its way: packets per step (their numbers count on), and the optimizers' kinds."""
+def _refuse_other_accumulation(checkpoint: Checkpoint, stage: Stage) -> None:
+    """Packets per step cannot change on the way: their numbers count on."""
     saved = checkpoint.parts[0]["accumulate"]
     if saved != stage.options.accumulate:
         raise UsageError(
             f"checkpoint {checkpoint.path} was made with accumulate {saved}, not {stage.options.accumulate}; keep it"
         )
-    kinds = {kind for part in checkpoint.parts for kind in part["optimizers"]}
-    for optimizer in stage.optimizers:
-        if type(optimizer).__name__ not in kinds:
-            raise UsageError(
-                f"checkpoint {checkpoint.path} has the state of {', '.join(sorted(kinds)) or 'no optimizer'}, not of "
-                f"{type(optimizer).__name__}; use the optimizer it was made with"
-            )
 
 
 def _load_into(checkpoint: Checkpoint, wanted: dict[str, Tensor]) -> None:
@@ -77,35 +72,71 @@ def _load_into(checkpoint: Checkpoint, wanted: dict[str, Tensor]) -> None:
     checkpoint.fill(wanted)
 
 
-def _load_optimizers(checkpoint: Checkpoint, stage: Stage, name: str, *, with_critic: bool) -> None:
-    scalars = {key: value for part in checkpoint.parts for key, value in part["scalars"].items()}
-    parameters = stage.named_parameters(name)
-    owners = {
-        p: optimizer for optimizer in stage.optimizers for group in optimizer.param_groups for p in group["params"]
-    }
-    wanted: dict[str, Tensor] = {}
-    for key in (*checkpoint.places, *scalars):
-        if not key.startswith("optimizer."):
-            continue
-        parameter_name, _, field = key.removeprefix("optimizer.").rpartition(".")
-        parameter = parameters.get(parameter_name)
-        if parameter is None or parameter not in owners or (parameter_name.startswith("critic.") and not with_critic):
-            continue
-        state = owners[parameter].state[parameter]
-        if key in scalars:
-            state[field] = scalars[key]
-            continue
-        _, shape, dtype = checkpoint.places[key]
-        device = _home(owners[parameter], parameter, field)
-        state[field] = wanted[key] = torch.empty(shape, dtype=dtype, device=device)
-    _load_into(checkpoint, wanted)
+def _load_optimizers(checkpoint: Checkpoint, stage: Stage, loaded: dict[str, nn.Parameter]) -> None:
+    """Load the state of these parameters, which are to be loaded afterwards: making room for it changes them."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in loaded.items()}
+    here, kinds = owners(stage.optimizers, names), checkpoint.merged("owners")
+    for name, optimizer in here.items():
+        if kinds.get(name, type(optimizer).__name__) != type(optimizer).__name__:
+            raise _other_optimizer(checkpoint, f"was trained by {kinds[name]}", name, optimizer)
+    scalars, saved = checkpoint.merged("scalars"), _saved_fields(checkpoint, here)
+    make_state(stage.optimizers, [loaded[name] for name in saved], stage.device)
+    for name, field, _ in named_state(stage.optimizers, names):
+        if field not in saved[name]:
+            raise _other_optimizer(checkpoint, f"has no {field!r}", name, here[name])
+    tensors: dict[str, Tensor] = {}
+    for name, fields in saved.items():
+        state = here[name].state[loaded[name]]
+        for field in fields:
+            key = f"optimizer.{name}.{field}"
+            if key in scalars:
+                state[field] = scalars[key]
+                continue
+            if not isinstance(state.get(field), Tensor):  # made later than in the first step
+                _, shape, dtype = checkpoint.places[key]
+                state[field] = torch.empty(shape, dtype=dtype, device=loaded[name].device)
+            tensors[key] = state[field]
+    _load_into(checkpoint, tensors)
 
 
-def _home(optimizer: Optimizer, parameter: Tensor, field: str) -> torch.device:
-    """Where torch keeps a state: beside its parameter; step counters on the CPU unless a fused kernel reads them."""
-    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
-    fused = group.get("fused") or group.get("capturable")
-    return torch.device("cpu") if field == "step" and not fused else parameter.device
+def _saved_fields(checkpoint: Checkpoint, here: dict[str, Optimizer]) -> dict[str, set[str]]:
+    """Which state the checkpoint has of these parameters."""
+    saved: dict[str, set[str]] = {}
+    for key in (*checkpoint.places, *checkpoint.merged("scalars")):
+        name, _, field = key.removeprefix("optimizer.").rpartition(".")
+        if key.startswith("optimizer.") and name in here:
+            saved.setdefault(name, set()).add(field)
+    return saved
+
+
+def _load_groups(checkpoint: Checkpoint, stage: Stage, *, same_cut: bool) -> None:
+    """Load what steps have changed in the groups of the optimizers."""
+    scalars = checkpoint.merged("scalars")
+    keys = [key for key in (*checkpoint.places, *scalars) if key.startswith("groups.")]
+    if keys and not same_cut:
+        raise UsageError(
+            f"checkpoint {checkpoint.path}: its optimizers keep state of a whole stage ({keys[0].split('.')[-1]!r} in "
+            f"param_groups); go on with its cut, layers {list(checkpoint.boundaries)}"
+        )
+    start = f"groups.stage{stage.index}."
+    places = {key: place for key, place in checkpoint.places.items() if key.startswith(start)}
+    tensors = {key: torch.empty(shape, dtype=dtype) for key, (_, shape, dtype) in places.items()}
+    _load_into(checkpoint, tensors)
+    saved = {key.removeprefix(start): value for key, value in (scalars | tensors).items() if key.startswith(start)}
+    try:
+        reset_entries(stage.optimizers, stage.first_groups, saved)
+    except IndexError:
+        raise UsageError(
+            f"checkpoint {checkpoint.path} has more param_groups of stage {stage.index} than there are here; use the "
+            "optimizer it was made with"
+        ) from None
+
+
+def _other_optimizer(checkpoint: Checkpoint, what: str, name: str, optimizer: Optimizer) -> UsageError:
+    return UsageError(
+        f"checkpoint {checkpoint.path} is of another optimizer: {name} {what} there, and {type(optimizer).__name__} "
+        "with these settings trains it here; use the optimizer it was made with"
+    )
 
 
 def load_model(checkpoint: Checkpoint, module: torch.nn.Module) -> None:

@@ -18,6 +18,7 @@ from decoupled_pp.contracts import Loss, Packet, Payload, as_tuple, check_payloa
 from decoupled_pp.device import RandomStream
 from decoupled_pp.losses import ExitScore
 from decoupled_pp.memory import SavedActivations
+from decoupled_pp.optimizer_state import group_entries
 
 Send = Callable[[Packet], None]
 Lap = Callable[[str], None]
@@ -73,6 +74,7 @@ class Stage:
         """
         self.index, self.trunk, self.critic, self.loss = index, trunk, critic, loss
         self.optimizers = optimizers
+        self.first_groups = group_entries(optimizers)  # what steps change in them is the optimizers' state
         self.schedules: list[LambdaLR] = []  # given by the trainer, which knows how long it trains
         self.device, self.options = device, options
         self.updates = 0
@@ -96,16 +98,17 @@ class Stage:
         Returns:
             The loss, a 0-dim tensor on the device (nothing waits for it here).
         """
-        with self.random, self._probe() if self.saved_activation_bytes_peak is None else _NOTHING:
-            output = self._forward(packet)
-            lap("forward")
-            send(replace(packet, payload=map_payload(torch.detach, output)))
-            lap("wait_out")
-            loss = self._learn(output, packet.target, lap)
-            lap("backward")
-        self.samples += packet.samples
-        if (packet.number + 1) % self.options.accumulate == 0:
-            self._update()
+        with self.random:  # around the update too: an optimizer may draw
+            with self._probe() if self.saved_activation_bytes_peak is None else _NOTHING:
+                output = self._forward(packet)
+                lap("forward")
+                send(replace(packet, payload=map_payload(torch.detach, output)))
+                lap("wait_out")
+                loss = self._learn(output, packet.target, lap)
+                lap("backward")
+            self.samples += packet.samples
+            if (packet.number + 1) % self.options.accumulate == 0:
+                self._update()
         lap("step")
         return loss
 

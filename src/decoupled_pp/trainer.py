@@ -44,6 +44,7 @@ from decoupled_pp.links import LocalControl, StoreControl, World, join_world
 from decoupled_pp.live import LiveView
 from decoupled_pp.losses import find_loss
 from decoupled_pp.optim import build_schedules
+from decoupled_pp.optimizer_state import refuse_unsavable
 from decoupled_pp.partitioning import By, cut_network
 from decoupled_pp.report import link_records, make_report, stage_record
 from decoupled_pp.resume import load_stage, refuse_other_network, with_cut_of
@@ -230,6 +231,8 @@ class Trainer:
         if not self._stages:
             mine = range(self.plan.stages) if self._world is None else [self._world.rank]
             self._stages = build_stages(self.plan, self.recipe, list(mine), self.device)
+            for stage in self._stages if self._checkpoints is not None else ():
+                refuse_unsavable(stage.first_groups)
         if resume is not None and resume is not self._loaded:
             for stage in self._stages:
                 notes = load_stage(resume, stage, self.plan)

@@ -4,10 +4,13 @@ And a checkpoint loads into any other cut: weights and optimizer state by name, 
 """
 
 import pytest
+import torch
 from cases import ADAMW, CASES, MOMENTUM, MUON, differences, merged, states, train
 
 from decoupled_pp import Trainer, partition
 from decoupled_pp.checkpoint import latest_checkpoint
+from decoupled_pp.contracts import UsageError
+from decoupled_pp.optimizer_state import group_entries
 from decoupled_pp.settings import ScheduleSettings
 from ranks import launch, values
 
@@ -29,6 +32,89 @@ def test_resumed_equals_never_stopped(case, optimizer, tmp_path):
 
     assert differences(resumed, never_stopped) == []
     assert differences(stopped, never_stopped) != []
+
+
+class Adapting(torch.optim.SGD):
+    """Counts its steps and sets its rate in `param_groups`, as schedule-free optimizers do."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=0.05)
+        for group in self.param_groups:
+            group.update(k=0, span=(1.0, 2.0), moved=torch.zeros(()))
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["k"] += 1
+            group["span"] = (1.0, 2.0 + group["k"])
+            group["moved"] += group["lr"]
+            group["lr"] = float(0.05 / (group["k"] + group["moved"]) * group["span"][1])
+        super().step(closure)
+
+
+class Noisy(torch.optim.SGD):
+    """Draws a random number in every step."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=0.05)
+
+    def step(self, closure=None):
+        super().step(closure)
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                parameter.add_(torch.randn_like(parameter), alpha=0.01)
+
+
+@pytest.mark.parametrize("optimizer", [Adapting, Noisy])
+def test_optimizers_that_keep_state_of_their_own(optimizer, tmp_path):
+    case = CASES["mlp with dropout"]
+    never_stopped, stopped = (case.trainer(2, optimizer=optimizer, checkpoints=folder) for folder in (None, tmp_path))
+    never_stopped.fit(case.batches(13), STEPS)
+    stopped.fit(case.batches(13), STOP_AFTER)
+    resumed = case.trainer(2, optimizer=optimizer)
+    resumed.fit(case.batches(13), STEPS, resume=latest_checkpoint(tmp_path))
+    assert differences(states(resumed), states(never_stopped)) == []
+    for ours, theirs in zip(resumed.stages, never_stopped.stages, strict=True):
+        assert group_entries(ours.optimizers) == group_entries(theirs.optimizers)
+
+
+def test_state_of_a_whole_stage_fits_no_other_cut(tmp_path):
+    case = CASES["mlp"]
+    case.trainer([2, 2], optimizer=Adapting, checkpoints=tmp_path).fit(case.batches(5), 3)
+    with pytest.raises(UsageError, match=r"'\w+' in param_groups\); go on with its cut, layers \[0, 2, 4\]"):
+        case.trainer([1, 3], optimizer=Adapting).fit(case.batches(5), 5, resume=latest_checkpoint(tmp_path))
+
+
+def test_settings_that_the_optimizer_leaves_alone_may_change(tmp_path):
+    case = CASES["mlp"]
+    case.trainer(2, checkpoints=tmp_path).fit(case.batches(5), 3)
+    resumed = case.trainer(2, optimizer=ADAMW | {"lr": 1e-3})
+    resumed.fit(case.batches(5), 5, resume=latest_checkpoint(tmp_path))
+    assert [stage.learning_rate for stage in resumed.stages] == [1e-3, 1e-3]
+
+
+AMSGRAD = ADAMW | {"arguments": {"amsgrad": True}}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        (MUON, ADAMW, "Muon"),
+        (ADAMW, MUON, "AdamW"),
+        (ADAMW, MOMENTUM, "AdamW"),
+        (ADAMW, AMSGRAD, "max_exp_avg_sq"),
+    ],
+)
+def test_the_state_of_another_optimizer_is_refused_before_anything_is_trained(before, after, named, tmp_path):
+    case = CASES["gpt"]
+    case.trainer(2, optimizer=before, checkpoints=tmp_path).fit(case.batches(5), 3)
+    with pytest.raises(UsageError, match=f"{named}.*use the optimizer it was made with"):
+        case.trainer(2, optimizer=after).build(latest_checkpoint(tmp_path))
+
+
+def test_state_that_an_optimizer_no_longer_needs_is_no_hindrance(tmp_path):
+    case = CASES["gpt"]
+    case.trainer(2, optimizer=AMSGRAD, checkpoints=tmp_path).fit(case.batches(5), 3)
+    assert case.trainer(2).fit(case.batches(5), 5, resume=latest_checkpoint(tmp_path)).steps == 5
 
 
 def test_over_ranks(tmp_path):
