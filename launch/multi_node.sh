@@ -5,7 +5,8 @@
 #
 # Stage k runs as rank k; ranks go by NODE_RANK, so machine 0 has the first stages, machine 1 the next, and so on, and
 # only neighbouring machines exchange activations. Machine 0 reads the data. All machines need the same configuration
-# and code, and one run folder (`runs`) on a file system that they share.
+# and code, and one run folder (`runs`) on a file system that they share: a run refuses to train where a machine does not
+# see what machine 0 writes there.
 #
 # Variables:
 #   NNODES          Required. Number of machines.

@@ -18,7 +18,7 @@ from decoupled_pp.checkpoint import (
     remove_incomplete,
     save_stage,
 )
-from decoupled_pp.contracts import UsageError
+from decoupled_pp.contracts import TrainingError, UsageError
 from decoupled_pp.resume import load_model
 
 SAMPLE = torch.zeros(4, 3)
@@ -152,6 +152,24 @@ def test_a_save_may_follow_a_killed_one(folder, monkeypatch):
     complete = [save_stage(folder, stage, resumed.plan, 5, keep=2) for stage in resumed.stages]
     assert complete == [False, True]
     assert latest_checkpoint(folder).step == 5
+
+
+def test_the_end_of_a_run_commits_what_no_stage_saw_complete(tmp_path, monkeypatch):
+    """On a shared file system each stage may have looked too early."""
+    commit = checkpoint._commit
+    blind = iter([True, True])
+    monkeypatch.setattr(checkpoint, "_commit", lambda *arguments: not next(blind, False) and commit(*arguments))
+    trainer(tmp_path).fit(batches(), 2)
+    assert latest_checkpoint(tmp_path).step == 2
+
+
+def test_a_run_whose_last_checkpoint_never_gets_complete_fails(tmp_path, monkeypatch):
+    def save_stage_0(folder, stage, plan, packet, keep):
+        return stage.index == 0 and save_stage(folder, stage, plan, packet, keep=keep)
+
+    monkeypatch.setattr("decoupled_pp.checkpoint_folder.save_stage", save_stage_0)
+    with pytest.raises(TrainingError, match=r"step-00000002 is not complete: the parts of stages 1 do not appear"):
+        trainer(tmp_path, timeout_seconds=0.5).fit(batches(), 2)
 
 
 def test_a_checkpoint_of_another_network_is_refused(folder):

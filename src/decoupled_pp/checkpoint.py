@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 import warnings
 import zlib
 from contextlib import suppress
@@ -28,12 +29,14 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from decoupled_pp.contracts import Control, Plan, TrainingError, UsageError
+from decoupled_pp.contracts import Plan, TrainingError, UsageError
 from decoupled_pp.optimizer_state import changed_entries, named_state, owners
 from decoupled_pp.stage import Stage
 
 FORMAT = 2
 _PARTIAL = ".incomplete"
+MOMENT_SECONDS = 60.0
+"""How long a file on a shared file system may take to appear on another machine (NFS looks again after that)."""
 
 
 def critic_name(plan: Plan, stage: int) -> str:
@@ -71,8 +74,7 @@ def save_stage(folder: Path, stage: Stage, plan: Plan, packet: int, *, keep: int
                 f"stage {stage.index}: {name} is not finite after packet {packet - 1}; lower the learning rate, or "
                 "clip gradients (training.clip_norm); the last checkpoint is kept"
             )
-    final = folder / f"step-{stage.updates:08d}"
-    partial = folder / (final.name + _PARTIAL)
+    partial = _partial(_final(folder, stage.updates))
     part = partial / f"stage-{stage.index}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True, exist_ok=True)
@@ -93,8 +95,37 @@ def save_stage(folder: Path, stage: Stage, plan: Plan, packet: int, *, keep: int
         "owners": {key: type(one).__name__ for key, one in owners(stage.optimizers, _names(stage, plan)).items()},
         "checksums": {file.name: _checksum(file) for file in sorted(part.iterdir())},
     }
-    write_atomically(partial / f"stage-{stage.index}.json", json.dumps({**record, "checksum": _checksum_of(record)}))
-    if not all((partial / f"stage-{k}.json").exists() for k in range(plan.stages)):
+    write_atomically(_record(partial, stage.index), json.dumps({**record, "checksum": _checksum_of(record)}))
+    return _commit(folder, stage.updates, plan.stages, keep)
+
+
+def ensure_committed(folder: Path, step: int, stages: int, *, keep: int, timeout_seconds: float) -> bool:
+    """See to it that a checkpoint whose parts are all written is committed; returns whether this call did it.
+
+    On a shared file system the last stage to write may not have seen the others' parts at once.
+
+    Raises:
+        TrainingError: Parts of it do not appear here.
+    """
+    final, deadline = _final(folder, step), time.monotonic() + min(timeout_seconds, MOMENT_SECONDS)
+    while not final.exists():
+        if _commit(folder, step, stages, keep):
+            return True
+        if time.monotonic() > deadline:
+            lost = ", ".join(str(k) for k in range(stages) if not _record(_partial(final), k).exists())
+            raise TrainingError(
+                f"the checkpoint {final} is not complete: the parts of stages {lost} do not appear "
+                "here; give all ranks one folder on a file system that they share"
+            )
+        time.sleep(0.05)
+    return False
+
+
+def _commit(folder: Path, step: int, stages: int, keep: int) -> bool:
+    """Commit a checkpoint if all its parts are there, and delete what need not be kept; returns whether it was done."""
+    final = _final(folder, step)
+    partial = _partial(final)
+    if not all(_record(partial, k).exists() for k in range(stages)):
         return False
     try:
         partial.rename(final)
@@ -105,6 +136,18 @@ def save_stage(folder: Path, stage: Stage, plan: Plan, packet: int, *, keep: int
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return True
+
+
+def _final(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def _partial(final: Path) -> Path:
+    return final.with_name(final.name + _PARTIAL)
+
+
+def _record(checkpoint: Path, stage: int) -> Path:
+    return checkpoint / f"stage-{stage}.json"
 
 
 def _stage_state(stage: Stage, plan: Plan) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -132,20 +175,6 @@ def _names(stage: Stage, plan: Plan) -> dict[Tensor, str]:
 def list_checkpoints(folder: Path) -> list[Path]:
     """Committed checkpoints, oldest first."""
     return sorted(p for p in folder.glob("step-*") if p.is_dir() and not p.name.endswith(_PARTIAL))
-
-
-def make_room(folder: Path, step: int) -> None:
-    """Prepare a folder for the checkpoints of a run that begins at `step`; called once, before any stage runs.
-
-    Raises:
-        UsageError: It holds checkpoints that the run would collide with.
-    """
-    later = [path for path in list_checkpoints(folder) if path.name > f"step-{step:08d}"]
-    if later:
-        raise UsageError(
-            f"{folder} holds {later[-1].name}, and this run begins at step {step}; resume, or give another folder"
-        )
-    remove_incomplete(folder)
 
 
 def remove_incomplete(folder: Path) -> None:
@@ -227,13 +256,6 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest committed checkpoint of a run, opened and checked; None if there is none."""
     found = list_checkpoints(folder)
     return open_checkpoint(found[-1]) if found else None
-
-
-def agreed_checkpoint(folder: Path, control: Control, timeout_seconds: float) -> Checkpoint | None:
-    """The newest that rank 0 sees, on every rank: what others see of a shared folder may lag behind."""
-    newest = [path.name for path in list_checkpoints(folder)[-1:]]
-    agreed = control.gather("newest checkpoint", newest, timeout_seconds)[0]
-    return open_checkpoint(folder / agreed[0]) if agreed else None
 
 
 def export_safetensors(module: torch.nn.Module, path: Path) -> None:

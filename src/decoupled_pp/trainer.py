@@ -25,7 +25,8 @@ from decoupled_pp.assemble import (
     resolve_critic,
     resolve_optimizer,
 )
-from decoupled_pp.checkpoint import Checkpoint, agreed_checkpoint, make_room, save_stage
+from decoupled_pp.checkpoint import Checkpoint
+from decoupled_pp.checkpoint_folder import CheckpointFolder
 from decoupled_pp.contracts import (
     BatchSource,
     Control,
@@ -193,8 +194,12 @@ class Trainer:
         self.device = choose_device(device, environment.local_rank(), environment.local_world_size())
         self.interrupted = threading.Event()
         self._capacity, self._timeout = capacity, timeout_seconds
-        self._checkpoints = Path(checkpoints) if checkpoints is not None else None
-        self._keep, self._observer = keep_checkpoints, observer
+        self._checkpoints: CheckpointFolder | None = None
+        if checkpoints is not None:
+            self._checkpoints = CheckpointFolder(
+                Path(checkpoints), keep=keep_checkpoints, timeout_seconds=timeout_seconds
+            )
+        self._observer = observer
         self._world: World | None = join_world(timeout_seconds) if ranks > 1 else None
         self._stages: list[Stage] = []
         self._loaded: Checkpoint | None = None
@@ -338,6 +343,8 @@ class Trainer:
                 "stopped": self._control.stop_requested(),
             }
             gathered = self._control.gather("summary", mine, self._timeout * self.plan.stages)  # as stages end in turn
+            if self.rank == 0 and train is not None and self._stages[0].updates > itinerary.start:
+                self._ensure_saved()
             report = make_report(gathered, self.plan, gathered[0]["stopped"])
             return replace(report, stopped=None) if report.steps >= itinerary.steps else report
         except Exception as error:
@@ -358,8 +365,6 @@ class Trainer:
 
     def _begin(self, itinerary: Itinerary, resume: Checkpoint | None, *, training: bool) -> None:
         """Bring this rank's stages to where the run begins, and wait until all ranks have."""
-        if self._checkpoints is not None and training and self.rank == 0:
-            make_room(self._checkpoints, itinerary.start)
         self.build(resume)
         for stage in self._stages if training else ():
             schedule = self.recipe.schedule
@@ -368,13 +373,15 @@ class Trainer:
         devices = self._control.gather("built", self.device.type, self._timeout)
         if len(set(devices)) > 1:
             raise UsageError(f"device: the ranks compute on {', '.join(devices)}; set device: cpu, or give each a GPU")
+        if self._checkpoints is not None and training:
+            self._checkpoints.prepare(self._control, self.rank, itinerary.start)
         while self._notes:
             self._post(self._notes.pop(0))
 
     def _newest(self) -> Checkpoint | None:
         if self._checkpoints is None:
             raise UsageError("resume=True needs a trainer with checkpoints=FOLDER")
-        return agreed_checkpoint(self._checkpoints, self._channel(), self._timeout)
+        return self._checkpoints.newest(self._channel())
 
     def _channel(self) -> Control:
         return self._world.channel() if self._world is not None else LocalControl()
@@ -391,8 +398,11 @@ class Trainer:
         self._control.post(record)
 
     def _save(self, stage: Stage, packet: int) -> None:
-        if self._checkpoints is None:
-            return
-        complete = save_stage(self._checkpoints, stage, self.plan, packet, keep=self._keep)
-        if complete:
+        if self._checkpoints is not None and self._checkpoints.save(stage, self.plan, packet):
             self._post({"kind": "checkpoint", "stage": stage.index, "step": stage.updates})
+
+    def _ensure_saved(self) -> None:
+        """Rank 0, once all ranks have written their parts: no run ends well without its last checkpoint."""
+        step = self._stages[0].updates
+        if self._checkpoints is not None and self._checkpoints.ensure_committed(step, self.plan.stages):
+            self._post({"kind": "checkpoint", "stage": 0, "step": step})

@@ -1,6 +1,9 @@
 """A rank that dies, is told to end, or fails: every rank ends, says why, and the last good checkpoint is kept."""
 
+import os
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import runs
@@ -67,3 +70,24 @@ def test_an_error_in_a_layer_is_a_traceback_there_and_a_line_elsewhere(tmp_path)
         assert results[rank].value == 1 and "rank 1: ZeroDivisionError" in said[rank], said
         assert "Traceback" not in results[rank].output
     _check_kept(5)
+
+
+def _in_a_folder_of_its_own(folder, *arguments):
+    """As on a machine that shares no file system with the others."""
+    home = Path(folder, os.environ["RANK"])
+    home.mkdir()
+    os.chdir(home)
+    shutil.copy(Path(folder, "run.yaml"), home)
+    return runs.dpp(*arguments)
+
+
+def test_a_run_folder_that_is_not_shared_is_refused_before_anything_is_trained(tmp_path):
+    runs.write_settings(links={"timeout_seconds": 3.0})
+    results = ranks.launch(
+        _in_a_folder_of_its_own, str(tmp_path), "train", "run.yaml", size=2, folder=tmp_path / "logs"
+    )
+    assert ranks.values(results) == [2, 2], results
+    said = [line for result in results for line in runs.said(result.output)]
+    assert len(said) == 1 and "rank 1 cannot write, or does not see" in said[0] and "share" in said[0], said
+    assert not list(tmp_path.rglob("step-*")) and not list(tmp_path.rglob(".shared-*"))
+    assert [record for record in runs.metrics(tmp_path / "0" / runs.FOLDER) if record["kind"] == "train"] == []
