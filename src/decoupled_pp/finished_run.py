@@ -12,7 +12,6 @@ from decoupled_pp import environment, run_folder
 from decoupled_pp.checkpoint import Checkpoint, export_safetensors, latest_checkpoint
 from decoupled_pp.config import load_settings
 from decoupled_pp.contracts import Exit, Record, UsageError
-from decoupled_pp.data import open_data
 from decoupled_pp.job import make_trainer, prepare
 from decoupled_pp.models import build_model
 from decoupled_pp.resume import load_model
@@ -62,8 +61,8 @@ def evaluate_run(
 
 
 def export_folder(folder: Path, output: Path) -> None:
-    """Write the newest checkpoint of a run as plain safetensors."""
+    """Write the newest checkpoint of a run as plain safetensors; the data need not be there any more."""
     settings, checkpoint = open_run(folder)
-    module = build_model(settings.model, open_data(settings.data, settings.seed).info)
+    module = build_model(settings.model, run_folder.read_info(folder))
     load_model(checkpoint, module)
     export_safetensors(module, output)

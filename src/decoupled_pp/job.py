@@ -192,6 +192,7 @@ def _start(settings: Settings, control: Control, *, resume: bool, overwrite: boo
         run_folder.claim(folder, job, resume=resume, overwrite=overwrite)
         log.append(RunLog(folder, settings.logging.tensorboard, checkpoint.step if checkpoint is not None else None))
         run_folder.write_config(folder, settings, trainer.plan.sizes)
+        run_folder.write_info(folder, info)
 
     _from_rank_0(control, settings, "run folder", claim)
     return _Start(data, info, trainer, checkpoint, log[0] if log else None)

@@ -11,13 +11,14 @@ from typing import Any
 import yaml
 
 from decoupled_pp.checkpoint import list_checkpoints, remove_incomplete, write_atomically
-from decoupled_pp.contracts import Record, Report, UsageError
+from decoupled_pp.contracts import DataInfo, Record, Report, UsageError
 from decoupled_pp.plots import plot_losses, plot_timeline
 from decoupled_pp.runlog import METRICS_FILE, read_records
 from decoupled_pp.settings import Settings
 from decoupled_pp.trace import write_trace
 
 CONFIG_FILE = "config.yaml"
+INFO_FILE = "data.json"
 SUMMARY_FILE = "summary.json"
 CHECKPOINTS = "checkpoints"
 WEIGHTS_FILE = "model.safetensors"
@@ -92,6 +93,27 @@ def write_config(folder: Path, settings: Settings, sizes: tuple[int, ...] | None
     resolved: dict[str, Any] = settings.model_dump()
     resolved["cut"] = list(sizes) if sizes is not None else settings.cut
     write_atomically(folder / CONFIG_FILE, yaml.safe_dump(resolved, sort_keys=False))
+
+
+def write_info(folder: Path, info: DataInfo) -> None:
+    """What the data are like: the network is built from it again, for an export, when they are no longer there."""
+    known = {"form": info.form, "shape": list(info.shape), "outputs": info.outputs}
+    write_atomically(folder / INFO_FILE, json.dumps(known) + "\n")
+
+
+def read_info(folder: Path) -> DataInfo:
+    """What `write_info` wrote; it can neither encode nor decode.
+
+    Raises:
+        UsageError: It is not there.
+    """
+    try:
+        known = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
+        return DataInfo(known["form"], tuple(known["shape"]), known["outputs"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{folder / INFO_FILE} is missing or damaged ({error}); a run that is resumed writes it anew"
+        ) from error
 
 
 def write_results(folder: Path, report: Report, spans: dict[int, list[Any]], about: Record, unit: str) -> list[Path]:

@@ -251,6 +251,23 @@ def test_good_folders_are_evaluated_and_exported(run, capsys):
     assert Path("exported/weights.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
 
 
+def test_export_needs_no_data(tmp_path):
+    Path("text.txt").write_text("some words to be learnt\n" * 40)
+    data = {"kind": "text", "files": ["*.txt"], "context": 8, "batch_size": 2}
+    runs.write_settings(data=data, model={"kind": "gpt", "width": 8, "depth": 2, "heads": 2})
+    assert runs.dpp("train", "run.yaml") == 0
+    Path("text.txt").unlink()
+    assert runs.dpp("export", runs.FOLDER, "-o", "weights.safetensors") == 0
+    assert Path("weights.safetensors").read_bytes() == (runs.FOLDER / "model.safetensors").read_bytes()
+
+
+def test_a_run_folder_that_does_not_say_what_its_data_are_like_is_refused(run, capsys):
+    (run / "data.json").write_text("{}")
+    capsys.readouterr()
+    assert runs.dpp("export", run, "-o", "weights") == 2
+    _line(capsys, "data.json", "resumed writes it anew")
+
+
 def test_a_finished_run_is_not_resumed(run, capsys):
     before = runs.fingerprint(Path())
     capsys.readouterr()
