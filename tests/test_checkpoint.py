@@ -1,9 +1,11 @@
 """Checkpoints: nothing is pickled, damage is refused in one line, a killed save leaves the last good one."""
 
 import json
+import os
 import pickle
 import pickletools
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +82,27 @@ def test_the_whole_model_loads_by_its_own_names(folder):
     load_model(latest_checkpoint(folder), fresh)
     for name, tensor in trained.export().state_dict().items():
         assert torch.equal(tensor, fresh.state_dict()[name])
+
+
+def test_all_of_a_checkpoint_is_on_the_disk_before_it_is_committed(tmp_path, monkeypatch):
+    """Else a loss of power could leave a committed checkpoint with files that are empty or missing."""
+    synced, committed, sync, rename = set(), [], os.fsync, Path.rename
+
+    def record(handle):
+        synced.add(Path(f"/proc/self/fd/{handle}").resolve())
+        sync(handle)
+
+    def commit(partial, final):
+        files = [partial, *partial.rglob("*")]
+        committed.append(set(files) - synced)
+        rename(partial, final)
+        synced.clear()
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(Path, "rename", commit)
+    trainer(tmp_path).fit(batches(), 2)
+    assert committed == [set()]
+    assert tmp_path in synced
 
 
 def test_keep(tmp_path):

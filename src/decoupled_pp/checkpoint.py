@@ -6,6 +6,8 @@
         stage-1/ ...
     checkpoints/step-00000200/                     renamed by whichever stage finds all parts there
 
+Every file and folder is on the disk before the rename, so that a committed checkpoint survives a loss of power.
+
 Nothing is pickled: DCP's own metadata file is a pickle, its safetensors format is not. Tensors are keyed by name
 (`model.*`, `critic.<cut>.*`, `optimizer.<parameter>.<key>`, `groups.stage<k>.*`), so any number of stages can load
 them (`resume.py`).
@@ -82,6 +84,7 @@ def save_stage(folder: Path, stage: Stage, plan: Plan, packet: int, *, keep: int
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*assuming the intent is to save in a single process.*")
         dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(part), save_distributed=True), no_dist=True)
+    _to_disk(part)
     record = {
         "format": FORMAT,
         "stage": stage.index,
@@ -128,7 +131,9 @@ def _commit(folder: Path, step: int, stages: int, keep: int) -> bool:
     if not all(_record(partial, k).exists() for k in range(stages)):
         return False
     try:
+        _to_disk(partial)
         partial.rename(final)
+        _sync(folder)
     except OSError as error:
         if not partial.exists():  # another stage found all parts there at the same moment
             return False
@@ -276,6 +281,20 @@ def export_safetensors(module: torch.nn.Module, path: Path) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise UsageError(f"cannot write {path}: {error.strerror or error}; name another file") from error
+
+
+def _to_disk(folder: Path) -> None:
+    """Wait until a folder, with what is in it, would survive a loss of power."""
+    for path in (*folder.iterdir(), folder):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _checksum(path: Path) -> int:
