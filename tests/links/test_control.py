@@ -1,5 +1,8 @@
 """The control plane: the first fault wins, records in order, gathering is bounded."""
 
+import os
+import time
+
 import pytest
 
 from decoupled_pp.contracts import Fault, LinkError, PeerError, UsageError
@@ -37,6 +40,17 @@ def test_what_fails_on_rank_0_fails_everywhere(tmp_path):
     assert second.error == "PeerError: no such cut"
 
 
+def test_rank_0_may_take_its_time(tmp_path):
+    """The bound is for how long nothing is heard of it."""
+    assert values(launch(_share_slowly, size=2, folder=tmp_path)) == ["cut", "cut"]
+
+
+def test_nobody_waits_for_a_rank_0_that_is_gone(tmp_path):
+    first, second = launch(_share_and_die, size=2, folder=tmp_path, may_fail=True)
+    assert first.exitcode == 3
+    assert second.error == "LinkError: rank 1 waited 1 s for cut from rank 0: the bound is over"
+
+
 def _meet():
     world = join_world(30)
     control, apart = world.channel(), world.channel()  # a fault of one is none of the other
@@ -65,3 +79,19 @@ def _share_in_vain():
         raise UsageError("no such cut")
 
     join_world(30).channel().from_rank_0("cut", make, 20)
+
+
+def _share_slowly():
+    def make():
+        time.sleep(3.0)
+        return "cut"
+
+    return join_world(30).channel().from_rank_0("cut", make, 1.0)
+
+
+def _share_and_die():
+    def make():
+        time.sleep(1.5)
+        os._exit(3)
+
+    join_world(30).channel().from_rank_0("cut", make, 1.0)

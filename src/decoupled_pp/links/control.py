@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -116,14 +117,18 @@ class StoreControl(Control):
     def from_rank_0(self, name: str, make: Callable[[], Any], timeout_seconds: float) -> Any:
         """Let rank 0 make a JSON-able value and give it to every rank; what fails there fails everywhere.
 
+        How long rank 0 needs (to tokenise, to measure) is its own affair: the bound is for how long it gives no sign of
+        life.
+
         Raises:
-            LinkError: Rank 0 did not give it within the bound.
+            LinkError: Nothing was heard of rank 0 within the bound.
             PeerError: Rank 0 could not make it (rank 0 itself raises its own error).
         """
         if self._rank != 0:
-            return json.loads(self._await(f"share/{name}", timeout_seconds, f"{name} from rank 0"))
+            return json.loads(self._await(f"share/{name}", timeout_seconds, f"{name} from rank 0", f"alive/{name}"))
         try:
-            value = make()
+            with self._showing_life(f"alive/{name}", timeout_seconds / 10):
+                value = make()
         except Exception as error:
             self.report_fault(str(error), usage=isinstance(error, UsageError))
             raise
@@ -136,9 +141,29 @@ class StoreControl(Control):
         keys = [f"gather/{name}/{rank}" for rank in range(self._size)]
         return [json.loads(self._await(k, timeout_seconds, f"{name} from rank {r}")) for r, k in enumerate(keys)]
 
-    def _await(self, key: str, timeout_seconds: float, what: str) -> str:
-        deadline, pause = time.monotonic() + timeout_seconds, 0.001
+    @contextmanager
+    def _showing_life(self, key: str, period_seconds: float) -> Iterator[None]:
+        """Change the key from time to time, from a thread, while something else goes on."""
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(period_seconds):
+                self._try(lambda: self._store.set(key, str(time.monotonic())))
+
+        thread = threading.Thread(target=beat, name="dpp-life", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def _await(self, key: str, timeout_seconds: float, what: str, life: str | None = None) -> str:
+        """Wait for a key, no longer than the bound after the last change of the key `life`."""
+        deadline, pause, last = time.monotonic() + timeout_seconds, 0.001, None
         while (text := self._get(key)) is None:
+            if life is not None and (sign := self._get(life)) != last:
+                deadline, last = time.monotonic() + timeout_seconds, sign
             if self._lost is not None:
                 raise LinkError(f"rank {self._rank} cannot get {what}: {self._lost}")
             if (fault := self.fault()) is not None:
