@@ -82,7 +82,7 @@ class Feed(Inlet):
                 yield Packet(PacketKind.SAVE, number)
             if not stopping and (last or _due(step, plan.validate_every)):
                 yield from self._evaluation(number, held_out)
-                held_out = self._held_out() if not last else None
+                held_out = None
         if plan.start >= plan.steps:
             yield from self._evaluation(number, held_out)
         yield Packet(PacketKind.END, number)
@@ -97,7 +97,8 @@ class Feed(Inlet):
             raise UsageError("validate: there is no held-out batch; give at least one, or leave validation out")
         return chain([first], batches)
 
-    def _evaluation(self, number: int, held_out: Iterator[Batch] | None) -> Iterator[Packet]:
+    def _evaluation(self, number: int, opened: Iterator[Batch] | None) -> Iterator[Packet]:
+        held_out = opened or self._held_out()
         if held_out is None:
             return
         for batch in held_out:
