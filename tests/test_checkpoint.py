@@ -243,3 +243,13 @@ def _is_pickle(content):
         return list(pickletools.genops(content)) != []
     except ValueError:
         return False
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_an_exported_file_has_the_permissions_of_any_other(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        export_safetensors(network(), tmp_path / "model.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask

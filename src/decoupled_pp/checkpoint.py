@@ -231,7 +231,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         UsageError: It is incomplete, damaged or of another format.
     """
-    remedy = f"delete {path} to go on from the one before"
+    before = [other for other in list_checkpoints(path.parent) if other.name < path.name]
+    remedy = f"delete {path} to go on from {before[-1].name}" if before else "it is the first: start anew (--overwrite)"
     try:
         first = json.loads((path / "stage-0.json").read_text())
         if first["format"] != FORMAT:
@@ -275,7 +276,10 @@ def export_safetensors(module: torch.nn.Module, path: Path) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the user's umask has it; safetensors makes files for their owner alone
         save_file(tensors, temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)
         temporary.replace(path)
     except OSError as error:
         with suppress(OSError):

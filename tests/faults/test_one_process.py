@@ -145,8 +145,18 @@ def test_a_damaged_checkpoint_is_refused_by_every_command(damage, run, capsys):
     capsys.readouterr()
     for command in (["train", "run.yaml", "--resume"], ["evaluate", run], ["export", run, "-o", "weights"]):
         assert runs.dpp(*command) == 2
-        _line(capsys, "step-00000006", "format 99" if damage is _change_the_format else "corrupt")
+        words = ["format 99"] if damage is _change_the_format else ["corrupt", "to go on from step-00000004"]
+        _line(capsys, "step-00000006", *words)
         assert runs.fingerprint(Path()) == before
+
+
+def test_the_only_checkpoint_has_no_one_before(run, capsys):
+    for step in (2, 4):
+        shutil.rmtree(run / f"checkpoints/step-{step:08d}")
+    _flip_a_byte(run)
+    capsys.readouterr()
+    assert runs.dpp("train", "run.yaml", "--resume") == 2
+    _line(capsys, "step-00000006 is corrupt", "start anew (--overwrite)")
 
 
 def test_the_remedy_for_a_damaged_checkpoint_works(run, capsys):
