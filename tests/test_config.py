@@ -45,9 +45,27 @@ BAD = [
         {"schedule": {"kind": "cos"}},
         "schedule.kind: Input should be 'constant', 'cosine', 'linear' or 'steps', not 'cos'",
     ),
-    ({"schedule": {"warmup": 5}}, "schedule.warmup 5 leaves none of training.steps 5"),
-    ({"schedule": {"milestones": [1]}}, "schedule.milestones has no effect with schedule.kind 'constant'"),
-    ({"schedule": {"kind": "steps"}}, "schedule.kind 'steps' needs schedule.milestones"),
+    (
+        {"schedule": {"kind": "cosin"}},
+        "schedule.kind: Input should be 'constant', 'cosine', 'linear' or 'steps', not 'cosin'; did you mean 'cosine'?",
+    ),
+    ({"optimizer": {"lr": float("inf")}}, "optimizer.lr: Input should be a finite number, not inf"),
+    (
+        {"optimizer": {"lr": 0.1, "arguments": {"lr": 5}}},
+        "optimizer: arguments.lr 5 would override lr 0.1; give lr alone",
+    ),
+    ({"validation": {"every": 6}}, "run.yaml: validation.every 6 is more than training.steps 5; lower it, or leave it"),
+    ({"stages": True}, "run.yaml: stages takes no yes/no value, not true; quote it if it is meant as text"),
+    (
+        {"data": {"kind": "huggingface", "path": "text", "text_column": "text"}},
+        "data: path 'text' is a builder and needs data_files, e.g. {train: 'texts/*'}; or give a folder",
+    ),
+    ({"schedule": {"warmup": 5}}, "run.yaml: schedule.warmup 5 leaves none of training.steps 5; lower the one or"),
+    (
+        {"schedule": {"milestones": [1]}},
+        "schedule.milestones has no effect with schedule.kind 'constant'; leave it out, or use kind",
+    ),
+    ({"schedule": {"kind": "steps"}}, "run.yaml: schedule.kind 'steps' needs schedule.milestones; give a list"),
     ({"training": {}}, "training.steps: required key is missing"),
     ({"training": {"steps": 1, "clip_norm": -1}}, f"training.clip_norm: {ABOVE_0} -1"),
     (
@@ -56,6 +74,11 @@ BAD = [
     ),
     ({"links": {"capacity": 0}}, f"links.capacity: {AT_LEAST_1}"),
     ({"links": {"timeout_seconds": 0}}, f"links.timeout_seconds: {ABOVE_0} 0"),
+    (
+        {"cut": "params"},
+        "cut: Input should be 'time', 'parameters' or 'uniform', not 'params'; did you mean 'parameters'?; "
+        "or give the layers per stage, e.g. [3, 2]",
+    ),
     ({"cut": [1, 2, 3]}, "cut [1, 2, 3] must have 2 entries (stages), each at least 1"),
     ({"cut": [0, 2]}, "cut [0, 2] must have 2 entries (stages), each at least 1"),
     ({"cut": "tiem"}, "cut: Input should be 'time', 'parameters' or 'uniform', not 'tiem'"),
@@ -121,6 +144,10 @@ def test_overrides_are_yaml(file):
     [
         ("training.steps", "override 'training.steps' must look like key.sub=value"),
         ("training.step=3", "training.step: unknown key, given 3; did you mean 'steps'?"),
+        ("=3", "override '=3' must look like key.sub=value"),
+        ("training.steps=many", "--set training.steps=many: training.steps: Input should be a valid integer"),
+        ("schedule.warmup=9", "--set schedule.warmup=9: schedule.warmup 9 leaves none of training.steps 5"),
+        ("model={kind: gpt, width: 3}", "--set model={kind: gpt, width: 3}: model: width 3 is not a multiple"),
         ("stages.x=3", "override 'stages.x=3': 'stages' is not a section"),
     ],
 )
@@ -137,6 +164,7 @@ def test_a_bad_override_is_one_line(file, override, text):
         (b"a: [1", "is not YAML"),
         (b"- 1\n- 2\n", "must hold a mapping of settings, not list"),
         (b"\xff\xfe\x00x", "is not YAML"),
+        (b"a: 1\nb:\n  c: 1\n  c: 2\n", "is not YAML: key 'c' is given on line 3 and again on line 4; keep one"),
     ],
 )
 def test_what_is_no_settings_file(tmp_path, content, text):
@@ -146,6 +174,14 @@ def test_what_is_no_settings_file(tmp_path, content, text):
         load_settings(path)
     assert f"{path} {text}" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_only_the_override_at_fault_is_named(file):
+    with pytest.raises(UsageError, match=r"^--set model.width=0: model.width: "):
+        load_settings(file, ("seed=1", "model.width=0", "stages=3"))
+    with pytest.raises(UsageError, match=rf"^{file}: training.steps: "):
+        file.write_text(file.read_text().replace("steps: 5", "steps: 0"))
+        load_settings(file, ("seed=1",))
 
 
 def test_a_file_that_is_not_there(tmp_path):

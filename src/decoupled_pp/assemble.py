@@ -33,7 +33,8 @@ from decoupled_pp.metrics import StageMeter
 from decoupled_pp.optim import OptimizerFactory, build_optimizers
 from decoupled_pp.partitioning.layers import critic_context, trace
 from decoupled_pp.runtime import Nowhere, Worker
-from decoupled_pp.settings import CriticSettings, OptimizerSettings, ScheduleSettings
+from decoupled_pp.sections import CriticSettings
+from decoupled_pp.settings import OptimizerSettings, ScheduleSettings
 from decoupled_pp.stage import Stage, StageOptions
 
 CriticChoice: TypeAlias = "str | dict[str, Any] | CriticSettings | nn.Module | Sequence[nn.Module] | CriticBuilder"
@@ -114,7 +115,7 @@ def _checked(validate: Callable[[], Any], section: str) -> Any:
     try:
         return validate()
     except ValidationError as error:
-        raise UsageError(f"{section}: {explain(error)}") from None
+        raise UsageError(explain(error, section)) from None
 
 
 def critic_contexts(plan: Plan) -> list[CriticContext]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,7 +12,9 @@ import yaml
 from pydantic import ValidationError
 
 from decoupled_pp.contracts import UsageError
-from decoupled_pp.settings import CriticSettings, DataSettings, ModelSettings, Section, Settings
+from decoupled_pp.sections import CriticSettings, DataSettings, ModelSettings, Section
+from decoupled_pp.settings import Settings
+from decoupled_pp.yaml_text import read_yaml
 
 
 def load_settings(path: str | Path, overrides: tuple[str, ...] = ()) -> Settings:
@@ -21,7 +25,7 @@ def load_settings(path: str | Path, overrides: tuple[str, ...] = ()) -> Settings
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(
             f"cannot read the configuration {path}: {error.strerror}; give the path of a YAML file"
@@ -32,7 +36,11 @@ def load_settings(path: str | Path, overrides: tuple[str, ...] = ()) -> Settings
         raise UsageError(f"{path} must hold a mapping of settings, not {type(raw).__name__}")
     for override in overrides:
         _apply(raw, override)
-    return check_settings(raw, str(path))
+    try:
+        return Settings.model_validate(raw)
+    except ValidationError as error:
+        text = explain(error)
+        raise UsageError(f"{_source(text, str(path), overrides)}: {text}") from None
 
 
 def check_settings(raw: dict[str, Any], source: str = "settings") -> Settings:
@@ -43,9 +51,20 @@ def check_settings(raw: dict[str, Any], source: str = "settings") -> Settings:
         raise UsageError(f"{source}: {explain(error)}") from None
 
 
+def _source(text: str, path: str, overrides: tuple[str, ...]) -> str:
+    """Where the key of a fault was given: the last override whose key the text names, else the file."""
+    for override in reversed(overrides):
+        key, _, _ = override.partition("=")
+        section, _, last = key.rpartition(".")
+        inside = rf"{re.escape(section)}: .*(?<![\w.]){re.escape(last)}(?!\w)"  # "model: width 10 is not ..."
+        if re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", text) or re.match(inside, text):
+            return f"--set {override}"
+    return path
+
+
 def _apply(raw: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
-    if not equals:
+    if not equals or not all(key.split(".")):
         raise UsageError(f"override {override!r} must look like key.sub=value")
     *path, last = key.split(".")
     section = raw
@@ -54,22 +73,26 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         if not isinstance(section, dict):
             raise UsageError(f"override {override!r}: {name!r} is not a section")
     try:
-        section[last] = yaml.safe_load(value)
+        section[last] = read_yaml(value)
     except yaml.YAMLError:
         raise UsageError(f"override {override!r}: {value!r} is not YAML; quote it or correct it") from None
 
 
-def explain(error: ValidationError) -> str:
-    """The first fault of a failed check, in one line: where, what, which value, what would be right."""
-    fault = error.errors()[0]
-    path = [str(part) for part in fault["loc"]]
-    tags = _kinds()
-    shown = ".".join(part for at, part in enumerate(path) if not (part in tags and at > 0 and path[at - 1] in _UNIONS))
-    others = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+def explain(error: ValidationError, section: str | None = None) -> str:
+    """The first fault of a failed check, in one line: where, what, which value, what would be right.
+
+    Args:
+        error: What the check of `Settings`, or of a section alone, raised.
+        section: The key of that section.
+    """
+    paths = [[*([section] if section else []), *map(str, fault["loc"])] for fault in error.errors()]
+    fault, path, shown = error.errors()[0], paths[0], _shown(paths[0])
+    more = len({_shown(path) for path in paths}) - 1
+    others = f" (and {more} more)" if more else ""
     value = fault.get("input")
     if fault["type"] == "extra_forbidden":
         known = _keys_at(path[:-1])
-        remedy = _suggest(path[-1], known) or f"; use one of {', '.join(known)}"
+        remedy = did_you_mean(path[-1], known) or f"; use one of {', '.join(known)}"
         return f"{shown}: unknown key, given {value!r}{remedy}{others}"
     if fault["type"] == "missing":
         return f"{shown}: required key is missing; give it a value{others}"
@@ -77,13 +100,21 @@ def explain(error: ValidationError) -> str:
         kinds = [tag.strip("' ") for tag in fault.get("ctx", {}).get("expected_tags", "").split(",") if tag]
         kind = value.get("kind") if isinstance(value, dict) else value
         choice = f"; one of {', '.join(kinds)}" if kinds else "; a section with a `kind` is needed"
-        return f"{shown}.kind: {kind!r} is not known{_suggest(str(kind), kinds)}{choice}{others}"
+        return f"{shown}.kind: {kind!r} is not known{did_you_mean(str(kind), kinds)}{choice}{others}"
     message = fault["msg"].removeprefix("Value error, ")
-    return (
-        f"{shown}: {message}, not {value!r}{others}"
-        if fault["type"] != "value_error"
-        else f"{shown or 'settings'}: {message}{others}"
-    )
+    if fault["type"] == "value_error":  # of a section as a whole; of all settings, the message begins with the key
+        return f"{shown}: {message}{others}" if shown else f"{message}{others}"
+    if fault["type"] == "literal_error":
+        remedy = did_you_mean(str(value), re.findall(r"'([^']*)'", fault["ctx"]["expected"]))
+        remedy += "; or give the layers per stage, e.g. [3, 2]" if shown == "cut" else ""
+        return f"{shown}: {message}, not {value!r}{remedy}{others}"
+    return f"{shown}: {message}, not {value!r}{others}"
+
+
+def _shown(path: list[str]) -> str:
+    """A path as a user writes it: without the tags that tell which member of a union was tried."""
+    tags = _kinds()
+    return ".".join(part for at, part in enumerate(path) if not (part in tags and at > 0 and path[at - 1] in _UNIONS))
 
 
 _UNIONS = {"model", "data", "critic", "cut"}
@@ -114,6 +145,7 @@ def _keys_at(path: list[str]) -> list[str]:
     return sorted({key for section in sections for key in section.model_fields})
 
 
-def _suggest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The known word that is most like `word`, as the end of an error text; empty if none is like it."""
+    close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

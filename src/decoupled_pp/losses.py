@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from decoupled_pp.config import did_you_mean
 from decoupled_pp.contracts import Loss, Payload, UsageError, as_tuple
 from decoupled_pp.factory import import_factory
 
@@ -54,7 +55,8 @@ def find_loss(choice: str | Loss) -> Loss:
         return _NAMED[choice]
     if ":" in choice:
         return cast(Loss, import_factory(choice, "loss"))
-    raise UsageError(f"loss: {choice!r} is not known; one of {', '.join(_NAMED)}, or package.module:function")
+    remedy = f"{did_you_mean(choice, _NAMED)}; one of {', '.join(_NAMED)}, or package.module:function"
+    raise UsageError(f"loss: {choice!r} is not known{remedy}")
 
 
 class ExitScore:

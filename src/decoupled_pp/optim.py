@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
@@ -11,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from decoupled_pp.config import did_you_mean
 from decoupled_pp.contracts import UsageError
 from decoupled_pp.factory import call_factory
 from decoupled_pp.settings import OptimizerSettings, ScheduleSettings
@@ -42,12 +44,27 @@ def build_optimizers(
     if ":" in choice.kind:
         return [_checked(call_factory(choice.kind, "optimizer.kind", parameters, **arguments), choice.kind)]
     kind = find_optimizer(choice.kind)
+    _check_arguments(kind, choice.arguments)
     try:
         if choice.kind == "Muon":
             return _muon(kind, parameters, hidden_matrices(trunk, owns_head), arguments)
         return [kind(parameters, **arguments)]
     except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"optimizer: torch.optim.{choice.kind} refuses {arguments}: {error}") from error
+
+
+def _check_arguments(kind: type[Optimizer], arguments: dict[str, Any]) -> None:
+    """Raises UsageError for what torch's own checks miss or do not explain: unknown names, values of another form."""
+    known = {key: p.default for key, p in inspect.signature(kind).parameters.items() if key not in ("params", "lr")}
+    for key, value in arguments.items():
+        where = f"optimizer.arguments.{key}: torch.optim.{kind.__name__}"
+        if key not in known:
+            raise UsageError(f"{where} has no such argument{did_you_mean(key, known)}; one of {', '.join(known)}")
+        default = known[key]
+        if isinstance(default, tuple) and not (isinstance(value, list | tuple) and len(value) == len(default)):
+            raise UsageError(f"{where} takes a list of {len(default)} like {list(default)}, not {value!r}")
+        if isinstance(default, float) and not isinstance(value, int | float | torch.Tensor):
+            raise UsageError(f"{where} takes a number like {default}, not {value!r}")
 
 
 def find_optimizer(name: str) -> type[Optimizer]:
@@ -64,7 +81,8 @@ def find_optimizer(name: str) -> type[Optimizer]:
             for key, value in vars(torch.optim).items()
             if isinstance(value, type) and issubclass(value, Optimizer) and key not in unfit
         )
-        raise UsageError(f"optimizer.kind: torch.optim has no usable {name!r} here; one of {', '.join(known)}")
+        remedy = f"{did_you_mean(name, known)}; one of {', '.join(known)}"
+        raise UsageError(f"optimizer.kind: torch.optim has no usable {name!r} here{remedy}")
     return found
 
 

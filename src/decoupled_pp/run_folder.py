@@ -8,14 +8,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from decoupled_pp.checkpoint import list_checkpoints, remove_incomplete, write_atomically
 from decoupled_pp.contracts import DataInfo, Record, Report, UsageError
 from decoupled_pp.plots import plot_losses, plot_timeline
 from decoupled_pp.runlog import METRICS_FILE, read_records
 from decoupled_pp.settings import Settings
 from decoupled_pp.trace import write_trace
+from decoupled_pp.yaml_text import write_yaml
 
 CONFIG_FILE = "config.yaml"
 INFO_FILE = "data.json"
@@ -92,7 +91,7 @@ def write_config(folder: Path, settings: Settings, sizes: tuple[int, ...] | None
     """The resolved settings of the run, or of the last that went on with it, with its cut if it is cut."""
     resolved: dict[str, Any] = settings.model_dump()
     resolved["cut"] = list(sizes) if sizes is not None else settings.cut
-    write_atomically(folder / CONFIG_FILE, yaml.safe_dump(resolved, sort_keys=False))
+    write_atomically(folder / CONFIG_FILE, write_yaml(resolved))
 
 
 def write_info(folder: Path, info: DataInfo) -> None:

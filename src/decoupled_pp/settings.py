@@ -1,246 +1,13 @@
-"""Every setting of a run: typed, documented field by field, checked together."""
+"""Every setting of a run: typed, documented field by field, checked together; those with a `kind` in `sections.py`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, yes/no is no number, settings do not change after the check."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _yes_is_no_number(cls, values: Any) -> Any:
-        for key, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, bool) and key in cls.model_fields and cls.model_fields[key].annotation is not bool:
-                raise ValueError(f"{key} takes no yes/no value, not {str(value).lower()}")
-        return values
-
-
-class Factory(Section):
-    """Something of your own, made by a function that is named here."""
-
-    kind: Literal["factory"]
-    factory: str
-    """`package.module:function`."""
-    arguments: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments for the function."""
-
-
-# ---------------------------------------------------------------------------------------------------------- model
-
-
-class GptModel(Section):
-    """Byte/BPE GPT: pre-norm decoder with causal attention. Layers: embedding, `depth` blocks, head."""
-
-    kind: Literal["gpt"]
-    width: int = Field(128, ge=1)
-    """Width of the residual stream; a multiple of `heads`."""
-    depth: int = Field(4, ge=1)
-    """Number of transformer blocks."""
-    heads: int = Field(4, ge=1)
-    """Attention heads per block."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout probability after embedding, attention and MLP."""
-
-    @model_validator(mode="after")
-    def _width_divides(self) -> GptModel:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        return self
-
-
-class ResnetModel(Section):
-    """CIFAR ResNet (He et al. 2016, section 4.2): stem, (depth-2)/2 basic blocks in three widths, head."""
-
-    kind: Literal["resnet"]
-    depth: Literal[8, 14, 20, 26, 32, 44, 56, 110] = 20
-    """Number of weighted layers, 6n+2."""
-    width: int = Field(16, ge=1)
-    """Channels of the first of the three groups of blocks; each next group has twice as many."""
-
-
-class VggModel(Section):
-    """The VGG-like network of local critic training (Lee & Lee 2019): 11 3x3 convolutions in four widths and a head."""
-
-    kind: Literal["vgg"]
-    width: int = Field(64, ge=1)
-    """Channels of the first group (paper: 64); each next group has twice as many."""
-
-
-class MlpModel(Section):
-    """Multi-layer perceptron on the flattened input."""
-
-    kind: Literal["mlp"]
-    width: int = Field(256, ge=1)
-    """Units per hidden layer."""
-    depth: int = Field(4, ge=1)
-    """Number of hidden layers."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout probability after every hidden layer."""
-
-
-class FactoryModel(Factory):
-    """Your own network: `function(info, **arguments)` returns an `nn.Sequential` or a list of layers (`DataInfo`)."""
-
-
-ModelSettings = Annotated[GptModel | ResnetModel | VggModel | MlpModel | FactoryModel, Field(discriminator="kind")]
-
-
-# ----------------------------------------------------------------------------------------------------------- data
-
-
-class BatchSettings(Section):
-    """What every data set shares."""
-
-    batch_size: int = Field(32, ge=1)
-    """Samples per packet (micro-batch)."""
-    validation_batch_size: int | None = Field(None, ge=1)
-    """Samples per packet in validation; default: `batch_size`."""
-
-
-class ImageSettings(BatchSettings):
-    """What image data sets share."""
-
-    augment: bool = False
-    """Standard augmentation of training images: pad by 4 and crop at random, flip left-right at random."""
-
-
-class TokenSettings(BatchSettings):
-    """What token data sets share."""
-
-    context: int = Field(128, ge=1)
-    """Tokens per sample."""
-    validation_fraction: float = Field(0.1, gt=0, lt=1)
-    """Share of the files (or, for a single file, of the text) held out for validation."""
-
-
-class DigitsData(BatchSettings):
-    """scikit-learn's digits: 1797 real 8x8 scans, 10 classes (ships with scikit-learn)."""
-
-    kind: Literal["digits"]
-    validation_fraction: float = Field(0.2, gt=0, lt=1)
-    """Share of the scans held out for validation."""
-
-
-class PythonSourceData(TokenSettings):
-    """Bytes of the Python standard library on this machine: real text, no download, vocabulary 256."""
-
-    kind: Literal["python_source"]
-
-
-class TextData(TokenSettings):
-    """Any text files, as bytes or through a tokenizer."""
-
-    kind: Literal["text"]
-    files: list[str] = Field(min_length=1)
-    """Glob patterns of the files, relative to the working directory; `**` is recursive."""
-    tokenizer: str | None = None
-    """A Hugging Face `tokenizers` file, or a folder with GPT-2's `encoder.json` and `vocab.bpe`; default: bytes."""
-
-
-class IdxData(ImageSettings):
-    """MNIST / Fashion-MNIST: the four IDX files (`train-images-idx3-ubyte` ..., plain or .gz) of one folder."""
-
-    kind: Literal["idx"]
-    folder: str
-    """Folder of the four files."""
-
-
-class CifarBinaryData(ImageSettings):
-    """CIFAR-10: the official binary records (`data_batch_1.bin` .. `data_batch_5.bin`, `test_batch.bin`)."""
-
-    kind: Literal["cifar_binary"]
-    folder: str
-    """Folder of the files."""
-
-
-class HuggingFaceData(TokenSettings):
-    """A Hugging Face `datasets` text or image data set (extra `hf`), streamed or loaded."""
-
-    kind: Literal["huggingface"]
-    path: str
-    """Name on the hub, a local folder, or a builder name such as `json`, `text`, `parquet`, `imagefolder`."""
-    config: str | None = None
-    """Configuration name of the data set."""
-    data_files: dict[str, str | list[str]] | None = None
-    """Files per split for a builder name, as in `datasets.load_dataset`."""
-    streaming: bool = False
-    """Read on the fly instead of loading first; shuffled in a buffer."""
-    train_split: str = "train"
-    """Split to train on."""
-    validation_split: str | None = None
-    """Split to validate on; default: hold out `validation_fraction` of the train split (not with streaming)."""
-    text_column: str | None = None
-    """Column with text: a token data set."""
-    tokenizer: str | None = None
-    """As in `text`; default: bytes."""
-    image_column: str | None = None
-    """Column with images: an image data set."""
-    label_column: str = "label"
-    """Column with integer class labels, for images."""
-    shuffle_buffer: int = Field(1000, ge=1)
-    """Samples in the shuffle buffer when streaming."""
-
-    @model_validator(mode="after")
-    def _one_column(self) -> HuggingFaceData:
-        if (self.text_column is None) == (self.image_column is None):
-            raise ValueError("give exactly one of text_column and image_column")
-        return self
-
-
-class FactoryData(BatchSettings, Factory):
-    """Your own data: `function(settings, seed, **arguments)` returns a `decoupled_pp.Data`; `settings` is this one."""
-
-
-DataSettings = Annotated[
-    DigitsData | PythonSourceData | TextData | IdxData | CifarBinaryData | HuggingFaceData | FactoryData,
-    Field(discriminator="kind"),
-]
-
-
-# --------------------------------------------------------------------------------------------------------- critic
-
-
-class HeadCritic(Section):
-    """Pool + linear; for tokens norm + vocabulary projection. The cheapest critic."""
-
-    kind: Literal["head"] = "head"
-
-
-class MlpSrCritic(Section):
-    """Spatially reduced MLP head of decoupled greedy learning (Belilovsky et al. 2020); images and vectors."""
-
-    kind: Literal["mlp_sr"]
-    convolutions: int = Field(3, ge=0)
-    """1x1 convolutions after the spatial reduction (paper: 3)."""
-    linears: int = Field(3, ge=0)
-    """Hidden linear layers before the output layer (paper: 3)."""
-
-
-class AuglocalCritic(Section):
-    """A fresh copy of layers sampled uniformly from those above the stage, then the head (AugLocal, Ma et al. 2024)."""
-
-    kind: Literal["auglocal"]
-    depth: int = Field(2, ge=1)
-    """Sampled layers of the critic of the first stage (d)."""
-    pyramid: float = Field(0.5, ge=0, le=1)
-    """Share of `depth` taken off linearly towards the last critic (c in the paper)."""
-
-
-class FactoryCritic(Factory):
-    """Your own critic: `function(context, **arguments)` builds an `nn.Module` from stage output to logits."""
-
-
-CriticSettings = Annotated[HeadCritic | MlpSrCritic | AuglocalCritic | FactoryCritic, Field(discriminator="kind")]
-
-
-# ------------------------------------------------------------------------------------------------------- training
+from decoupled_pp.sections import CriticSettings, DataSettings, HeadCritic, ModelSettings, Section
 
 
 class OptimizerSettings(Section):
@@ -251,7 +18,13 @@ class OptimizerSettings(Section):
     lr: float = Field(1e-3, gt=0)
     """Learning rate."""
     arguments: dict[str, Any] = Field(default_factory=dict)
-    """Further keyword arguments of the class, e.g. `{weight_decay: 0.1, betas: [0.9, 0.95]}`."""
+    """Further keyword arguments of the class, e.g. `{weight_decay: 0.1, betas: [0.9, 0.95]}`; `lr` has its own key."""
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> OptimizerSettings:
+        if "lr" in self.arguments:
+            raise ValueError(f"arguments.lr {self.arguments['lr']} would override lr {self.lr}; give lr alone")
+        return self
 
 
 class ScheduleSettings(Section):
@@ -397,17 +170,28 @@ class Settings(Section):
     @model_validator(mode="after")
     def _together(self) -> Settings:
         if isinstance(self.cut, list) and (len(self.cut) != self.stages or min(self.cut, default=0) < 1):
-            raise ValueError(f"cut {self.cut} must have {self.stages} entries (stages), each at least 1")
+            raise ValueError(
+                f"cut {self.cut} must have {self.stages} entries (stages), each at least 1; list the layers per stage"
+            )
         if self.schedule.warmup >= self.training.steps:
             raise ValueError(
-                f"schedule.warmup {self.schedule.warmup} leaves none of training.steps {self.training.steps}"
+                f"schedule.warmup {self.schedule.warmup} leaves none of training.steps {self.training.steps}; "
+                "lower the one or raise the other"
+            )
+        if (self.validation.every or 0) > self.training.steps:
+            raise ValueError(
+                f"validation.every {self.validation.every} is more than training.steps {self.training.steps}; "
+                "lower it, or leave it out (null) to validate only at the end"
             )
         if self.schedule.kind == "steps" and not self.schedule.milestones:
-            raise ValueError("schedule.kind 'steps' needs schedule.milestones")
+            raise ValueError("schedule.kind 'steps' needs schedule.milestones; give a list of steps")
         for key, kinds in (("factor", ("steps",)), ("milestones", ("steps",)), ("final", ("cosine", "linear"))):
             changed = getattr(self.schedule, key) != getattr(ScheduleSettings(), key)
             if changed and self.schedule.kind not in kinds:
-                raise ValueError(f"schedule.{key} has no effect with schedule.kind {self.schedule.kind!r}")
+                raise ValueError(
+                    f"schedule.{key} has no effect with schedule.kind {self.schedule.kind!r}; "
+                    f"leave it out, or use kind {' or '.join(kinds)}"
+                )
         return self
 
     @property

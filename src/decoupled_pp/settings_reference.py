@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from decoupled_pp.settings import Section, Settings
+from decoupled_pp.sections import Section
+from decoupled_pp.settings import Settings
 
 INTRODUCTION = """\
 # Configuration

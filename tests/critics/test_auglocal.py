@@ -10,7 +10,7 @@ from decoupled_pp.contracts import CriticContext, DataInfo, UsageError
 from decoupled_pp.critics import build_critic, check_critic
 from decoupled_pp.critics.auglocal import pyramidal_depth, sampled_indices
 from decoupled_pp.models import build_model
-from decoupled_pp.settings import AuglocalCritic, GptModel, ResnetModel, VggModel
+from decoupled_pp.sections import AuglocalCritic, GptModel, ResnetModel, VggModel
 
 
 def builder(depth, pyramid=0.5):

@@ -6,7 +6,7 @@ from torch import nn
 
 from decoupled_pp.contracts import CriticContext, UsageError
 from decoupled_pp.critics import build_critic, check_critic
-from decoupled_pp.settings import FactoryCritic, HeadCritic, MlpSrCritic
+from decoupled_pp.sections import FactoryCritic, HeadCritic, MlpSrCritic
 
 
 def context(hidden, output, stage=0):

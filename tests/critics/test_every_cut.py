@@ -6,15 +6,7 @@ import torch
 from decoupled_pp.contracts import DataInfo, UsageError
 from decoupled_pp.critics import build_critic, check_critic
 from decoupled_pp.models import build_model
-from decoupled_pp.settings import (
-    AuglocalCritic,
-    GptModel,
-    HeadCritic,
-    MlpModel,
-    MlpSrCritic,
-    ResnetModel,
-    VggModel,
-)
+from decoupled_pp.sections import AuglocalCritic, GptModel, HeadCritic, MlpModel, MlpSrCritic, ResnetModel, VggModel
 
 NETWORKS = {
     "resnet": (ResnetModel(kind="resnet", depth=14, width=4), DataInfo("image", (3, 16, 16), 10)),

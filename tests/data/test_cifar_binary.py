@@ -5,7 +5,7 @@ import torch
 
 from decoupled_pp.contracts import UsageError
 from decoupled_pp.data import open_data
-from decoupled_pp.settings import CifarBinaryData
+from decoupled_pp.sections import CifarBinaryData
 
 
 def record(label, red, green, blue):

@@ -5,7 +5,7 @@ import torch
 
 from decoupled_pp.contracts import Data, DataInfo, UsageError
 from decoupled_pp.data import as_source, open_data
-from decoupled_pp.settings import FactoryData
+from decoupled_pp.sections import FactoryData
 
 
 def make(settings, seed, width):

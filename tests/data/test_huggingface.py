@@ -9,7 +9,7 @@ import torch
 
 from decoupled_pp.contracts import UsageError
 from decoupled_pp.data import open_data
-from decoupled_pp.settings import HuggingFaceData
+from decoupled_pp.sections import HuggingFaceData
 
 datasets = pytest.importorskip("datasets")
 
@@ -162,4 +162,4 @@ def test_a_text_column_without_text_is_refused(jsonl):
 def test_without_the_package_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UsageError, match=r"pip install 'decoupled_pp\[hf\]'"):
-        open_hf(text_column="body")
+        open_hf(data_files={"train": "rows.jsonl"}, text_column="body")

@@ -11,7 +11,7 @@ from decoupled_pp import Trainer, partition
 from decoupled_pp.contracts import DataInfo
 from decoupled_pp.device import seeded
 from decoupled_pp.models import build_model
-from decoupled_pp.settings import GptModel, MlpModel, ResnetModel
+from decoupled_pp.sections import GptModel, MlpModel, ResnetModel
 
 TOKENS = DataInfo("tokens", (6,), 11)
 IMAGES = DataInfo("image", (3, 8, 8), 5)

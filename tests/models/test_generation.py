@@ -6,7 +6,7 @@ from torch import nn
 
 from decoupled_pp.contracts import DataInfo, UsageError
 from decoupled_pp.models import build_model, generate
-from decoupled_pp.settings import GptModel
+from decoupled_pp.sections import GptModel
 
 
 class Successor(nn.Module):

@@ -24,7 +24,8 @@ from decoupled_pp.metrics import BUSY, StageMeter
 from decoupled_pp.models.gpt import Block, Head
 from decoupled_pp.optim import build_optimizers, build_schedules
 from decoupled_pp.runtime import Nowhere, Worker, run
-from decoupled_pp.settings import HeadCritic, OptimizerSettings, ScheduleSettings
+from decoupled_pp.sections import HeadCritic
+from decoupled_pp.settings import OptimizerSettings, ScheduleSettings
 from decoupled_pp.stage import Stage, StageOptions
 
 ADAMW = OptimizerSettings(kind="AdamW", lr=1e-4, arguments={"fused": True})

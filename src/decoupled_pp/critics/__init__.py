@@ -14,7 +14,7 @@ from decoupled_pp.critics.check import check_critic
 from decoupled_pp.critics.factory import build_from_factory
 from decoupled_pp.critics.head import build_head
 from decoupled_pp.critics.mlp_sr import build_mlp_sr
-from decoupled_pp.settings import CriticSettings
+from decoupled_pp.sections import CriticSettings
 
 __all__ = ["KINDS", "build_critic", "check_critic"]
 

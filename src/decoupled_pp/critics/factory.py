@@ -6,7 +6,7 @@ from torch import nn
 
 from decoupled_pp.contracts import CriticContext, UsageError
 from decoupled_pp.factory import call_factory
-from decoupled_pp.settings import FactoryCritic
+from decoupled_pp.sections import FactoryCritic
 
 
 def build_from_factory(settings: FactoryCritic, context: CriticContext) -> nn.Module:

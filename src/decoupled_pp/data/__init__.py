@@ -13,7 +13,7 @@ from decoupled_pp.data.huggingface import open_huggingface
 from decoupled_pp.data.idx import open_idx
 from decoupled_pp.data.iterables import ListedBatches, as_source
 from decoupled_pp.data.text import open_python_source, open_text
-from decoupled_pp.settings import DataSettings
+from decoupled_pp.sections import DataSettings
 
 KINDS: dict[str, Callable[[Any, int], Data]] = {
     "digits": open_digits,

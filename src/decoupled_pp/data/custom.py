@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from decoupled_pp.contracts import Data, UsageError
 from decoupled_pp.factory import call_factory
-from decoupled_pp.settings import FactoryData
+from decoupled_pp.sections import FactoryData
 
 
 def open_custom(settings: FactoryData, seed: int) -> Data:

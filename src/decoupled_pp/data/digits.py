@@ -7,7 +7,7 @@ import torch
 from decoupled_pp.contracts import Data
 from decoupled_pp.data.images import Pixels, image_info, open_pixels
 from decoupled_pp.data.splits import stratified_split
-from decoupled_pp.settings import DigitsData
+from decoupled_pp.sections import DigitsData
 
 
 def open_digits(settings: DigitsData, seed: int) -> Data:

@@ -9,7 +9,7 @@ from decoupled_pp.contracts import Data, UsageError
 from decoupled_pp.data.huggingface_images import open_image_rows
 from decoupled_pp.data.huggingface_text import open_text_rows
 from decoupled_pp.data.streams import Rows
-from decoupled_pp.settings import HuggingFaceData
+from decoupled_pp.sections import HuggingFaceData
 
 
 def open_huggingface(settings: HuggingFaceData, seed: int) -> Data:

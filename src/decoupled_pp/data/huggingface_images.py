@@ -14,7 +14,7 @@ from decoupled_pp.data.batches import Samples, TrainingBatches, ValidationBatche
 from decoupled_pp.data.images import image_info
 from decoupled_pp.data.splits import random_split
 from decoupled_pp.data.streams import Rows, Sample, shuffled, stream_sources
-from decoupled_pp.settings import HuggingFaceData
+from decoupled_pp.sections import HuggingFaceData
 
 
 def open_image_rows(settings: HuggingFaceData, seed: int, train: Rows, validation: Rows | None) -> Data:

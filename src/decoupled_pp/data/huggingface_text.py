@@ -11,7 +11,7 @@ from decoupled_pp.data.seeds import Purpose, mixed_seed
 from decoupled_pp.data.streams import Rows, Sample, shuffled, stream_sources, windows
 from decoupled_pp.data.tokens import Corpus, open_tokens, split_corpus, token_info, whole
 from decoupled_pp.data.vocabulary import Vocabulary, open_vocabulary
-from decoupled_pp.settings import HuggingFaceData
+from decoupled_pp.sections import HuggingFaceData
 
 _ROWS_AT_ONCE = 1000
 

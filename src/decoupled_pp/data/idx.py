@@ -13,7 +13,7 @@ from torch import Tensor
 
 from decoupled_pp.contracts import Data, UsageError
 from decoupled_pp.data.images import Pixels, image_info, open_pixels
-from decoupled_pp.settings import IdxData
+from decoupled_pp.sections import IdxData
 
 _CHUNK = 1 << 20
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from decoupled_pp.contracts import Batch, Data, DataInfo, first_tensor
 from decoupled_pp.data.batches import Samples, TrainingBatches, ValidationBatches
-from decoupled_pp.settings import BatchSettings
+from decoupled_pp.sections import BatchSettings
 
 PADDING = 4
 

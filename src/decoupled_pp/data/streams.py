@@ -11,7 +11,7 @@ from torch import Tensor
 
 from decoupled_pp.contracts import Batch, BatchSource, UsageError
 from decoupled_pp.data.seeds import Purpose, mixed_seed
-from decoupled_pp.settings import HuggingFaceData
+from decoupled_pp.sections import HuggingFaceData
 
 Sample: TypeAlias = tuple[Tensor, Tensor]
 """(input, target) without the batch dimension."""

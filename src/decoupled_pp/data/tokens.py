@@ -23,7 +23,7 @@ from decoupled_pp.data.batches import Samples, TrainingBatches, ValidationBatche
 from decoupled_pp.data.seeds import Purpose, mixed_seed
 from decoupled_pp.data.splits import random_split
 from decoupled_pp.data.vocabulary import Vocabulary
-from decoupled_pp.settings import TokenSettings
+from decoupled_pp.sections import TokenSettings
 
 ReadTokens: TypeAlias = Callable[[], Tensor]
 """Reads the token ids (N,) of one part of the data."""

@@ -14,7 +14,7 @@ from decoupled_pp.models.gpt import build_gpt
 from decoupled_pp.models.mlp import build_mlp
 from decoupled_pp.models.resnet import build_resnet
 from decoupled_pp.models.vgg import build_vgg
-from decoupled_pp.settings import ModelSettings
+from decoupled_pp.sections import ModelSettings
 
 __all__ = ["KINDS", "build_model", "generate"]
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from decoupled_pp.contracts import DataInfo, UsageError
 from decoupled_pp.factory import call_factory
-from decoupled_pp.settings import FactoryModel
+from decoupled_pp.sections import FactoryModel
 
 
 def build_from_factory(settings: FactoryModel, info: DataInfo) -> nn.Sequential:

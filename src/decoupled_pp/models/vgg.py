@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from decoupled_pp.contracts import DataInfo
 from decoupled_pp.models.fit import expect_form
-from decoupled_pp.settings import VggModel
+from decoupled_pp.sections import VggModel
 
 GROUPS = (2, 3, 3, 3)
 """Convolutions per group; every group doubles the channels, and all but the first begin with stride 2."""
