@@ -234,7 +234,7 @@ def _refused(folder):
         open_checkpoint(folder / "step-00000004")
     line = str(caught.value)
     assert line.startswith(f"checkpoint {folder / 'step-00000004'} is corrupt: ")
-    assert "to go on from the one before" in line
+    assert "to go on from step-00000002" in line
     assert "\n" not in line
 
 

@@ -74,7 +74,7 @@ def save_stage(folder: Path, stage: Stage, plan: Plan, packet: int, *, keep: int
         if parameter.requires_grad and not bool(parameter.isfinite().all()):
             raise TrainingError(
                 f"stage {stage.index}: {name} is not finite after packet {packet - 1}; lower the learning rate, or "
-                "clip gradients (training.clip_norm); the last checkpoint is kept"
+                "clip gradients (training.clip_norm)"
             )
     partial = _partial(_final(folder, stage.updates))
     part = partial / f"stage-{stage.index}"

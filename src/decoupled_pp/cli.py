@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from decoupled_pp.contracts import PeerError, TrainingError, UsageError
+from decoupled_pp.contracts import LAUNCHER_GONE, PeerError, TrainingError, UsageError
 
 if TYPE_CHECKING:
     from decoupled_pp.settings import Settings
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(arguments: Sequence[str] | None) -> int:
     """Run the command; what the user can mend is one line on stderr, what they cannot is a traceback."""
     from decoupled_pp import environment
-    from decoupled_pp.watch import Terminated
+    from decoupled_pp.watch import Terminated, is_termination
 
     rank, several = environment.rank(), environment.world_size() > 1
     try:
@@ -39,8 +40,9 @@ def _run(arguments: Sequence[str] | None) -> int:
         return command(chosen)
     except PeerError as error:
         if not error.fault.usage:  # bad input is said once, by the rank that found it
-            _say(f"rank {rank}: ended because of another rank: {error}")
-        return USAGE if error.fault.usage else FAILED
+            fault, _, _ = str(error).partition("; ")  # that rank says the remedy
+            _say(f"rank {rank}: ended because of rank {error.fault.rank}: {fault}")
+        return USAGE if error.fault.usage else TERMINATED if is_termination(error.fault) else FAILED
     except UsageError as error:
         _say_once(error)
         return USAGE
@@ -50,9 +52,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     except TrainingError as error:
         _say(f"rank {rank}: {error}" if several else str(error))
         return FAILED
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if rank == 0:
-            _say("interrupted; nothing was saved since the last checkpoint")
+            _say("; ".join(["interrupted", *map(str, error.args)]))
         return INTERRUPTED
 
 
@@ -139,7 +141,8 @@ def _train(chosen: argparse.Namespace) -> int:
         )
     if chosen.ranks is not None and chosen.ranks > 1:
         return _launch_train(chosen, settings)
-    outcome = run_rank(settings, resume=chosen.resume, overwrite=chosen.overwrite)
+    with _saying_how_to_go_on(chosen, settings):
+        outcome = run_rank(settings, resume=chosen.resume, overwrite=chosen.overwrite)
     if outcome.report.stopped:
         if outcome.rank == 0:
             ranks = environment.world_size()
@@ -152,8 +155,45 @@ def _train(chosen: argparse.Namespace) -> int:
     return 0
 
 
+@contextmanager
+def _saying_how_to_go_on(chosen: argparse.Namespace, settings: Settings) -> Iterator[None]:
+    """A failure in here ends with what is saved and how to go on, unless `_launch_train` says it for all ranks."""
+    from decoupled_pp import environment
+
+    try:
+        yield
+    except PeerError:
+        raise
+    except TrainingError as error:
+        if environment.launched_by_dpp() and LAUNCHER_GONE not in str(error):
+            raise
+        raise type(error)(f"{error}; {_how_to_go_on(chosen, settings, environment.world_size())}") from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_go_on(chosen, settings, environment.world_size())) from None
+
+
+def _how_to_go_on(chosen: argparse.Namespace, settings: Settings, ranks: int) -> str:
+    """The newest checkpoint of the run, and the command that goes on from it."""
+    from decoupled_pp import environment
+    from decoupled_pp.checkpoint import list_checkpoints, remove_incomplete
+    from decoupled_pp.run_folder import CHECKPOINTS
+
+    folder = settings.folder / CHECKPOINTS
+    if not environment.under_torchrun():  # else another rank may still be writing
+        remove_incomplete(folder)
+    found = list_checkpoints(folder)
+    if not found:
+        return "no checkpoint was saved"
+    step = int(found[-1].name.removeprefix("step-"))
+    return f"the checkpoint at step {step} is kept; go on with: {_again(chosen, ranks)}"
+
+
 def _again(chosen: argparse.Namespace, ranks: int) -> str:
     """The command line that goes on with this run."""
+    from decoupled_pp import environment
+
+    if environment.under_torchrun() and not environment.launched_by_dpp():  # we do not know that command
+        return f"the same command with --resume{' in place of --overwrite' if chosen.overwrite else ''}"
     words = ["dpp", "train", chosen.config, *(word for override in chosen.set for word in ("--set", override))]
     return shlex.join([*words, *(["--ranks", str(ranks)] if ranks > 1 else []), "--resume"])
 
@@ -166,7 +206,10 @@ def _launch_train(chosen: argparse.Namespace, settings: Settings) -> int:
     arguments = ["train", chosen.config, *(f"--set={override}" for override in chosen.set)]
     arguments += [flag for flag, given in (("--resume", chosen.resume), ("--overwrite", chosen.overwrite)) if given]
     grace_seconds = settings.links.timeout_seconds
-    return launch(arguments, chosen.ranks, max_restarts=chosen.max_restarts, grace_seconds=grace_seconds)
+    code = launch(arguments, chosen.ranks, max_restarts=chosen.max_restarts, grace_seconds=grace_seconds)
+    if code not in (0, USAGE, INTERRUPTED):
+        _say(_how_to_go_on(chosen, settings, chosen.ranks))
+    return code
 
 
 def _evaluate(chosen: argparse.Namespace) -> int:

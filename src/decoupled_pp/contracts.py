@@ -43,6 +43,10 @@ class LinkError(TrainingError):
     """A link broke or a bounded wait on it expired; the text says who waited for whom, for what, how long."""
 
 
+LAUNCHER_GONE = "the launcher is gone: its store does not answer"
+"""What a rank says whose launcher was killed: nobody else can say how to go on."""
+
+
 @dataclass(frozen=True)
 class Fault:
     """Why a run ends early.

@@ -7,6 +7,9 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+DPP_RUN = "dpp-"
+"""How the run id of a launch by `dpp train --ranks` begins."""
+
 
 def under_torchrun() -> bool:
     """Whether a launcher (torchrun, or anything that sets the same variables) started this process."""
@@ -41,6 +44,11 @@ def restart_count() -> int:
 def begin_attempt(number: int) -> None:
     """Tell the workers that this process is about to start how often it has restarted them."""
     os.environ["DPP_RESTART_COUNT"] = str(number)
+
+
+def launched_by_dpp() -> bool:
+    """Whether `dpp train --ranks` started this process, and says at the end what all ranks would say."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(DPP_RUN)
 
 
 def job() -> str:

@@ -29,14 +29,15 @@ def launch(arguments: list[str], ranks: int, *, max_restarts: int, grace_seconds
         The exit code: 0, or that of the rank that failed first, or 128 + the signal.
     """
     logging.disable(logging.ERROR)  # torch's own reports: the ranks say themselves what is wrong
-    environment.set_defaults({"OMP_NUM_THREADS": "1"})  # like torchrun; ranks set their threads by the settings
+    # The threads as by torchrun (ranks set theirs by the settings); warnings of torch's C++ come with its call stack.
+    environment.set_defaults({"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"})
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=ranks,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        run_id=uuid.uuid4().hex,  # by which a restart knows the run folder of its own job
+        run_id=environment.DPP_RUN + uuid.uuid4().hex,  # by which a restart knows the run folder of its own job
         max_restarts=0,  # restarts are counted here: torchrun's own would also repeat what cannot succeed
         monitor_interval=0.1,
         shutdown_timeout=max(1, int(grace_seconds)),
@@ -50,6 +51,8 @@ def launch(arguments: list[str], ranks: int, *, max_restarts: int, grace_seconds
                 break
         return code
     except SignalException as error:
+        if error.sigval is signal.SIGTERM:
+            sys.stderr.write("dpp: got SIGTERM, so all ranks were told to end\n")
         return SIGNAL_EXIT + int(error.sigval)
     finally:
         logging.disable(logging.NOTSET)

@@ -134,7 +134,7 @@ class StageMeter:
             if not math.isfinite(loss):
                 raise TrainingError(
                     f"stage {self._stage}: the loss is {loss} at packet {packet}; lower the learning rate, "
-                    "clip gradients (training.clip_norm), or look at the data; the last checkpoint is kept"
+                    "clip gradients (training.clip_norm), or look at the data"
                 )
         self.last_loss = sum(losses) / len(losses) if losses else None
         self._post(

@@ -13,12 +13,22 @@ from decoupled_pp.contracts import Control, Fault, LinkError, PeerError, Record,
 
 _PERIOD_SECONDS = 0.2
 _GRACE_SECONDS = 1.0
+_GRACE_PER_STAGE_SECONDS = 0.25
 _failing = threading.Event()
 """This process ends because of a failure: a SIGTERM (the launcher sends one soon) must not cut its last words short."""
 
 
 class Terminated(TrainingError):
     """This process got SIGTERM."""
+
+
+def is_termination(fault: Fault) -> bool:
+    """Whether a run ends because a rank got SIGTERM."""
+    return fault.text == str(_terminated(fault.rank))
+
+
+def _terminated(rank: int) -> Terminated:
+    return Terminated(f"rank {rank} got SIGTERM")
 
 
 class Watcher:
@@ -85,22 +95,31 @@ class Watcher:
 def explain_failure(error: Exception, control: Control, rank: int) -> Exception:
     """Tell the other ranks, and return what this rank should raise: its own error, or the fault behind it.
 
-    A broken link, or a SIGTERM from the launcher, is usually the echo of a fault elsewhere, so those wait a moment for
-    a rank that knows more.
+    A broken link, a SIGTERM from the launcher, or a loss that is not finite behind another stage is usually the echo of
+    a fault elsewhere, so those wait a moment for a rank that knows more.
     """
     _failing.set()
     if isinstance(error, PeerError):
         return error
-    echo = isinstance(error, LinkError | Terminated)
-    deadline = time.monotonic() + _GRACE_SECONDS
-    while echo and control.fault() is None and time.monotonic() < deadline:
+    told_by_itself = isinstance(error, Terminated) and control.fault() is None
+    deadline = time.monotonic() + _grace(error, rank)
+    while control.fault() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     known = isinstance(error, UsageError | TrainingError)
     text = str(error) if known else f"rank {rank}: {type(error).__name__}: {error}"
     if control.report_fault(text, usage=isinstance(error, UsageError)):
         return error
     fault = control.fault()
-    return error if fault is None else _behind(error, fault, rank)
+    if fault is None or (told_by_itself and is_termination(fault)):  # all ranks were told to end; none is at fault
+        return error
+    return _behind(error, fault, rank)
+
+
+def _grace(error: Exception, rank: int) -> float:
+    """Seconds to wait for the reason behind an error; a later stage lets an earlier one speak first."""
+    if isinstance(error, LinkError | Terminated):
+        return _GRACE_SECONDS
+    return rank * _GRACE_PER_STAGE_SECONDS if isinstance(error, TrainingError) else 0.0
 
 
 def _behind(error: Exception, fault: Fault, rank: int) -> Exception:
@@ -108,7 +127,9 @@ def _behind(error: Exception, fault: Fault, rank: int) -> Exception:
     if fault.rank == rank:  # a thread of this rank saw its link break before the launcher's SIGTERM came
         return LinkError(fault.text) if isinstance(error, Terminated) else error
     found_by_all = isinstance(error, UsageError)
-    return PeerError(fault) if found_by_all or isinstance(error, LinkError | Terminated) else error
+    came_from_before = isinstance(error, TrainingError) and fault.rank < rank  # what is not finite travels forward
+    echo = isinstance(error, LinkError | Terminated)
+    return PeerError(fault) if found_by_all or came_from_before or echo else error
 
 
 @contextmanager
@@ -129,7 +150,7 @@ def sigterm_ends(rank: int) -> Iterator[None]:
 
     def terminate(_number: int, _frame: FrameType | None) -> None:
         if not _failing.is_set():
-            raise Terminated(f"rank {rank} got SIGTERM")
+            raise _terminated(rank)
 
     _failing.clear()
     with _handler(signal.SIGTERM, terminate):

@@ -94,7 +94,8 @@ class Command:
     def __init__(self, *command):
         self._mark = f"faults-{os.getpid()}-{time.monotonic_ns()}"
         home = str(Path(__file__).parent)
-        environment = {**os.environ, "PYTHONPATH": home, "OMP_NUM_THREADS": "1", "DPP_TEST": self._mark}
+        searched = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "PYTHONPATH": searched, "OMP_NUM_THREADS": "1", "DPP_TEST": self._mark}
         self._process = subprocess.Popen(
             [sys.executable, "-m", *(str(word) for word in command)],
             env=environment,

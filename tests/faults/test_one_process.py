@@ -46,7 +46,7 @@ def _line(capsys, *words):
 def test_a_loss_that_is_not_finite(stage, behind, value, capsys):
     runs.write_settings(cut=[3, 4], model=runs.factory("not_finite", at=5, value=value, behind=behind))
     assert runs.dpp("train", "run.yaml") == 1
-    _line(capsys, f"stage {stage}: the loss is nan at packet 5", "learning rate", "checkpoint is kept")
+    _line(capsys, f"stage {stage}: the loss is nan at packet 5", "learning rate", "checkpoint at step 4 is kept")
     assert runs.checkpoint_steps() == [2, 4]
     assert runs.dpp("evaluate", runs.FOLDER) == 0
     assert runs.metrics()
@@ -57,8 +57,44 @@ def test_weights_that_are_not_finite_are_not_saved(stage, behind, capsys):
     """The last loss is finite, the step after it is not: no later loss tells."""
     runs.write_settings(cut=[3, 4], model=runs.factory("infinite_gradient", at=5, behind=behind))
     assert runs.dpp("train", "run.yaml") == 1
-    _line(capsys, f"stage {stage}: model.", "not finite after packet 5", "checkpoint is kept")
-    assert runs.checkpoint_steps() == [2, 4]
+    _line(
+        capsys,
+        f"stage {stage}: model.",
+        "not finite after packet 5",
+        "at step 4 is kept; go on with: dpp train run.yaml --resume",
+    )
+    assert runs.checkpoint_steps() == [2, 4] and not list(runs.FOLDER.glob("checkpoints/*.incomplete"))
+
+
+def test_no_checkpoint_is_promised_where_there_is_none(capsys):
+    runs.write_settings(model=runs.factory("not_finite", at=1, value="nan"))
+    assert runs.dpp("train", "run.yaml") == 1
+    _line(capsys, "the loss is nan at packet 1", "no checkpoint was saved")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--resume"]])
+def test_ctrl_c_during_start_up_says_what_there_is(arguments, run, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    if not arguments:
+        shutil.rmtree(run)
+    monkeypatch.setattr("decoupled_pp.job.run_rank", interrupted)
+    assert runs.dpp("train", "run.yaml", *arguments) == 130
+    kept = "the checkpoint at step 6 is kept; go on with: dpp train run.yaml --resume"
+    _line(capsys, f"interrupted; {kept if arguments else 'no checkpoint was saved'}\n")
+    assert run.exists() == bool(arguments)
+
+
+def test_under_torchrun_the_way_to_go_on_is_the_users_own_command(run, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("decoupled_pp.job.run_rank", interrupted)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    assert runs.dpp("train", "run.yaml", "--overwrite") == 130
+    _line(capsys, "is kept; go on with: the same command with --resume in place of --overwrite")
 
 
 def test_an_error_in_a_layer_is_a_traceback():
@@ -94,7 +130,7 @@ def test_sigterm_ends_the_run_and_keeps_the_last_checkpoint(capsys):
     runs.write_settings(model=runs.factory("dies_once", at=5, number=int(signal.SIGTERM)))
     before = signal.getsignal(signal.SIGTERM)
     assert runs.dpp("train", "run.yaml") == 143
-    _line(capsys, "rank 0 got SIGTERM")
+    _line(capsys, "rank 0 got SIGTERM", "the checkpoint at step 4 is kept", "--resume")
     assert runs.checkpoint_steps() == [2, 4] and runs.metrics()
     assert signal.getsignal(signal.SIGTERM) is before
 

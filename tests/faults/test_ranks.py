@@ -49,7 +49,7 @@ def test_a_killed_rank_is_named_by_all_others(stage, behind, tmp_path):
 def test_a_rank_that_is_told_to_end_says_so_and_ends_all(stage, behind, tmp_path):
     model = runs.factory("dies_once", at=5, number=int(signal.SIGTERM), behind=behind)
     results, said = _train(tmp_path, model)
-    assert [result.value for result in results] == [143 if rank == stage else 1 for rank in range(3)]
+    assert [result.value for result in results] == [143, 143, 143]
     assert all(f"rank {stage} got SIGTERM" in line and "\n" not in line for line in said), said
     _check_kept(5)
 
@@ -60,6 +60,8 @@ def test_a_loss_that_is_not_finite_ends_all(value, tmp_path):
     assert [result.value for result in results] == [1, 1, 1]
     assert any("stage 1: the loss is nan at packet 5" in line for line in said), said
     assert all("at packet 5" in line for line in said), said
+    assert sum("lower the learning rate" in line for line in said) == 1, said  # the remedy is said once
+    assert "ended because of rank 1: stage 1" in said[0] and "ended because of rank 1: stage 1" in said[2], said
     _check_kept(4)
 
 

@@ -28,6 +28,15 @@ def _check_kept():
     assert runs.dpp("evaluate", runs.FOLDER) == 0  # opens and verifies the newest
 
 
+def _got_sigterm(rank):
+    return f"dpp: rank {rank} got SIGTERM"
+
+
+def _go_on():
+    step = runs.checkpoint_steps()[-1]
+    return f"the checkpoint at step {step} is kept; go on with: dpp train run.yaml --ranks 2 --resume"
+
+
 def _equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -54,8 +63,22 @@ def test_sigterm_to_the_launcher_ends_all():
     command.signal(signal.SIGTERM)
     code, errors = command.wait()
     assert code == 143
-    assert "Traceback" not in errors and all("got SIGTERM" in line for line in errors.splitlines()), errors
+    *told, last = errors.splitlines()
+    assert sorted(told) == sorted(["dpp: got SIGTERM, so all ranks were told to end", *map(_got_sigterm, range(2))])
+    assert last == f"dpp: {_go_on()}"
     _check_kept()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sigterm_to_one_rank_is_the_exit_code_of_the_launch(rank):
+    command = _launch()
+    command.signal_rank(rank, signal.SIGTERM)
+    code, errors = command.wait()
+    assert code == 143
+    *said, last = errors.splitlines()
+    ended = f"dpp: rank {1 - rank}: ended because of rank {rank}: rank {rank} got SIGTERM"
+    assert sorted(said) == sorted([_got_sigterm(rank), ended])
+    assert last == f"dpp: {_go_on()}"
 
 
 def test_a_killed_rank_is_named_by_the_survivor_and_the_launcher():
@@ -64,7 +87,8 @@ def test_a_killed_rank_is_named_by_the_survivor_and_the_launcher():
     code, errors = command.wait()
     assert code == 128 + signal.SIGKILL
     lines = errors.splitlines()
-    assert len(lines) == 2 and all(line.startswith("dpp: ") for line in lines), errors
+    assert len(lines) == 3 and all(line.startswith("dpp: ") for line in lines), errors
+    assert lines[2] == f"dpp: {_go_on()}"
     assert "rank 1: stage 0 (rank 0) is gone" in lines[0] and "rank 0" in lines[1] and "SIGKILL" in lines[1]
     _check_kept()
 
@@ -77,7 +101,9 @@ def test_a_killed_launcher_leaves_no_rank_behind():
     code, errors = command.wait()
     assert code == -signal.SIGKILL
     lines = runs.said(errors)
+    assert lines == errors.splitlines()  # and no call stacks of torch's
     assert len(lines) == 2 and all("the launcher is gone: its store does not answer" in line for line in lines), errors
+    assert all(line.endswith(_go_on()) for line in lines), errors
     assert before <= runs.checkpoint_steps()[-1] < 400
     _check_kept()
 

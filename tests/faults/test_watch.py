@@ -4,9 +4,9 @@ import threading
 
 import pytest
 
-from decoupled_pp.contracts import LinkError, PeerError, UsageError
+from decoupled_pp.contracts import LinkError, PeerError, TrainingError, UsageError
 from decoupled_pp.links import LocalControl
-from decoupled_pp.watch import Terminated, Watcher, explain_failure
+from decoupled_pp.watch import Terminated, Watcher, explain_failure, is_termination
 
 
 def test_a_rank_that_is_told_to_end_waits_for_the_reason():
@@ -16,6 +16,30 @@ def test_a_rank_that_is_told_to_end_waits_for_the_reason():
     cause = explain_failure(Terminated("rank 1 got SIGTERM"), control, 1)
     late.join()
     assert isinstance(cause, PeerError) and "packet 3" in str(cause)
+
+
+def test_ranks_that_are_all_told_to_end_blame_no_rank():
+    control, error = LocalControl(), Terminated("rank 1 got SIGTERM")
+    late = threading.Timer(0.2, control.report_fault, ["rank 0 got SIGTERM"])
+    late.start()
+    assert explain_failure(error, control, 1) is error
+    late.join()
+
+
+def test_a_rank_that_is_told_to_end_because_another_was_blames_that_one():
+    control = LocalControl()
+    control.report_fault("rank 0 got SIGTERM")
+    cause = explain_failure(Terminated("rank 1 got SIGTERM"), control, 1)
+    assert isinstance(cause, PeerError) and is_termination(cause.fault)
+
+
+def test_what_is_not_finite_behind_a_stage_that_failed_is_its_echo():
+    control, error = LocalControl(), TrainingError("stage 1: the loss is nan at packet 3")
+    late = threading.Timer(0.1, control.report_fault, ["stage 0: the loss is nan at packet 3"])
+    late.start()
+    cause = explain_failure(error, control, 1)
+    late.join()
+    assert isinstance(cause, PeerError) and "stage 0" in str(cause)
 
 
 def test_a_rank_whose_link_broke_says_so_though_it_was_told_to_end():

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from decoupled_pp.contracts import Control, Fault, LinkError, PeerError, Record, UsageError
+from decoupled_pp.contracts import LAUNCHER_GONE, Control, Fault, LinkError, PeerError, Record, UsageError
 
 
 class LocalControl(Control):
@@ -184,7 +184,7 @@ class StoreControl(Control):
         try:
             return call()
         except (RuntimeError, OSError):  # DistStoreError and its kin are RuntimeErrors: the store's host is gone
-            self._lost = "the launcher is gone: its store does not answer"
+            self._lost = LAUNCHER_GONE
             return None
 
 
