@@ -54,6 +54,14 @@ def test_plain_lines_hold_every_stage_and_no_control_characters():
     assert all(letter.isprintable() and letter.isascii() for line in lines(console) for letter in line)
 
 
+def test_the_order_of_values_is_said_before_a_validation_too():
+    console = plain()
+    view = LiveView(2, 100, console, interval_seconds=0)
+    view.update([validation(0, 10), validation(1, 10)])
+    view.update([train(0, 10), train(1, 10)])
+    assert [line.startswith("values are listed") for line in lines(console)] == [True, False, False]
+
+
 def test_plain_lines_of_a_pipeline_that_fills_and_of_missing_values():
     console = plain()
     view = LiveView(2, 100, console, interval_seconds=0)
@@ -90,11 +98,11 @@ def test_one_plain_line_per_validation_once_every_stage_has_it():
     view.update([validation(0, 50, 3.5, 0.25), validation(0, 100, 3.0, 0.5)])
     assert lines(console) == []
     view.update([validation(1, 50, 3.25, 0.375)])
-    assert lines(console) == [
+    assert lines(console)[1:] == [
         "[     5.0 s] validation at step 50 | held-out loss 3.5000 3.2500 | accuracy % 25.00 37.50"
     ]
     view.close()
-    assert lines(console)[1:] == ["[    10.0 s] validation at step 100 | held-out loss 3.0000 - | accuracy % 50.00 -"]
+    assert lines(console)[2:] == ["[    10.0 s] validation at step 100 | held-out loss 3.0000 - | accuracy % 50.00 -"]
 
 
 def test_plain_notes_keep_brackets_and_lose_control_characters():

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from decoupled_pp import __version__
 from decoupled_pp.contracts import LAUNCHER_GONE, PeerError, TrainingError, UsageError
 
 if TYPE_CHECKING:
@@ -56,6 +57,10 @@ def _run(arguments: Sequence[str] | None) -> int:
         if rank == 0:
             _say("; ".join(["interrupted", *map(str, error.args)]))
         return INTERRUPTED
+    except Exception as error:  # of the user's own code, mostly: its traceback follows, this line says where in the run
+        if where := getattr(error, "__notes__", []):
+            _say(f"{'; '.join(where)}: {type(error).__name__}: {error}; its traceback follows")
+        raise
 
 
 def _say_once(fault: UsageError) -> None:
@@ -83,6 +88,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="dpp", description="Pipeline training with local critics: nothing flows back.")
+    parser.add_argument("--version", action="version", version=f"dpp {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a network through a decoupled pipeline")

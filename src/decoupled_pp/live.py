@@ -49,7 +49,7 @@ class LiveView:
         self._passes: dict[int, dict[int, Record]] = {}  # optimizer step -> stage -> its validation
         self._first: Record | None = None
         self._drawn = -math.inf
-        self._stale = False
+        self._stale = self._order_said = False
         self._live: Live | None = None
 
     def update(self, records: Iterable[Record]) -> None:
@@ -92,7 +92,14 @@ class LiveView:
         if len(done) == self._exits:
             self._note_validation(step, self._passes.pop(step))
 
+    def _say_order(self) -> None:
+        """Before the first line with values of several stages."""
+        if not self._order_said and self._stages > 1 and not self._tty:
+            self.note(f"values are listed per stage, stage 0 first, stage {self._stages - 1} last")
+        self._order_said = True
+
     def _note_validation(self, step: int, done: dict[int, Record]) -> None:
+        self._say_order()
         parts = [f"validation at step {step}", "held-out loss " + self._join(done, "loss", _loss)]
         if any(record.get("accuracy") is not None for record in done.values()):
             parts.append("accuracy % " + self._join(done, "accuracy", _percent))
@@ -100,8 +107,7 @@ class LiveView:
 
     def _draw(self) -> None:
         if not self._tty:
-            if self._drawn < 0 and self._stages > 1:
-                self.note(f"values are listed per stage, stage 0 first, stage {self._stages - 1} last")
+            self._say_order()
             self.note(self._plain_line())
         elif self._live is None:
             self._live = Live(self._table(), console=self._console, auto_refresh=False)

@@ -43,7 +43,6 @@ class RunObserver:
         if self._view is None or self._log is None:
             return
         self._log.write(records)
-        self._view.update(records)
         for record in records:
             if record["kind"] == "spans":
                 self.spans[record["stage"]] += record["spans"]
@@ -51,3 +50,4 @@ class RunObserver:
                 self._view.note(f"checkpoint at step {record['step']}")
             elif record["kind"] == "note":
                 self._view.note(record["text"])
+        self._view.update(records)  # after the notes: what a stage could not take over comes before its first steps

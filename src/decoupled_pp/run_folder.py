@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from decoupled_pp import environment
 from decoupled_pp.checkpoint import list_checkpoints, remove_incomplete, write_atomically
 from decoupled_pp.contracts import DataInfo, Record, Report, UsageError
 from decoupled_pp.plots import plot_losses, plot_timeline
@@ -117,7 +118,7 @@ def read_info(folder: Path) -> DataInfo:
 
 def write_results(folder: Path, report: Report, spans: dict[int, list[Any]], about: Record, unit: str) -> list[Path]:
     """`summary.json` (which begins with `about`), `trace.json`, `timeline.png`, `loss.png`; returns the pictures."""
-    text = json.dumps(about | summary(report), indent=2) + "\n"
+    text = json.dumps(about | summary(report, environment.world_size()), indent=2) + "\n"
     (folder / SUMMARY_FILE).write_text(text, encoding="utf-8")
     write_trace(folder / "trace.json", spans)
     pictures = [folder / "timeline.png", folder / "loss.png"]
@@ -126,11 +127,11 @@ def write_results(folder: Path, report: Report, spans: dict[int, list[Any]], abo
     return pictures
 
 
-def summary(report: Report) -> Record:
-    """The content of `summary.json`."""
+def summary(report: Report, ranks: int) -> Record:
+    """The content of `summary.json`, of a run of `ranks` processes."""
     last = report.exits[-1]
     return {
-        "ranks": len(report.per_stage),
+        "ranks": ranks,
         "steps": report.steps,
         "seconds": report.seconds,
         "training_seconds": report.training_seconds,

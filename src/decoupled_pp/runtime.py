@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
-from decoupled_pp.contracts import Inlet, Outlet, Packet, PacketKind, Record
+from decoupled_pp.contracts import Inlet, Outlet, Packet, PacketKind, Record, TrainingError, UsageError
 from decoupled_pp.device import own_stream
 from decoupled_pp.metrics import StageMeter
 from decoupled_pp.stage import Stage
@@ -68,6 +68,16 @@ class Worker:
         packet = self.inlet.receive()
         self.meter.begin(packet.number)
         self.meter.lap(_WAITS[packet.kind])
+        try:
+            self._do(packet)
+        except (UsageError, TrainingError):  # these say it themselves
+            raise
+        except Exception as error:
+            error.add_note(f"stage {self.stage.index}, {packet.kind.name} packet {packet.number}")
+            raise
+        return packet.kind is not PacketKind.END
+
+    def _do(self, packet: Packet) -> None:
         if packet.kind is PacketKind.TRAIN:
             loss = self.stage.step(packet, self.outlet.send, self.meter.lap)
             if self.meter.trained(packet.number, loss, packet.samples):
@@ -83,7 +93,6 @@ class Worker:
             elif packet.kind is PacketKind.SAVE:
                 self.save(self.stage, packet.number)
                 self.meter.lap("save")
-        return packet.kind is not PacketKind.END
 
     def close(self) -> None:
         """Release both links."""

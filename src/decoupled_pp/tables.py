@@ -30,7 +30,7 @@ def print_outcome(outcome: Outcome, console: Console | None = None) -> None:
     console = console or Console()
     report = outcome.report
     print_exits(report.exits, console)
-    table = Table("link", "packets", "payload forward", "payload backward")
+    table = Table("link", "packets of all kinds", "payload forward", "payload backward")
     for link in report.links:
         forward, backward = link["payload_bytes_forward"], link["payload_bytes_backward"]
         table.add_row(f"{link['from']} -> {link['to']}", str(link["packets"]), f"{forward:,} B", f"{backward:,} B")

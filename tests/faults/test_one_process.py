@@ -11,6 +11,9 @@ import runs
 import torch
 import yaml
 
+import decoupled_pp
+from decoupled_pp import job
+
 
 @pytest.fixture(autouse=True)
 def _here(tmp_path, monkeypatch):
@@ -97,11 +100,26 @@ def test_under_torchrun_the_way_to_go_on_is_the_users_own_command(run, capsys, m
     _line(capsys, "is kept; go on with: the same command with --resume in place of --overwrite")
 
 
-def test_an_error_in_a_layer_is_a_traceback():
+def test_an_error_in_a_layer_is_a_traceback(capsys):
     runs.write_settings(model=runs.factory("raises", at=5))
     with pytest.raises(ZeroDivisionError):
         runs.dpp("train", "run.yaml")
+    _line(capsys, "dpp: stage 1, TRAIN packet 5: ZeroDivisionError: ", "its traceback follows")
     assert runs.checkpoint_steps() == [2, 4]
+
+
+def test_a_run_opens_its_data_once_and_counts_its_processes(monkeypatch):
+    """A second look might find other files: those of the run itself, for one."""
+    opened, open_data = [], job.open_data
+    monkeypatch.setattr(job, "open_data", lambda *given: opened.append(given) or open_data(*given))
+    assert runs.dpp("train", "run.yaml") == 0
+    assert len(opened) == 1
+    assert json.loads((runs.FOLDER / "summary.json").read_text())["ranks"] == 1
+
+
+def test_the_version(capsys):
+    assert runs.dpp("--version") == 0
+    assert capsys.readouterr().out == f"dpp {decoupled_pp.__version__}\n"
 
 
 @pytest.mark.parametrize("stage, behind", [(0, 1), (1, 4)])

@@ -71,6 +71,7 @@ def test_an_error_in_a_layer_is_a_traceback_there_and_a_line_elsewhere(tmp_path)
     for rank in (0, 2):
         assert results[rank].value == 1 and "rank 1: ZeroDivisionError" in said[rank], said
         assert "Traceback" not in results[rank].output
+    assert said[1].startswith("dpp: stage 1, TRAIN packet 5: ZeroDivisionError")
     _check_kept(5)
 
 
