@@ -107,10 +107,10 @@ def _run(config: str, overrides: list[str], ranks: int, log: Path) -> int:
 
 
 def _reason(log: Path, code: int) -> str:
-    """The last thing that `dpp` said in a log, else the log's last line."""
+    """The first thing that `dpp` said in a log (how to go on comes last), else the log's last line."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     said = [line.removeprefix("dpp: ") for line in lines if line.startswith("dpp: ")]
-    return (said or lines or ["no output"])[-1] + f" (exit code {code}, {log})"
+    return (said[:1] or lines[-1:] or ["no output"])[0] + f" (exit code {code}, {log})"
 
 
 def _scores(final: dict[str, Any]) -> str:
