@@ -11,7 +11,8 @@ from decoupled_pp.device import seeded
 from decoupled_pp.links import join_world
 from decoupled_pp.losses import cross_entropy
 from decoupled_pp.models import build_model
-from decoupled_pp.settings import GptModel, OptimizerSettings, ScheduleSettings
+from decoupled_pp.sections import GptModel
+from decoupled_pp.settings import OptimizerSettings, ScheduleSettings
 from ranks import launch
 
 B, WIDTH, M, FLOAT = 5, 3, 4, 4

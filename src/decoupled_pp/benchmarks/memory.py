@@ -22,7 +22,8 @@ from decoupled_pp.links import World, join_world
 from decoupled_pp.losses import cross_entropy
 from decoupled_pp.memory import SavedActivations
 from decoupled_pp.models import build_model
-from decoupled_pp.settings import GptModel, OptimizerSettings, ScheduleSettings
+from decoupled_pp.sections import GptModel
+from decoupled_pp.settings import OptimizerSettings, ScheduleSettings
 from decoupled_pp.trainer import Trainer, partition
 
 VOCABULARY, HEADS, BLOCKS, TIMEOUT = 256, 4, 2, 60.0
