@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from decoupled_pp.common_plan import partition
     from decoupled_pp.contracts import (
         Batch,
         BatchSource,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
         TrainingError,
         UsageError,
     )
-    from decoupled_pp.trainer import Trainer, partition
+    from decoupled_pp.trainer import Trainer
 
 __all__ = [
     "Batch",
@@ -44,15 +45,15 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-_OF_THE_TRAINER = ("Trainer", "partition")
+_HOMES = {"Trainer": "trainer", "partition": "common_plan"}
+"""Where a public name comes from, unless it is in `contracts`."""
 
 
 def __getattr__(name: str) -> Any:
     """Load a public name; the next use finds it without coming here."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "trainer" if name in _OF_THE_TRAINER else "contracts"
-    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'contracts')}"), name)
     globals()[name] = value
     return value
 

@@ -20,6 +20,7 @@ from decoupled_pp.checkpoint import (
     list_checkpoints,
     open_checkpoint,
 )
+from decoupled_pp.common_plan import partition
 from decoupled_pp.contracts import (
     Control,
     Data,
@@ -45,7 +46,7 @@ from decoupled_pp.partitioning.layers import LAYER_FAULTS, describe, trace
 from decoupled_pp.resume import load_model
 from decoupled_pp.runlog import RunLog
 from decoupled_pp.settings import Settings
-from decoupled_pp.trainer import Trainer, partition
+from decoupled_pp.trainer import Trainer
 from decoupled_pp.watch import sigint_stops, sigterm_kills, told_to_all
 
 

@@ -1,13 +1,12 @@
-"""The public `partition` and `Trainer`: the same script trains in one process and under torchrun."""
+"""The public `Trainer`: the same script trains in one process and under torchrun."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -32,7 +31,6 @@ from decoupled_pp.contracts import (
     Control,
     Exit,
     Loss,
-    Payload,
     Plan,
     Record,
     Report,
@@ -46,7 +44,6 @@ from decoupled_pp.live import LiveView
 from decoupled_pp.losses import find_loss
 from decoupled_pp.optim import build_schedules
 from decoupled_pp.optimizer_state import refuse_unsavable
-from decoupled_pp.partitioning import By, cut_network
 from decoupled_pp.report import link_records, make_report, stage_record
 from decoupled_pp.resume import load_stage, refuse_other_network, with_cut_of
 from decoupled_pp.runtime import Worker, run
@@ -55,60 +52,6 @@ from decoupled_pp.stage import Stage, StageOptions
 from decoupled_pp.watch import Watcher, explain_failure
 
 Observer = Callable[[list[Record]], None]
-
-
-def partition(
-    layers: nn.Sequential | Sequence[nn.Module],
-    stages: int,
-    by: By = "time",
-    sample: Payload | None = None,
-    *,
-    critic: CriticChoice | None = "head",
-    loss: str | Loss = "cross_entropy",
-    device: str = "auto",
-    timeout_seconds: float = 300.0,
-) -> Plan:
-    """Cut a network into stages.
-
-    Under torchrun every rank calls this with the same layers; rank 0 chooses the cut for all.
-
-    Args:
-        layers: An `nn.Sequential` or a list of modules; each gets what the one before returned, a tensor or a tuple.
-        stages: Number of stages; under torchrun the number of ranks.
-        by: "time" (measured forward + backward of every layer and critic), "parameters", "uniform", or the number of
-            layers of every stage, e.g. [3, 3, 2, 2]. Min-max cuts are exact.
-        sample: An input micro-batch. Critics are built to fit its shapes, so `Trainer` needs it too.
-        critic: Counted in the balance; use the same for `Trainer`. None: leave critics out.
-        loss: Counted in the balance.
-        device: Where to measure: "auto", "cpu" or "cuda".
-        timeout_seconds: Longest wait for rank 0's choice.
-
-    Returns:
-        The plan.
-
-    Raises:
-        UsageError: Layers that do not fit each other, more stages than layers, a cut that does not add up, parameters
-            shared across a cut, and the like, each named.
-    """
-    builder = resolve_critic(critic) if critic is not None else None
-    place = choose_device(device, environment.local_rank(), environment.local_world_size())
-
-    def cut(how: By) -> Plan:
-        return cut_network(layers, stages, how, sample, builder, find_loss(loss), place)
-
-    if environment.world_size() == 1:
-        return cut(by)
-
-    def measure() -> dict[str, Any]:
-        plan = cut(by)
-        return {"sizes": plan.sizes, "layers": plan.layer_seconds, "critics": plan.critic_seconds}
-
-    chosen = join_world(timeout_seconds).channel().from_rank_0("cut", measure, timeout_seconds)
-    return replace(
-        cut(list(chosen["sizes"])),
-        layer_seconds=tuple(chosen["layers"]) if chosen["layers"] is not None else None,
-        critic_seconds=tuple(chosen["critics"]) if chosen["critics"] is not None else None,
-    )
 
 
 def _check_counts(**counts: int | None) -> None:

@@ -15,12 +15,13 @@ from decoupled_pp.baselines import Training, build_baseline, stages_needed
 from decoupled_pp.baselines.alone import pass_seconds
 from decoupled_pp.benchmarks.durations import Durations
 from decoupled_pp.benchmarks.emulated import EmulatedLayer
+from decoupled_pp.common_plan import partition
 from decoupled_pp.contracts import Plan, Record
 from decoupled_pp.links import World
 from decoupled_pp.losses import cross_entropy
 from decoupled_pp.planner.orders import SPLIT
 from decoupled_pp.settings import OptimizerSettings, ScheduleSettings
-from decoupled_pp.trainer import Trainer, partition
+from decoupled_pp.trainer import Trainer
 
 WIDTH, CLASSES, RATE, TIMEOUT = 64, 10, 0.01, 60.0
 _WARM_UP, _ALONE, _PASSES = 5, 25, 8

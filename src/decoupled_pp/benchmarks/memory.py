@@ -15,6 +15,7 @@ from decoupled_pp import environment
 from decoupled_pp.baselines import Training, build_baseline, stages_needed
 from decoupled_pp.benchmarks.memory_report import draw, table
 from decoupled_pp.benchmarks.schedule import STRATEGIES
+from decoupled_pp.common_plan import partition
 from decoupled_pp.contracts import Batch, DataInfo, Plan, UsageError
 from decoupled_pp.device import seeded
 from decoupled_pp.launcher import launch
@@ -24,7 +25,7 @@ from decoupled_pp.memory import SavedActivations
 from decoupled_pp.models import build_model
 from decoupled_pp.sections import GptModel
 from decoupled_pp.settings import OptimizerSettings, ScheduleSettings
-from decoupled_pp.trainer import Trainer, partition
+from decoupled_pp.trainer import Trainer
 
 VOCABULARY, HEADS, BLOCKS, TIMEOUT = 256, 4, 2, 60.0
 """BLOCKS: transformer blocks of a rank, whatever the number of ranks; the interleaved schedules' stages have half."""
