@@ -86,7 +86,16 @@ def test_slurm_gives_every_node_its_place(tmp_path):
 
 def test_two_hosts_train_and_clean_up(tmp_path):
     before = _namespaces()
-    options = ["--set", "stages=2", "--set", "training.steps=50", "--set", "logging.tensorboard=false"]
+    options = [
+        "--set",
+        "stages=2",
+        "--set",
+        "training.steps=50",
+        "--set",
+        "validation.every=25",
+        "--set",
+        "logging.tensorboard=false",
+    ]
     variables = {"RUNS": str(tmp_path), "PYTHON": sys.executable, "NPROC_PER_NODE": "1"}
     result = run("two_hosts_demo.sh", *options, seconds=110, **variables)
     if result.stdout.startswith("skipped: "):

@@ -136,11 +136,19 @@ class World:
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Fill `tensor` on every rank with rank `source`'s values; set-up and export only, never training.
 
-        It travels through host memory: ranks may hold it on different kinds of devices.
+        It goes once around the ring, through host memory: ranks may hold it on different kinds of devices. Not by
+        `dist.broadcast`: a gloo collective lets go of its tensors in a thread of its own, some time later, and if the
+        interpreter is ending by then the process aborts.
         """
-        host = tensor.detach().cpu()
-        dist.broadcast(host, source)
-        if tensor.device.type != "cpu":
+        host = tensor.detach().cpu().contiguous()
+        if not host.numel():
+            return
+        before, after = (self.rank - 1) % self.size, (self.rank + 1) % self.size
+        if self.rank != source:
+            dist.recv(host, before)
+        if after != source:
+            dist.send(host, after)
+        if host.data_ptr() != tensor.data_ptr():
             tensor.detach().copy_(host)
 
     def disconnect(self) -> None:
