@@ -93,7 +93,7 @@ def add_legend(figure: Figure, spans: Iterable[Span]) -> None:
     seen = {span[0] for span in spans}
     looks = [look for phase, look in LOOKS.items() if phase in seen]
     handles = [Patch(fc=look.face, ec=look.edge, hatch=look.hatch, label=look.label) for look in looks]
-    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, len(handles)), frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, min(len(handles), 6)), frameon=False)
 
 
 def plot_losses(records: Sequence[Record], path: Path, unit: str) -> None:

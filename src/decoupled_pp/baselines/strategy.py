@@ -188,6 +188,7 @@ class Strategy(ABC):
         parameters = [p for part in self.parts.values() for p in part.parameters() if p.grad is not None]
         own = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = self._sum_over_ranks(own**2) ** 0.5
+        self.recorder.lap("wait_in")  # for the last rank to be done with the flush
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:

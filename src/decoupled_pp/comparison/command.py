@@ -46,6 +46,7 @@ def run_command(chosen: argparse.Namespace) -> int:
     folder = Path(chosen.output) if chosen.output else Path(settings.runs) / f"{settings.name}-compare"
     run_folder.check(folder, resume=False, overwrite=chosen.overwrite)
     run_folder.claim(folder, environment.job(), resume=False, overwrite=chosen.overwrite)
+    (folder / run_folder.CHECKPOINTS).rmdir()  # a comparison has none of its own
     run_folder.write_config(folder, settings, None)
     threads = settings.threads or max(1, environment.cores() // chosen.ranks)
     runs, failures = run_all(

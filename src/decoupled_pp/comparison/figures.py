@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from decoupled_pp.comparison.contenders import Contender
 from decoupled_pp.comparison.runs import Run
-from decoupled_pp.contracts import PHASES, Record
+from decoupled_pp.contracts import Record
+from decoupled_pp.metrics import BUSY, PAUSES
 
-WAITS = tuple(phase for phase in PHASES if phase.startswith("wait"))
 REFERENCES = ("1f1b", "backprop")
 """Whom the speed of every contender is set against."""
 
@@ -61,7 +62,10 @@ def run_figures(run: Run) -> dict[str, float | None]:
 
 
 def busy_shares(run: Run) -> dict[int, float]:
-    """Rank -> share of the time it computes, between the first and the last update recorded of the rank with most."""
+    """Rank -> share of the training time it computes, between the first and last update of the rank with most.
+
+    Evaluations and checkpoints are no training time.
+    """
     ends = max(
         ([start + took for phase, start, took, _ in spans if phase == "step"] for spans in run.spans.values()),
         key=len,
@@ -70,15 +74,13 @@ def busy_shares(run: Run) -> dict[int, float]:
     if len(ends) < 2:
         return {}
     first, last = ends[0], ends[-1]
-    return {
-        rank: sum(
-            max(0.0, min(start + took, last) - max(start, first))
-            for phase, start, took, _ in spans
-            if phase not in WAITS
-        )
-        / (last - first)
-        for rank, spans in run.spans.items()
-    }
+    found = {}
+    for rank, spans in run.spans.items():
+        within: dict[str, float] = defaultdict(float)
+        for phase, start, took, _ in spans:
+            within[phase] += max(0.0, min(start + took, last) - max(start, first))
+        found[rank] = sum(within[phase] for phase in BUSY) / (last - first - sum(within[phase] for phase in PAUSES))
+    return found
 
 
 def critic_ratio(summary: Record) -> float | None:

@@ -15,6 +15,7 @@ from matplotlib.ticker import EngFormatter
 from decoupled_pp.comparison.contenders import Contender
 from decoupled_pp.comparison.runs import Run
 from decoupled_pp.contracts import Record
+from decoupled_pp.metrics import PAUSES
 from decoupled_pp.plots import STYLE, add_legend, draw_row
 
 FLUSHES = 2
@@ -34,7 +35,7 @@ def timelines(runs: Sequence[Run], micro_batches: int) -> str:
             max(1, len(firsts)), 1, squeeze=False, height_ratios=[len(run.spans) + 0.6 for run in firsts] or None
         )
         for axes, run in zip(panels[:, 0], firsts, strict=False):
-            start = _start(run)
+            start = _start(run, width)
             for position, (_, spans) in enumerate(sorted(run.spans.items())):
                 draw_row(axes, position, spans, start, start + width)
             axes.set_xlim(0, width * 1e3)
@@ -46,7 +47,8 @@ def timelines(runs: Sequence[Run], micro_batches: int) -> str:
             if run is not firsts[-1]:
                 axes.set_xticklabels([])
         panels[-1, 0].set_xlabel("milliseconds, the same scale for all; numbers: micro-batches in forward")
-        add_legend(figure, [span for run in firsts for spans in run.spans.values() for span in spans])
+        spans = [span for run in firsts for row in run.spans.values() for span in row if span[0] not in PAUSES]
+        add_legend(figure, spans)
         return _svg(figure)
 
 
@@ -109,10 +111,12 @@ def _updates(run: Run) -> list[tuple[float, int]]:
     return next((one for one in ends if one), [])
 
 
-def _start(run: Run) -> float:
-    """The end of an update, a third into the recording."""
-    ends = _updates(run)
-    return ends[len(ends) // 3][0] if ends else 0.0
+def _start(run: Run, width: float) -> float:
+    """The end of an update, if possible one that no evaluation or checkpoint follows within `width` seconds."""
+    ends = [end for end, _ in _updates(run)] or [0.0]
+    pauses = [(at, at + took) for spans in run.spans.values() for phase, at, took, _ in spans if phase in PAUSES]
+    free = [end for end in ends if end + width <= ends[-1] and not any(a < end + width and b > end for a, b in pauses)]
+    return free[len(free) // 2] if free else ends[len(ends) // 3]
 
 
 def _seconds_per_micro_batch(run: Run) -> float:
