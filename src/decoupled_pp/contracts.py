@@ -279,13 +279,17 @@ class Outlet(ABC):
 
 @dataclass
 class LinkCounters:
-    """What crossed one end of a link, in packets and bytes, counted where the transport is called."""
+    """What crossed one end of a link, in packets and bytes, counted where the transport is called.
+
+    `training_bytes_forward` is the part of `payload_bytes_forward` that training packets carried.
+    """
 
     packets: int = 0
     payload_bytes_forward: int = 0
     payload_bytes_backward: int = 0
     control_bytes_forward: int = 0
     control_bytes_backward: int = 0
+    training_bytes_forward: int = 0
 
 
 class LinkEnd(ABC):

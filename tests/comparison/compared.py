@@ -29,7 +29,7 @@ def run(name="1f1b", *, repeat=0, losses=(3.0, 2.0, 1.0), mean=0.02, spans=None,
         "samples_per_second": 4 / mean,
         "final": {"val_loss": losses[-1], "val_accuracy": None},
         "per_stage": stages or [stage(), stage()],
-        "links": [{"from": 0, "to": 1, "payload_bytes_forward": 400, "payload_bytes_backward": 80, "packets": 10}],
+        "links": [{"from": 0, "to": 1, "training_bytes_forward": 400, "payload_bytes_backward": 80, "packets": 10}],
     }
     return Run(contender(name), repeat, summary, validations, spans or flushes())
 

@@ -181,6 +181,7 @@ class Strategy(ABC):
             counters.payload_bytes_backward += tensor_bytes
         else:
             counters.payload_bytes_forward += tensor_bytes
+            counters.training_bytes_forward += tensor_bytes
             counters.packets += 1
 
     def _clip(self, limit: float) -> None:

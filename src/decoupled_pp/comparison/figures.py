@@ -141,7 +141,7 @@ def traffic(run: Run) -> list[Record]:
         {
             "from": link["from"],
             "to": link["to"],
-            "forward": link.get("training_bytes_forward", link["payload_bytes_forward"]) / samples,
+            "forward": link["training_bytes_forward"] / samples,
             "backward": link["payload_bytes_backward"] / samples,
         }
         for link in run.summary["links"]

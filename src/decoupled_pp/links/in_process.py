@@ -17,6 +17,7 @@ from decoupled_pp.contracts import (
     LinkError,
     Outlet,
     Packet,
+    PacketKind,
     as_tuple,
     map_payload,
     payload_bytes,
@@ -82,7 +83,9 @@ class InProcessLink(Inlet, Outlet, LinkEnd):
             self._wait(lambda: len(self._packets) < self._capacity, 0, f"room to send packet {packet.number} to")
             self._packets.append((copied, Fence(self._device)))
             self._counters.packets += 1
-            self._counters.payload_bytes_forward += payload_bytes(packet.payload) + payload_bytes(packet.target)
+            size = payload_bytes(packet.payload) + payload_bytes(packet.target)
+            self._counters.payload_bytes_forward += size
+            self._counters.training_bytes_forward += size if packet.kind is PacketKind.TRAIN else 0
             self._changed.notify_all()
 
     def receive(self) -> Packet:

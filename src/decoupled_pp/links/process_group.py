@@ -204,6 +204,7 @@ class SendingEnd(_End, Outlet):
         self._credits = capacity
         self._taken = 0
         self._packets = 0
+        self._training_bytes = 0
         self._roomy = 0  # packets in a row that filled less than half of their message
         self._ended = False
         self._start(self._credit_loop, *([self._send_loop] if wire.payload is not None else []))
@@ -216,6 +217,7 @@ class SendingEnd(_End, Outlet):
             self._wait(lambda: self._credits > 0, what)
             self._credits -= 1
         self._packets += 1
+        self._training_bytes += parcel.payload_bytes if packet.kind is PacketKind.TRAIN else 0
         self._ended = packet.kind is PacketKind.END
         if self._wire.payload is not None:
             self._outbox.put((parcel, Fence(self._wire.device)))
@@ -229,7 +231,12 @@ class SendingEnd(_End, Outlet):
     def counters(self) -> LinkCounters:
         """What this end has sent."""
         control = self._wire.out.control_bytes
-        return LinkCounters(self._packets, self._wire.payload_bytes, control_bytes_forward=control)
+        return LinkCounters(
+            self._packets,
+            self._wire.payload_bytes,
+            control_bytes_forward=control,
+            training_bytes_forward=self._training_bytes,
+        )
 
     def close(self) -> None:
         """End the threads; in order after an END packet, else by breaking the connection."""
