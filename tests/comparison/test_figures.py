@@ -61,6 +61,7 @@ def test_the_target_is_the_best_pipeline_of_the_same_repeat():
 def test_time_to_target_is_of_the_first_evaluation_that_reached_it():
     assert seconds_to(run(losses=(3.0, 2.0, 2.5)), 2.0) == 2.0
     assert seconds_to(run(losses=(3.0, 2.0, 2.5)), 1.9) is None
+    assert seconds_to(run(losses=(3.0, 2.0 + 1e-6)), 2.0) == 2.0  # the same, summed in another order
 
 
 def test_a_summary_pairs_repeats():
