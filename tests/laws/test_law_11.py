@@ -157,3 +157,46 @@ def test_four_ranks(kind, tmp_path):
 def test_autocast(kind, tmp_path):
     results = launch(one_rank, kind, 4, True, torch.bfloat16, size=2, folder=tmp_path)
     check([result.value for result in results], 4, True, torch.bfloat16)
+
+
+def normalized():
+    """Layers that keep running statistics, and a last one that draws random numbers."""
+    torch.manual_seed(1)
+    hidden = (nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Tanh()) for _ in range(LAYERS - 1))
+    return nn.Sequential(*hidden, nn.Sequential(nn.Dropout(0.5), nn.Linear(WIDTH, 4)))
+
+
+def statistics_and_draws(kind, count):
+    """All buffers after one step, and the random state that it leaves; the last stage draws once per micro-batch."""
+    world = join_world(30)
+    plan = partition(
+        normalized(), stages_needed(kind, world.size), "uniform", batches(1, torch.float32)[0][0], critic=None
+    )
+    training = Training(loss, OptimizerSettings(kind="SGD", lr=RATE), ScheduleSettings(), STEPS)
+    strategy = build_baseline(kind, plan, training, CPU, rank=world.rank, ranks=world.size)
+    samples = batches(count, torch.float32)
+    torch.manual_seed(5)
+    strategy.gradients(samples)
+    buffers = {name: b.clone() for part in strategy.parts.values() for name, b in part.layers.named_buffers()}
+    return buffers, torch.get_rng_state(), plan.stages - 1 in strategy.parts
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PARALLEL if kind != "data_parallel"])
+def test_running_statistics_and_random_numbers(kind, tmp_path):
+    """Whatever a library tries before its first step leaves no trace (copies have statistics of their own)."""
+    model, count = normalized(), 4
+    samples = batches(count, torch.float32)
+    torch.manual_seed(5)
+    untouched = torch.get_rng_state()
+    for inputs, _ in samples:
+        model(inputs)
+    expected, drawn = dict(model.named_buffers()), torch.get_rng_state()
+    found = {}
+    for buffers, state, draws in (
+        part.value for part in launch(statistics_and_draws, kind, count, size=2, folder=tmp_path)
+    ):
+        found |= buffers
+        assert torch.equal(state, drawn if draws else untouched)
+    assert sorted(found) == sorted(expected)
+    for name, buffer in found.items():
+        torch.testing.assert_close(buffer, expected[name], **TOLERANCE[torch.float32])

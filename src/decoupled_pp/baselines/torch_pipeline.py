@@ -65,10 +65,18 @@ class _RecordedStage(PipelineStage):
     def backward_weight_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **keywords: Any) -> Any:
         return self._recorded("backward", bwd_chunk_id, super().backward_weight_one_chunk, *arguments, **keywords)
 
-    def _compute_outputs(self, *arguments: Any, **keywords: Any) -> Any:
-        """Torch's trial run for shapes before the first step: what it saves is no step's, so no probe shall see it."""
+    def _compute_outputs(self, *arguments: Any, module: nn.Module, **keywords: Any) -> Any:
+        """Torch's trial run for shapes before the first step, on memory that nobody has written: it leaves no trace.
+
+        Buffers are put back (BatchNorm's running statistics would stay NaN), past autograd, whose backward trial is to
+        come. What is saved for that is no step's, so no probe sees it.
+        """
+        before = [(buffer, buffer.clone()) for buffer in module.buffers()]
         with torch.autograd.graph.saved_tensors_hooks(_as_is, _as_is):
-            return super()._compute_outputs(*arguments, **keywords)
+            outputs = super()._compute_outputs(*arguments, module=module, **keywords)
+        for buffer, value in before:
+            buffer.data.copy_(value)
+        return outputs
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         return self._counted(super().get_fwd_send_ops(fwd_chunk_id), backward=False)
