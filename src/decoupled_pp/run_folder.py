@@ -12,7 +12,7 @@ from decoupled_pp import environment
 from decoupled_pp.checkpoint import list_checkpoints, remove_incomplete, write_atomically
 from decoupled_pp.contracts import DataInfo, Record, Report, UsageError
 from decoupled_pp.plots import plot_losses, plot_timeline
-from decoupled_pp.runlog import METRICS_FILE, read_records
+from decoupled_pp.runlog import METRICS_FILE, finite, read_records
 from decoupled_pp.settings import Settings
 from decoupled_pp.trace import write_trace
 from decoupled_pp.yaml_text import write_yaml
@@ -118,7 +118,7 @@ def read_info(folder: Path) -> DataInfo:
 
 def write_results(folder: Path, report: Report, spans: dict[int, list[Any]], about: Record, unit: str) -> list[Path]:
     """`summary.json` (which begins with `about`), `trace.json`, `timeline.png`, `loss.png`; returns the pictures."""
-    text = json.dumps(about | summary(report, environment.world_size()), indent=2) + "\n"
+    text = json.dumps(finite(about | summary(report, environment.world_size())), indent=2, allow_nan=False) + "\n"
     (folder / SUMMARY_FILE).write_text(text, encoding="utf-8")
     write_trace(folder / "trace.json", spans)
     pictures = [folder / "timeline.png", folder / "loss.png"]

@@ -114,17 +114,17 @@ def _step(record: Record) -> float:
 
 
 def _line(record: Record) -> str:
-    return json.dumps(_finite(record), allow_nan=False) + "\n"
+    return json.dumps(finite(record), allow_nan=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
-    """`value` with every NaN and infinity replaced by None."""
+def finite(value: Any) -> Any:
+    """`value` with every NaN and infinity replaced by None, for JSON knows neither."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 

@@ -1,5 +1,7 @@
 """Figures against numbers reckoned by hand."""
 
+import math
+
 import pytest
 from compared import contender, flushes, run, stage
 
@@ -56,6 +58,14 @@ def test_the_target_is_the_best_pipeline_of_the_same_repeat():
     assert targets(runs) == {0: 1.5, 1: 1.7}
     assert targets([run("decoupled"), run("backprop", losses=(1.0,))]) == {0: 1.0}
     assert targets([run("decoupled")]) == {}
+
+
+def test_a_loss_that_is_not_finite_is_the_worst_and_no_target():
+    runs = [run("1f1b", losses=(None,)), run("zbv", losses=(1.5,)), run("1f1b", repeat=1, losses=(None,))]
+    assert targets(runs) == {0: 1.5}
+    row = summarize(contender("1f1b"), [*runs, run("1f1b", repeat=2)], 2, 2)
+    assert row["val_loss"] == Spread(math.inf, 1.0, math.inf)
+    assert row["reached_target"] == "1 of 2"
 
 
 def test_time_to_target_is_of_the_first_evaluation_that_reached_it():

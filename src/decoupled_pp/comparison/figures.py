@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -59,7 +60,7 @@ def run_figures(run: Run) -> dict[str, float | None]:
         "activation_bytes": max(row["saved_activation_bytes_peak"] or 0 for row in summary["per_stage"]),
         "memory_bytes": max(row["memory_bytes_peak"] for row in summary["per_stage"]),
         "training_seconds": summary["training_seconds"],
-        "val_loss": final["val_loss"],
+        "val_loss": loss_of(final["val_loss"]),
         "val_accuracy": final["val_accuracy"],
     }
 
@@ -126,9 +127,15 @@ def targets(runs: Sequence[Run]) -> dict[int, float]:
     pipelined = [run for run in rivals if run.contender.strategy not in {"backprop", "data_parallel"}]
     found: dict[int, float] = {}
     for run in pipelined or rivals:
-        loss = run.summary["final"]["val_loss"]
-        found[run.repeat] = min(loss, found.get(run.repeat, loss))
+        loss = loss_of(run.summary["final"]["val_loss"])
+        if loss < found.get(run.repeat, math.inf):
+            found[run.repeat] = loss
     return found
+
+
+def loss_of(recorded: float | None) -> float:
+    """A recorded loss; one that was not finite (None in JSON) is infinite: worse than all others, and no target."""
+    return math.inf if recorded is None else recorded
 
 
 def seconds_to(run: Run, target: float) -> float | None:
@@ -137,7 +144,7 @@ def seconds_to(run: Run, target: float) -> float | None:
     Sums in another order do not decide: pipelines that compute the same end a few millionths apart.
     """
     reached = target + TARGET_TOLERANCE * abs(target)
-    times = (record["training_seconds"] for record in run.validations if record["loss"] <= reached)
+    times = (record["training_seconds"] for record in run.validations if loss_of(record["loss"]) <= reached)
     return next(times, None)
 
 

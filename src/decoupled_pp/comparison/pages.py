@@ -17,6 +17,7 @@ from decoupled_pp.comparison import pictures
 from decoupled_pp.comparison.contenders import Contender
 from decoupled_pp.comparison.figures import Spread, expected_speed_up, run_figures, summarize, targets
 from decoupled_pp.comparison.runs import Failure, Run
+from decoupled_pp.runlog import finite
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def write_pages(folder: Path, comparison: Comparison) -> list[Path]:
         lstrip_blocks=True,
     )
     paths = [folder / name for name in ("compare.json", "compare.md", "report.html")]
-    paths[0].write_text(json.dumps(_raw(comparison), indent=2) + "\n", encoding="utf-8")
+    paths[0].write_text(json.dumps(finite(_raw(comparison)), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     for path, template in zip(paths[1:], ("compare.md.j2", "report.html.j2"), strict=True):
         path.write_text(loader.get_template(template).render(**content) + "\n", encoding="utf-8")
     return paths

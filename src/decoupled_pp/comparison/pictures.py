@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,7 +61,7 @@ def quality(runs: Sequence[Run], contenders: Sequence[Contender], target: float 
         for number, contender in enumerate(contenders):
             for run in (one for one in runs if one.contender.name == contender.name):
                 style = _line(number, run)
-                losses = [record["loss"] for record in run.validations]
+                losses = [math.nan if record["loss"] is None else record["loss"] for record in run.validations]
                 by_samples.plot([record["samples"] for record in run.validations], losses, **style)
                 by_time.plot([record["training_seconds"] for record in run.validations], losses, **style)
         for axes in (by_samples, by_time):

@@ -114,5 +114,5 @@ def _reason(log: Path, code: int) -> str:
 
 
 def _scores(final: dict[str, Any]) -> str:
-    text = f"held-out loss {final['val_loss']:.4f}"
+    text = "held-out loss not finite" if final["val_loss"] is None else f"held-out loss {final['val_loss']:.4f}"
     return text if final["val_accuracy"] is None else text + f", accuracy {100 * final['val_accuracy']:.2f} %"
