@@ -1,9 +1,10 @@
-"""What a pipelined baseline is made of, measured apart: passes of a rank's stages, messages between two ranks."""
+"""What a pipelined baseline is made of, measured apart: passes, messages, and the schedule on one rank alone."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -14,8 +15,9 @@ from torch import Tensor
 from torch.distributed.pipelining import schedules
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
-from decoupled_pp.baselines.strategy import Part
-from decoupled_pp.contracts import Loss, Payload
+from decoupled_pp.baselines.strategy import Part, Strategy, Training
+from decoupled_pp.baselines.torch_pipeline import TorchPipeline
+from decoupled_pp.contracts import Loss, Payload, Plan
 
 
 @dataclass(frozen=True)
@@ -31,17 +33,20 @@ class MessageSeconds:
     host: float
 
 
-def message_seconds(tensor: Tensor, *, rank: int, ranks: int, pause: float, repeats: int) -> MessageSeconds:
+def message_seconds(
+    tensor: Tensor, *, rank: int, ranks: int, compute: Callable[[], object], repeats: int
+) -> MessageSeconds:
     """Exchange a tensor with each neighbour over the default process group; all ranks at once, means over this rank's.
 
-        first  send |---- latency ---->| second wakes, sends |---- latency ---->| first wakes
-               host                      host
+        first  computes, sends |---- latency ---->| second wakes, sends |---- latency ---->| first wakes
+                          host                      host
 
     Args:
         tensor: What is sent.
         rank: This rank.
         ranks: Number of ranks, at least 2.
-        pause: Seconds slept before every exchange, as computing would: a busy loop finds caches warm.
+        compute: Called before and after every exchange: what the messages of a pipeline run between, for a loop of
+            messages alone finds caches warm.
         repeats: Exchanges with every neighbour.
     """
     hosts: list[float] = []
@@ -53,7 +58,8 @@ def message_seconds(tensor: Tensor, *, rank: int, ranks: int, pause: float, repe
         peer = rank + 1 if first else rank - 1
         for _ in range(repeats if 0 <= peer < ranks else 0):
             received = _post(dist.irecv, back, peer) if not first else []
-            time.sleep(pause)
+            if first:
+                compute()
             _wait(received)
             start = time.perf_counter()
             sent = _post(dist.isend, tensor, peer)
@@ -61,7 +67,7 @@ def message_seconds(tensor: Tensor, *, rank: int, ranks: int, pause: float, repe
             if first:
                 _wait(_post(dist.irecv, back, peer))
                 trips.append(time.perf_counter() - start)
-            time.sleep(pause)
+            compute()
             start = time.perf_counter()
             _wait(sent)  # long done
             checks.append(time.perf_counter() - start)
@@ -111,6 +117,18 @@ def pass_seconds(
         seconds[stage] = forward, to_input, weights
         part.zero_grad(set_to_none=True)
     return seconds
+
+
+@contextmanager
+def pipeline_of_one(
+    kind: str, plan: Plan, training: Training, device: torch.device, *, rank: int
+) -> Iterator[Strategy]:
+    """One of torch's schedules with all its stages on this rank, whatever other ranks do meanwhile."""
+    group = dist.new_group([rank], use_local_synchronization=True)
+    try:
+        yield TorchPipeline(kind, plan, training, device, rank=0, ranks=1, group=group)
+    finally:
+        dist.destroy_process_group(group)
 
 
 def _passes(

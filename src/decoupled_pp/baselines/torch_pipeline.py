@@ -105,7 +105,15 @@ class TorchPipeline(Strategy):
     """Pipelined backpropagation with a flush per optimizer step."""
 
     def __init__(
-        self, kind: str, plan: Plan, training: Training, device: torch.device, *, rank: int, ranks: int
+        self,
+        kind: str,
+        plan: Plan,
+        training: Training,
+        device: torch.device,
+        *,
+        rank: int,
+        ranks: int,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         """Take over this rank's stages; activations and gradients travel in a group of all ranks (GPUs: NCCL).
 
@@ -116,6 +124,7 @@ class TorchPipeline(Strategy):
             device: Where.
             rank: This rank.
             ranks: Number of ranks.
+            group: These ranks; default: all.
 
         Raises:
             UsageError: The plan does not fit the schedule.
@@ -131,7 +140,7 @@ class TorchPipeline(Strategy):
         mine = self._schedule_kind.stages_of(rank, ranks)
         super().__init__(plan, mine, training, device)
         self.plan, self._rank, self._ranks = plan, rank, ranks
-        self.group = dist.new_group(backend="nccl") if device.type == "cuda" else None
+        self.group = dist.new_group(backend="nccl") if device.type == "cuda" and group is None else group
         self._stages = [_RecordedStage(part, k, self) for k, part in self.parts.items()]
         self._first, self._last = 0 in mine, plan.stages - 1 in mine
         self._schedules_by_count: dict[int, Any] = {}

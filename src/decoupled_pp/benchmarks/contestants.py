@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from decoupled_pp.baselines import Training, build_baseline, stages_needed
-from decoupled_pp.baselines.alone import pass_seconds
+from decoupled_pp.baselines.alone import pass_seconds, pipeline_of_one
+from decoupled_pp.baselines.torch_pipeline import SCHEDULES
 from decoupled_pp.benchmarks.durations import Durations
 from decoupled_pp.benchmarks.emulated import EmulatedLayer
 from decoupled_pp.common_plan import partition
@@ -59,10 +60,10 @@ class Work:
         """Micro-batches that a rank's own compute is measured on: the pipeline's own, if they differ in duration."""
         return self.packets if self.durations.unevenness.drawn else _ALONE
 
-    def plan(self, stages: int) -> Plan:
-        """An emulated network; the stages of a rank share its compute equally."""
+    def plan(self, stages: int, ranks: int | None = None) -> Plan:
+        """An emulated network for all ranks (or so many); the stages of a rank share its compute equally."""
         torch.manual_seed(0)
-        share = self.world.size / stages
+        share = (ranks or self.world.size) / stages
         layers: list[nn.Module] = [
             EmulatedLayer(WIDTH, self.forward_seconds * share, self.backward_seconds * share, self.durations)
             for _ in range(stages)
@@ -90,7 +91,7 @@ class Contestant(ABC):
 
     @abstractmethod
     def passes(self, alone: float) -> dict[int, tuple[float, float, float]]:
-        """Stage -> seconds of its forward, input's and weights' gradients by themselves, for the planner.
+        """Stage -> seconds of its forward, input's and weights' gradients without links, for the planner.
 
         Args:
             alone: What `alone` has just given.
@@ -161,11 +162,11 @@ class Pipelined(Contestant):
         Raises:
             UsageError: The schedule does not fit the ranks or the micro-batches.
         """
-        self._work, self._count, self._split = work, work.micro_batches, kind in SPLIT
+        self._kind, self._work, self._count = kind, work, work.micro_batches
         self._stages = stages_needed(kind, work.world.size) or work.world.size
         plan = work.plan(self._stages)
-        training = Training(cross_entropy, OptimizerSettings(kind="SGD", lr=RATE), ScheduleSettings(), 1)
-        self._strategy = build_baseline(kind, plan, training, _CPU, rank=work.world.rank, ranks=work.world.size)
+        self._training = Training(cross_entropy, OptimizerSettings(kind="SGD", lr=RATE), ScheduleSettings(), 1)
+        self._strategy = build_baseline(kind, plan, self._training, _CPU, rank=work.world.rank, ranks=work.world.size)
         self._batches = [work.data()] * self._count
         self._strategy.step(self._batches)
 
@@ -193,11 +194,25 @@ class Pipelined(Contestant):
         return seconds_per_call(step, max(2, self._work.alone // self._count)) / self._count
 
     def passes(self, alone: float) -> dict[int, tuple[float, float, float]]:
-        """The passes that the schedule will call, one after the other."""
+        """The passes that the schedule will call, one after the other, and its own share of each.
+
+        That share is what the same schedule takes longer with all its stages on this rank alone, where it runs the
+        same Python and sends nothing. (DeepSpeed's engine knows only pipelines over all ranks: no share.)
+        """
         parts, (inputs, target) = copy.deepcopy(self._strategy.parts), self._work.data()
-        return pass_seconds(
-            parts, inputs, target, cross_entropy, stages=self._stages, split=self._split, repeats=_PASSES
-        )
+        split, kind = self._kind in SPLIT, self._kind
+        seconds = pass_seconds(parts, inputs, target, cross_entropy, stages=self._stages, split=split, repeats=_PASSES)
+        if kind not in SCHEDULES:
+            return seconds
+        calls = (3 if split else 2) * len(seconds)
+        share = max(0.0, self._on_one_rank() - sum(map(sum, seconds.values()))) / calls
+        return {k: (f + share, i + share, w + share if split else w) for k, (f, i, w) in seconds.items()}
+
+    def _on_one_rank(self) -> float:
+        """Seconds per micro-batch of this rank's share of the network as a pipeline of its own, without neighbours."""
+        plan = self._work.plan(len(self._strategy.parts), ranks=1)
+        with pipeline_of_one(self._kind, plan, self._training, _CPU, rank=self._work.world.rank) as strategy:
+            return seconds_per_call(lambda: strategy.step(self._batches), max(2, _PASSES // self._count)) / self._count
 
 
 def contestant(kind: str, work: Work) -> Contestant:

@@ -155,7 +155,14 @@ def _message(work: Work) -> tuple[float, float]:
     """Latency and host seconds of a message as large as a micro-batch's activations, all ranks at once."""
     tensor, _ = work.data()
     world = work.world
-    cost = message_seconds(tensor, rank=world.rank, ranks=world.size, pause=work.forward_seconds, repeats=_MESSAGES)
+    layer = work.plan(world.size).stage_module(0)
+    cost = message_seconds(
+        tensor,
+        rank=world.rank,
+        ranks=world.size,
+        compute=lambda: layer(tensor).sum().backward(),
+        repeats=_MESSAGES,
+    )
     return cost.latency, cost.host
 
 
