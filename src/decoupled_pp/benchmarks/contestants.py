@@ -58,7 +58,12 @@ class Work:
     @property
     def alone(self) -> int:
         """Micro-batches that a rank's own compute is measured on: the pipeline's own, if they differ in duration."""
-        return self.packets if self.durations.unevenness.drawn else _ALONE
+        return self.packets if self.durations.drawn else _ALONE
+
+    @property
+    def fill(self) -> int:
+        """Packets that fill a decoupled pipeline before it is measured."""
+        return max(_WARM_UP, self.packets // 5)
 
     def plan(self, stages: int, ranks: int | None = None) -> Plan:
         """An emulated network for all ranks (or so many); the stages of a rank share its compute equally."""
@@ -126,7 +131,7 @@ class Decoupled(Contestant):
         """Between two ends of the last stage's steps, once the pipeline is full (rank 0 collects the spans)."""
         self._ends.clear()
         packets, start = self._work.packets, self._done
-        fill = max(_WARM_UP, packets // 5)
+        fill = self._work.fill
         self._work.durations.restart(fill)
         self._done += fill + packets
         self._trainer.fit([self._batch], fill + packets, trace_packets=range(start, self._done))

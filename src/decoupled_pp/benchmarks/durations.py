@@ -50,12 +50,13 @@ class Durations:
 
     Attributes:
         repeat: The present repeat; each has draws of its own.
+        paused: Nothing is multiplied for now.
     """
 
     def __init__(self, unevenness: Unevenness, rank: int) -> None:
         """The draws of one rank."""
         self.unevenness, self._rank = unevenness, rank
-        self.repeat, self._first = 0, 0
+        self.repeat, self._first, self.paused = 0, 0, False
         self._counts: Counter[int] = Counter()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Durations:
@@ -67,14 +68,21 @@ class Durations:
         self._first = -uncounted
         self._counts.clear()
 
+    @property
+    def drawn(self) -> bool:
+        """Whether anything is left to chance at present."""
+        return self.unevenness.drawn and not self.paused
+
     def next(self, layer: object) -> tuple[float, float]:
         """Factors of forward and backward of the micro-batch that a layer has come to; layers take them in order."""
         number = self._first + self._counts[id(layer)]
         self._counts[id(layer)] += 1
-        return self.factors(number) if self.unevenness.drawn else (1.0, 1.0)
+        return self.factors(number) if self.drawn else (1.0, 1.0)
 
     def factors(self, number: int) -> tuple[float, float]:
-        """Factors of forward and backward of one micro-batch of the present repeat."""
+        """Factors of forward and backward of one micro-batch of the present repeat, drawn if anything is ever drawn."""
+        if not self.unevenness.drawn:
+            return 1.0, 1.0
         draw = random.Random(f"rank {self._rank}, micro-batch {_REPEAT * self.repeat + number}")
         slow = draw.random() < self.unevenness.slow_share and self._rank == self.unevenness.slow_stage
         forward, backward = draw.expovariate(1.0), draw.expovariate(1.0)

@@ -1,44 +1,100 @@
 """The planner's prediction of an emulated pipeline, from its parts measured apart on the same ranks.
 
-What goes in: every stage's passes alone, and a message between neighbours. What comes out: the schedule's effect.
-Nothing is fitted to the pipeline's own time.
+What goes in: every stage's passes alone, a message between neighbours, and what the sleeps were multiplied by. What
+comes out: the schedule's effect. Nothing is fitted to the pipeline's own time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from decoupled_pp.planner.orders import stages_per_rank
-from decoupled_pp.planner.predict import Setting, StageCosts, predict_stages
-from decoupled_pp.planner.simulate import Link
+from decoupled_pp.planner.orders import SPLIT, Operation, rank_of, stages_per_rank
+from decoupled_pp.planner.predict import StageCosts, seconds_of
+from decoupled_pp.planner.programs import Shape, decoupled, flushed
+from decoupled_pp.planner.simulate import Link, simulate
+
+
+@dataclass(frozen=True)
+class Emulation:
+    """What was measured.
+
+    Attributes:
+        ranks: Number of ranks.
+        micro_batches: Per optimizer step of a flushed pipeline.
+        steps: Its measured optimizer steps, after one that does not count.
+        packets: Measured packets of a decoupled pipeline, after `fill` that do not count.
+        fill: See `packets`.
+        capacity: Packets a decoupled link may hold.
+        forward: Seconds that a rank sleeps in the forward passes of a micro-batch.
+        backward: The same of its backward passes.
+        factors: (rank, micro-batch) -> what forward and backward sleeps were multiplied by; measured ones count from 0.
+    """
+
+    ranks: int
+    micro_batches: int
+    steps: int
+    packets: int
+    fill: int
+    capacity: int
+    forward: float
+    backward: float
+    factors: Callable[[int, int], tuple[float, float]]
 
 
 def predicted_period(
     kind: str,
     passes: Sequence[Mapping[int, tuple[float, float, float]]],
     messages: Sequence[tuple[float, float]],
-    *,
-    micro_batches: int,
-    capacity: int,
+    emulation: Emulation,
 ) -> float:
-    """Seconds per micro-batch.
+    """Seconds per micro-batch, over the very micro-batches that are measured.
 
     Args:
         kind: Strategy.
-        passes: For every rank: stage -> seconds of forward, input's and weights' gradients.
+        passes: For every rank: stage -> seconds of forward, input's and weights' gradients with sleeps times 1.
         messages: For every rank: latency and host seconds of a message.
-        micro_batches: Per optimizer step.
-        capacity: Packets a decoupled link may hold.
+        emulation: What was measured.
     """
-    ranks = len(passes)
     times = {int(stage): seconds for one in passes for stage, seconds in one.items()}
-    stages = ranks * stages_per_rank(kind)
     # Sizes do not matter: what the bytes take is in the measured latency.
-    costs = [StageCosts(*times[stage], 0.0, 0, 0) for stage in range(stages)]
-    latency, host = (sum(column) / ranks for column in zip(*messages, strict=True))
-    setting = Setting(ranks, micro_batches, Link(latency, host=host), capacity)
-    return predict_stages(kind, costs, setting, 1).step_seconds / micro_batches
+    costs = [StageCosts(*times[stage], 0.0, 0, 0) for stage in range(len(times))]
+    latency, host = (sum(column) / len(messages) for column in zip(*messages, strict=True))
+    nothing = (0,) * (len(costs) - 1)
+    shape, per_step = Shape(kind, emulation.ranks, nothing, nothing), emulation.micro_batches
+    if kind == "decoupled":
+        per_step, before, measured = 1, emulation.fill, emulation.packets
+        programs = decoupled(shape, emulation.capacity, before + measured)
+    else:
+        before, measured = 1, emulation.steps
+        programs = flushed(shape, per_step, before + measured)
+    even = seconds_of(kind, costs, emulation.ranks)
+    timeline = simulate(programs, _with_sleeps(kind, even, emulation, before * per_step), Link(latency, host=host))
+    timed = timeline.spans[-1:] if kind == "decoupled" else timeline.spans  # the last stage, or whoever takes longest
+    ends = [[span.end for span in row if span.operation.kind == "S"] for row in timed]
+    return max(row[-1] - row[before - 1] for row in ends) / measured / per_step
+
+
+def _with_sleeps(
+    kind: str, even: Callable[[Operation], float], emulation: Emulation, uncounted: int
+) -> Callable[[Operation], float]:
+    """The times of `even`, in which sleeps count once, with sleeps as long as they were."""
+    share = 1 / stages_per_rank(kind)
+
+    def seconds(operation: Operation) -> float:
+        name, stage, number = operation
+        if name not in "FBIW":
+            return even(operation)
+        forward, backward = emulation.factors(rank_of(kind, stage, emulation.ranks), number - uncounted)
+        if name == "F":
+            return even(operation) + (forward - 1) * emulation.forward * share
+        whole = {"B": 1.0, "I": 0.5, "W": 0.5}[name]
+        if kind in SPLIT and stage == 0:  # not split: see `seconds_of`
+            whole = 0.0 if name == "I" else 1.0
+        return even(operation) + (backward - 1) * emulation.backward * share * whole
+
+    return seconds
 
 
 def figures(period: float, predicted: float, messages: Sequence[tuple[float, float]]) -> dict[str, Any]:

@@ -127,15 +127,15 @@ def measure(chosen: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
             seconds = TIMEOUT + 100 * chosen.packets * nominal
             own = one.alone()
             alone = max(channel.gather(f"alone/{kind}/{repeat}", own, seconds))
-            passes = channel.gather(f"passes/{kind}/{repeat}", one.passes(own), TIMEOUT)
+            work.durations.paused = True
+            passes = channel.gather(
+                f"passes/{kind}/{repeat}", one.passes(one.alone() if unevenness.drawn else own), TIMEOUT
+            )
             messages = channel.gather(f"messages/{kind}/{repeat}", _message(work), TIMEOUT)
+            work.durations.paused = False
             period = max(channel.gather(f"period/{kind}/{repeat}", one.period(), seconds))
-            figures = figures_of(period, alone, nominal)
-            if not unevenness.drawn:  # the planner's passes take always the same time
-                counts = {"micro_batches": work.micro_batches, "capacity": work.capacity}
-                foreseen = predicted.predicted_period(kind, passes, messages, **counts)
-                figures |= predicted.figures(period, foreseen, messages)
-            results[kind].append(figures)
+            foreseen = predicted.predicted_period(kind, passes, messages, _emulation(work, unevenness, repeat))
+            results[kind].append(figures_of(period, alone, nominal) | predicted.figures(period, foreseen, messages))
     _part(world, channel)
     return results
 
@@ -164,6 +164,23 @@ def _message(work: Work) -> tuple[float, float]:
         repeats=_MESSAGES,
     )
     return cost.latency, cost.host
+
+
+def _emulation(work: Work, unevenness: durations.Unevenness, repeat: int) -> predicted.Emulation:
+    ranks = [durations.Durations(unevenness, rank) for rank in range(work.world.size)]
+    for one in ranks:
+        one.repeat = repeat
+    return predicted.Emulation(
+        work.world.size,
+        work.micro_batches,
+        work.steps,
+        work.packets,
+        work.fill,
+        work.capacity,
+        work.forward_seconds,
+        work.backward_seconds,
+        lambda rank, number: ranks[rank].factors(number),
+    )
 
 
 def figures_of(period: float, alone: float, nominal: float) -> dict[str, float]:
