@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from decoupled_pp.benchmarks.predicted import Emulation, predicted_period
+from decoupled_pp.benchmarks.predicted import Emulation, MessageCost, predicted_period
 
 RANKS, M, STEPS, FILL, CAPACITY, F, B = 3, 4, 3, 6, 2, 10.0, 20.0
 EXTRA = 0.5
@@ -16,8 +16,8 @@ def factors(rank, number):
     return draw.expovariate(1.0), draw.expovariate(1.0)
 
 
-EMULATION = Emulation(RANKS, M, STEPS, STEPS * M, FILL, CAPACITY, F, B, factors)
-FREE = [(0.0, 0.0)] * RANKS
+EMULATION = Emulation(RANKS, M, STEPS, STEPS * M, FILL, CAPACITY, 4, F, B, factors)
+FREE = MessageCost(0.0, 0.0, 0.0)
 
 
 def durations(rank, number):
@@ -70,7 +70,7 @@ def test_all_sleeps_are_drawn(kind):
     passes = [{stage: (F * share, *halves) for stage in range(stages)}]
 
     def period(by):
-        emulation = Emulation(RANKS, 6, STEPS, STEPS * M, FILL, CAPACITY, F, B, lambda *_: (by, by))
+        emulation = Emulation(RANKS, 6, STEPS, STEPS * M, FILL, CAPACITY, 4, F, B, lambda *_: (by, by))
         return predicted_period(kind, passes, FREE, emulation)
 
     assert period(2.0) == pytest.approx(2 * period(1.0))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import random
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,13 +52,12 @@ class Durations:
 
     Attributes:
         repeat: The present repeat; each has draws of its own.
-        paused: Nothing is multiplied for now.
     """
 
-    def __init__(self, unevenness: Unevenness, rank: int) -> None:
+    def __init__(self, unevenness: Unevenness, rank: int, repeat: int = 0) -> None:
         """The draws of one rank."""
         self.unevenness, self._rank = unevenness, rank
-        self.repeat, self._first, self.paused = 0, 0, False
+        self.repeat, self._first, self._paused = repeat, 0, False
         self._counts: Counter[int] = Counter()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Durations:
@@ -71,7 +72,16 @@ class Durations:
     @property
     def drawn(self) -> bool:
         """Whether anything is left to chance at present."""
-        return self.unevenness.drawn and not self.paused
+        return self.unevenness.drawn and not self._paused
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Nothing is multiplied meanwhile."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def next(self, layer: object) -> tuple[float, float]:
         """Factors of forward and backward of the micro-batch that a layer has come to; layers take them in order."""

@@ -6,14 +6,28 @@ comes out: the schedule's effect. Nothing is fitted to the pipeline's own time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from decoupled_pp.planner.orders import SPLIT, Operation, rank_of, stages_per_rank
 from decoupled_pp.planner.predict import StageCosts, seconds_of
 from decoupled_pp.planner.programs import Shape, decoupled, flushed
 from decoupled_pp.planner.simulate import Link, simulate
+
+
+class MessageCost(NamedTuple):
+    """Seconds of a message between two ranks: until its first byte arrives, of its bytes, of a rank's own time."""
+
+    latency: float
+    transfer: float
+    host: float
+
+    @staticmethod
+    def mean(costs: Sequence[Sequence[float]]) -> MessageCost:
+        """Of what several ranks have measured."""
+        return MessageCost(*(sum(column) / len(costs) for column in zip(*costs, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,7 @@ class Emulation:
         packets: Measured packets of a decoupled pipeline, after `fill` that do not count.
         fill: See `packets`.
         capacity: Packets a decoupled link may hold.
+        message_bytes: What goes from stage to stage, forward or backward.
         forward: Seconds that a rank sleeps in the forward passes of a micro-batch.
         backward: The same of its backward passes.
         factors: (rank, micro-batch) -> what forward and backward sleeps were multiplied by; measured ones count from 0.
@@ -38,6 +53,7 @@ class Emulation:
     packets: int
     fill: int
     capacity: int
+    message_bytes: int
     forward: float
     backward: float
     factors: Callable[[int, int], tuple[float, float]]
@@ -46,7 +62,7 @@ class Emulation:
 def predicted_period(
     kind: str,
     passes: Sequence[Mapping[int, tuple[float, float, float]]],
-    messages: Sequence[tuple[float, float]],
+    message: MessageCost,
     emulation: Emulation,
 ) -> float:
     """Seconds per micro-batch, over the very micro-batches that are measured.
@@ -54,15 +70,15 @@ def predicted_period(
     Args:
         kind: Strategy.
         passes: For every rank: stage -> seconds of forward, input's and weights' gradients with sleeps times 1.
-        messages: For every rank: latency and host seconds of a message.
+        message: What a message between neighbours costs.
         emulation: What was measured.
     """
     times = {int(stage): seconds for one in passes for stage, seconds in one.items()}
-    # Sizes do not matter: what the bytes take is in the measured latency.
     costs = [StageCosts(*times[stage], 0.0, 0, 0) for stage in range(len(times))]
-    latency, host = (sum(column) / len(messages) for column in zip(*messages, strict=True))
-    nothing = (0,) * (len(costs) - 1)
-    shape, per_step = Shape(kind, emulation.ranks, nothing, nothing), emulation.micro_batches
+    sizes = (emulation.message_bytes,) * (len(costs) - 1)
+    bandwidth = emulation.message_bytes / message.transfer if message.transfer else math.inf
+    link = Link(message.latency, bandwidth, message.host)
+    shape, per_step = Shape(kind, emulation.ranks, sizes, sizes), emulation.micro_batches
     if kind == "decoupled":
         per_step, before, measured = 1, emulation.fill, emulation.packets
         programs = decoupled(shape, emulation.capacity, before + measured)
@@ -70,7 +86,7 @@ def predicted_period(
         before, measured = 1, emulation.steps
         programs = flushed(shape, per_step, before + measured)
     even = seconds_of(kind, costs, emulation.ranks)
-    timeline = simulate(programs, _with_sleeps(kind, even, emulation, before * per_step), Link(latency, host=host))
+    timeline = simulate(programs, _with_sleeps(kind, even, emulation, before * per_step), link)
     timed = timeline.spans[-1:] if kind == "decoupled" else timeline.spans  # the last stage, or whoever takes longest
     ends = [[span.end for span in row if span.operation.kind == "S"] for row in timed]
     return max(row[-1] - row[before - 1] for row in ends) / measured / per_step
@@ -97,12 +113,12 @@ def _with_sleeps(
     return seconds
 
 
-def figures(period: float, predicted: float, messages: Sequence[tuple[float, float]]) -> dict[str, Any]:
+def figures(period: float, predicted: float, message: MessageCost) -> dict[str, Any]:
     """Predicted beside measured, and what a message was measured to cost."""
-    latency, host = (sum(column) / len(messages) for column in zip(*messages, strict=True))
     return {
         "predicted_ms": predicted * 1000,
         "measured_to_predicted": period / predicted,
-        "message_latency_us": latency * 1e6,
-        "message_host_us": host * 1e6,
+        "message_latency_us": message.latency * 1e6,
+        "message_transfer_us": message.transfer * 1e6,
+        "message_host_us": message.host * 1e6,
     }

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from decoupled_pp import environment
 from decoupled_pp.baselines import BASELINES, stages_needed
-from decoupled_pp.baselines.alone import message_seconds
+from decoupled_pp.baselines.alone import MessageSeconds, message_seconds
 from decoupled_pp.benchmarks import durations, predicted
 from decoupled_pp.benchmarks.contestants import TIMEOUT, Contestant, Work, contestant
 from decoupled_pp.contracts import UsageError
@@ -25,7 +26,7 @@ from decoupled_pp.links import StoreControl, World, join_world
 STRATEGIES = ("decoupled", *(kind for kind in BASELINES if stages_needed(kind, 1) is not None))
 """What can be measured: pipelines. (The copies of `data_parallel` and `backprop` have no stages to emulate.)"""
 
-_MESSAGES = 20
+_MESSAGES = 15
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,24 +121,30 @@ def measure(chosen: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
             chosen.refused[kind] = str(error)
     results: dict[str, list[dict[str, float]]] = {kind: [] for kind in contestants}
     for repeat in range(chosen.repeats):
+        work.durations.repeat = repeat
+        message = predicted.MessageCost.mean(channel.gather(f"message/{repeat}", _message(work), TIMEOUT))
         for kind, one in contestants.items():
-            work.durations.repeat = repeat
-            channel.gather(f"start/{kind}/{repeat}", 0, TIMEOUT)
-            nominal = (chosen.forward_ms + chosen.backward_ms) / 1000 * unevenness.slowest_mean
-            seconds = TIMEOUT + 100 * chosen.packets * nominal
-            own = one.alone()
-            alone = max(channel.gather(f"alone/{kind}/{repeat}", own, seconds))
-            work.durations.paused = True
-            passes = channel.gather(
-                f"passes/{kind}/{repeat}", one.passes(one.alone() if unevenness.drawn else own), TIMEOUT
-            )
-            messages = channel.gather(f"messages/{kind}/{repeat}", _message(work), TIMEOUT)
-            work.durations.paused = False
-            period = max(channel.gather(f"period/{kind}/{repeat}", one.period(), seconds))
-            foreseen = predicted.predicted_period(kind, passes, messages, _emulation(work, unevenness, repeat))
-            results[kind].append(figures_of(period, alone, nominal) | predicted.figures(period, foreseen, messages))
+            results[kind].append(_measure_once(kind, one, work, channel, message))
     _part(world, channel)
     return results
+
+
+def _measure_once(
+    kind: str, one: Contestant, work: Work, channel: StoreControl, message: predicted.MessageCost
+) -> dict[str, float]:
+    """Own compute alone, its passes, and the pipeline, one after the other; every rank does the same."""
+    unevenness, repeat = work.durations.unevenness, work.durations.repeat
+    nominal = (work.forward_seconds + work.backward_seconds) * unevenness.slowest_mean
+    seconds = TIMEOUT + 100 * work.packets * nominal
+    channel.gather(f"start/{kind}/{repeat}", 0, TIMEOUT)
+    own = one.alone()
+    alone = max(channel.gather(f"alone/{kind}/{repeat}", own, seconds))
+    with work.durations.pause():
+        passes = one.passes(one.alone() if unevenness.drawn else own)
+    passes_of_all = channel.gather(f"passes/{kind}/{repeat}", passes, seconds)
+    period = max(channel.gather(f"period/{kind}/{repeat}", one.period(), seconds))
+    foreseen = predicted.predicted_period(kind, passes_of_all, message, _emulation(work))
+    return figures_of(period, alone, nominal) | predicted.figures(period, foreseen, message)
 
 
 def _part(world: World, channel: StoreControl) -> None:
@@ -151,35 +158,36 @@ def _part(world: World, channel: StoreControl) -> None:
         time.sleep(0.01)
 
 
-def _message(work: Work) -> tuple[float, float]:
-    """Latency and host seconds of a message as large as a micro-batch's activations, all ranks at once."""
-    tensor, _ = work.data()
-    world = work.world
-    layer = work.plan(world.size).stage_module(0)
-    cost = message_seconds(
-        tensor,
-        rank=world.rank,
-        ranks=world.size,
-        compute=lambda: layer(tensor).sum().backward(),
-        repeats=_MESSAGES,
-    )
-    return cost.latency, cost.host
+def _message(work: Work) -> predicted.MessageCost:
+    """A message as large as a micro-batch's activations, all ranks at once; a tiny one tells its bytes apart."""
+    inputs, _ = work.data()
+    layer = work.plan(work.world.size).stage_module(0)
+
+    def cost(tensor: Tensor) -> MessageSeconds:
+        rank, ranks = work.world.rank, work.world.size
+        return message_seconds(
+            tensor, rank=rank, ranks=ranks, compute=lambda: layer(inputs).sum().backward(), repeats=_MESSAGES
+        )
+
+    with work.durations.pause():
+        tiny, whole = cost(inputs[:1, :1].clone()), cost(inputs)
+    return predicted.MessageCost(tiny.latency, max(0.0, whole.latency - tiny.latency), whole.host)
 
 
-def _emulation(work: Work, unevenness: durations.Unevenness, repeat: int) -> predicted.Emulation:
-    ranks = [durations.Durations(unevenness, rank) for rank in range(work.world.size)]
-    for one in ranks:
-        one.repeat = repeat
+def _emulation(work: Work) -> predicted.Emulation:
+    own, size = work.durations, work.world.size
+    ranks = [durations.Durations(own.unevenness, rank, own.repeat) for rank in range(size)]
     return predicted.Emulation(
-        work.world.size,
-        work.micro_batches,
-        work.steps,
-        work.packets,
-        work.fill,
-        work.capacity,
-        work.forward_seconds,
-        work.backward_seconds,
-        lambda rank, number: ranks[rank].factors(number),
+        ranks=size,
+        micro_batches=work.micro_batches,
+        steps=work.steps,
+        packets=work.packets,
+        fill=work.fill,
+        capacity=work.capacity,
+        message_bytes=work.data()[0].nbytes,
+        forward=work.forward_seconds,
+        backward=work.backward_seconds,
+        factors=lambda rank, number: ranks[rank].factors(number),
     )
 
 

@@ -131,6 +131,7 @@ def describe(figures: dict[str, Any], chosen: argparse.Namespace) -> str:
     for key, title in (
         ("share_of_zero_latency", "Share of its own rate without latency"),
         ("share_of_ideal", "Share of ideal"),
+        ("measured_to_predicted", "Measured period over the planner's prediction"),
     ):
         text += (
             f"\n{title}, median (min .. max) of {chosen.repeats} interleaved repeats\n\n{_table(figures, key, chosen)}"
