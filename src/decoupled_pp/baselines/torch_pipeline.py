@@ -78,6 +78,12 @@ class _RecordedStage(PipelineStage):
             buffer.data.copy_(value)
         return outputs
 
+    def _prepare_backward_infra(self, *arguments: Any, **keywords: Any) -> Any:
+        """The second half of the trial run; its loss is no micro-batch's, and nobody is told of it."""
+        if keywords.get("loss_fn") is not None:
+            keywords["loss_fn"] = self._pipeline.judge
+        return super()._prepare_backward_infra(*arguments, **keywords)
+
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         return self._counted(super().get_fwd_send_ops(fwd_chunk_id), backward=False)
 
@@ -185,10 +191,13 @@ class TorchPipeline(Strategy):
                 raise UsageError(f"{self.kind} cannot run with {count} micro-batches per step: {error}") from error
         return self._schedules_by_count[count]
 
-    def _loss(self, output: Payload, number: Tensor) -> Tensor:
+    def judge(self, output: Payload, number: Tensor) -> Tensor:
         """The loss of a micro-batch, given by number: torch can chunk a tensor of numbers, but no tuple of targets."""
         with self.training.autocast(self.device):
-            loss = self.training.loss(as_tuple(output)[0], self._targets[int(number)])
+            return self.training.loss(as_tuple(output)[0], self._targets[int(number)])
+
+    def _loss(self, output: Payload, number: Tensor) -> Tensor:
+        loss = self.judge(output, number)
         self.recorder.lap("critic")
         return loss
 
