@@ -7,6 +7,7 @@ comes out: the schedule's effect. Nothing is fitted to the pipeline's own time.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -113,11 +114,17 @@ def _with_sleeps(
     return seconds
 
 
-def figures(period: float, predicted: float, message: MessageCost) -> dict[str, Any]:
-    """Predicted beside measured, and what a message was measured to cost."""
+def figures(
+    period: float, predicted: float, passes: Sequence[Mapping[int, tuple[float, float, float]]], message: MessageCost
+) -> dict[str, Any]:
+    """Predicted beside measured, and what the prediction is made of: median passes of the stages, and a message."""
+    forward, to_input, weights = zip(*(seconds for one in passes for seconds in one.values()), strict=True)
     return {
         "predicted_ms": predicted * 1000,
         "measured_to_predicted": period / predicted,
+        "forward_pass_ms": statistics.median(forward) * 1000,
+        "input_pass_ms": statistics.median(to_input) * 1000,
+        "weights_pass_ms": statistics.median(weights) * 1000,
         "message_latency_us": message.latency * 1e6,
         "message_transfer_us": message.transfer * 1e6,
         "message_host_us": message.host * 1e6,

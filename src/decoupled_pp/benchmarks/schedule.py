@@ -144,7 +144,7 @@ def _measure_once(
     passes_of_all = channel.gather(f"passes/{kind}/{repeat}", passes, seconds)
     period = max(channel.gather(f"period/{kind}/{repeat}", one.period(), seconds))
     foreseen = predicted.predicted_period(kind, passes_of_all, message, _emulation(work))
-    return figures_of(period, alone, nominal) | predicted.figures(period, foreseen, message)
+    return figures_of(period, alone, nominal) | predicted.figures(period, foreseen, passes_of_all, message)
 
 
 def _part(world: World, channel: StoreControl) -> None:

@@ -17,7 +17,7 @@ _COLOURS = ("#d55e00", "#56b4e9", "#0072b2", "#009e73", "#e69f00", "#cc79a7", "#
 
 
 def plot_curves(curves: Mapping[str, Sequence[Point | str]], title: str, path: Path) -> None:
-    """Draw a curve for every strategy, as a PNG; where a strategy cannot run it has no point.
+    """Draw a curve for every strategy, as a PNG; where one cannot run it has no point, and it is left out without any.
 
     Args:
         curves: Strategy -> a point per number of devices, or why there is none.
@@ -28,6 +28,8 @@ def plot_curves(curves: Mapping[str, Sequence[Point | str]], title: str, path: P
     rate, share = figure.subplots(1, 2)
     for (kind, points), colour in zip(curves.items(), _COLOURS, strict=False):
         there = [one for one in points if not isinstance(one, str)]
+        if not there:
+            continue
         devices = [one.devices for one in there]
         look: dict[str, Any] = {
             "color": colour,
