@@ -16,5 +16,5 @@ def test_a_contender_that_diverged_is_in_the_report(tmp_path):
     assert found["targets"] == {"0": 1.25}
     assert found["strategies"]["1f1b"]["val_loss"]["median"] is None
     text = (tmp_path / "compare.md").read_text()
-    assert "| 1f1b | inf |" in text and "0 of 1" in text
+    assert "| 1f1b | inf |" in text and "| not reached | 0 of 1 |" in text
     assert "inf" in (tmp_path / "report.html").read_text()

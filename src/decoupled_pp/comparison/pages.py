@@ -100,17 +100,26 @@ def write_pages(folder: Path, comparison: Comparison) -> list[Path]:
     return paths
 
 
-def table(rows: dict[str, dict[str, Any]], columns: Sequence[tuple[str, str, str, float]]) -> dict[str, Any]:
-    """Titles and cells; a column nobody has a value for is left out."""
+def table(
+    rows: dict[str, dict[str, Any]],
+    columns: Sequence[tuple[str, str, str, float]],
+    missing: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Titles and cells; a column nobody has a value for is left out. `missing`: key -> what stands for no value."""
     used = [column for column in columns if any(row[column[0]] is not None for row in rows.values())]
-    cells = {name: [_cell(row[key], form, unit) for key, _, form, unit in used] for name, row in rows.items()}
+    none = missing or {}
+    cells = {
+        name: [
+            _cell(row[key], form, unit) if row[key] is not None else (none.get(key, "-"), "")
+            for key, _, form, unit in used
+        ]
+        for name, row in rows.items()
+    }
     return {"titles": [title for _, title, _, _ in used], "rows": cells}
 
 
 def _cell(value: Any, form: str, unit: float) -> tuple[str, str]:
     """A value, and the range of the repeats if they differ."""
-    if value is None:
-        return "-", ""
     if isinstance(value, Spread):
         middle, low, high = (format(x * unit, form) for x in (value.median, value.low, value.high))
         return middle, f"{low} .. {high}" if low != high else ""
@@ -126,7 +135,7 @@ def _content(comparison: Comparison) -> dict[str, Any]:
         "comparison": comparison,
         "machine": f"{environment.cores()} CPU cores, torch {torch.__version__}, Python {platform.python_version()}",
         "speed": table(speed, COLUMNS),
-        "quality": table(rows, QUALITY),
+        "quality": table(rows, QUALITY, {"seconds_to_target": "not reached"} if goals else None),
         "updates": _updates(comparison),
         "memory": table(rows, MEMORY),
         "activations": {name: row["activation_bytes_by_rank"] for name, row in rows.items()},
