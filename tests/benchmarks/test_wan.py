@@ -156,7 +156,8 @@ def test_shares_are_of_the_same_repeat_and_limit(tmp_path):
     conditions = []
     for mbit, periods in ((0.0, (30.0, 40.0)), (100.0, (60.0, 60.0))):
         for trip, factor in ((0.0, 1.0), (50.0, 2.0)):
-            repeats = {"decoupled": [{"period_ms": p * factor, "share_of_ideal": 0.5} for p in periods]}
+            once = {"share_of_ideal": 0.5, "measured_to_predicted": 1.01}
+            repeats = {"decoupled": [{"period_ms": p * factor, **once} for p in periods]}
             conditions.append(wan_report.Condition(mbit, trip, [trip], repeats=repeats, refused={"zbv": "too few"}))
     chosen = argparse.Namespace(strategies=["decoupled", "zbv"], repeats=2, ranks=2, jitter="none")
     chosen.slow_factor = chosen.slow_share = chosen.slow_stage = None
