@@ -24,9 +24,9 @@ def run(name="1f1b", *, repeat=0, losses=(3.0, 2.0, 1.0), mean=0.02, spans=None,
     ]
     summary = {
         "steps": 10,
-        "step_seconds": {"mean": mean, "p50": mean, "p95": 2 * mean},
+        "step_seconds": {"mean": mean, "p50": mean, "p95": 2 * mean} if mean else None,
         "training_seconds": float(len(losses)),
-        "samples_per_second": 4 / mean,
+        "samples_per_second": 4 / mean if mean else None,
         "final": {"val_loss": losses[-1], "val_accuracy": None},
         "per_stage": stages or [stage(), stage()],
         "links": [{"from": 0, "to": 1, "training_bytes_forward": 400, "payload_bytes_backward": 80, "packets": 10}],

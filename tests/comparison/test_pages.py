@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from compared import contender, run
+from compared import contender, run, stage
 
 from decoupled_pp.comparison.pages import Comparison, write_pages
 
@@ -18,3 +18,11 @@ def test_a_contender_that_diverged_is_in_the_report(tmp_path):
     text = (tmp_path / "compare.md").read_text()
     assert "| 1f1b | inf |" in text and "| not reached | 0 of 1 |" in text
     assert "inf" in (tmp_path / "report.html").read_text()
+
+
+def test_runs_too_short_for_a_rate_have_a_report(tmp_path):
+    rows = [stage(critic_parameters=5), stage()]
+    runs = [run("decoupled", mean=None, stages=rows), run("1f1b", mean=None)]
+    entries = [contender("decoupled"), contender("1f1b")]
+    write_pages(tmp_path, Comparison("x.yaml", "dpp compare x.yaml", 2, 2, 4, None, 1, entries, runs, []))
+    assert "measured: -." in (tmp_path / "compare.md").read_text()

@@ -109,17 +109,16 @@ def table(
     used = [column for column in columns if any(row[column[0]] is not None for row in rows.values())]
     none = missing or {}
     cells = {
-        name: [
-            _cell(row[key], form, unit) if row[key] is not None else (none.get(key, "-"), "")
-            for key, _, form, unit in used
-        ]
+        name: [_cell(row[key], form, unit, none.get(key, "-")) for key, _, form, unit in used]
         for name, row in rows.items()
     }
     return {"titles": [title for _, title, _, _ in used], "rows": cells}
 
 
-def _cell(value: Any, form: str, unit: float) -> tuple[str, str]:
-    """A value, and the range of the repeats if they differ."""
+def _cell(value: Any, form: str, unit: float, none: str = "-") -> tuple[str, str]:
+    """A value (or what stands for none), and the range of the repeats if they differ."""
+    if value is None:
+        return none, ""
     if isinstance(value, Spread):
         middle, low, high = (format(x * unit, form) for x in (value.median, value.low, value.high))
         return middle, f"{low} .. {high}" if low != high else ""
