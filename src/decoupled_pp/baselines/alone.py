@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import torch
@@ -25,18 +26,18 @@ class MessageSeconds:
     """What a message costs.
 
     Attributes:
-        latency: Seconds until it has arrived, once both sides have posted it.
+        latency: Seconds until it has arrived, once both sides have posted it; None on a rank that has timed no trip.
         host: Seconds of a rank's own time at one end: to post it, and to find that it is done.
     """
 
-    latency: float
+    latency: float | None
     host: float
 
 
 def message_seconds(
     tensor: Tensor, *, rank: int, ranks: int, compute: Callable[[], object], repeats: int
 ) -> MessageSeconds:
-    """Exchange a tensor with each neighbour over the default process group; all ranks at once, means over this rank's.
+    """Exchange a tensor with each neighbour over the default process group, all ranks at once; medians of this rank.
 
         first  computes, sends |---- latency ---->| second wakes, sends |---- latency ---->| first wakes
                           host                      host
@@ -71,9 +72,9 @@ def message_seconds(
             start = time.perf_counter()
             _wait(sent)  # long done
             checks.append(time.perf_counter() - start)
-    host = sum(hosts) / len(hosts)
-    trip = sum(trips) / len(trips) if trips else 2 * host  # the last rank of an even number only answers
-    return MessageSeconds(max(0.0, trip / 2 - host), host + sum(checks) / len(checks))
+    host = median(hosts)  # medians: the first exchange with a neighbour waits for it to come from the other one
+    latency = max(0.0, median(trips) / 2 - host) if trips else None  # the last rank of an even number only answers
+    return MessageSeconds(latency, host + median(checks))
 
 
 def _post(operation: Any, tensor: Tensor, peer: int) -> list[Any]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from decoupled_pp.baselines.alone import MessageSeconds
 from decoupled_pp.planner.orders import SPLIT, Operation, rank_of, stages_per_rank
 from decoupled_pp.planner.predict import StageCosts, seconds_of
 from decoupled_pp.planner.programs import Shape, decoupled, flushed
@@ -26,9 +27,11 @@ class MessageCost(NamedTuple):
     host: float
 
     @staticmethod
-    def mean(costs: Sequence[Sequence[float]]) -> MessageCost:
-        """Of what several ranks have measured."""
-        return MessageCost(*(sum(column) / len(costs) for column in zip(*costs, strict=True)))
+    def of(tiny: Sequence[MessageSeconds], whole: Sequence[MessageSeconds]) -> MessageCost:
+        """From what the ranks have measured with a message of hardly any bytes, and with a whole one."""
+        latency = _mean_latency(tiny)
+        host = statistics.mean(one.host for one in whole)
+        return MessageCost(latency, max(0.0, _mean_latency(whole) - latency), host)
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,10 @@ class Emulation:
     forward: float
     backward: float
     factors: Callable[[int, int], tuple[float, float]]
+
+
+def _mean_latency(costs: Sequence[MessageSeconds]) -> float:
+    return statistics.mean(one.latency for one in costs if one.latency is not None)
 
 
 def predicted_period(

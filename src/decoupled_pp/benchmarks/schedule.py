@@ -122,7 +122,7 @@ def measure(chosen: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     results: dict[str, list[dict[str, float]]] = {kind: [] for kind in contestants}
     for repeat in range(chosen.repeats):
         work.durations.repeat = repeat
-        message = predicted.MessageCost.mean(channel.gather(f"message/{repeat}", _message(work), TIMEOUT))
+        message = _message(work, channel)
         for kind, one in contestants.items():
             results[kind].append(_measure_once(kind, one, work, channel, message))
     _part(world, channel)
@@ -158,20 +158,21 @@ def _part(world: World, channel: StoreControl) -> None:
         time.sleep(0.01)
 
 
-def _message(work: Work) -> predicted.MessageCost:
+def _message(work: Work, channel: StoreControl) -> predicted.MessageCost:
     """A message as large as a micro-batch's activations, all ranks at once; a tiny one tells its bytes apart."""
     inputs, _ = work.data()
     layer = work.plan(work.world.size).stage_module(0)
 
-    def cost(tensor: Tensor) -> MessageSeconds:
+    def costs(size: str, tensor: Tensor) -> list[MessageSeconds]:
         rank, ranks = work.world.rank, work.world.size
-        return message_seconds(
-            tensor, rank=rank, ranks=ranks, compute=lambda: layer(inputs).sum().backward(), repeats=_MESSAGES
-        )
+        with work.durations.pause():
+            own = message_seconds(
+                tensor, rank=rank, ranks=ranks, compute=lambda: layer(inputs).sum().backward(), repeats=_MESSAGES
+            )
+        every = channel.gather(f"{size}/{work.durations.repeat}", [own.latency, own.host], TIMEOUT)
+        return [MessageSeconds(*one) for one in every]
 
-    with work.durations.pause():
-        tiny, whole = cost(inputs[:1, :1].clone()), cost(inputs)
-    return predicted.MessageCost(tiny.latency, max(0.0, whole.latency - tiny.latency), whole.host)
+    return predicted.MessageCost.of(costs("tiny", inputs[:1, :1].clone()), costs("whole", inputs))
 
 
 def _emulation(work: Work) -> predicted.Emulation:
