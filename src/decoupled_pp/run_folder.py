@@ -89,9 +89,12 @@ def _unwritable(folder: Path, reason: str) -> UsageError:
 
 
 def write_config(folder: Path, settings: Settings, sizes: tuple[int, ...] | None) -> None:
-    """The resolved settings of the run, or of the last that went on with it, with its cut if it is cut."""
+    """The resolved settings of the run, or of the last that went on with it.
+
+    Its cut is written down if it has as many stages as the settings name: baselines may have more of them, or one.
+    """
     resolved: dict[str, Any] = settings.model_dump()
-    resolved["cut"] = list(sizes) if sizes is not None else settings.cut
+    resolved["cut"] = list(sizes) if sizes is not None and len(sizes) == settings.stages else settings.cut
     write_atomically(folder / CONFIG_FILE, write_yaml(resolved))
 
 

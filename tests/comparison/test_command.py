@@ -7,6 +7,7 @@ import subprocess
 import pytest
 
 from decoupled_pp.cli import main
+from decoupled_pp.config import load_settings
 
 CONFIG = """
 name: tiny
@@ -33,6 +34,7 @@ def folder(tmp_path_factory):
         patch.chdir(root)
         (root / "tiny.yaml").write_text(CONFIG)
         arguments = ["--strategies=decoupled,gpipe,1f1b,backprop", "--micro-batches=1", "--repeats=1"]
+        arguments += ["--set-for", "decoupled", "optimizer.lr=0.004"]
         assert compare(*arguments, "--output=out") == 0
     return root / "out"
 
@@ -47,8 +49,14 @@ def test_the_report_holds_all_that_ran_and_says_what_did_not(folder):
         assert one["figures"]["samples_per_second"] > 0
     assert {row["backward"] for row in found["strategies"]["decoupled"]["traffic"]} == {0}
     assert all(row["backward"] > 0 for row in found["strategies"]["gpipe"]["traffic"])
+    rates = {name: load_settings(folder / f"{name}-0" / "config.yaml").optimizer.lr for name in found["strategies"]}
+    assert rates["decoupled"] == 0.004 != rates["gpipe"] == rates["backprop"]
     text = (folder / "compare.md").read_text()
-    assert "Not measured: 1f1b: " in text and "| gpipe |" in text
+    assert (
+        "`decoupled` alone was given optimizer.lr=0.004." in text
+        and "Not measured: 1f1b: " in text
+        and "| gpipe |" in text
+    )
 
 
 def test_pipelined_backprop_learns_what_plain_backprop_learns(folder):
@@ -88,6 +96,7 @@ def test_the_report_opens_in_a_browser_without_a_network(folder, tmp_path):
         (["--strategies=1f2b"], "--strategies: '1f2b' is not known"),
         (["--repeats=0"], "--repeats 0 must be at least 1"),
         (["--set=naem=x"], "naem: unknown key"),
+        (["--micro-batches=2", "--set-for", "backprop", "optimizer.rl=1"], "optimizer.rl: unknown key"),
     ],
 )
 def test_bad_input(arguments, line, tmp_path, monkeypatch, capsys):

@@ -3,7 +3,7 @@
 import pytest
 
 from decoupled_pp.baselines import BASELINES
-from decoupled_pp.comparison.contenders import STRATEGIES, contenders
+from decoupled_pp.comparison.contenders import STRATEGIES, contenders, with_own_settings
 from decoupled_pp.config import check_settings
 from decoupled_pp.contracts import UsageError
 
@@ -68,3 +68,30 @@ def test_a_cut_for_other_ranks_is_measured_anew():
 def test_bad_input(kinds, ranks, micro_batches, line):
     with pytest.raises(UsageError, match=line.replace("(", r"\(")):
         contenders(settings(accumulate=2), kinds, ranks, micro_batches)
+
+
+def test_settings_of_one_entry_alone():
+    entries = contenders(settings(), ["decoupled", "1f1b"], 2, 4)
+    given = [("1f1b", "optimizer.lr=0.1"), ("decoupled", "critic.kind=mlp_sr"), ("1f1b", "training.clip_norm=1")]
+    found = {one.name: one.own for one in with_own_settings(entries, given)}
+    assert found == {
+        "decoupled": ("critic.kind=mlp_sr",),
+        "decoupled_per_flush": (),
+        "1f1b": ("optimizer.lr=0.1", "training.clip_norm=1"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "line"),
+    [
+        ("zbv", "optimizer.lr=0.1", "--set-for zbv: no such entry; of 1f1b, decoupled, decoupled_per_flush"),
+        ("1f1b", "data.batch_size=8", "--set-for 1f1b data.batch_size: all entries share it"),
+        ("1f1b", "seed=3", "all entries share it"),
+        ("1f1b", "training.steps=3", "the comparison sets it"),
+        ("1f1b", "training={steps: 3}", "the comparison sets it"),
+        ("decoupled", "schedule.warmup=3", "the comparison sets it"),
+    ],
+)
+def test_what_no_entry_may_have_to_itself(name, override, line):
+    with pytest.raises(UsageError, match=line):
+        with_own_settings(contenders(settings(), ["decoupled", "1f1b"], 2, 4), [(name, override)])

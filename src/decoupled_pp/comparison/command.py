@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from decoupled_pp import environment, run_folder
-from decoupled_pp.comparison.contenders import STRATEGIES, contenders
+from decoupled_pp.comparison.contenders import STRATEGIES, contenders, with_own_settings
 from decoupled_pp.comparison.pages import Comparison, write_pages
 from decoupled_pp.comparison.runs import run_all
 from decoupled_pp.config import load_settings
@@ -31,6 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting for all strategies"
     )
+    parser.add_argument(
+        "--set-for",
+        action="append",
+        nargs=2,
+        default=[],
+        metavar=("NAME", "KEY=VALUE"),
+        help="override a setting for one entry of the report: 1f1b optimizer.lr=0.1, decoupled_per_flush ...",
+    )
     parser.set_defaults(run=run_command)
 
 
@@ -43,6 +51,9 @@ def run_command(chosen: argparse.Namespace) -> int:
         raise UsageError(f"--repeats {chosen.repeats} must be at least 1")
     micro_batches = chosen.micro_batches if chosen.micro_batches is not None else 2 * chosen.ranks
     entries = contenders(settings, [kind.strip() for kind in chosen.strategies.split(",")], chosen.ranks, micro_batches)
+    entries = with_own_settings(entries, chosen.set_for)
+    for entry in entries:
+        load_settings(chosen.config, (*chosen.set, *entry.own))  # a wrong one is refused before anybody runs
     folder = Path(chosen.output) if chosen.output else Path(settings.runs) / f"{settings.name}-compare"
     run_folder.check(folder, resume=False, overwrite=chosen.overwrite)
     run_folder.claim(folder, environment.job(), resume=False, overwrite=chosen.overwrite)

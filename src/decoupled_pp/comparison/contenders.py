@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from decoupled_pp.contracts import UsageError
@@ -17,6 +18,9 @@ BOTH_UPDATES = {"decoupled": "decoupled_per_flush", "backprop": "backprop_per_mi
 EVALUATIONS = 10
 """Held-out evaluations of a run whose settings name none."""
 
+SHARED = ("name", "runs", "seed", "threads", "device", "training.precision", "model", "data", "validation", "loss")
+"""Settings, or sections of them, that no contender may have to itself: what makes them comparable."""
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -29,6 +33,7 @@ class Contender:
         accumulate: Micro-batches per optimizer update.
         steps: Optimizer updates.
         overrides: Settings in which it differs from the configuration, as `key=value`.
+        own: What the user has set for this entry alone, as `key=value`.
     """
 
     name: str
@@ -37,6 +42,7 @@ class Contender:
     accumulate: int
     steps: int
     overrides: tuple[str, ...]
+    own: tuple[str, ...] = ()
 
 
 def contenders(settings: Settings, kinds: list[str], ranks: int, micro_batches: int) -> list[Contender]:
@@ -79,6 +85,27 @@ def contenders(settings: Settings, kinds: list[str], ranks: int, micro_batches: 
             pace = micro_batches if configured else own
             found.append(_contender(BOTH_UPDATES[kind], kind, settings, ranks, pace, micro_batches))
     return found
+
+
+def with_own_settings(entries: Sequence[Contender], given: Sequence[tuple[str, str]]) -> list[Contender]:
+    """The entries, some with settings of their own: a learning rate that suits one pace of updates, say.
+
+    Args:
+        entries: Of the comparison.
+        given: Pairs of an entry's name and `key=value`.
+
+    Raises:
+        UsageError: No entry has that name, or the setting is one that all share or that the comparison itself sets.
+    """
+    names = {entry.name for entry in entries}
+    fixed = {*SHARED, *(one.split("=", 1)[0] for entry in entries for one in entry.overrides)}
+    for name, override in given:
+        if name not in names:
+            raise UsageError(f"--set-for {name}: no such entry; of {', '.join(sorted(names))}")
+        key = override.split("=", 1)[0].strip()
+        if any(f"{key}.".startswith(f"{one}.") or one.startswith(f"{key}.") for one in fixed):
+            raise UsageError(f"--set-for {name} {key}: all entries share it, or the comparison sets it for them")
+    return [replace(entry, own=tuple(one for name, one in given if name == entry.name)) for entry in entries]
 
 
 def _contender(  # noqa: PLR0917 - what an entry is made of, each once

@@ -187,6 +187,7 @@ def _raw(comparison: Comparison) -> dict[str, Any]:
             name: {key: asdict(value) if isinstance(value, Spread) else value for key, value in row.items()}
             for name, row in rows.items()
         },
+        "own_settings": {one.name: list(one.own) for one in comparison.contenders if one.own},
         "not_measured": {failure.contender.name: failure.reason for failure in comparison.failures},
         "targets": targets(comparison.runs),
         "runs": [

@@ -77,7 +77,7 @@ def run_all(
             name, start = f"{contender.name}-{repeat}", time.monotonic()
             own = [f"name={name}", f"runs={folder}", f"seed={seed + repeat}", f"threads={threads}"]
             log = folder / f"{name}.log"
-            code = _run(config, [*overrides, *contender.overrides, *own], contender.ranks, log)
+            code = _run(config, [*overrides, *contender.own, *contender.overrides, *own], contender.ranks, log)
             if code:
                 failures.append(Failure(contender, _reason(log, code)))
                 say(f"{contender.name}: not measured: {failures[-1].reason}")
