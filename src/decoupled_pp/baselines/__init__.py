@@ -50,5 +50,7 @@ def build_baseline(
     if kind == "data_parallel":
         return DataParallel(plan, training, device, rank=rank, ranks=ranks)
     if kind == "deepspeed":
+        if ranks < 2:
+            raise UsageError(f"deepspeed is a pipeline over at least 2 ranks, not {ranks}; use backprop")
         return DeepSpeedPipeline(plan, training, device, rank=rank, ranks=ranks)
     return TorchPipeline(kind, plan, training, device, rank=rank, ranks=ranks)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.pipelining import schedules
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
+from decoupled_pp.baselines.deepspeed_pipeline import DeepSpeedPipeline
 from decoupled_pp.baselines.strategy import Part, Strategy, Training
 from decoupled_pp.baselines.torch_pipeline import TorchPipeline
 from decoupled_pp.contracts import Loss, Payload, Plan
@@ -124,7 +125,13 @@ def pass_seconds(
 def pipeline_of_one(
     kind: str, plan: Plan, training: Training, device: torch.device, *, rank: int
 ) -> Iterator[Strategy]:
-    """One of torch's schedules with all its stages on this rank, whatever other ranks do meanwhile."""
+    """A pipeline of this rank alone, whatever other ranks do meanwhile; all ranks must make one at the same time.
+
+    Torch's schedules have all stages of `plan` on it. DeepSpeed's engine, which has one stage per rank, has the one.
+    """
+    if kind == "deepspeed":
+        yield DeepSpeedPipeline.alone(plan, training, device)
+        return
     group = dist.new_group([rank], use_local_synchronization=True)
     try:
         yield TorchPipeline(kind, plan, training, device, rank=0, ranks=1, group=group)

@@ -57,11 +57,21 @@ class DeepSpeedPipeline(Strategy):
         self._shapes: object = None
         self._engine = self._build(ranks)
 
+    @staticmethod
+    def alone(plan: Plan, training: Training, device: torch.device) -> DeepSpeedPipeline:
+        """A pipeline of one rank: the engine's own Python, without a message. All ranks call this at the same time.
+
+        Ranks of pipelines one stage deep are replicas to DeepSpeed; here they exchange nothing.
+        """
+        pipeline = DeepSpeedPipeline(plan, training, device, rank=0, ranks=1)
+        pipeline._engine.is_data_parallel = pipeline._engine.pipeline_enable_backward_allreduce = False
+        return pipeline
+
     def gradients(self, batches: Sequence[Batch]) -> list[Tensor]:
         """See `Strategy`; rank 0 uses the inputs, the last rank the targets and returns the losses."""
         engine = self._engine
         if engine.micro_batches != len(batches):
-            engine.set_train_batch_size(len(batches))
+            engine.set_train_batch_size(len(batches) * engine.dp_world_size)
         shapes = [[tuple(tensor.shape) for tensor in as_tuple(inputs)] for inputs, _ in batches]
         engine.dynamic_shape = any(shape != shapes[0] for shape in shapes)  # then shapes travel with every tensor
         if engine.dynamic_shape or shapes[0] != self._shapes:
@@ -198,8 +208,6 @@ def import_deepspeed(device: torch.device) -> Any:
 
 def _check(plan: Plan, training: Training, ranks: int) -> None:
     """Refuse on every rank alike, before anything is sent."""
-    if ranks < 2:
-        raise UsageError(f"deepspeed is a pipeline over at least 2 ranks, not {ranks}; use backprop")
     if plan.stages != ranks:
         raise UsageError(f"deepspeed on {ranks} ranks needs a plan of {ranks} stages, not {plan.stages}")
     dtypes = {parameter.dtype for parameter in plan.module.parameters()}

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from decoupled_pp.baselines import Training, build_baseline, stages_needed
 from decoupled_pp.baselines.alone import pass_seconds, pipeline_of_one
-from decoupled_pp.baselines.torch_pipeline import SCHEDULES
 from decoupled_pp.benchmarks.durations import Durations
 from decoupled_pp.benchmarks.emulated import EmulatedLayer
 from decoupled_pp.common_plan import partition
@@ -202,13 +201,11 @@ class Pipelined(Contestant):
         """The passes that the schedule will call, one after the other, and its own share of each.
 
         That share is what the same schedule takes longer with all its stages on this rank alone, where it runs the
-        same Python and sends nothing. (DeepSpeed's engine knows only pipelines over all ranks: no share.)
+        same Python and sends nothing.
         """
         parts, (inputs, target) = copy.deepcopy(self._strategy.parts), self._work.data()
-        split, kind = self._kind in SPLIT, self._kind
+        split = self._kind in SPLIT
         seconds = pass_seconds(parts, inputs, target, cross_entropy, stages=self._stages, split=split, repeats=_PASSES)
-        if kind not in SCHEDULES:
-            return seconds
         calls = (3 if split else 2) * len(seconds)
         share = max(0.0, self._on_one_rank() - sum(map(sum, seconds.values()))) / calls
         return {k: (f + share, i + share, w + share if split else w) for k, (f, i, w) in seconds.items()}
