@@ -95,7 +95,7 @@ def check_work(chosen: argparse.Namespace, command: str) -> None:
 
 
 def measure(chosen: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
-    """All strategies in turn, `repeats` times (A B A B ...): the figures of every repeat, equal on all ranks."""
+    """All strategies in turn, `repeats` times (A B A B ...): the figures of every repeat; predictions on rank 0."""
     torch.set_num_threads(1)
     unevenness = durations.unevenness_of(chosen)
     world = join_world(TIMEOUT)
@@ -143,8 +143,12 @@ def _measure_once(
         passes = one.passes(one.alone() if unevenness.drawn else own)
     passes_of_all = channel.gather(f"passes/{kind}/{repeat}", passes, seconds)
     period = max(channel.gather(f"period/{kind}/{repeat}", one.period(), seconds))
-    foreseen = predicted.predicted_period(kind, passes_of_all, message, _emulation(work))
-    return figures_of(period, alone, nominal) | predicted.figures(period, foreseen, passes_of_all, message)
+    found = figures_of(period, alone, nominal)
+    if work.world.rank == 0:  # the others would only fight it for cores
+        foreseen = predicted.predicted_period(kind, passes_of_all, message, _emulation(work))
+        found |= predicted.figures(period, foreseen, passes_of_all, message)
+    channel.gather(f"predicted/{kind}/{repeat}", 0, seconds + TIMEOUT)
+    return found
 
 
 def _part(world: World, channel: StoreControl) -> None:
