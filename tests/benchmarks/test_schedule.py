@@ -53,7 +53,8 @@ def _chosen(**changes):
 def test_every_strategy_is_measured(tmp_path):
     chosen = _chosen()
     results = [result.value for result in launch(_measure, chosen, size=2, folder=tmp_path)]
-    assert results[0] == results[1]
+    for kind, repeats in results[1]["results"].items():  # rank 0 has the same, and the predictions
+        assert all(one.items() <= full.items() for one, full in zip(repeats, results[0]["results"][kind], strict=True))
     assert list(results[0]["results"]) == list(schedule.STRATEGIES)
     for repeats in results[0]["results"].values():
         assert len(repeats) == 2
