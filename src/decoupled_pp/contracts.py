@@ -89,12 +89,14 @@ class Packet:
         number: Sequence number of a TRAIN packet (from 0); for other kinds the count of TRAIN packets before it.
         payload: Activations; dimension 0 is the batch. An empty tuple in markers.
         target: Targets of the micro-batch; they ride along to every stage. An empty tuple in markers.
+        rider: What a critic sends to the next stage's critic (`objective.Critic.rider`); usually an empty tuple.
     """
 
     kind: PacketKind
     number: int
     payload: Payload = ()
     target: Payload = ()
+    rider: Payload = ()
 
     @property
     def samples(self) -> int:
@@ -228,6 +230,7 @@ class CriticContext:
         layers: All layers of the network; builders may deep-copy layers from `boundary` on, never use them directly.
         hiddens: For every layer above, a sample of its input: `hiddens[j]` goes into `layers[boundary + j]`
             (so `hiddens[0]` is `hidden`).
+        sample: A sample of the network's own input.
     """
 
     stage: int
@@ -237,6 +240,7 @@ class CriticContext:
     output: Tensor
     layers: tuple[nn.Module, ...]
     hiddens: tuple[Payload, ...] = ()
+    sample: Payload = ()
 
 
 CriticBuilder: TypeAlias = Callable[[CriticContext], nn.Module]

@@ -250,8 +250,81 @@ class AuglocalCritic(Section):
     """Share of `depth` taken off linearly towards the last critic (c in the paper)."""
 
 
+class PredsimCritic(Section):
+    """Prediction and similarity matching (Nokland & Eidnes 2019): one label each; images and vectors."""
+
+    kind: Literal["predsim"]
+    similarity: float = Field(0.99, ge=0, le=1)
+    """Share of the similarity loss (b in the paper: 0.99)."""
+    features: int = Field(2048, ge=1)
+    """Largest number of features, after average pooling, that the linear prediction is given (paper: 2048 or 4096)."""
+
+
+class InfoproCritic(Section):
+    """Information propagation (Wang et al. 2021): also rebuild the input image, which travels in the packet."""
+
+    kind: Literal["infopro"]
+    reconstruction: tuple[float, float] = (5.0, 0.5)
+    """Weight of the reconstruction loss at the first and at the last critic, linear in between."""
+    prediction: tuple[float, float] = (0.5, 0.5)
+    """Weight of the run's loss at the first and at the last critic, linear in between."""
+    width: int = Field(12, ge=1)
+    """Channels inside the decoder (paper: 12)."""
+    features: int = Field(128, ge=1)
+    """Hidden units of the classifier (paper: 128)."""
+
+
+class LlsCritic(Section):
+    """Layer-wise learning with fixed sinusoids (Apolinario & Roy 2025): no trained parameters; one label each."""
+
+    kind: Literal["lls"]
+    pooled: int = Field(4, ge=1)
+    """Images are pooled to this height and width; vectors are taken as they are."""
+    temperature: float = Field(1.0, gt=0)
+    """T, by which the logits are divided."""
+
+
+class NeuronGroupsCritic(Section):
+    """Groups of channels with a critic each, made to differ (Patel et al. 2023, GN-DGL); one label each."""
+
+    kind: Literal["neuron_groups"]
+    groups: int = Field(2, ge=2)
+    """Groups, G; the channels of a stage's output must divide by it."""
+    base: Literal["head", "mlp_sr"] = "head"
+    """The critic of every group; it sees the other groups' channels too, without a gradient into them."""
+    diversity: float = Field(0.5, ge=0)
+    """Weight of the mean pairwise cosine between the groups' softened wrong-class distributions (paper: 0.5)."""
+    temperature: float = Field(3.0, gt=0)
+    """What softens them (paper: 3)."""
+
+
+class CollaborativeCritic(Section):
+    """Several heads that also learn from each other's consensus (Song & Chai 2018); their gradient is rescaled."""
+
+    kind: Literal["collaborative"]
+    heads: int = Field(2, ge=2)
+    """Heads, H; the gradient into the stage is that of all heads divided by H."""
+    base: Literal["head", "mlp_sr"] = "head"
+    """What every head is."""
+    label_share: float = Field(0.5, ge=0, le=1)
+    """Share of the labels' loss; the rest is that of the others' consensus (beta in the paper)."""
+    temperature: float = Field(2.0, gt=0)
+    """What softens the consensus (T in the paper)."""
+
+
 class FactoryCritic(Factory):
     """Your own critic: `function(context, **arguments)` builds an `nn.Module` from stage output to logits."""
 
 
-CriticSettings = Annotated[HeadCritic | MlpSrCritic | AuglocalCritic | FactoryCritic, Field(discriminator="kind")]
+CriticSettings = Annotated[
+    HeadCritic
+    | MlpSrCritic
+    | AuglocalCritic
+    | PredsimCritic
+    | InfoproCritic
+    | LlsCritic
+    | NeuronGroupsCritic
+    | CollaborativeCritic
+    | FactoryCritic,
+    Field(discriminator="kind"),
+]

@@ -18,6 +18,7 @@ from decoupled_pp.contracts import Loss, Packet, Payload, as_tuple, check_payloa
 from decoupled_pp.device import RandomStream
 from decoupled_pp.losses import ExitScore
 from decoupled_pp.memory import SavedActivations
+from decoupled_pp.objective import Critic, View, local_loss, rider_of
 from decoupled_pp.optimizer_state import group_entries
 
 Send = Callable[[Packet], None]
@@ -83,9 +84,11 @@ class Stage:
         self.random = RandomStream(seed, device)  # own stream, whoever else draws in this process (law 3)
         self._run_trunk: Callable[[Payload], Payload] = checkpointed(trunk) if options.checkpoint_activations else trunk
         self._run_critic: Callable[[Payload], Tensor] = critic if critic is not None else _own_logits
+        self._run_objective: Callable[[View], Tensor] = lambda view: local_loss(self.critic, view, self.loss)
         if options.compile:
             self._run_trunk = compiled(self._run_trunk, f"trunk {index}")
             self._run_critic = compiled(critic, f"critic {index}") if critic is not None else _own_logits
+            self._run_objective = compiled(self._run_objective, f"objective {index}")
         self._autocast: AbstractContextManager[object] = (
             torch.autocast(device.type, dtype=torch.bfloat16) if options.precision == "bf16" else _NOTHING
         )
@@ -100,11 +103,12 @@ class Stage:
         """
         with self.random:  # around the update too: an optimizer may draw
             with self._probe() if self.saved_activation_bytes_peak is None else _NOTHING:
-                output = self._forward(packet)
+                view = View(packet.payload, self._forward(packet), packet.target, packet.rider)
                 lap("forward")
-                send(replace(packet, payload=map_payload(torch.detach, output)))
+                rider = map_payload(torch.detach, rider_of(self.critic, view))
+                send(replace(packet, payload=map_payload(torch.detach, view.hidden), rider=rider))
                 lap("wait_out")
-                loss = self._learn(output, packet.target, lap)
+                loss = self._learn(view, lap)
                 lap("backward")
             self.samples += packet.samples
             if (packet.number + 1) % self.options.accumulate == 0:
@@ -146,22 +150,27 @@ class Stage:
         with self._autocast:
             return check_payload(self._run_trunk(packet.payload), f"stage {self.index}")
 
-    def _learn(self, output: Payload, target: Payload, lap: Lap) -> Tensor:
+    def _learn(self, view: View, lap: Lap) -> Tensor:
         """The local loss; its gradients are accumulated in the critic and then in the trunk.
 
         One backward pass goes through both. It reaches the trunk's output when it is done with the critic, whose
         activations are free by then; a hook there ends the phase `critic`.
         """
         with self._autocast:
-            loss = self.loss(self._run_critic(output), target)
+            loss = self._judge(view)
         critic_is_done = _Once(lambda: lap("critic"))
         if loss.requires_grad:
-            for tensor in as_tuple(output):
+            for tensor in as_tuple(view.hidden):
                 if tensor.grad_fn is not None:
                     tensor.register_hook(critic_is_done)
             (loss / self.options.accumulate if self.options.accumulate > 1 else loss).backward()
         critic_is_done()  # if no gradient came to the trunk, all of it was the critic's
         return loss.detach()
+
+    def _judge(self, view: View) -> Tensor:
+        if isinstance(self.critic, Critic):
+            return self._run_objective(view)
+        return self.loss(self._run_critic(view.hidden), view.target)
 
     def _begin_evaluation(self) -> None:
         """An empty score, and a random stream that is the same in every evaluation and no part of training (law 7)."""

@@ -20,7 +20,14 @@ def context_of():
         for part, flag in flags:
             part.training = flag
         return CriticContext(
-            stage, stages, boundary, hiddens[boundary], hiddens[-1], tuple(network), tuple(hiddens[boundary:-1])
+            stage,
+            stages,
+            boundary,
+            hiddens[boundary],
+            hiddens[-1],
+            tuple(network),
+            tuple(hiddens[boundary:-1]),
+            sample,
         )
 
     return build

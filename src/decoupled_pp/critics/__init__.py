@@ -11,9 +11,14 @@ from torch import nn
 from decoupled_pp.contracts import CriticBuilder, CriticContext
 from decoupled_pp.critics.auglocal import build_auglocal
 from decoupled_pp.critics.check import check_critic
+from decoupled_pp.critics.collaborative import build_collaborative
 from decoupled_pp.critics.factory import build_from_factory
 from decoupled_pp.critics.head import build_head
+from decoupled_pp.critics.infopro import build_infopro
+from decoupled_pp.critics.lls import build_lls
 from decoupled_pp.critics.mlp_sr import build_mlp_sr
+from decoupled_pp.critics.neuron_groups import build_neuron_groups
+from decoupled_pp.critics.predsim import build_predsim
 from decoupled_pp.sections import CriticSettings
 
 __all__ = ["KINDS", "build_critic", "check_critic"]
@@ -22,6 +27,11 @@ KINDS: dict[str, Callable[[Any, CriticContext], nn.Module]] = {
     "head": build_head,
     "mlp_sr": build_mlp_sr,
     "auglocal": build_auglocal,
+    "predsim": build_predsim,
+    "infopro": build_infopro,
+    "lls": build_lls,
+    "neuron_groups": build_neuron_groups,
+    "collaborative": build_collaborative,
     "factory": build_from_factory,
 }
 """`critic.kind` -> the function that builds the critic of one stage."""

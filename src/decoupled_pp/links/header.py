@@ -38,10 +38,13 @@ _DTYPES = (
     torch.uint64,
 )
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
-_SINGLE = -1  # a form of -1 is one tensor; a form of n >= 0 is a tuple of n tensors
+_SINGLE = -1  # see Forms
 
 Spec = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of one tensor."""
+
+Forms = tuple[int, int, int]
+"""Of payload, target and rider: -1 is one tensor, n >= 0 a tuple of n tensors."""
 
 
 class Parcel(NamedTuple):
@@ -49,7 +52,7 @@ class Parcel(NamedTuple):
 
     Attributes:
         header: What `decode` reads; at most HEADER_BYTES.
-        tensors: Activations, then targets.
+        tensors: Activations, then targets, then the rider.
         payload_bytes: Bytes of the tensors.
         message_bytes: Size of the smallest message that holds the header and all tensors, each aligned.
     """
@@ -66,8 +69,9 @@ def parcel(packet: Packet) -> Parcel:
     Raises:
         UsageError: A dtype that cannot travel, or more tensors than a header can announce.
     """
-    tensors = (*as_tuple(packet.payload), *as_tuple(packet.target))
-    words = [_MAGIC, packet.kind, packet.number, _form(packet.payload), _form(packet.target)]
+    parts = (packet.payload, packet.target, packet.rider)
+    tensors = (*as_tuple(parts[0]), *as_tuple(parts[1]), *as_tuple(parts[2]))
+    words = [_MAGIC, packet.kind, packet.number, _form(parts[0]), _form(parts[1]), _form(parts[2])]
     payload_bytes, message_bytes = 0, HEADER_BYTES
     for tensor in tensors:
         code = _CODES.get(tensor.dtype)
@@ -116,7 +120,7 @@ def pack(content: Parcel, size: int) -> Tensor:
 
 def unpack(message: Tensor) -> Packet:
     """The packet of a message made by `pack`; its tensors share the message's memory, not a version counter."""
-    kind, number, payload_form, target_form, specs = decode(message)
+    kind, number, forms, specs = decode(message)
     storage, at, tensors = message.untyped_storage(), HEADER_BYTES, []
     for shape, dtype in specs:
         # No view of the message: views share one version counter, and so forbid each other in-place changes.
@@ -124,7 +128,7 @@ def unpack(message: Tensor) -> Packet:
         tensor.set_(storage, at // tensor.element_size(), shape, _strides(shape))
         tensors.append(tensor)
         at += _aligned(tensor.nbytes)
-    return assemble(kind, number, payload_form, target_form, tensors)
+    return assemble(kind, number, forms, tensors)
 
 
 def _words(words: list[int]) -> bytes:
@@ -148,8 +152,8 @@ def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def decode(header: Tensor) -> tuple[PacketKind, int, int, int, list[Spec]]:
-    """Kind, number, form of payload, form of target, and the specs of all their tensors in order.
+def decode(header: Tensor) -> tuple[PacketKind, int, Forms, list[Spec]]:
+    """Kind, number, the forms of payload, target and rider, and the specs of all their tensors in order.
 
     Raises:
         LinkError: The message is not a header of this version.
@@ -159,19 +163,20 @@ def decode(header: Tensor) -> tuple[PacketKind, int, int, int, list[Spec]]:
         raise LinkError(
             f"got a message that is no packet header (first word {words[0]:#x}): do both ranks run one version?"
         )
-    kind, number, payload_form, target_form = PacketKind(words[1]), words[2], words[3], words[4]
-    at, specs = 5, []
-    for _ in range(_count(payload_form) + _count(target_form)):
+    kind, number, forms = PacketKind(words[1]), words[2], (words[3], words[4], words[5])
+    at, specs = 6, []
+    for _ in range(sum(map(_count, forms))):
         dims = words[at + 1]
         specs.append((tuple(words[at + 2 : at + 2 + dims]), _DTYPES[words[at]]))
         at += 2 + dims
-    return kind, number, payload_form, target_form, specs
+    return kind, number, forms, specs
 
 
-def assemble(kind: PacketKind, number: int, payload_form: int, target_form: int, tensors: list[Tensor]) -> Packet:
+def assemble(kind: PacketKind, number: int, forms: Forms, tensors: list[Tensor]) -> Packet:
     """The packet of received tensors, in the order of their specs."""
-    split = _count(payload_form)
-    return Packet(kind, number, _shape(payload_form, tensors[:split]), _shape(target_form, tensors[split:]))
+    first, second = _count(forms[0]), _count(forms[0]) + _count(forms[1])
+    payload, target, rider = tensors[:first], tensors[first:second], tensors[second:]
+    return Packet(kind, number, _shape(forms[0], payload), _shape(forms[1], target), _shape(forms[2], rider))
 
 
 def _form(payload: Payload) -> int:

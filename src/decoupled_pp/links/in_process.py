@@ -78,12 +78,13 @@ class InProcessLink(Inlet, Outlet, LinkEnd):
             packet.number,
             map_payload(_carried, packet.payload),
             map_payload(_carried, packet.target),
+            map_payload(_carried, packet.rider),
         )
         with self._changed:
             self._wait(lambda: len(self._packets) < self._capacity, 0, f"room to send packet {packet.number} to")
             self._packets.append((copied, Fence(self._device)))
             self._counters.packets += 1
-            size = payload_bytes(packet.payload) + payload_bytes(packet.target)
+            size = sum(payload_bytes(part) for part in (packet.payload, packet.target, packet.rider))
             self._counters.payload_bytes_forward += size
             self._counters.training_bytes_forward += size if packet.kind is PacketKind.TRAIN else 0
             self._changed.notify_all()
@@ -95,7 +96,7 @@ class InProcessLink(Inlet, Outlet, LinkEnd):
             packet, sent = self._packets.popleft()
             self._last = packet.number
             self._changed.notify_all()
-        sent.wait(*as_tuple(packet.payload), *as_tuple(packet.target))
+        sent.wait(*as_tuple(packet.payload), *as_tuple(packet.target), *as_tuple(packet.rider))
         self._taken.append(Fence(self._device))
         return packet
 

@@ -380,9 +380,9 @@ class ReceivingEnd(_End, Inlet):
                 return
 
     def _receive_tensors(self, message: Tensor) -> Packet:
-        kind, number, payload_form, target_form, specs = headers.decode(message)
+        kind, number, forms, specs = headers.decode(message)
         tensors = [torch.empty(shape, dtype=dtype, device=self._wire.device) for shape, dtype in specs]
         for tensor in tensors:
             if self._wire.payload is not None:
                 self._wire.payload.receive(tensor)
-        return headers.assemble(kind, number, payload_form, target_form, tensors)
+        return headers.assemble(kind, number, forms, tensors)

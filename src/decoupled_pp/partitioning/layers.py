@@ -162,4 +162,5 @@ def critic_context(
         output=output,
         layers=tuple(module.children()),
         hiddens=tuple(hiddens[boundary:]),
+        sample=hiddens[0],
     )

@@ -14,13 +14,42 @@ import torch
 from torch import Tensor, nn
 
 from decoupled_pp.contracts import CriticBuilder, CriticContext, Loss, Payload, UsageError, as_tuple, map_payload
+from decoupled_pp.objective import View, local_loss
 from decoupled_pp.partitioning.layers import LAYER_FAULTS, cuda_devices, misfit
 
 WARM_UP = 2
 """Runs before the measured ones: allocator, lazy library initialisation, kernel choice."""
 
-Objective = Callable[[Tensor], Tensor]
-"""Logits -> the scalar that is differentiated."""
+
+@dataclass(frozen=True)
+class Objective:
+    """The scalar that is differentiated where there is no real target.
+
+    Attributes:
+        loss: Of logits and `target`.
+        target: A made-up one that fits.
+    """
+
+    loss: Loss
+    target: Payload
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """The scalar of a module that gives logits."""
+        return self.loss(logits, map_payload(lambda tensor: tensor.to(logits.device), self.target))
+
+
+class Judged(nn.Module):
+    """A critic with the loss that its stage lowers, as one module: hidden -> scalar."""
+
+    def __init__(self, critic: nn.Module, context: CriticContext, objective: Objective) -> None:
+        super().__init__()
+        self.critic, self._objective, self._sample = critic, objective, context.sample
+
+    def forward(self, hidden: Payload) -> Tensor:
+        """The local loss of a made-up target; what rides along, if anything does, is the network's input."""
+        device = as_tuple(hidden)[0].device
+        target, sample = (map_payload(lambda t: t.to(device), p) for p in (self._objective.target, self._sample))
+        return local_loss(self.critic, View(sample, hidden, target, sample), self._objective.loss)
 
 
 def stand_in_objective(loss: Loss | None, output: Tensor) -> Objective:
@@ -33,8 +62,12 @@ def stand_in_objective(loss: Loss | None, output: Tensor) -> Objective:
         indices = torch.zeros(output.shape[:-1], dtype=torch.int64, device=output.device)
         for target in (indices, torch.zeros_like(output)):
             if _accepts(loss, output, target):
-                return lambda logits, target=target: loss(logits, target.to(logits.device))  # type: ignore[misc]
-    return lambda logits: logits.float().square().mean()
+                return Objective(loss, target)
+    return Objective(_mean_square, ())
+
+
+def _mean_square(logits: Tensor, _: Payload) -> Tensor:
+    return logits.float().square().mean()
 
 
 def _accepts(loss: Loss, output: Tensor, target: Tensor) -> bool:
@@ -191,7 +224,7 @@ def measure_critics(
     critic: CriticBuilder,
     device: torch.device,
     *,
-    objective: Objective | None = None,
+    objective: Objective,
     repeats: int = 5,
 ) -> tuple[float | UsageError, ...]:
     """Seconds of forward + backward of the critic at every place, or why none can be there.
@@ -229,10 +262,10 @@ def _look(critic: nn.Module) -> str:
 
 
 def _critic_seconds(
-    critic: nn.Module, context: CriticContext, device: torch.device, objective: Objective | None, repeats: int
+    critic: nn.Module, context: CriticContext, device: torch.device, objective: Objective, repeats: int
 ) -> float | UsageError:
     try:
-        return _seconds(critic, context.hidden, device, objective, repeats)
+        return _seconds(Judged(critic, context, objective), context.hidden, device, None, repeats)
     except UsageError as error:
         return error
     except LAYER_FAULTS as error:

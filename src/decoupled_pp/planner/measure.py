@@ -26,7 +26,7 @@ from decoupled_pp.memory import SavedActivations
 from decoupled_pp.optim import OptimizerFactory, build_optimizers
 from decoupled_pp.partitioning import measure_passes, stand_in_objective, trace
 from decoupled_pp.partitioning.layers import LAYER_FAULTS, critic_context, cuda_devices, misfit
-from decoupled_pp.partitioning.measure import Objective
+from decoupled_pp.partitioning.measure import Judged, Objective
 from decoupled_pp.planner.profile import Piece, Profile
 from decoupled_pp.settings import OptimizerSettings
 
@@ -213,14 +213,14 @@ def _critic(
     What it saves is counted beside what the layer below it saves, whose output both may keep.
     """
     try:
-        built = critic(context)
-        piece = _piece("critic", built, context.hidden, how, how.objective)
+        built = Judged(critic(context), context, how.objective)
+        piece = _piece("critic", built, context.hidden, how, None)
     except UsageError:
         return None
     built = built.to(how.device).train()
-    kept = _kept(built, map_payload(lambda tensor: tensor.to(how.device), context.hidden), how.objective)
+    kept = _kept(built, map_payload(lambda tensor: tensor.to(how.device), context.hidden), None)
     below = copy.deepcopy(context.layers[context.boundary - 1]).to(how.device).train()
     given = map_payload(lambda tensor: tensor.to(how.device), below_input)
-    both = _kept(nn.Sequential(below, built), given, how.objective)
+    both = _kept(nn.Sequential(below, built), given, None)
     beside = max(0, both - _kept(below, given, None))
     return Piece(**piece, saved_bytes=kept, saved_beside=beside)

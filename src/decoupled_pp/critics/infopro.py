@@ -1,0 +1,87 @@
+"""InfoPro: the run's loss, and the input image rebuilt from the stage's output (Wang et al. 2021).
+
+The image travels in the packet as far as the last critic. Legend: B batch, C channels, H x W image, K classes.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from decoupled_pp.contracts import CriticContext, Loss, Payload, UsageError, first_tensor
+from decoupled_pp.critics.labels import judged_tensor
+from decoupled_pp.objective import Critic, View
+from decoupled_pp.sections import InfoproCritic
+
+_EPSILON = 1e-8
+
+
+class Infopro(Critic):
+    """(B, C, H, W) -> conv3x3, BN, ReLU, pool, linear, ReLU, linear -> (B, K); a decoder -> the image."""
+
+    def __init__(self, context: CriticContext, hidden: Tensor, settings: InfoproCritic) -> None:
+        super().__init__()
+        image, channels, width = first_tensor(context.sample), hidden.shape[1], settings.width
+        self.first, self.last = context.stage == 0, context.stage == context.stages - 2
+        position = context.stage / (context.stages - 2) if context.stages > 2 else 0.0
+        self.reconstruction = _between(settings.reconstruction, position)
+        self.prediction = _between(settings.prediction, position)
+        self.size = tuple(image.shape[2:])
+        self.classifier = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(channels, settings.features),
+            nn.ReLU(),
+            nn.Linear(settings.features, context.output.shape[1]),
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(channels, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, image.shape[1], 3, padding=1),
+        )
+
+    def forward(self, hidden: Payload) -> Tensor:
+        """Judge a stage's output."""
+        logits: Tensor = self.classifier(first_tensor(hidden))
+        return logits
+
+    def objective(self, view: View, loss: Loss) -> Tensor:
+        """l1 R(x | h) + l2 loss(a(h), y), R the binary cross-entropy of the rebuilt image, both weights linear in k."""
+        image = scaled(first_tensor(view.inputs if self.first else view.rider))
+        enlarged = functional.interpolate(
+            first_tensor(view.hidden), size=self.size, mode="bilinear", align_corners=True
+        )
+        rebuilt = functional.binary_cross_entropy_with_logits(self.decoder(enlarged), image)
+        return self.reconstruction * rebuilt + self.prediction * loss(self(view.hidden), view.target)
+
+    def rider(self, view: View) -> Payload:
+        """The image, for the next critic; the last stage has none."""
+        return () if self.last else (view.inputs if self.first else view.rider)
+
+
+def scaled(image: Tensor) -> Tensor:
+    """(B, C, H, W) with every channel in 0 .. 1: its range in the micro-batch. (The paper undoes the normalisation.)"""
+    lowest, highest = image.amin(dim=(0, 2, 3), keepdim=True), image.amax(dim=(0, 2, 3), keepdim=True)
+    return (image - lowest) / (highest - lowest + _EPSILON)
+
+
+def _between(ends: tuple[float, float], position: float) -> float:
+    return ends[0] + (ends[1] - ends[0]) * position
+
+
+def build_infopro(settings: InfoproCritic, context: CriticContext) -> Infopro:
+    """The InfoPro critic of one stage.
+
+    Raises:
+        UsageError: Stage output, network input and network output are not images, images and (B, K).
+
+    Source: Wang et al. 2021 (ICLR, 2101.10832), equation 5 and appendix.
+    """
+    hidden = judged_tensor("infopro", context, (4,))
+    if not isinstance(context.sample, Tensor) or context.sample.dim() != 4 or not context.sample.is_floating_point():
+        raise UsageError("critic infopro rebuilds the input image, but the network's input is no single image tensor")
+    return Infopro(context, hidden, settings).to(device=hidden.device, dtype=hidden.dtype)

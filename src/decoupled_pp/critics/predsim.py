@@ -1,0 +1,86 @@
+"""predsim: a linear prediction, and similarities between samples that match their labels' (Nokland & Eidnes 2019).
+
+Legend: B batch, C channels, D width, H x W image, K classes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from decoupled_pp.contracts import CriticContext, Loss, Payload, first_tensor
+from decoupled_pp.critics.labels import class_indices, judged_tensor
+from decoupled_pp.objective import Critic, View
+from decoupled_pp.sections import PredsimCritic
+
+_EPSILON = 1e-8
+
+
+def similarities(features: Tensor) -> Tensor:
+    """(B, ...) -> (B, B): cosine similarity of the samples' features, each sample's centred about its own mean.
+
+    Of images (more than 3 channels, more than one row) the features are each channel's standard deviation over space.
+
+    Source: Nokland & Eidnes 2019 (1901.06656), section 2.2, and the authors' code.
+    """
+    if features.dim() == 4 and features.shape[1] > 3 and features.shape[2] > 1:
+        features = features.flatten(2).std(dim=2)
+    features = features.flatten(1)
+    centred = features - features.mean(dim=1, keepdim=True)
+    unit = centred / (_EPSILON + centred.square().sum(dim=1, keepdim=True).sqrt())
+    return (unit @ unit.T).clamp(-1, 1)
+
+
+class Predsim(Critic):
+    """(B, C, H, W) or (B, D) -> average pool, flatten, linear -> (B, K); one more layer for the similarities."""
+
+    def __init__(self, hidden: Tensor, outputs: int, settings: PredsimCritic) -> None:
+        super().__init__()
+        channels, self.similarity = hidden.shape[1], settings.similarity
+        self.kernel = pooling_kernel(tuple(hidden.shape), settings.features) if hidden.dim() == 4 else 1
+        self.projection: nn.Module = (
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+            if hidden.dim() == 4
+            else nn.Linear(channels, channels, bias=False)
+        )
+        self.prediction = nn.Linear(self._pooled(hidden).shape[1], outputs)
+        nn.init.zeros_(self.prediction.weight)
+
+    def forward(self, hidden: Payload) -> Tensor:
+        """Judge a stage's output."""
+        logits: Tensor = self.prediction(self._pooled(first_tensor(hidden)))
+        return logits
+
+    def objective(self, view: View, loss: Loss) -> Tensor:
+        """(1 - b) loss(W pool(h), y) + b mean (S(projection(h)) - S(onehot y))^2, over all pairs of samples."""
+        logits = self(view.hidden)
+        classes = class_indices("predsim", view.target, logits)
+        labels = similarities(functional.one_hot(classes, logits.shape[-1]).to(logits.dtype))
+        ours = similarities(self.projection(first_tensor(view.hidden)))
+        b = self.similarity
+        return (1 - b) * loss(logits, view.target) + b * functional.mse_loss(ours, labels)
+
+    def _pooled(self, hidden: Tensor) -> Tensor:
+        return functional.avg_pool2d(hidden, self.kernel).flatten(1) if hidden.dim() == 4 else hidden
+
+
+def pooling_kernel(shape: tuple[int, ...], most: int) -> int:
+    """Kernel (and stride) of average pooling, doubled until at most so many features of (B, C, H, W) are left."""
+    _, channels, height, width = shape
+    kernel = 1
+    while channels * (height // kernel) * (width // kernel) > most and 2 * kernel <= min(height, width):
+        kernel *= 2
+    return kernel
+
+
+def build_predsim(settings: PredsimCritic, context: CriticContext) -> Predsim:
+    """The predsim critic of one stage.
+
+    Raises:
+        UsageError: The stage's output is neither an image nor a vector, or the network's is not (B, K).
+    """
+    hidden = judged_tensor("predsim", context)
+    with torch.no_grad():
+        critic = Predsim(hidden, context.output.shape[1], settings)
+    return critic.to(device=hidden.device, dtype=hidden.dtype)
