@@ -30,6 +30,7 @@ from decoupled_pp.device import Clock, seeded
 from decoupled_pp.feed import Itinerary
 from decoupled_pp.links import InProcessLink, StoreControl, World
 from decoupled_pp.metrics import StageMeter
+from decoupled_pp.objective import Critic
 from decoupled_pp.optim import OptimizerFactory, build_optimizers
 from decoupled_pp.partitioning.layers import critic_context, trace
 from decoupled_pp.runtime import Nowhere, Worker
@@ -128,12 +129,17 @@ def critic_contexts(plan: Plan) -> list[CriticContext]:
 
 
 def build_critics(plan: Plan, builder: CriticBuilder, stages: Sequence[int], seed: int) -> dict[int, nn.Module]:
-    """The checked critics of the given stages (the last has none); weights depend on the seed and the place only.
+    """The checked critics of the given stages; weights depend on the seed and the place only.
+
+    The last stage has none, unless the builder has a `closing()` that gives one.
 
     Raises:
         UsageError: A critic does not fit its stage.
     """
     critics: dict[int, nn.Module] = {}
+    closing: Callable[[], nn.Module | None] = getattr(builder, "closing", lambda: None)
+    if plan.stages - 1 in stages and plan.stages > 1 and (last := closing()) is not None:
+        critics[plan.stages - 1] = last
     if all(k == plan.stages - 1 for k in stages):
         return critics
     for context in critic_contexts(plan):
@@ -172,6 +178,7 @@ def build_stages(
         critic = critics[index].to(device) if index in critics else None
         if critic is not None:
             _leave_evaluation_mode(critic)
+            _refuse_second_derivative(critic, recipe.options)
         optimizers = build_optimizers(recipe.optimizer, trunk, critic, owns_head=index == plan.stages - 1)
         built.append(
             Stage(
@@ -186,6 +193,13 @@ def build_stages(
             )
         )
     return built
+
+
+def _refuse_second_derivative(critic: nn.Module, options: StageOptions) -> None:
+    """Neither the compiler nor recomputation gives the second derivative that some critics need."""
+    if isinstance(critic, Critic) and critic.follows_input and (options.compile or options.checkpoint_activations):
+        name = "compile" if options.compile else "checkpoint_activations"
+        raise UsageError(f"training.{name}: this critic differentiates twice, which {name} cannot do; leave it out")
 
 
 def _leave_evaluation_mode(*modules: nn.Module) -> None:

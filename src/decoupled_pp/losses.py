@@ -11,9 +11,7 @@ from torch.nn import functional
 from decoupled_pp.config import did_you_mean
 from decoupled_pp.contracts import Loss, Payload, UsageError, as_tuple
 from decoupled_pp.factory import import_factory
-
-IGNORED = -100
-"""Class index that counts for nothing, as in `torch.nn.functional.cross_entropy`."""
+from decoupled_pp.objective import IGNORED
 
 
 def cross_entropy(logits: Tensor, target: Payload) -> Tensor:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from decoupled_pp.contracts import Loss, Payload, as_tuple
+
+IGNORED = -100
+"""Class index that counts for nothing, as in `torch.nn.functional.cross_entropy`."""
 
 
 @dataclass
@@ -15,20 +19,30 @@ class View:
     """One training packet, as the critic of a stage sees it.
 
     Attributes:
-        inputs: What the stage was given; it takes no gradient.
+        inputs: What the stage was given; it takes no gradient, unless the critic asks for one (`follows_input`).
         hidden: What the stage has made of it, with the graph of its layers.
         target: The micro-batch's target.
         rider: What an earlier critic has sent along with the packet; an empty tuple if nothing.
+        delta: Where an objective leaves its gradient for `hidden`, if its rider is to carry it.
     """
 
     inputs: Payload
     hidden: Payload
     target: Payload
     rider: Payload = ()
+    delta: Payload = ()
 
 
 class Critic(nn.Module):
-    """A critic that is more than logits and the run's loss. (Any module that turns hidden into logits is a critic.)"""
+    """A critic that is more than logits and the run's loss. (Any module that turns hidden into logits is a critic.)
+
+    Attributes:
+        late: Whether its rider exists only once `objective` has run: then the packet leaves after that.
+        follows_input: Whether `objective` differentiates with respect to `View.inputs`.
+    """
+
+    late: ClassVar[bool] = False
+    follows_input: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, hidden: Payload) -> Tensor:

@@ -312,6 +312,40 @@ class CollaborativeCritic(Section):
     """What softens the consensus (T in the paper)."""
 
 
+class SgrCritic(Section):
+    """Successive gradient reconciliation (Yang et al. 2024): the previous stage's delta travels forward."""
+
+    kind: Literal["sgr"]
+    base: Literal["head", "mlp_sr"] = "head"
+    """What makes the logits of a stage."""
+    weight: float = Field(0.1, ge=0)
+    """Weight of the distance between this stage's gradient for its input and the previous stage's delta (lambda)."""
+    distance: Literal["cosine", "l2"] = "cosine"
+    """Per sample: 1 - cosine, or the squared difference over the delta's own square."""
+
+
+class VocabularyCritic(Section):
+    """A head for large vocabularies that is cheap to train: fewer tokens, a lower rank, fewer or hashed classes."""
+
+    kind: Literal["vocabulary"]
+    tokens: float = Field(1.0, gt=0, le=1)
+    """Share of a micro-batch's positions that the loss is computed on, drawn anew for every packet."""
+    rank: int | None = Field(None, ge=1)
+    """Rank of the projection to the vocabulary; default: full."""
+    classes: int | None = Field(None, ge=1)
+    """Sampled softmax: so many classes, drawn anew for every packet, stand for all that are not the target."""
+    buckets: int | None = Field(None, ge=2)
+    """Hashed softmax: `hashes` random hash functions map the classes to so many buckets, which are predicted."""
+    hashes: int = Field(2, ge=1)
+    """Hash functions, with `buckets`."""
+
+    @model_validator(mode="after")
+    def _one_softmax(self) -> VocabularyCritic:
+        if self.classes is not None and self.buckets is not None:
+            raise ValueError("give at most one of classes (sampled softmax) and buckets (hashed softmax)")
+        return self
+
+
 class FactoryCritic(Factory):
     """Your own critic: `function(context, **arguments)` builds an `nn.Module` from stage output to logits."""
 
@@ -325,6 +359,8 @@ CriticSettings = Annotated[
     | LlsCritic
     | NeuronGroupsCritic
     | CollaborativeCritic
+    | SgrCritic
+    | VocabularyCritic
     | FactoryCritic,
     Field(discriminator="kind"),
 ]

@@ -103,18 +103,21 @@ class Stage:
         """
         with self.random:  # around the update too: an optimizer may draw
             with self._probe() if self.saved_activation_bytes_peak is None else _NOTHING:
-                view = View(packet.payload, self._forward(packet), packet.target, packet.rider)
+                view = self._forward(packet)
                 lap("forward")
-                rider = map_payload(torch.detach, rider_of(self.critic, view))
-                send(replace(packet, payload=map_payload(torch.detach, view.hidden), rider=rider))
-                lap("wait_out")
-                loss = self._learn(view, lap)
+                if not self._late:
+                    self._send(packet, view, send, lap)
+                loss = self._judge(view)
+                if self._late:
+                    lap("critic")
+                    self._send(packet, view, send, lap)
+                self._learn(loss, view, lap)
                 lap("backward")
             self.samples += packet.samples
             if (packet.number + 1) % self.options.accumulate == 0:
                 self._update()
         lap("step")
-        return loss
+        return loss.detach()
 
     def evaluate(self, packet: Packet, send: Send) -> None:
         """Score this exit on one held-out packet and pass it on; changes nothing that trains."""
@@ -146,18 +149,36 @@ class Stage:
     def _modules(self) -> list[nn.Module]:
         return [module for module in (self.trunk, self.critic) if module is not None]
 
-    def _forward(self, packet: Packet) -> Payload:
-        with self._autocast:
-            return check_payload(self._run_trunk(packet.payload), f"stage {self.index}")
+    @property
+    def _late(self) -> bool:
+        return isinstance(self.critic, Critic) and self.critic.late
 
-    def _learn(self, view: View, lap: Lap) -> Tensor:
-        """The local loss; its gradients are accumulated in the critic and then in the trunk.
+    def _forward(self, packet: Packet) -> View:
+        inputs = packet.payload
+        if isinstance(self.critic, Critic) and self.critic.follows_input:
+            inputs = map_payload(lambda t: t.detach().requires_grad_() if t.is_floating_point() else t, inputs)
+        with self._autocast:
+            hidden = check_payload(self._run_trunk(inputs), f"stage {self.index}")
+        return View(inputs, hidden, packet.target, packet.rider)
+
+    def _send(self, packet: Packet, view: View, send: Send, lap: Lap) -> None:
+        rider = map_payload(torch.detach, rider_of(self.critic, view))
+        send(replace(packet, payload=map_payload(torch.detach, view.hidden), rider=rider))
+        lap("wait_out")
+
+    def _judge(self, view: View) -> Tensor:
+        """The local loss."""
+        with self._autocast:
+            if isinstance(self.critic, Critic):
+                return self._run_objective(view)
+            return self.loss(self._run_critic(view.hidden), view.target)
+
+    def _learn(self, loss: Tensor, view: View, lap: Lap) -> None:
+        """Accumulate the loss's gradients in the critic and then in the trunk.
 
         One backward pass goes through both. It reaches the trunk's output when it is done with the critic, whose
         activations are free by then; a hook there ends the phase `critic`.
         """
-        with self._autocast:
-            loss = self._judge(view)
         critic_is_done = _Once(lambda: lap("critic"))
         if loss.requires_grad:
             for tensor in as_tuple(view.hidden):
@@ -165,12 +186,6 @@ class Stage:
                     tensor.register_hook(critic_is_done)
             (loss / self.options.accumulate if self.options.accumulate > 1 else loss).backward()
         critic_is_done()  # if no gradient came to the trunk, all of it was the critic's
-        return loss.detach()
-
-    def _judge(self, view: View) -> Tensor:
-        if isinstance(self.critic, Critic):
-            return self._run_objective(view)
-        return self.loss(self._run_critic(view.hidden), view.target)
 
     def _begin_evaluation(self) -> None:
         """An empty score, and a random stream that is the same in every evaluation and no part of training (law 7)."""

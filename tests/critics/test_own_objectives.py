@@ -19,6 +19,8 @@ from decoupled_pp.sections import (
     LlsCritic,
     NeuronGroupsCritic,
     PredsimCritic,
+    SgrCritic,
+    VocabularyCritic,
 )
 
 CLASSES = 5
@@ -92,7 +94,9 @@ def test_predsim_begins_with_no_opinion(images):
     assert not critic(context.hidden).std(dim=0).any()
 
 
-@pytest.mark.parametrize(("shape", "most", "kernel"), [((2, 8, 8, 8), 512, 1), ((2, 8, 8, 8), 511, 2), ((2, 9, 5, 7), 18, 4)])
+@pytest.mark.parametrize(
+    ("shape", "most", "kernel"), [((2, 8, 8, 8), 512, 1), ((2, 8, 8, 8), 511, 2), ((2, 9, 5, 7), 18, 4)]
+)
 def test_predsim_pools_just_enough(shape, most, kernel):
     assert pooling_kernel(shape, most) == kernel
 
@@ -175,6 +179,141 @@ def test_collaborative(images):
     soft = -(consensus * (logits[1] / 2.0).log_softmax(-1)).sum(-1).mean()
     (alone,) = torch.autograd.grad(0.6 * F.cross_entropy(logits[1], view.target) + 1.6 * soft, weight)
     assert torch.allclose(ours, alone, atol=1e-7)
+
+
+@pytest.mark.parametrize("distance", ["cosine", "l2"])
+def test_sgr(distance, images):
+    """The distance between d L_k / d h_{k-1} and the delta that came along, by hand."""
+    context = images(1)
+    critic = build_critic(SgrCritic(kind="sgr", weight=0.3, distance=distance))(context)
+    layer, before = nn.Conv2d(8, 8, 3, padding=1), torch.randn(6, 8, 8, 8, requires_grad=True)
+    came = torch.randn(6, 8, 8, 8)
+    view = View(before, layer(before), torch.randint(CLASSES, (6,)), came)
+    label = F.cross_entropy(critic(view.hidden), view.target)
+    (ours,) = torch.autograd.grad(label, before, create_graph=True)
+    rows = []
+    for one, other in zip(ours.flatten(1), came.flatten(1), strict=True):
+        rows.append(
+            1 - one @ other / one.norm() / other.norm()
+            if distance == "cosine"
+            else (one - other).norm() ** 2 / other.norm() ** 2
+        )
+    expected = label + 0.3 * torch.stack(rows).mean()
+    found = critic.objective(view, cross_entropy)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    weights = [layer.weight, critic.base.linear.weight]
+    mine = torch.autograd.grad(found, weights, retain_graph=True)
+    for one, other in zip(mine, torch.autograd.grad(expected, weights), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_sgr_sends_its_own_delta_and_the_first_stage_is_an_ordinary_one(images):
+    context = images()
+    critic = build_critic(SgrCritic(kind="sgr"))(context)
+    view = view_of(context)
+    found = critic.objective(view, cross_entropy)
+    label = F.cross_entropy(critic(view.hidden), view.target)
+    (delta,) = torch.autograd.grad(label, view.hidden)
+    assert found == label and torch.equal(critic.rider(view), delta)
+
+
+def test_sgr_has_a_say_in_the_last_stage_too():
+    settings = SgrCritic(kind="sgr")
+    closing = build_critic(settings).closing()
+    before = torch.randn(6, CLASSES, requires_grad=True)
+    view = View(before, 2 * before, torch.randint(CLASSES, (6,)), torch.randn(6, CLASSES))
+    assert torch.equal(closing(view.hidden), view.hidden) and not list(closing.parameters())
+    assert closing.objective(view, cross_entropy) > F.cross_entropy(view.hidden, view.target)
+    assert closing.rider(view) == () and build_critic(PredsimCritic(kind="predsim")).closing() is None
+
+
+@pytest.fixture
+def tokens(context_of):
+    """Context of a token network of width 6 and 40 classes."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Embedding(40, 6), nn.Linear(6, 6), nn.Linear(6, 40))
+    return context_of(network, torch.randint(40, (4, 5)), 1)
+
+
+def token_view(context):
+    target = torch.randint(40, (4, 5))
+    target[1, 2] = -100
+    return View(context.sample, context.hidden.clone().requires_grad_(), target)
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_a_low_rank_projection(rank, tokens):
+    critic = build_critic(VocabularyCritic(kind="vocabulary", rank=rank))(tokens)
+    check_critic(critic, tokens)
+    view = token_view(tokens)
+    normal = F.layer_norm(view.hidden, (6,))
+    logits = (normal @ critic.reduction.weight.T if rank else normal) @ critic.projection.weight.T
+    assert torch.allclose(critic(view.hidden), logits, atol=1e-5)
+    found = local_loss(critic, view, cross_entropy)
+    assert found.item() == pytest.approx(F.cross_entropy(logits.flatten(0, 1), view.target.flatten()).item(), rel=1e-5)
+
+
+def test_the_loss_on_some_tokens_is_right_on_average(tokens):
+    critic = build_critic(VocabularyCritic(kind="vocabulary", tokens=0.2))(tokens)
+    view = token_view(tokens)
+    view.target[1, 2] = 7
+    torch.manual_seed(1)
+    some = torch.stack([local_loss(critic, view, cross_entropy).detach() for _ in range(600)])
+    whole = F.cross_entropy(critic(view.hidden).flatten(0, 1), view.target.flatten())
+    assert some.std() > 0.01 and some.mean().item() == pytest.approx(whole.item(), abs=4 * some.std().item() / 600**0.5)
+
+
+def test_sampled_classes_estimate_the_normaliser(tokens):
+    """exp(-loss) of one position is exp z_y / Z; the mean of the sampled Z over many draws is Z."""
+    critic = build_critic(VocabularyCritic(kind="vocabulary", classes=10))(tokens)
+    nn.init.normal_(critic.projection.weight)
+    view = token_view(tokens)
+    view.target[:] = -100
+    view.target[2, 3] = 11
+    logits = critic(view.hidden)[2, 3].detach()
+    torch.manual_seed(2)
+    losses = torch.stack([local_loss(critic, view, cross_entropy).detach() for _ in range(4000)])
+    normalisers = losses.exp() * logits[11].exp()
+    error = 4 * normalisers.std().item() / 4000**0.5
+    assert error < 0.1 * logits.exp().sum() and normalisers.mean().item() == pytest.approx(
+        logits.exp().sum().item(), abs=error
+    )
+
+
+def test_a_target_that_is_drawn_is_no_rival_of_itself(tokens):
+    critic = build_critic(VocabularyCritic(kind="vocabulary", classes=39))(tokens)
+    view = token_view(tokens)
+    view.target[:] = 3
+    with torch.no_grad():
+        critic.projection.weight.zero_()
+    assert local_loss(critic, view, cross_entropy).item() == pytest.approx(math.log(40), rel=1e-5)
+
+
+def test_hashed_classes(tokens):
+    critic = build_critic(VocabularyCritic(kind="vocabulary", buckets=9, hashes=2, rank=4))(tokens)
+    check_critic(critic, tokens)
+    view = token_view(tokens)
+    rows = (F.layer_norm(view.hidden, (6,)) @ critic.reduction.weight.T @ critic.projection.weight.T).flatten(0, 1)
+    first, second = rows[:, :9].log_softmax(-1), rows[:, 9:].log_softmax(-1)
+    expected, total = torch.stack([first[:, critic.bucket_of[0]], second[:, critic.bucket_of[1]]]).sum(0), 0.0
+    assert torch.allclose(critic(view.hidden).flatten(0, 1), expected, atol=1e-5)
+    counted = [n for n, wanted in enumerate(view.target.flatten().tolist()) if wanted != -100]
+    for n in counted:
+        wanted = view.target.flatten()[n]
+        total = total - first[n, critic.bucket_of[0, wanted]] - second[n, critic.bucket_of[1, wanted]]
+    assert local_loss(critic, view, cross_entropy).item() == pytest.approx(total.item() / len(counted), rel=1e-5)
+    assert len(counted) == 19
+
+
+@pytest.mark.parametrize("options", [{"classes": 40}, {"buckets": 41}])
+def test_no_fewer_classes_are_refused(options, tokens):
+    with pytest.raises(UsageError, match="must be fewer than the 40 classes"):
+        build_critic(VocabularyCritic(kind="vocabulary", **options))(tokens)
+
+
+def test_a_vocabulary_critic_is_for_tokens(images):
+    with pytest.raises(UsageError, match="critic vocabulary is for tokens"):
+        build_critic(VocabularyCritic(kind="vocabulary"))(images())
 
 
 SETTINGS = [

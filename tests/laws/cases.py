@@ -76,6 +76,21 @@ CASES = {
 }
 
 
+LABEL_CRITICS = {
+    "head": ("mlp", {}),
+    "mlp_sr": ("resnet", {}),
+    "auglocal": ("resnet", {"depth": 1}),
+    "predsim": ("resnet", {"features": 64}),
+    "infopro": ("resnet", {"width": 4, "features": 8}),
+    "lls": ("resnet", {"pooled": 2}),
+    "neuron_groups": ("resnet", {}),
+    "collaborative": ("resnet", {"base": "mlp_sr"}),
+    "sgr": ("resnet", {}),
+    "vocabulary": ("gpt", {"tokens": 0.5, "classes": 4}),
+}
+"""`critic.kind` -> a case for it, and the rest of its settings."""
+
+
 def ignore(records):
     """An observer that shows nothing."""
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, differences, ignore, merged, states, train
+from cases import CASES, LABEL_CRITICS, differences, ignore, merged, states, train
 from torch import nn
 
 from decoupled_pp import Trainer, partition
@@ -19,6 +19,16 @@ def test_ranks_equal_one_process(case, stages, tmp_path):
 
     assert differences(together, apart) == []
     assert set(apart) == set(range(stages))
+
+
+@pytest.mark.parametrize("kind", ["infopro", "sgr", "vocabulary"])
+def test_ranks_equal_one_process_whatever_rides_along_or_is_drawn(kind, tmp_path):
+    """The image, a delta, random tokens and classes."""
+    case, critic = LABEL_CRITICS[kind]
+    options = {"critic": {"kind": kind, **critic}}
+    together = train(case, 3, 6, **options)
+    apart = merged(values(launch(_train, case, 3, options, size=3, folder=tmp_path)))
+    assert differences(together, apart) == []
 
 
 def test_ranks_equal_one_process_whatever_the_strides(tmp_path):

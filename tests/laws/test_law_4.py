@@ -8,12 +8,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from cases import CASES, differences, merged, states
+from cases import CASES, LABEL_CRITICS, differences, merged, states
 from torch import nn
 
 from decoupled_pp import trainer as trainer_module
 from decoupled_pp.assemble import build_stages
 from decoupled_pp.contracts import as_tuple, payload_bytes
+from decoupled_pp.critics import KINDS
 from decoupled_pp.links import InProcessLink, ReceivingEnd
 from decoupled_pp.stage import Stage
 from ranks import launch, values
@@ -71,6 +72,22 @@ def test_a_later_stage_does_not_reach_an_earlier_one(case, change):
     assert bool(differences(untouched[2], changed[2])) == (change in CHANGES)
 
 
+def test_every_kind_of_critic_is_in_the_table():
+    assert {*LABEL_CRITICS, "factory"} == set(KINDS)
+
+
+@pytest.mark.parametrize("kind", LABEL_CRITICS)
+def test_whatever_the_critic(kind):
+    case, options = LABEL_CRITICS[kind]
+    critic = {"kind": kind, **options}
+    untouched, changed = _train(case, None, critic=critic), _train(case, change_weights, critic=critic)
+
+    assert differences(untouched[0], changed[0]) == []
+    assert differences(untouched[1], changed[1]) and differences(untouched[2], changed[2])
+    report = CASES[case].trainer(STAGES, critic=critic).fit(CASES[case].batches(2), 2)
+    assert [link["payload_bytes_backward"] for link in report.links] == [0, 0]
+
+
 def test_over_ranks_too(tmp_path):
     untouched = _train("gpt with dropout", None)
     for change in (change_weights, change_loss, change_speed):
@@ -121,7 +138,7 @@ def test_evaluation_sends_nothing_backward_and_changes_no_parameter():
     assert differences(before, states(trainer)) == []
 
 
-def _train(case, change):
+def _train(case, change, **options):
     """Train with stage 1 changed after it was built."""
 
     def build(*arguments):
@@ -131,7 +148,7 @@ def _train(case, change):
                 change(stage)
         return stages
 
-    trainer = CASES[case].trainer(STAGES)
+    trainer = CASES[case].trainer(STAGES, **options)
     with patch.object(trainer_module, "build_stages", build):
         trainer.fit(CASES[case].batches(STEPS), STEPS)
     return states(trainer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -19,7 +19,10 @@ from decoupled_pp.critics.lls import build_lls
 from decoupled_pp.critics.mlp_sr import build_mlp_sr
 from decoupled_pp.critics.neuron_groups import build_neuron_groups
 from decoupled_pp.critics.predsim import build_predsim
-from decoupled_pp.sections import CriticSettings
+from decoupled_pp.critics.sgr import Closing, build_sgr
+from decoupled_pp.critics.vocabulary import build_vocabulary
+from decoupled_pp.objective import Critic
+from decoupled_pp.sections import CriticSettings, SgrCritic
 
 __all__ = ["KINDS", "build_critic", "check_critic"]
 
@@ -32,9 +35,26 @@ KINDS: dict[str, Callable[[Any, CriticContext], nn.Module]] = {
     "lls": build_lls,
     "neuron_groups": build_neuron_groups,
     "collaborative": build_collaborative,
+    "sgr": build_sgr,
+    "vocabulary": build_vocabulary,
     "factory": build_from_factory,
 }
 """`critic.kind` -> the function that builds the critic of one stage."""
+
+
+@dataclass(frozen=True)
+class _Named:
+    """The critics that a `critic` section means."""
+
+    settings: CriticSettings
+
+    def __call__(self, context: CriticContext) -> nn.Module:
+        """The critic of one stage before the last."""
+        return KINDS[self.settings.kind](self.settings, context)
+
+    def closing(self) -> Critic | None:
+        """What judges the last stage, whose output is the logits; None: the run's loss alone."""
+        return Closing(self.settings) if isinstance(self.settings, SgrCritic) else None
 
 
 def build_critic(settings: CriticSettings) -> CriticBuilder:
@@ -44,6 +64,7 @@ def build_critic(settings: CriticSettings) -> CriticBuilder:
         settings: The `critic` section.
 
     Returns:
-        `builder(context) -> nn.Module`; it raises UsageError where this kind of critic cannot judge the stage.
+        `builder(context) -> nn.Module`; it raises UsageError where this kind of critic cannot judge the stage. Its
+        `closing()` gives what judges the last stage, if this kind has a say there.
     """
-    return partial(KINDS[settings.kind], settings)
+    return _Named(settings)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from decoupled_pp.contracts import CriticBuilder, CriticContext, Loss, Payload, UsageError, as_tuple, map_payload
-from decoupled_pp.objective import View, local_loss
+from decoupled_pp.objective import Critic, View, local_loss
 from decoupled_pp.partitioning.layers import LAYER_FAULTS, cuda_devices, misfit
 
 WARM_UP = 2
@@ -46,10 +46,14 @@ class Judged(nn.Module):
         self.critic, self._objective, self._sample = critic, objective, context.sample
 
     def forward(self, hidden: Payload) -> Tensor:
-        """The local loss of a made-up target; what rides along, if anything does, is the network's input."""
+        """The local loss of a made-up target; the network's input stands for what is given and for what rides along.
+
+        A critic that differentiates through the stage's layers is measured without that part: they are not here.
+        """
         device = as_tuple(hidden)[0].device
         target, sample = (map_payload(lambda t: t.to(device), p) for p in (self._objective.target, self._sample))
-        return local_loss(self.critic, View(sample, hidden, target, sample), self._objective.loss)
+        rider = () if isinstance(self.critic, Critic) and self.critic.follows_input else sample
+        return local_loss(self.critic, View(sample, hidden, target, rider), self._objective.loss)
 
 
 def stand_in_objective(loss: Loss | None, output: Tensor) -> Objective:
