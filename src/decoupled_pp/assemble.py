@@ -14,17 +14,10 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
+from decoupled_pp.channels import Inlet, Outlet
 from decoupled_pp.config import explain
-from decoupled_pp.contracts import (
-    CriticBuilder,
-    CriticContext,
-    Inlet,
-    Loss,
-    Outlet,
-    Plan,
-    Record,
-    UsageError,
-)
+from decoupled_pp.contracts import CriticBuilder, CriticContext, Loss, Plan, Record, UsageError
+from decoupled_pp.critic_sections import CriticSettings
 from decoupled_pp.critics import build_critic, check_critic
 from decoupled_pp.device import Clock, seeded
 from decoupled_pp.feed import Itinerary
@@ -34,7 +27,6 @@ from decoupled_pp.objective import Critic
 from decoupled_pp.optim import OptimizerFactory, build_optimizers
 from decoupled_pp.partitioning.layers import critic_context, trace
 from decoupled_pp.runtime import Nowhere, Worker
-from decoupled_pp.sections import CriticSettings
 from decoupled_pp.settings import OptimizerSettings, ScheduleSettings
 from decoupled_pp.stage import Stage, StageOptions
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from decoupled_pp import environment
 from decoupled_pp.baselines import Strategy, Training, build_baseline
+from decoupled_pp.channels import Control
 from decoupled_pp.contracts import (
     Batch,
     BatchSource,
-    Control,
     Exit,
     LinkError,
     Plan,

@@ -7,6 +7,7 @@ import time
 import uuid
 from pathlib import Path
 
+from decoupled_pp.channels import Control
 from decoupled_pp.checkpoint import (
     MOMENT_SECONDS,
     Checkpoint,
@@ -16,7 +17,7 @@ from decoupled_pp.checkpoint import (
     remove_incomplete,
     save_stage,
 )
-from decoupled_pp.contracts import Control, Plan, UsageError
+from decoupled_pp.contracts import Plan, UsageError
 from decoupled_pp.stage import Stage
 
 

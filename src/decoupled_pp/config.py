@@ -12,7 +12,8 @@ import yaml
 from pydantic import ValidationError
 
 from decoupled_pp.contracts import UsageError
-from decoupled_pp.sections import CriticSettings, DataSettings, ModelSettings, Section
+from decoupled_pp.critic_sections import CriticSettings
+from decoupled_pp.sections import DataSettings, ModelSettings, Section
 from decoupled_pp.settings import Settings
 from decoupled_pp.yaml_text import read_yaml
 

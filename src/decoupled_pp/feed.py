@@ -8,7 +8,8 @@ from itertools import chain, islice
 
 import torch
 
-from decoupled_pp.contracts import Batch, BatchSource, Inlet, Packet, PacketKind, UsageError, map_payload
+from decoupled_pp.channels import Inlet
+from decoupled_pp.contracts import Batch, BatchSource, Packet, PacketKind, UsageError, map_payload
 from decoupled_pp.device import on_device
 
 

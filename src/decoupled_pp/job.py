@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from decoupled_pp import environment, run_folder
 from decoupled_pp.baseline_trainer import BaselineTrainer
 from decoupled_pp.baselines import Training, stages_needed
+from decoupled_pp.channels import Control
 from decoupled_pp.checkpoint import (
     Checkpoint,
     export_safetensors,
@@ -21,17 +22,7 @@ from decoupled_pp.checkpoint import (
     open_checkpoint,
 )
 from decoupled_pp.common_plan import partition
-from decoupled_pp.contracts import (
-    Control,
-    Data,
-    DataInfo,
-    Loss,
-    Payload,
-    Plan,
-    Report,
-    UsageError,
-    map_payload,
-)
+from decoupled_pp.contracts import Data, DataInfo, Loss, Payload, Plan, Report, UsageError, map_payload
 from decoupled_pp.critics import build_critic
 from decoupled_pp.data import open_data
 from decoupled_pp.device import seeded

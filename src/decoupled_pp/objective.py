@@ -34,7 +34,7 @@ class View:
 
 
 class Critic(nn.Module):
-    """A critic that is more than logits and the run's loss. (Any module that turns hidden into logits is a critic.)
+    """A critic that is more than logits and the run's loss; any other module that makes logits is a plain critic.
 
     Attributes:
         late: Whether its rider exists only once `objective` has run: then the packet leaves after that.

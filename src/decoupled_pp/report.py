@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from decoupled_pp.contracts import Exit, LinkEnd, Plan, Record, Report, count_parameters
+from decoupled_pp.channels import LinkEnd
+from decoupled_pp.contracts import Exit, Plan, Record, Report, count_parameters
 from decoupled_pp.device import peak_memory
 from decoupled_pp.metrics import StageMeter
 from decoupled_pp.stage import Stage

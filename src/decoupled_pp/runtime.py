@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
-from decoupled_pp.contracts import Inlet, Outlet, Packet, PacketKind, Record, TrainingError, UsageError
+from decoupled_pp.channels import Inlet, Outlet
+from decoupled_pp.contracts import Packet, PacketKind, Record, TrainingError, UsageError
 from decoupled_pp.device import own_stream
 from decoupled_pp.metrics import StageMeter
 from decoupled_pp.stage import Stage

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from decoupled_pp.sections import CriticSettings, DataSettings, HeadCritic, ModelSettings, Section
+from decoupled_pp.critic_sections import CriticSettings, HeadCritic
+from decoupled_pp.sections import DataSettings, ModelSettings, Section
 
 
 class OptimizerSettings(Section):

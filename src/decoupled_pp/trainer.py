@@ -24,18 +24,10 @@ from decoupled_pp.assemble import (
     resolve_critic,
     resolve_optimizer,
 )
+from decoupled_pp.channels import Control
 from decoupled_pp.checkpoint import Checkpoint
 from decoupled_pp.checkpoint_folder import CheckpointFolder
-from decoupled_pp.contracts import (
-    BatchSource,
-    Control,
-    Exit,
-    Loss,
-    Plan,
-    Record,
-    Report,
-    UsageError,
-)
+from decoupled_pp.contracts import BatchSource, Exit, Loss, Plan, Record, Report, UsageError
 from decoupled_pp.data.iterables import Batches, as_source
 from decoupled_pp.device import choose_device
 from decoupled_pp.feed import Feed, Itinerary

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from decoupled_pp.contracts import Control, Fault, LinkError, PeerError, Record, TrainingError, UsageError
+from decoupled_pp.channels import Control
+from decoupled_pp.contracts import Fault, LinkError, PeerError, Record, TrainingError, UsageError
 
 _PERIOD_SECONDS = 0.2
 _GRACE_SECONDS = 1.0

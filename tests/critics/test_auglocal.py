@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from decoupled_pp.contracts import CriticContext, DataInfo, UsageError
+from decoupled_pp.critic_sections import AuglocalCritic
 from decoupled_pp.critics import build_critic, check_critic
 from decoupled_pp.critics.auglocal import pyramidal_depth, sampled_indices
 from decoupled_pp.models import build_model
-from decoupled_pp.sections import AuglocalCritic, GptModel, ResnetModel, VggModel
+from decoupled_pp.sections import GptModel, ResnetModel, VggModel
 
 
 def builder(depth, pyramid=0.5):

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from decoupled_pp.contracts import CriticContext, UsageError
+from decoupled_pp.critic_sections import FactoryCritic, HeadCritic, MlpSrCritic
 from decoupled_pp.critics import build_critic, check_critic
-from decoupled_pp.sections import FactoryCritic, HeadCritic, MlpSrCritic
 
 
 def context(hidden, output, stage=0):

@@ -8,12 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from decoupled_pp.contracts import UsageError
-from decoupled_pp.critics import build_critic, check_critic
-from decoupled_pp.critics.lls import sinusoids
-from decoupled_pp.critics.predsim import pooling_kernel, similarities
-from decoupled_pp.losses import cross_entropy
-from decoupled_pp.objective import View, local_loss, rider_of
-from decoupled_pp.sections import (
+from decoupled_pp.critic_sections import (
     CollaborativeCritic,
     InfoproCritic,
     LlsCritic,
@@ -22,6 +17,11 @@ from decoupled_pp.sections import (
     SgrCritic,
     VocabularyCritic,
 )
+from decoupled_pp.critics import build_critic, check_critic
+from decoupled_pp.critics.lls import sinusoids
+from decoupled_pp.critics.predsim import pooling_kernel, similarities
+from decoupled_pp.losses import cross_entropy
+from decoupled_pp.objective import View, local_loss, rider_of
 
 CLASSES = 5
 
@@ -342,5 +342,5 @@ def test_targets_that_are_no_classes_are_refused(settings, images):
 
 
 def test_groups_must_divide(images):
-    with pytest.raises(UsageError, match="8 channels do not divide into 3 groups; change critic.groups"):
+    with pytest.raises(UsageError, match=r"8 channels do not divide into 3 groups; change critic\.groups"):
         build_critic(NeuronGroupsCritic(kind="neuron_groups", groups=3))(images())

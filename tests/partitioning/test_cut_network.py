@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from decoupled_pp.contracts import UsageError, count_parameters
+from decoupled_pp.critic_sections import AuglocalCritic
 from decoupled_pp.critics import build_critic
 from decoupled_pp.partitioning import critic_context, cut_network, measure_critics, trace
 from decoupled_pp.partitioning.measure import measure_layers, stand_in_objective
-from decoupled_pp.sections import AuglocalCritic
 
 
 class Clock:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from decoupled_pp.contracts import Batch, LinkCounters, Loss, Payload, Plan
+from decoupled_pp.channels import LinkCounters
+from decoupled_pp.contracts import Batch, Loss, Payload, Plan
 from decoupled_pp.memory import SavedActivations
 from decoupled_pp.optim import OptimizerFactory, build_optimizers, build_schedules
 from decoupled_pp.settings import OptimizerSettings, ScheduleSettings

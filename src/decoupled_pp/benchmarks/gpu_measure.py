@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from decoupled_pp.assemble import Session, join_in_process
-from decoupled_pp.contracts import CriticContext, Inlet, Packet, PacketKind, Record, as_tuple
+from decoupled_pp.channels import Inlet
+from decoupled_pp.contracts import CriticContext, Packet, PacketKind, Record, as_tuple
+from decoupled_pp.critic_sections import HeadCritic
 from decoupled_pp.critics import build_critic
 from decoupled_pp.device import Clock, own_stream, seeded
 from decoupled_pp.losses import cross_entropy
@@ -24,7 +26,6 @@ from decoupled_pp.metrics import BUSY, StageMeter
 from decoupled_pp.models.gpt import Block, Head
 from decoupled_pp.optim import build_optimizers, build_schedules
 from decoupled_pp.runtime import Nowhere, Worker, run
-from decoupled_pp.sections import HeadCritic
 from decoupled_pp.settings import OptimizerSettings, ScheduleSettings
 from decoupled_pp.stage import Stage, StageOptions
 

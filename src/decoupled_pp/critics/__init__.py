@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from decoupled_pp.contracts import CriticBuilder, CriticContext
+from decoupled_pp.critic_sections import CriticSettings, SgrCritic
 from decoupled_pp.critics.auglocal import build_auglocal
 from decoupled_pp.critics.check import check_critic
 from decoupled_pp.critics.collaborative import build_collaborative
@@ -22,7 +23,6 @@ from decoupled_pp.critics.predsim import build_predsim
 from decoupled_pp.critics.sgr import Closing, build_sgr
 from decoupled_pp.critics.vocabulary import build_vocabulary
 from decoupled_pp.objective import Critic
-from decoupled_pp.sections import CriticSettings, SgrCritic
 
 __all__ = ["KINDS", "build_critic", "check_critic"]
 

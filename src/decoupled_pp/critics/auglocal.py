@@ -20,9 +20,9 @@ from decoupled_pp.contracts import (
     first_tensor,
     map_payload,
 )
+from decoupled_pp.critic_sections import AuglocalCritic
 from decoupled_pp.critics.fresh import fresh_copy, make_fresh
 from decoupled_pp.critics.head import matching_head
-from decoupled_pp.sections import AuglocalCritic
 
 
 def pyramidal_depth(depth: int, pyramid: float, stage: int, stages: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from decoupled_pp.contracts import CriticContext, Payload, UsageError, first_tensor
-from decoupled_pp.sections import HeadCritic
+from decoupled_pp.critic_sections import HeadCritic
 
 
 class ImageHead(nn.Module):

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from decoupled_pp.contracts import CriticContext, Loss, Payload, UsageError, first_tensor
+from decoupled_pp.critic_sections import InfoproCritic
 from decoupled_pp.critics.labels import judged_tensor
 from decoupled_pp.objective import Critic, View
-from decoupled_pp.sections import InfoproCritic
 
 _EPSILON = 1e-8
 
@@ -64,7 +64,7 @@ class Infopro(Critic):
 
 
 def scaled(image: Tensor) -> Tensor:
-    """(B, C, H, W) with every channel in 0 .. 1: its range in the micro-batch. (The paper undoes the normalisation.)"""
+    """(B, C, H, W) with every channel in 0 .. 1 by its range in the micro-batch (paper: by constants)."""
     lowest, highest = image.amin(dim=(0, 2, 3), keepdim=True), image.amax(dim=(0, 2, 3), keepdim=True)
     return (image - lowest) / (highest - lowest + _EPSILON)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decoupled_pp.contracts import CriticContext, Payload, UsageError, first_tensor
-from decoupled_pp.sections import MlpSrCritic
+from decoupled_pp.critic_sections import MlpSrCritic
 
 # Convolutions and linear layers followed by batch normalisation have no bias: the normalisation would cancel it.
 

@@ -1,7 +1,7 @@
 """Cheap critics for large vocabularies: the loss on some tokens, a low-rank projection, sampled or hashed classes.
 
-Exits are scored on all tokens and all classes; only training is cheap. Legend: B batch, T tokens, D width, V vocabulary, N
-positions that count, R rank, S sampled classes, J hash functions, M buckets.
+Exits are scored on all tokens and all classes; only training is cheap. Legend: B batch, T tokens, D width, V
+vocabulary, N positions that count, R rank, S sampled classes, J hash functions, M buckets.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from decoupled_pp.contracts import CriticContext, Loss, Payload, UsageError, as_tuple, first_tensor
+from decoupled_pp.critic_sections import VocabularyCritic
 from decoupled_pp.objective import IGNORED, Critic, View
-from decoupled_pp.sections import VocabularyCritic
 
 
 class _Cheap(Critic):

@@ -10,18 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from decoupled_pp.contracts import (
-    Inlet,
-    LinkCounters,
-    LinkEnd,
-    LinkError,
-    Outlet,
-    Packet,
-    PacketKind,
-    as_tuple,
-    map_payload,
-    payload_bytes,
-)
+from decoupled_pp.channels import Inlet, LinkCounters, LinkEnd, Outlet
+from decoupled_pp.contracts import LinkError, Packet, PacketKind, as_tuple, map_payload, payload_bytes
 from decoupled_pp.device import Fence
 
 

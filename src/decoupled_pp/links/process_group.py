@@ -32,16 +32,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from decoupled_pp.contracts import (
-    Inlet,
-    LinkCounters,
-    LinkEnd,
-    LinkError,
-    Outlet,
-    Packet,
-    PacketKind,
-    TrainingError,
-)
+from decoupled_pp.channels import Inlet, LinkCounters, LinkEnd, Outlet
+from decoupled_pp.contracts import LinkError, Packet, PacketKind, TrainingError
 from decoupled_pp.device import Fence, own_stream
 from decoupled_pp.links import header as headers
 from decoupled_pp.links.header import Parcel
