@@ -14,14 +14,16 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
+from decoupled_pp.cascade import Cascade
 from decoupled_pp.channels import Inlet, Outlet
 from decoupled_pp.config import explain
 from decoupled_pp.contracts import CriticBuilder, CriticContext, Loss, Plan, Record, UsageError
-from decoupled_pp.critic_sections import CriticSettings
+from decoupled_pp.critic_sections import CriticSettings, CriticTargetSettings, LabelTarget, MixTarget
 from decoupled_pp.critics import build_critic, check_critic
 from decoupled_pp.device import Clock, seeded
 from decoupled_pp.feed import Itinerary
 from decoupled_pp.links import InProcessLink, StoreControl, World
+from decoupled_pp.losses import per_sample
 from decoupled_pp.metrics import StageMeter
 from decoupled_pp.objective import Critic
 from decoupled_pp.optim import OptimizerFactory, build_optimizers
@@ -32,6 +34,9 @@ from decoupled_pp.stage import Stage, StageOptions
 
 CriticChoice: TypeAlias = "str | dict[str, Any] | CriticSettings | nn.Module | Sequence[nn.Module] | CriticBuilder"
 """A critic by kind, as a settings section, as one module (copied per stage), as one per stage, or as a builder."""
+
+CriticTargetChoice: TypeAlias = "str | dict[str, Any] | CriticTargetSettings"
+"""What critics learn from: a kind, or a settings section."""
 
 OptimizerChoice: TypeAlias = "str | dict[str, Any] | OptimizerSettings | OptimizerFactory"
 """An optimizer of `torch.optim` by name, as a settings section, or a function of the parameters."""
@@ -49,6 +54,7 @@ class Recipe:
         options: How every stage computes.
         seed: Of critics' weights and dropout.
         log_every: Packets between two flushes of a stage's metrics.
+        target: What critics learn from.
     """
 
     loss: Loss
@@ -58,6 +64,7 @@ class Recipe:
     options: StageOptions = field(default_factory=StageOptions)
     seed: int = 0
     log_every: int = 50
+    target: CriticTargetSettings = field(default_factory=LabelTarget)
 
 
 def resolve_critic(choice: CriticChoice) -> CriticBuilder:
@@ -88,6 +95,20 @@ def _listed_critic(critics: Sequence[nn.Module], context: CriticContext) -> nn.M
             f"critic: {len(critics)} modules for {context.stages} stages; every stage but the last needs one"
         )
     return copy.deepcopy(critics[context.stage])
+
+
+def resolve_target(choice: CriticTargetChoice) -> CriticTargetSettings:
+    """What critics learn from, by a user's choice.
+
+    Raises:
+        UsageError: Unknown keys or values.
+    """
+    if isinstance(choice, str):
+        choice = {"kind": choice}
+    if isinstance(choice, dict):
+        adapter: TypeAdapter[CriticTargetSettings] = TypeAdapter(CriticTargetSettings)
+        return cast("CriticTargetSettings", _checked(lambda: adapter.validate_python(choice), "critic_target"))
+    return choice
 
 
 def resolve_optimizer(choice: OptimizerChoice) -> OptimizerSettings | OptimizerFactory:
@@ -171,7 +192,10 @@ def build_stages(
         if critic is not None:
             _leave_evaluation_mode(critic)
             _refuse_second_derivative(critic, recipe.options)
-        optimizers = build_optimizers(recipe.optimizer, trunk, critic, owns_head=index == plan.stages - 1)
+        cascade = _build_cascade(recipe, critic, index) if critic is not None else None
+        own = critic if cascade is None else None
+        optimizers = build_optimizers(recipe.optimizer, trunk, own, owns_head=index == plan.stages - 1)
+        gives_back = index > 0 and not isinstance(recipe.target, LabelTarget)
         built.append(
             Stage(
                 index,
@@ -182,9 +206,38 @@ def build_stages(
                 device=device,
                 seed=_mixed(recipe.seed, index, 2),
                 options=recipe.options,
+                cascade=cascade,
+                per_sample=per_sample(recipe.loss) if gives_back else None,
             )
         )
     return built
+
+
+def _build_cascade(recipe: Recipe, critic: nn.Module, index: int) -> Cascade | None:
+    """What teaches the critic of a stage; None if the labels do.
+
+    Raises:
+        UsageError: The critic cannot be taught so.
+    """
+    target = recipe.target
+    if isinstance(target, LabelTarget):
+        return None
+    if isinstance(critic, Critic):
+        raise UsageError(
+            f"critic_target {target.kind} teaches critics that lower the run's loss; {type(critic).__name__} has an "
+            "objective of its own: choose critic.kind head, conv, mlp_sr or auglocal"
+        )
+    own = OptimizerSettings(kind=target.optimizer, lr=target.lr)
+    optimizers = build_optimizers(own, nn.Sequential(critic), None, owns_head=False)
+    if not optimizers:
+        raise UsageError(f"critic_target {target.kind}: the critic of stage {index} has nothing to learn with")
+    return Cascade(
+        per_sample(recipe.loss),
+        optimizers,
+        lag=target.lag,
+        label_share=target.label_share if isinstance(target, MixTarget) else 0.0,
+        accumulate=recipe.options.accumulate,
+    )
 
 
 def _refuse_second_derivative(critic: nn.Module, options: StageOptions) -> None:
@@ -226,6 +279,7 @@ class Session:
         trace: Packet numbers whose spans are recorded.
         capacity: Packets a link may hold.
         timeout_seconds: Longest wait on a link.
+        losses: Samples of the largest packet, if their losses go back (cascade targets); else 0.
     """
 
     feed: Inlet
@@ -235,6 +289,7 @@ class Session:
     trace: range
     capacity: int
     timeout_seconds: float
+    losses: int = 0
 
     def worker(self, stage: Stage, inlet: Inlet | None, outlet: Outlet | None) -> Worker:
         """Join one stage to its links, with a meter of its own."""
@@ -260,5 +315,7 @@ def join_in_process(session: Session, stages: Sequence[Stage]) -> list[Worker]:
 def join_ranks(session: Session, stage: Stage, world: World, control: StoreControl, digest: str) -> Worker:
     """This rank's worker of a distributed pipeline."""
     capacity, seconds = session.capacity, session.timeout_seconds
-    inlet, outlet = world.connect(control, stage.device, digest, capacity=capacity, timeout_seconds=seconds)
+    inlet, outlet = world.connect(
+        control, stage.device, digest, capacity=capacity, timeout_seconds=seconds, losses=session.losses
+    )
     return session.worker(stage, inlet, outlet)

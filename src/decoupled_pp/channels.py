@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from decoupled_pp.contracts import Fault, Packet, Record
 
 
@@ -24,6 +26,10 @@ class Inlet(ABC):
         """Packets that are here and not yet taken."""
         return 0
 
+    def give_back(self, number: int, losses: Tensor) -> None:
+        """Send the losses of a packet's samples, (B,), to the stage that it came from (cascade targets)."""
+        raise AssertionError("there is no stage before this one")
+
     def close(self) -> None:  # noqa: B027 - nothing to release unless a subclass holds something
         """Release what the inlet holds; safe to call twice and after a failure."""
 
@@ -38,6 +44,14 @@ class Outlet(ABC):
         Raises:
             LinkError: The bound expired or the peer is gone.
         """
+
+    def losses_of(self, number: int) -> Tensor:
+        """What the next stage has given back of a packet, (B,) on the CPU; wait for it no longer than the bound.
+
+        Raises:
+            LinkError: The bound expired or the peer is gone.
+        """
+        raise AssertionError("there is no stage after this one")
 
     def close(self) -> None:  # noqa: B027 - nothing to release unless a subclass holds something
         """Release what the outlet holds; safe to call twice and after a failure."""

@@ -31,7 +31,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from decoupled_pp.contracts import Plan, TrainingError, UsageError
+from decoupled_pp.contracts import Plan, TrainingError, UsageError, as_tuple
 from decoupled_pp.optimizer_state import changed_entries, named_state, owners
 from decoupled_pp.stage import Stage
 
@@ -95,7 +95,7 @@ def save_stage(folder: Path, stage: Stage, plan: Plan, packet: int, *, keep: int
         "samples": stage.samples,
         "scalars": scalars,
         "accumulate": stage.options.accumulate,
-        "owners": {key: type(one).__name__ for key, one in owners(stage.optimizers, _names(stage, plan)).items()},
+        "owners": {key: type(one).__name__ for key, one in owners(stage.all_optimizers, _names(stage, plan)).items()},
         "checksums": {file.name: _checksum(file) for file in sorted(part.iterdir())},
     }
     write_atomically(_record(partial, stage.index), json.dumps({**record, "checksum": _checksum_of(record)}))
@@ -162,12 +162,27 @@ def _stage_state(stage: Stage, plan: Plan) -> tuple[dict[str, Tensor], dict[str,
     if stage.critic is not None:
         state |= {f"critic.{name}.{key}": t for key, t in stage.critic.state_dict().items()}
     state[f"rng.stage{stage.index}"] = stage.random.state
-    for parameter, field, value in named_state(stage.optimizers, _names(stage, plan)):
+    state |= _lessons(stage)
+    for parameter, field, value in named_state(stage.all_optimizers, _names(stage, plan)):
         state[f"optimizer.{parameter}.{field}"] = value
-    for key, value in changed_entries(stage.optimizers, stage.first_groups, scheduled=bool(stage.schedules)).items():
+    for key, value in changed_entries(
+        stage.all_optimizers, stage.first_groups, scheduled=bool(stage.schedules)
+    ).items():
         state[f"groups.stage{stage.index}.{key}"] = value
     tensors = {key: value.detach().contiguous() for key, value in state.items() if isinstance(value, Tensor)}
     return tensors, {key: value for key, value in state.items() if key not in tensors}
+
+
+def _lessons(stage: Stage) -> dict[str, Any]:
+    """What a cascade's critic is still to learn from: `lesson.stage<k>.<packet>.<part>`, and the form of each part."""
+    state: dict[str, Any] = {}
+    for lesson in stage.cascade.lessons if stage.cascade is not None else ():
+        start = f"lesson.stage{stage.index}.{lesson.number}"
+        for part, payload in (("hidden", lesson.hidden), ("target", lesson.target), ("losses", lesson.losses)):
+            assert payload is not None, "lessons are complete before they are saved"
+            state[f"{start}.{part}"] = isinstance(payload, Tensor)
+            state |= {f"{start}.{part}.{i}": tensor for i, tensor in enumerate(as_tuple(payload))}
+    return state
 
 
 def _names(stage: Stage, plan: Plan) -> dict[Tensor, str]:

@@ -15,6 +15,16 @@ class HeadCritic(Section):
     kind: Literal["head"] = "head"
 
 
+class ConvCritic(Section):
+    """The critic of local critic training (Lee & Lee 2019): 3x3 convolutions and a linear layer; images."""
+
+    kind: Literal["conv"]
+    convolutions: int = Field(1, ge=1)
+    """3x3 convolutions, each with a ReLU (paper: 1; 3 to 5 were tried)."""
+    channels: int = Field(128, ge=1)
+    """Channels of each (paper: 128)."""
+
+
 class MlpSrCritic(Section):
     """Spatially reduced MLP head of decoupled greedy learning (Belilovsky et al. 2020); images and vectors."""
 
@@ -137,6 +147,7 @@ class FactoryCritic(Factory):
 
 CriticSettings = Annotated[
     HeadCritic
+    | ConvCritic
     | MlpSrCritic
     | AuglocalCritic
     | PredsimCritic
@@ -149,3 +160,35 @@ CriticSettings = Annotated[
     | FactoryCritic,
     Field(discriminator="kind"),
 ]
+
+
+class LabelTarget(Section):
+    """A stage and its critic lower the critic's loss of the labels together. Nothing flows back."""
+
+    kind: Literal["label"] = "label"
+
+
+class CascadeTarget(Section):
+    """A critic learns to give the loss that the next stage has, sample by sample, and its stage lowers it (Lee & Lee).
+
+    One float per sample flows back over every link. For `loss` cross_entropy and mse.
+    """
+
+    kind: Literal["cascade"]
+    lag: int = Field(8, ge=2)
+    """Packets after which a critic learns from a packet; above `links.capacity`, so that no stage waits for losses."""
+    optimizer: str = "Adam"
+    """The critics' own optimizer, by its name in `torch.optim`; its rate is constant (paper: Adam)."""
+    lr: float = Field(1e-4, gt=0)
+    """Its learning rate (paper: 1e-4)."""
+
+
+class MixTarget(CascadeTarget):
+    """The cascade's target and the labels' own loss, weighted."""
+
+    kind: Literal["mix"]  # type: ignore[assignment]  # another tag of the same section
+    label_share: float = Field(0.5, gt=0, lt=1)
+    """Share of the labels' own loss in what a critic lowers."""
+
+
+CriticTargetSettings = Annotated[LabelTarget | CascadeTarget | MixTarget, Field(discriminator="kind")]

@@ -299,6 +299,7 @@ def make_trainer(settings: Settings, plan: Plan) -> Trainer:
         plan,
         loss=settings.loss,
         critic=build_critic(settings.critic),
+        critic_target=settings.critic_target,
         optimizer=settings.optimizer,
         schedule=settings.schedule,
         accumulate=training.accumulate,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -36,6 +37,28 @@ def mse(logits: Tensor, target: Payload) -> Tensor:
             "they must have one shape, or choose loss cross_entropy"
         )
     return functional.mse_loss(logits, wanted)
+
+
+def per_sample(loss: Loss) -> Callable[[Tensor, Payload], Tensor]:
+    """The same loss, sample by sample: (logits, target) -> (B,).
+
+    Raises:
+        UsageError: It is neither cross_entropy nor mse.
+    """
+    if loss is cross_entropy:
+        return _cross_entropies
+    if loss is mse:
+        return lambda logits, target: (logits - as_tuple(target)[0]).square().flatten(1).mean(dim=1)
+    raise UsageError("critic_target cascade needs the loss of every sample: set loss to cross_entropy or mse")
+
+
+def _cross_entropies(logits: Tensor, target: Payload) -> Tensor:
+    """Mean over the positions of each sample that count; 0 where none does."""
+    classes = as_tuple(target)[0]
+    last = classes.shape == logits.shape[:-1]
+    each = functional.cross_entropy(logits.movedim(-1, 1) if last else logits, classes, reduction="none")
+    counted = (classes != IGNORED).reshape(len(each), -1).sum(dim=1)
+    return each.reshape(len(each), -1).sum(dim=1) / counted.clamp(min=1)
 
 
 _NAMED: dict[str, Loss] = {"cross_entropy": cross_entropy, "mse": mse}

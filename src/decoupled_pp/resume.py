@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from decoupled_pp.cascade import Lesson
 from decoupled_pp.checkpoint import Checkpoint, name_of_critic
-from decoupled_pp.contracts import Plan, UsageError
+from decoupled_pp.contracts import Payload, Plan, UsageError, first_tensor
 from decoupled_pp.optimizer_state import make_state, named_state, owners, reset_entries
 from decoupled_pp.stage import Stage
 
@@ -47,9 +49,41 @@ def load_stage(checkpoint: Checkpoint, stage: Stage, plan: Plan) -> list[str]:
     else:
         _load_into(checkpoint, {random_stream: state})
         stage.random.state = state
+    if stage.cascade is not None:
+        lessons = _saved_lessons(checkpoint, stage) if checkpoint.boundaries == plan.boundaries else []
+        stage.cascade.lessons = deque(lessons)
+        if not lessons:
+            notes.append(
+                f"stage {stage.index}: the checkpoint has no losses of the next stage for this cut; the "
+                "critic goes on learning some packets later"
+            )
     stage.updates = checkpoint.step
     stage.samples = checkpoint.samples
     return notes
+
+
+def _saved_lessons(checkpoint: Checkpoint, stage: Stage) -> list[Lesson]:
+    """What the critic of this stage was still to learn from."""
+    start, scalars = f"lesson.stage{stage.index}.", checkpoint.merged("scalars")
+    forms = {key.removeprefix(start): single for key, single in scalars.items() if key.startswith(start)}
+    places = {key: place for key, place in checkpoint.places.items() if key.startswith(start)}
+    tensors = {key: torch.empty(shape, dtype=dtype) for key, (_, shape, dtype) in places.items()}
+    checkpoint.fill(tensors)
+
+    def part(number: int, name: str, device: torch.device) -> Payload:
+        found = [t.to(device) for key, t in sorted(tensors.items()) if key.startswith(f"{start}{number}.{name}.")]
+        return found[0] if forms[f"{number}.{name}"] else tuple(found)
+
+    numbers = sorted({int(key.split(".")[0]) for key in forms})
+    return [
+        Lesson(
+            number,
+            part(number, "hidden", stage.device),
+            part(number, "target", stage.device),
+            first_tensor(part(number, "losses", torch.device("cpu"))),
+        )
+        for number in numbers
+    ]
 
 
 def _refuse_other_accumulation(checkpoint: Checkpoint, stage: Stage) -> None:
@@ -75,13 +109,13 @@ def _load_into(checkpoint: Checkpoint, wanted: dict[str, Tensor]) -> None:
 def _load_optimizers(checkpoint: Checkpoint, stage: Stage, loaded: dict[str, nn.Parameter]) -> None:
     """Load the state of these parameters, which are to be loaded afterwards: making room for it changes them."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in loaded.items()}
-    here, kinds = owners(stage.optimizers, names), checkpoint.merged("owners")
+    here, kinds = owners(stage.all_optimizers, names), checkpoint.merged("owners")
     for name, optimizer in here.items():
         if kinds.get(name, type(optimizer).__name__) != type(optimizer).__name__:
             raise _other_optimizer(checkpoint, f"was trained by {kinds[name]}", name, optimizer)
     scalars, saved = checkpoint.merged("scalars"), _saved_fields(checkpoint, here)
-    make_state(stage.optimizers, [loaded[name] for name in saved], stage.device)
-    for name, field, _ in named_state(stage.optimizers, names):
+    make_state(stage.all_optimizers, [loaded[name] for name in saved], stage.device)
+    for name, field, _ in named_state(stage.all_optimizers, names):
         if field not in saved[name]:
             raise _other_optimizer(checkpoint, f"has no {field!r}", name, here[name])
     tensors: dict[str, Tensor] = {}
@@ -124,7 +158,7 @@ def _load_groups(checkpoint: Checkpoint, stage: Stage, *, same_cut: bool) -> Non
     _load_into(checkpoint, tensors)
     saved = {key.removeprefix(start): value for key, value in (scalars | tensors).items() if key.startswith(start)}
     try:
-        reset_entries(stage.optimizers, stage.first_groups, saved)
+        reset_entries(stage.all_optimizers, stage.first_groups, saved)
     except IndexError:
         raise UsageError(
             f"checkpoint {checkpoint.path} has more param_groups of stage {stage.index} than there are here; use the "

@@ -81,6 +81,7 @@ class Worker:
     def _do(self, packet: Packet) -> None:
         if packet.kind is PacketKind.TRAIN:
             loss = self.stage.step(packet, self.outlet.send, self.meter.lap)
+            self._cascade(packet.number)
             if self.meter.trained(packet.number, loss, packet.samples):
                 self.meter.flush(self.stage, self.inlet.depth())
         elif packet.kind is PacketKind.EVALUATE:
@@ -88,12 +89,31 @@ class Worker:
             self.meter.lap("evaluate")
         else:
             self.outlet.send(packet)
+            if packet.kind in {PacketKind.SAVE, PacketKind.END}:
+                self._complete_lessons()
             self.meter.flush(self.stage, self.inlet.depth())  # finds a loss that is not finite before it is saved
             if packet.kind is PacketKind.EVALUATION_END:
                 self._report_evaluation()
             elif packet.kind is PacketKind.SAVE:
                 self.save(self.stage, packet.number)
                 self.meter.lap("save")
+
+    def _cascade(self, number: int) -> None:
+        """Give the packet's losses to the stage before; learn from those of the stage after, if any are due."""
+        stage = self.stage
+        if stage.losses is not None:
+            self.inlet.give_back(number, stage.losses)
+        lesson = stage.cascade.due(number) if stage.cascade is not None else None
+        if lesson is not None:
+            losses = self.outlet.losses_of(lesson.number) if lesson.losses is None else lesson.losses
+            stage.learn_lesson(losses)
+            self.meter.lap("critic")
+
+    def _complete_lessons(self) -> None:
+        """Before a checkpoint or the end: a link keeps no losses for later, so wait for those that are under way."""
+        for lesson in self.stage.cascade.lessons if self.stage.cascade is not None else ():
+            if lesson.losses is None:
+                lesson.losses = self.outlet.losses_of(lesson.number)
 
     def close(self) -> None:
         """Release both links."""

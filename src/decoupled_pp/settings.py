@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from decoupled_pp.critic_sections import CriticSettings, HeadCritic
+from decoupled_pp.contracts import UsageError
+from decoupled_pp.critic_sections import CriticSettings, CriticTargetSettings, HeadCritic, LabelTarget
 from decoupled_pp.sections import DataSettings, ModelSettings, Section
 
 
@@ -122,6 +123,15 @@ Strategy = Literal[
 ]
 
 
+def refuse_lag(target: CriticTargetSettings, capacity: int) -> None:
+    """Raises UsageError if losses that flow back may not be there when they are due."""
+    if not isinstance(target, LabelTarget) and target.lag <= capacity:
+        raise UsageError(
+            f"critic_target: lag {target.lag} must be above links.capacity {capacity}, or a stage would wait for the "
+            "losses of the next"
+        )
+
+
 class Settings(Section):
     """A run."""
 
@@ -151,6 +161,8 @@ class Settings(Section):
     """`cross_entropy`, `mse`, or `package.module:function` called as `function(logits, target)`."""
     critic: CriticSettings = HeadCritic()
     """The critic of every stage before the last."""
+    critic_target: CriticTargetSettings = LabelTarget()
+    """What critics learn from: labels, or the next stage's losses."""
     optimizer: OptimizerSettings = OptimizerSettings()
     """The optimizer of every stage."""
     schedule: ScheduleSettings = ScheduleSettings()
@@ -170,6 +182,7 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _together(self) -> Settings:
+        refuse_lag(self.critic_target, self.links.capacity)
         if isinstance(self.cut, list) and (len(self.cut) != self.stages or min(self.cut, default=0) < 1):
             raise ValueError(
                 f"cut {self.cut} must have {self.stages} entries (stages), each at least 1; list the layers per stage"

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 
+from decoupled_pp.cascade import Cascade, PerSample
 from decoupled_pp.compiled import compiled
 from decoupled_pp.contracts import Loss, Packet, Payload, as_tuple, check_payload, map_payload
 from decoupled_pp.device import RandomStream
@@ -60,6 +61,8 @@ class Stage:
         device: torch.device,
         seed: int,
         options: StageOptions,
+        cascade: Cascade | None = None,
+        per_sample: PerSample | None = None,
     ) -> None:
         """Take over the parts (already on `device`).
 
@@ -72,10 +75,14 @@ class Stage:
             device: Where the stage computes.
             seed: Seed of the stage's own random stream (dropout).
             options: How to compute.
+            cascade: Teaches the critic; None: it lowers the labels' loss with the trunk, or there is none.
+            per_sample: The loss sample by sample, if the stage before is to learn it.
         """
         self.index, self.trunk, self.critic, self.loss = index, trunk, critic, loss
         self.optimizers = optimizers
-        self.first_groups = group_entries(optimizers)  # what steps change in them is the optimizers' state
+        self.cascade, self._per_sample = cascade, per_sample
+        self.losses: Tensor | None = None  # of the last packet's samples, (B,)
+        self.first_groups = group_entries(self.all_optimizers)  # what steps change in them is the optimizers' state
         self.schedules: list[LambdaLR] = []  # given by the trainer, which knows how long it trains
         self.device, self.options = device, options
         self.updates = 0
@@ -111,6 +118,9 @@ class Stage:
                 if self._late:
                     lap("critic")
                     self._send(packet, view, send, lap)
+                if self.cascade is not None:
+                    hidden = map_payload(torch.detach, view.hidden)
+                    self.cascade.remember(packet.number, hidden, packet.target)
                 self._learn(loss, view, lap)
                 lap("backward")
             self.samples += packet.samples
@@ -118,6 +128,12 @@ class Stage:
                 self._update()
         lap("step")
         return loss.detach()
+
+    def learn_lesson(self, losses: Tensor) -> None:
+        """Teach the critic the next stage's losses, (B,), of its oldest lesson."""
+        assert self.cascade is not None
+        with self.random:
+            self.cascade.teach(self._run_critic, losses, self._autocast)
 
     def evaluate(self, packet: Packet, send: Send) -> None:
         """Score this exit on one held-out packet and pass it on; changes nothing that trains."""
@@ -132,6 +148,11 @@ class Stage:
         result = self._score.result()
         self._begin_evaluation()
         return result
+
+    @property
+    def all_optimizers(self) -> list[Optimizer]:
+        """The stage's, and those of a critic that is taught by itself."""
+        return [*self.optimizers, *(self.cascade.optimizers if self.cascade is not None else [])]
 
     @property
     def learning_rate(self) -> float:
@@ -171,7 +192,11 @@ class Stage:
         with self._autocast:
             if isinstance(self.critic, Critic):
                 return self._run_objective(view)
-            return self.loss(self._run_critic(view.hidden), view.target)
+            logits = self._run_critic(view.hidden)
+            if self._per_sample is not None:
+                with torch.no_grad():
+                    self.losses = self._per_sample(logits, view.target)
+            return self.loss(logits, view.target)
 
     def _learn(self, loss: Tensor, view: View, lap: Lap) -> None:
         """Accumulate the loss's gradients in the critic and then in the trunk.
@@ -184,7 +209,11 @@ class Stage:
             for tensor in as_tuple(view.hidden):
                 if tensor.grad_fn is not None:
                     tensor.register_hook(critic_is_done)
-            (loss / self.options.accumulate if self.options.accumulate > 1 else loss).backward()
+            aims = None  # all that the loss depends on
+            if self.cascade is not None:  # the critic is held fixed
+                aims = [parameter for parameter in self.trunk.parameters() if parameter.requires_grad]
+            if aims != []:
+                (loss / self.options.accumulate if self.options.accumulate > 1 else loss).backward(inputs=aims)
         critic_is_done()  # if no gradient came to the trunk, all of it was the critic's
 
     def _begin_evaluation(self) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from decoupled_pp import environment
 from decoupled_pp.assemble import (
     CriticChoice,
+    CriticTargetChoice,
     OptimizerChoice,
     Recipe,
     Session,
@@ -23,11 +24,13 @@ from decoupled_pp.assemble import (
     plan_digest,
     resolve_critic,
     resolve_optimizer,
+    resolve_target,
 )
 from decoupled_pp.channels import Control
 from decoupled_pp.checkpoint import Checkpoint
 from decoupled_pp.checkpoint_folder import CheckpointFolder
-from decoupled_pp.contracts import BatchSource, Exit, Loss, Plan, Record, Report, UsageError
+from decoupled_pp.contracts import BatchSource, Exit, Loss, Plan, Record, Report, UsageError, as_tuple
+from decoupled_pp.critic_sections import LabelTarget
 from decoupled_pp.data.iterables import Batches, as_source
 from decoupled_pp.device import choose_device
 from decoupled_pp.feed import Feed, Itinerary
@@ -39,7 +42,7 @@ from decoupled_pp.optimizer_state import refuse_unsavable
 from decoupled_pp.report import link_records, make_report, stage_record
 from decoupled_pp.resume import load_stage, refuse_other_network, with_cut_of
 from decoupled_pp.runtime import Worker, run
-from decoupled_pp.settings import ScheduleSettings
+from decoupled_pp.settings import ScheduleSettings, refuse_lag
 from decoupled_pp.stage import Stage, StageOptions
 from decoupled_pp.watch import Watcher, explain_failure
 
@@ -62,6 +65,7 @@ class Trainer:
         *,
         loss: str | Loss = "cross_entropy",
         critic: CriticChoice = "head",
+        critic_target: CriticTargetChoice = "label",
         optimizer: OptimizerChoice = "AdamW",
         schedule: ScheduleSettings | None = None,
         accumulate: int = 1,
@@ -85,6 +89,7 @@ class Trainer:
             loss: "cross_entropy", "mse", "package.module:function", or loss(logits, target) -> scalar mean.
             critic: A kind ("head", "mlp_sr", "auglocal"), a settings dictionary, one module (copied for every stage),
                 a list of modules (one per stage but the last), or a function of a `CriticContext`.
+            critic_target: What critics learn from: "label", or "cascade" or "mix", or a settings dictionary.
             optimizer: Name in `torch.optim`, a dictionary like {"kind": "AdamW", "lr": 3e-4}, or a function of the
                 parameters of one stage.
             schedule: Learning-rate schedule; None: constant.
@@ -125,7 +130,9 @@ class Trainer:
             StageOptions(accumulate, clip_norm, precision, checkpoint_activations, compile),
             seed,
             log_every,
+            resolve_target(critic_target),
         )
+        refuse_lag(self.recipe.target, capacity)
         self.device = choose_device(device, environment.local_rank(), environment.local_world_size())
         self.interrupted = threading.Event()
         self._capacity, self._timeout = capacity, timeout_seconds
@@ -323,7 +330,8 @@ class Trainer:
 
     def _join(self, feed: Feed, itinerary: Itinerary, trace: range) -> list[Worker]:
         log_every = self.recipe.log_every
-        session = Session(feed, self._save, self._post, log_every, trace, self._capacity, self._timeout)
+        back = 0 if isinstance(self.recipe.target, LabelTarget) else as_tuple(self.plan.sample)[0].shape[0]
+        session = Session(feed, self._save, self._post, log_every, trace, self._capacity, self._timeout, back)
         if self._world is None or not isinstance(self._control, StoreControl):
             return join_in_process(session, self._stages)
         digest = plan_digest(self.plan, self.recipe, self._capacity, itinerary)

@@ -78,6 +78,7 @@ CASES = {
 
 LABEL_CRITICS = {
     "head": ("mlp", {}),
+    "conv": ("resnet", {"channels": 4}),
     "mlp_sr": ("resnet", {}),
     "auglocal": ("resnet", {"depth": 1}),
     "predsim": ("resnet", {"features": 64}),
@@ -113,7 +114,7 @@ def state(stage) -> dict[str, torch.Tensor]:
     if stage.critic is not None:
         found |= {f"critic.{name}": tensor for name, tensor in stage.critic.state_dict().items()}
     names = {parameter: name for name, parameter in stage.named_parameters("here").items()}
-    for number, optimizer in enumerate(stage.optimizers):
+    for number, optimizer in enumerate(stage.all_optimizers):
         found[f"rate.{number}"] = torch.tensor([group["lr"] for group in optimizer.param_groups])
         for parameter, values in optimizer.state.items():
             found |= {

@@ -13,6 +13,7 @@ from decoupled_pp.critic_sections import CriticSettings, SgrCritic
 from decoupled_pp.critics.auglocal import build_auglocal
 from decoupled_pp.critics.check import check_critic
 from decoupled_pp.critics.collaborative import build_collaborative
+from decoupled_pp.critics.conv import build_conv
 from decoupled_pp.critics.factory import build_from_factory
 from decoupled_pp.critics.head import build_head
 from decoupled_pp.critics.infopro import build_infopro
@@ -28,6 +29,7 @@ __all__ = ["KINDS", "build_critic", "check_critic"]
 
 KINDS: dict[str, Callable[[Any, CriticContext], nn.Module]] = {
     "head": build_head,
+    "conv": build_conv,
     "mlp_sr": build_mlp_sr,
     "auglocal": build_auglocal,
     "predsim": build_predsim,

@@ -44,7 +44,8 @@ class Collaborative(Critic):
     def _consensus_loss(self, logits: Tensor, others: Tensor) -> Tensor:
         soft = (others / self.temperature).softmax(dim=-1)
         log_ours = functional.log_softmax(logits / self.temperature, dim=-1)
-        return -(self.temperature**2) * (soft * log_ours).sum(dim=-1).mean()
+        cross: Tensor = -(soft * log_ours).sum(dim=-1).mean()
+        return cross * self.temperature**2
 
 
 def _rescaled(tensor: Tensor, factor: float) -> Tensor:

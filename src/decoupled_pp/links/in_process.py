@@ -40,6 +40,7 @@ class InProcessLink(Inlet, Outlet, LinkEnd):
         self._capacity, self._timeout, self._device = capacity, timeout_seconds, device
         self._packets: deque[tuple[Packet, Fence]] = deque()
         self._taken: deque[Fence] = deque()
+        self._losses: dict[int, Tensor] = {}
         self._changed = threading.Condition()
         self._closed = False
         self._last: int | None = None
@@ -52,7 +53,7 @@ class InProcessLink(Inlet, Outlet, LinkEnd):
 
     @property
     def counters(self) -> LinkCounters:
-        """What has crossed; there is no way back at all."""
+        """What has crossed."""
         return self._counters
 
     def send(self, packet: Packet) -> None:
@@ -89,6 +90,20 @@ class InProcessLink(Inlet, Outlet, LinkEnd):
         sent.wait(*as_tuple(packet.payload), *as_tuple(packet.target), *as_tuple(packet.rider))
         self._taken.append(Fence(self._device))
         return packet
+
+    def give_back(self, number: int, losses: Tensor) -> None:
+        """Leave a copy for the sending stage."""
+        copied = losses.detach().to("cpu", torch.float32, copy=True)
+        with self._changed:
+            self._losses[number] = copied
+            self._counters.payload_bytes_backward += copied.nbytes
+            self._changed.notify_all()
+
+    def losses_of(self, number: int) -> Tensor:
+        """Take what the receiving stage has left."""
+        with self._changed:
+            self._wait(lambda: number in self._losses, 0, f"the losses of packet {number} from")
+            return self._losses.pop(number)
 
     def depth(self) -> int:
         """Packets in the link."""

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from decoupled_pp.channels import Inlet, LinkCounters, LinkEnd, Outlet
-from decoupled_pp.contracts import LinkError, Packet, PacketKind, TrainingError
+from decoupled_pp.contracts import LinkError, Packet, PacketKind, TrainingError, UsageError
 from decoupled_pp.device import Fence, own_stream
 from decoupled_pp.links import header as headers
 from decoupled_pp.links.header import Parcel
@@ -41,9 +41,38 @@ from decoupled_pp.links.lane import Lane
 from decoupled_pp.links.messages import MessageReceiver, MessageSender
 
 CREDIT_BYTES = 8
-_CREDIT = torch.ones(CREDIT_BYTES, dtype=torch.uint8)
-_GOODBYE = torch.zeros(CREDIT_BYTES, dtype=torch.uint8)
+_GOODBYE, _LOSSES, _CREDIT = 0, 2, 0x0101_0101_0101_0101
+_LOSSES_HEADER = 24
 _ROOMY_PACKETS = 8
+
+
+def backward_bytes(losses: int) -> int:
+    """Size of the messages that go back, with room for so many losses (0: none are ever sent)."""
+    return CREDIT_BYTES if losses == 0 else _LOSSES_HEADER + 4 * losses
+
+
+def _word(size: int, value: int) -> Tensor:
+    """A message of so many bytes that begins with a word."""
+    message = torch.zeros(size, dtype=torch.uint8)
+    message[:CREDIT_BYTES].view(torch.int64)[0] = value
+    return message
+
+
+def _losses_message(size: int, number: int, losses: Tensor) -> Tensor:
+    """Kind, number of the packet, number of losses, the losses.
+
+    Raises:
+        UsageError: There are more than the messages have room for.
+    """
+    if _LOSSES_HEADER + 4 * losses.numel() > size:
+        raise UsageError(
+            f"packet {number} has {losses.numel()} samples, more than the plan's sample, which sets the size of what "
+            "goes back (critic_target); give partition a sample as large as the largest micro-batch"
+        )
+    message = torch.zeros(size, dtype=torch.uint8)
+    message[:_LOSSES_HEADER].view(torch.int64).copy_(torch.tensor([_LOSSES, number, losses.numel()]))
+    message[_LOSSES_HEADER : _LOSSES_HEADER + 4 * losses.numel()].view(torch.float32).copy_(losses.float())
+    return message
 
 
 @dataclass(frozen=True)
@@ -199,6 +228,7 @@ class SendingEnd(_End, Outlet):
         self._training_bytes = 0
         self._roomy = 0  # packets in a row that filled less than half of their message
         self._ended = False
+        self._losses: dict[int, Tensor] = {}
         self._start(self._credit_loop, *([self._send_loop] if wire.payload is not None else []))
 
     def send(self, packet: Packet) -> None:
@@ -218,6 +248,12 @@ class SendingEnd(_End, Outlet):
         size = self._wire.out.size
         message = headers.pack(parcel, size)
         self._transport(lambda: self._wire.out.send(message, control_bytes=size - parcel.payload_bytes))
+
+    def losses_of(self, number: int) -> Tensor:
+        """Take what the receiving stage has given back of a packet."""
+        with self._changed:
+            self._wait(lambda: number in self._losses, f"the losses of packet {number} from")
+            return self._losses.pop(number)
 
     @property
     def counters(self) -> LinkCounters:
@@ -273,11 +309,15 @@ class SendingEnd(_End, Outlet):
             sent.synchronize()
 
     def _credit_loop(self) -> None:
-        while not torch.equal(self._wire.into.receive(), _GOODBYE):
+        while (kind := (message := self._wire.into.receive())[:CREDIT_BYTES].view(torch.int64).item()) != _GOODBYE:
             self._wire.into.post()
             with self._changed:
-                self._credits += 1
-                self._taken += 1
+                if kind == _LOSSES:
+                    number, count = message[CREDIT_BYTES:_LOSSES_HEADER].view(torch.int64).tolist()
+                    self._losses[number] = message[_LOSSES_HEADER : _LOSSES_HEADER + 4 * count].view(torch.float32)
+                else:
+                    self._credits += 1
+                    self._taken += 1
                 self._progress += 1
                 self._changed.notify_all()
 
@@ -295,7 +335,8 @@ class ReceivingEnd(_End, Inlet):
         """
         super().__init__(wire, capacity, timeout_seconds)
         self._arrivals: deque[tuple[Packet, Fence]] = deque()
-        self._returns: queue.SimpleQueue[tuple[Fence, Packet | None] | None] = queue.SimpleQueue()
+        self._credit = _word(wire.out.size, _CREDIT)
+        self._returns: queue.SimpleQueue[tuple[Fence, object, tuple[int, Tensor] | None] | None] = queue.SimpleQueue()
         self._held: Packet | None = None
         self._last: int | None = None
         self._ended = False
@@ -313,13 +354,20 @@ class ReceivingEnd(_End, Inlet):
         self._return_credit(packet)
         return packet
 
+    def give_back(self, number: int, losses: Tensor) -> None:
+        """Send the losses of a packet to the stage that it came from; before its next credit."""
+        if self._wire.payload is None:
+            self._transport(lambda: self._send_losses(number, losses))
+        else:
+            self._returns.put((Fence(self._wire.device), losses, (number, losses)))
+
     def depth(self) -> int:
         """Packets that have arrived and wait."""
         return len(self._arrivals)
 
     @property
     def counters(self) -> LinkCounters:
-        """What this end has sent: credits, and nothing else."""
+        """What this end has sent: credits, and the losses that a cascade asks for."""
         control = self._wire.out.control_bytes
         return LinkCounters(payload_bytes_backward=self._wire.payload_bytes, control_bytes_backward=control)
 
@@ -335,23 +383,35 @@ class ReceivingEnd(_End, Inlet):
             return
         # The device gets to this fence once all work on the packet before is done: then that packet's memory may be
         # reused, and this one has left the link.
-        self._returns.put((Fence(self._wire.device), self._held))
+        self._returns.put((Fence(self._wire.device), self._held, None))
         self._held = packet
         if self._ended:
             self._returns.put(None)
 
     def _send_credit(self) -> None:
-        self._wire.out.send(_CREDIT, control_bytes=CREDIT_BYTES)
+        self._wire.out.send(self._credit, control_bytes=self._wire.out.size)
         if self._ended:
-            self._wire.out.send(_GOODBYE, control_bytes=CREDIT_BYTES)
+            self._say_goodbye()
+
+    def _say_goodbye(self) -> None:
+        size = self._wire.out.size
+        self._wire.out.send(_word(size, _GOODBYE), control_bytes=size)
+
+    def _send_losses(self, number: int, losses: Tensor) -> None:
+        message = _losses_message(self._wire.out.size, number, losses.detach())
+        self._wire.out.send(message, control_bytes=message.numel() - 4 * losses.numel())
 
     def _return_loop(self) -> None:
         while (item := self._returns.get()) is not None:
-            item[0].synchronize()
-            del item
-            self._wire.out.send(_CREDIT, control_bytes=CREDIT_BYTES)
+            fence, _, losses = item
+            fence.synchronize()
+            if losses is not None:
+                self._send_losses(*losses)
+            else:
+                self._wire.out.send(self._credit, control_bytes=self._wire.out.size)
+            del item, losses
         if self._ended:
-            self._wire.out.send(_GOODBYE, control_bytes=CREDIT_BYTES)
+            self._say_goodbye()
 
     def _receive_loop(self) -> None:
         into = self._wire.into

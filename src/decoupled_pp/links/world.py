@@ -19,7 +19,7 @@ from decoupled_pp.links.control import StoreControl
 from decoupled_pp.links.header import HEADER_BYTES
 from decoupled_pp.links.lane import Lane
 from decoupled_pp.links.messages import MessageReceiver, MessageSender
-from decoupled_pp.links.process_group import CREDIT_BYTES, ReceivingEnd, SendingEnd, Wire
+from decoupled_pp.links.process_group import ReceivingEnd, SendingEnd, Wire, backward_bytes
 
 Group: TypeAlias = dist.ProcessGroup
 _world: list[World] = []
@@ -104,13 +104,28 @@ class World:
         return StoreControl(dist.PrefixStore(prefix, self._store), self.rank, self.size)
 
     def connect(
-        self, control: StoreControl, device: torch.device, plan_digest: str, *, capacity: int, timeout_seconds: float
+        self,
+        control: StoreControl,
+        device: torch.device,
+        plan_digest: str,
+        *,
+        capacity: int,
+        timeout_seconds: float,
+        losses: int = 0,
     ) -> tuple[ReceivingEnd | None, SendingEnd | None]:
         """Build all links (every rank must call this), return this rank's two ends; breaks are reported to `control`.
 
         Every link gets a two-rank gloo group (messages forward, credits backward), and between GPUs one of NCCL for
         the tensors, made in the same order on all ranks. Each is used once here, so that connections exist before
         training and a mismatch of plans is found at once.
+
+        Args:
+            control: Takes what breaks.
+            device: Where the stages compute.
+            plan_digest: What both ends must agree on.
+            capacity: Packets a link may hold.
+            timeout_seconds: Longest wait for a packet or for room.
+            losses: Samples of the largest packet, if their losses go back (cascade targets).
 
         Raises:
             UsageError: The neighbour runs another plan or configuration.
@@ -126,7 +141,7 @@ class World:
             there = sender + 1 if self.rank == sender else sender
             lane = Lane(payload, there - sender) if payload is not None else None
             self._greet(Lane(host, there - sender), lane, there, device, plan_digest)
-            wire = self._wire(control, sender, host, lane, device, (capacity, timeout_seconds))
+            wire = self._wire(control, sender, host, lane, device, (capacity, timeout_seconds, losses))
             if self.rank == sender:
                 outlet = SendingEnd(wire, capacity=capacity, timeout_seconds=timeout_seconds)
             else:
@@ -183,18 +198,19 @@ class World:
         host: Group,
         lane: Lane | None,
         device: torch.device,
-        bounds: tuple[int, float],
+        bounds: tuple[int, float, int],
     ) -> Wire:
         """This end's transport; posts its first receives."""
-        upstream, (capacity, seconds) = self.rank == sender, bounds
+        upstream, (capacity, seconds, losses) = self.rank == sender, bounds
         peer, packets, credits = (1 if upstream else 0), 1, 2
-        credit_size, header_size = CREDIT_BYTES, HEADER_BYTES
+        credit_size, header_size = backward_bytes(losses), HEADER_BYTES
+        backward = 2 * capacity if losses else capacity
         out = MessageSender(
             host,
             peer,
             packets if upstream else credits,
             size=header_size if upstream else credit_size,
-            ahead=capacity,
+            ahead=capacity if upstream else backward,
             timeout_seconds=seconds,
         )
         into = MessageReceiver(
@@ -202,7 +218,7 @@ class World:
             peer,
             credits if upstream else packets,
             size=credit_size if upstream else header_size,
-            ahead=capacity + 1 if upstream else capacity,  # upstream: every credit, and the goodbye
+            ahead=backward + 1 if upstream else capacity,  # upstream: every credit (and losses), and the goodbye
         )
         return Wire(
             sender=sender,
