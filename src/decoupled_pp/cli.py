@@ -103,12 +103,29 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="held-out loss and accuracy of every exit of a run")
     evaluate.add_argument("folder", help="run folder")
+    evaluate.add_argument(
+        "--progressive",
+        metavar="CONFIDENCE",
+        help="leave at the first exit whose largest softmax is above this, e.g. 0.9; several: 0.8,0.9,0.95",
+    )
+    evaluate.add_argument("--ensemble", action="store_true", help="score the sum of all exits' logits")
+    evaluate.add_argument(
+        "--gradient-probe",
+        type=int,
+        nargs="?",
+        const=8,
+        default=0,
+        metavar="N",
+        help="cosine between local and true gradients of every stage, on N training micro-batches (default: 8)",
+    )
+    evaluate.add_argument("--picture", metavar="FILE", help="draw accuracy against FLOPs as a PNG")
     _add_overrides(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
     export = commands.add_parser("export", help="write a run's network as plain safetensors")
     export.add_argument("folder", help="run folder")
     export.add_argument("-o", "--output", required=True, help="file to write")
+    export.add_argument("--exit", type=int, help="a smaller network: the stages up to this one, and its critic")
     export.set_defaults(run=_export)
 
     from decoupled_pp import comparison
@@ -220,15 +237,39 @@ def _launch_train(chosen: argparse.Namespace, settings: Settings) -> int:
 
 def _evaluate(chosen: argparse.Namespace) -> int:
     from decoupled_pp.finished_run import evaluate_run
-    from decoupled_pp.tables import print_exits
+    from decoupled_pp.plots import plot_exits
+    from decoupled_pp.tables import print_evaluation
 
-    print_exits(evaluate_run(Path(chosen.folder), tuple(chosen.set), _say))
+    try:
+        thresholds = [float(one) for one in chosen.progressive.split(",")] if chosen.progressive else []
+    except ValueError:
+        raise UsageError(f"--progressive {chosen.progressive!r} must be confidences such as 0.8,0.9") from None
+    if chosen.gradient_probe < 0:
+        raise UsageError(f"--gradient-probe {chosen.gradient_probe} must be a number of micro-batches")
+    found = evaluate_run(
+        Path(chosen.folder),
+        tuple(chosen.set),
+        _say,
+        thresholds=thresholds,
+        together=chosen.ensemble,
+        gradients=chosen.gradient_probe,
+    )
+    print_evaluation(found)
+    if chosen.picture is not None:
+        scored = [(c.flops, e.val_accuracy) for c, e in zip(found.costs, found.exits, strict=True)]
+        early = [(row.flops, row.accuracy, row.threshold) for row in found.progressive]
+        plot_exits([(x, y) for x, y in scored if y is not None], early, Path(chosen.picture))
+        print(chosen.picture)
     return 0
 
 
 def _export(chosen: argparse.Namespace) -> int:
-    from decoupled_pp.finished_run import export_folder
+    from decoupled_pp.checkpoint import export_safetensors
+    from decoupled_pp.finished_run import exit_module, export_folder
 
-    export_folder(Path(chosen.folder), Path(chosen.output))
+    if chosen.exit is not None:
+        export_safetensors(exit_module(chosen.folder, chosen.exit), Path(chosen.output))
+    else:
+        export_folder(Path(chosen.folder), Path(chosen.output))
     print(chosen.output)
     return 0

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import pairwise
+from collections import OrderedDict
+from collections.abc import Callable, Container, Sequence
+from itertools import islice, pairwise
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from decoupled_pp import environment, run_folder
 from decoupled_pp.checkpoint import Checkpoint, export_safetensors, latest_checkpoint
 from decoupled_pp.config import load_settings
-from decoupled_pp.contracts import Exit, Record, UsageError
+from decoupled_pp.contracts import Record, UsageError
+from decoupled_pp.exits import Evaluation, ensemble, exit_costs, progressive
+from decoupled_pp.gradient_probe import gradient_cosines
 from decoupled_pp.job import make_trainer, prepare
 from decoupled_pp.models import build_model
 from decoupled_pp.resume import load_model
@@ -35,14 +39,26 @@ def open_run(folder: Path, overrides: tuple[str, ...] = ()) -> tuple[Settings, C
 
 
 def evaluate_run(
-    folder: Path, overrides: tuple[str, ...] = (), note: Callable[[str], None] = print
-) -> tuple[Exit, ...]:
+    folder: Path,
+    overrides: tuple[str, ...] = (),
+    note: Callable[[str], None] = print,
+    *,
+    thresholds: Sequence[float] = (),
+    together: bool = False,
+    gradients: int = 0,
+) -> Evaluation:
     """Held-out scores of every exit of a run, in this process.
 
     Args:
         folder: The run folder.
         overrides: `key.sub=value`, on top of its settings.
         note: Is told what could not be taken over from the checkpoint (a critic that starts anew).
+        thresholds: Confidences at which samples leave early.
+        together: Score the sum of all exits' logits too.
+        gradients: Training micro-batches on which local gradients are compared with the true ones.
+
+    Raises:
+        UsageError: It is no run folder, or what is asked for does not fit its data.
     """
     settings, checkpoint = open_run(folder, overrides)
     torch.set_num_threads(settings.threads or environment.cores())
@@ -57,7 +73,16 @@ def evaluate_run(
                 note(record["text"])
 
     trainer.observe(observe)
-    return trainer.evaluate(data.validation, resume=checkpoint)
+    exits = trainer.evaluate(data.validation, resume=checkpoint)
+    costs, held_out = exit_costs(trainer.stages, trainer.plan.sample), data.validation
+    probed = islice(data.train.batches(), gradients)
+    return Evaluation(
+        exits,
+        costs,
+        progressive(trainer.stages, held_out.batches(), costs, thresholds) if thresholds else (),
+        ensemble(trainer.stages, held_out.batches()) if together else None,
+        tuple(gradient_cosines(trainer.plan.module, trainer.stages, probed)) if gradients else (),
+    )
 
 
 def export_folder(folder: Path, output: Path) -> None:
@@ -66,3 +91,31 @@ def export_folder(folder: Path, output: Path) -> None:
     module = build_model(settings.model, run_folder.read_info(folder))
     load_model(checkpoint, module)
     export_safetensors(module, output)
+
+
+def exit_module(folder: str | Path, exit: int) -> nn.Sequential:
+    """A smaller plain network: the layers of the stages up to an exit, under their own names, then its critic, `exit`.
+
+    Args:
+        folder: The run folder; its data must be there, for critics are built to fit them.
+        exit: Index of the stage after which to leave; the last one is the whole network, without a critic.
+
+    Raises:
+        UsageError: It is no run folder, or has no such exit.
+    """
+    settings, checkpoint = open_run(Path(folder))
+    if not 0 <= exit < settings.stages:
+        raise UsageError(f"--exit {exit}: the run {folder} has exits 0 to {settings.stages - 1}")
+    _, _, plan = prepare(settings)
+    trainer = make_trainer(settings, plan)
+    trainer.build(checkpoint)
+    kept = trainer.stages[: exit + 1]
+    layers = OrderedDict((name, layer) for stage in kept for name, layer in stage.trunk.named_children())
+    critic = trainer.stages[exit].critic
+    if critic is not None and exit < settings.stages - 1:
+        layers[_unused("exit", layers)] = critic
+    return nn.Sequential(layers).cpu().eval()
+
+
+def _unused(name: str, taken: Container[str]) -> str:
+    return name if name not in taken else _unused(f"{name}_", taken)

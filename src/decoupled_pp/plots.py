@@ -121,6 +121,38 @@ def plot_losses(records: Sequence[Record], path: Path, unit: str) -> None:
         _save(figure, path)
 
 
+def plot_exits(exits: Sequence[tuple[float, float]], early: Sequence[tuple[float, float, float]], path: Path) -> None:
+    """Draw held-out accuracy against the cost of a sample, as a PNG.
+
+    Args:
+        exits: (FLOPs, accuracy) of every exit, the whole network last.
+        early: (mean FLOPs, accuracy, confidence) of leaving early.
+        path: The PNG file.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+        axes = figure.add_subplot()
+        if exits:
+            points = [(x, 100 * y) for x, y in exits]
+            axes.plot(*_columns(points), color="#0072b2", label="one exit for all", **_HELD_OUT)
+            for number, point in enumerate(points):
+                axes.annotate(f"exit {number}", point, textcoords="offset points", xytext=(7, -11))
+            if early:
+                row = sorted((x, 100 * y, threshold) for x, y, threshold in early)
+                axes.plot(*_columns([(x, y) for x, y, _ in row]), color="#d55e00", label="leaves early", **_HELD_OUT)
+                for x, y, threshold in row:
+                    axes.annotate(f"> {threshold:g}", (x, y), textcoords="offset points", xytext=(-7, 7), ha="right")
+            axes.set_xlim(left=0)
+            axes.set_xlabel("FLOPs per sample, forward")
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.set_ylabel("held-out accuracy, %")
+            axes.grid(alpha=0.25, linewidth=0.6)
+            axes.legend(loc="lower right", frameon=False)
+        else:
+            _say_empty(axes, "no accuracy to draw")
+        _save(figure, path)
+
+
 def _window(rows: Mapping[int, Sequence[Span]]) -> tuple[float, float]:
     """Start and end of the time to show: `WINDOW_PACKETS` packets around the middle of what all stages share."""
     first = max(min(span[1] for span in spans) for spans in rows.values())

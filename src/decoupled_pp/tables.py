@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from decoupled_pp.contracts import Exit
+from decoupled_pp.exits import Evaluation
 from decoupled_pp.job import Outcome
 from decoupled_pp.run_folder import WEIGHTS_FILE
 
@@ -19,10 +20,41 @@ def print_exits(exits: Sequence[Exit], console: Console | None = None) -> None:
         table.add_row(
             str(one.stage),
             "network's head" if one is exits[-1] else "critic",
-            f"{one.val_loss:.4f}" if one.val_loss is not None else "-",
-            f"{100 * one.val_accuracy:.2f}" if one.val_accuracy is not None else "-",
+            _shown(one.val_loss, ".4f"),
+            _shown(one.val_accuracy, ".2f", 100),
         )
     (console or Console()).print(table)
+
+
+def print_evaluation(found: Evaluation, console: Console | None = None) -> None:
+    """Scores and costs of the exits; what leaving early, all exits together, and the gradients give, if asked for."""
+    console = console or Console()
+    table = Table("exit", "judged by", "held-out loss", "accuracy %", "parameters", "MFLOPs/sample")
+    for one, cost in zip(found.exits, found.costs, strict=True):
+        judge = "network's head" if one is found.exits[-1] else "critic"
+        loss, accuracy = _shown(one.val_loss, ".4f"), _shown(one.val_accuracy, ".2f", 100)
+        table.add_row(str(one.stage), judge, loss, accuracy, f"{cost.parameters:,}", f"{cost.flops / 1e6:,.2f}")
+    console.print(table)
+    if found.progressive:
+        table = Table("leaves above", "accuracy %", "MFLOPs/sample", "of the whole network", "leave at exit, %")
+        for row in found.progressive:
+            shares = " / ".join(f"{100 * share:.1f}" for share in row.left)
+            flops, part = f"{row.flops / 1e6:,.2f}", f"{100 * row.share_of_flops:.1f} %"
+            table.add_row(f"{row.threshold:g}", f"{100 * row.accuracy:.2f}", flops, part, shares)
+        console.print(table)
+    if found.ensemble is not None:
+        accuracy = _shown(found.ensemble.accuracy, ".2f", 100)
+        console.print(f"all exits together: held-out loss {found.ensemble.loss:.4f}, accuracy {accuracy} %")
+    if found.cosines:
+        table = Table("stage", "cosine of local and true gradient", "least .. greatest", "norm, local / true")
+        for cosine in found.cosines:
+            span = f"{cosine.low:.3f} .. {cosine.high:.3f}"
+            table.add_row(str(cosine.stage), f"{cosine.mean:.3f}", span, f"{cosine.norm_ratio:.2f}")
+        console.print(table)
+
+
+def _shown(value: float | None, form: str, unit: float = 1.0) -> str:
+    return "-" if value is None else format(unit * value, form)
 
 
 def print_outcome(outcome: Outcome, console: Console | None = None) -> None:
