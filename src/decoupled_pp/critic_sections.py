@@ -59,9 +59,9 @@ class InfoproCritic(Section):
     """Information propagation (Wang et al. 2021): also rebuild the input image, which travels in the packet."""
 
     kind: Literal["infopro"]
-    reconstruction: tuple[float, float] = (5.0, 0.5)
+    reconstruction: list[float] = Field([5.0, 0.5], min_length=2, max_length=2)
     """Weight of the reconstruction loss at the first and at the last critic, linear in between."""
-    prediction: tuple[float, float] = (0.5, 0.5)
+    prediction: list[float] = Field([0.5, 0.5], min_length=2, max_length=2)
     """Weight of the run's loss at the first and at the last critic, linear in between."""
     width: int = Field(12, ge=1)
     """Channels inside the decoder (paper: 12)."""

@@ -114,7 +114,9 @@ def _constraints(field: FieldInfo) -> Iterator[str]:
         for name, sign in _SIGNS.items():
             if hasattr(constraint, name):
                 yield f"{sign} {getattr(constraint, name)}"
-        if getattr(constraint, "min_length", None):
+        if getattr(constraint, "max_length", None):
+            yield f"{constraint.max_length} of them"
+        elif getattr(constraint, "min_length", None):
             yield "not empty"
         if getattr(constraint, "pattern", None):
             yield f"matching `{constraint.pattern}`"

@@ -107,7 +107,7 @@ def test_similarities_of_vectors_are_centred_cosines():
 
 
 def test_infopro(images):
-    settings = InfoproCritic(kind="infopro", reconstruction=(4.0, 1.0), prediction=(0.5, 1.0))
+    settings = InfoproCritic(kind="infopro", reconstruction=[4.0, 1.0], prediction=[0.5, 1.0])
     image = images().sample
     low, high = image.amin((0, 2, 3), keepdim=True), image.amax((0, 2, 3), keepdim=True)
     whole = (image - low) / (high - low)

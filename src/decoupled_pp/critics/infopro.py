@@ -69,7 +69,7 @@ def scaled(image: Tensor) -> Tensor:
     return (image - lowest) / (highest - lowest + _EPSILON)
 
 
-def _between(ends: tuple[float, float], position: float) -> float:
+def _between(ends: list[float], position: float) -> float:
     return ends[0] + (ends[1] - ends[0]) * position
 
 
