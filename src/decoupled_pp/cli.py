@@ -128,11 +128,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--exit", type=int, help="a smaller network: the stages up to this one, and its critic")
     export.set_defaults(run=_export)
 
-    from decoupled_pp import comparison
+    from decoupled_pp import comparison, sweep
     from decoupled_pp.benchmarks import add_benchmarks
     from decoupled_pp.plan_command import add_plan
 
     comparison.add_arguments(commands.add_parser("compare", help="train by several strategies and report on all"))
+    sweep.add_arguments(commands.add_parser("sweep", help="variants of one configuration over seeds, in one table"))
     add_plan(commands.add_parser("plan", help="predict time, memory and traffic of every strategy, without running it"))
     add_benchmarks(commands.add_parser("bench", help="measure speed"))
     return parser

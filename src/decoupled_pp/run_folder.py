@@ -146,3 +146,10 @@ def summary(report: Report, ranks: int) -> Record:
         "links": list(report.links),
         "stopped": report.stopped,
     }
+
+
+def failure_in(log: Path, code: int) -> str:
+    """The first thing that `dpp` said in a log (how to go on comes last), else the log's last line."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    said = [line.removeprefix("dpp: ") for line in lines if line.startswith("dpp: ")]
+    return (said[:1] or lines[-1:] or ["no output"])[0] + f" (exit code {code}, {log})"

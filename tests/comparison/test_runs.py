@@ -2,7 +2,7 @@
 
 import pytest
 
-from decoupled_pp.comparison.runs import _reason
+from decoupled_pp.run_folder import failure_in
 
 
 @pytest.mark.parametrize(
@@ -16,4 +16,4 @@ from decoupled_pp.comparison.runs import _reason
 def test_the_reason_is_the_fault_not_how_to_go_on(log, reason, tmp_path):
     file = tmp_path / "log"
     file.write_text(log)
-    assert _reason(file, 1) == f"{reason} (exit code 1, {file})"
+    assert failure_in(file, 1) == f"{reason} (exit code 1, {file})"

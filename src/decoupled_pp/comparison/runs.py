@@ -13,7 +13,7 @@ from typing import Any
 
 from decoupled_pp.comparison.contenders import Contender
 from decoupled_pp.contracts import Record
-from decoupled_pp.run_folder import SUMMARY_FILE
+from decoupled_pp.run_folder import SUMMARY_FILE, failure_in
 from decoupled_pp.runlog import METRICS_FILE, read_records
 from decoupled_pp.trace import read_trace
 
@@ -79,7 +79,7 @@ def run_all(
             log = folder / f"{name}.log"
             code = _run(config, [*overrides, *contender.own, *contender.overrides, *own], contender.ranks, log)
             if code:
-                failures.append(Failure(contender, _reason(log, code)))
+                failures.append(Failure(contender, failure_in(log, code)))
                 say(f"{contender.name}: not measured: {failures[-1].reason}")
                 continue
             runs.append(read_run(folder / name, contender, repeat))
@@ -104,13 +104,6 @@ def _run(config: str, overrides: list[str], ranks: int, log: Path) -> int:
         command += ["--ranks", str(ranks)]
     with log.open("w", encoding="utf-8") as output:
         return subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
-
-
-def _reason(log: Path, code: int) -> str:
-    """The first thing that `dpp` said in a log (how to go on comes last), else the log's last line."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    said = [line.removeprefix("dpp: ") for line in lines if line.startswith("dpp: ")]
-    return (said[:1] or lines[-1:] or ["no output"])[0] + f" (exit code {code}, {log})"
 
 
 def _scores(final: dict[str, Any]) -> str:
