@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from decoupled_pp.contracts import PHASES, Packet, PacketKind, UsageError
 from decoupled_pp.losses import cross_entropy
+from decoupled_pp.objective import Critic
 from decoupled_pp.stage import Stage, StageOptions
 
 CPU = torch.device("cpu")
@@ -271,3 +272,23 @@ def test_an_evaluation_that_draws_random_numbers_changes_no_training():
         scores.append(stage.finish_evaluation())
     assert torch.equal(stage.random.state, before)
     assert scores[0] == scores[1]
+
+
+def test_a_critic_without_logits_has_no_exit_and_sees_the_first_layers_output():
+    seen = []
+
+    class Watcher(Critic):
+        needs_first, exits = True, False
+
+        def objective(self, view, loss):
+            seen.append(view)
+            return view.hidden.square().mean()
+
+    stage = make(trunk=nn.Sequential(nn.Linear(3, 5), nn.Tanh()), critic=Watcher())
+    given = packet()
+    first = stage.trunk[0](given.payload)
+    step(stage, given)
+    assert torch.equal(seen[0].first, first) and not seen[0].first.requires_grad
+    assert not stage.trunk[0]._forward_hooks
+    stage.evaluate(packet(kind=PacketKind.EVALUATE), lambda sent: None)
+    assert stage.finish_evaluation() is None

@@ -191,7 +191,7 @@ def build_stages(
         critic = critics[index].to(device) if index in critics else None
         if critic is not None:
             _leave_evaluation_mode(critic)
-            _refuse_second_derivative(critic, recipe.options)
+            _refuse_other_runs(critic, recipe.options)
         cascade = _build_cascade(recipe, critic, index) if critic is not None else None
         own = critic if cascade is None else None
         optimizers = build_optimizers(recipe.optimizer, trunk, own, owns_head=index == plan.stages - 1)
@@ -240,11 +240,12 @@ def _build_cascade(recipe: Recipe, critic: nn.Module, index: int) -> Cascade | N
     )
 
 
-def _refuse_second_derivative(critic: nn.Module, options: StageOptions) -> None:
-    """Neither the compiler nor recomputation gives the second derivative that some critics need."""
-    if isinstance(critic, Critic) and critic.follows_input and (options.compile or options.checkpoint_activations):
+def _refuse_other_runs(critic: nn.Module, options: StageOptions) -> None:
+    """Some critics need a second derivative, or a look into the stage: not to be had compiled or recomputed."""
+    looks = isinstance(critic, Critic) and (critic.follows_input or critic.needs_first)
+    if looks and (options.compile or options.checkpoint_activations):
         name = "compile" if options.compile else "checkpoint_activations"
-        raise UsageError(f"training.{name}: this critic differentiates twice, which {name} cannot do; leave it out")
+        raise UsageError(f"training.{name}: critic {type(critic).__name__} cannot look into such a stage; leave it out")
 
 
 def _leave_evaluation_mode(*modules: nn.Module) -> None:

@@ -119,6 +119,17 @@ class SgrCritic(Section):
     """Per sample: 1 - cosine, or the squared difference over the delta's own square."""
 
 
+class ReconstructCritic(Section):
+    """Local post-training (LoPT): rebuild what the stage was given, so that little of it is lost; for fine-tuning.
+
+    It makes no logits, so the stage has no exit.
+    """
+
+    kind: Literal["reconstruct"]
+    weight: float = Field(10.0, gt=0)
+    """Weight of the mean squared error (lambda; LoPT: 10)."""
+
+
 class VocabularyCritic(Section):
     """A head for large vocabularies that is cheap to train: fewer tokens, a lower rank, fewer or hashed classes."""
 
@@ -156,6 +167,7 @@ CriticSettings = Annotated[
     | NeuronGroupsCritic
     | CollaborativeCritic
     | SgrCritic
+    | ReconstructCritic
     | VocabularyCritic
     | FactoryCritic,
     Field(discriminator="kind"),

@@ -22,6 +22,7 @@ from decoupled_pp.contracts import (
 )
 from decoupled_pp.gradient_probe import GradientCosine
 from decoupled_pp.losses import ExitScore
+from decoupled_pp.objective import has_exit
 from decoupled_pp.stage import Stage
 
 
@@ -105,18 +106,24 @@ def exit_costs(stages: Sequence[Stage], sample: Payload) -> tuple[ExitCost, ...]
             hidden = trunk(hidden)
         trunks, parameters = trunks + counter.get_total_flops(), parameters + count_parameters(trunk)
         own = 0
-        if critic is not None:
+        if critic is not None and has_exit(critic):
             with FlopCounterMode(display=False) as counter:
                 critic.eval()(hidden)
             own = counter.get_total_flops()
         critics += own
-        total = parameters + count_parameters(critic)
+        total = parameters + (count_parameters(critic) if has_exit(critic) else 0)
         costs.append(ExitCost(total, (trunks + own) / count, (trunks + critics) / count))
     return tuple(costs)
 
 
 def exit_logits(stages: Sequence[Stage], batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Payload]]:
-    """Held-out logits of all exits, (exits, B, ..., classes), with the targets, micro-batch by micro-batch."""
+    """Held-out logits of all exits, (exits, B, ..., classes), with the targets, micro-batch by micro-batch.
+
+    Raises:
+        UsageError: A stage has no exit.
+    """
+    if without := [stage.index for stage in stages if not has_exit(stage.critic)]:
+        raise UsageError(f"stage {without[0]} has no exit: its critic makes no logits")
     modules = [(stage.trunk, stage.critic) for stage in stages]
     modes = [(part, part.training) for pair in modules for m in pair if m is not None for part in m.modules()]
     for pair in modules:

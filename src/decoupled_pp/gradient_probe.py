@@ -81,7 +81,11 @@ def _local(stages: Sequence[Stage], inputs: Payload, target: Payload) -> list[Te
         follows = isinstance(stage.critic, Critic) and stage.critic.follows_input
         given = map_payload(lambda t: t.detach().requires_grad_() if t.is_floating_point() else t, inputs)
         torch.manual_seed(stage.index)
-        view = View(given if follows else inputs, stage.trunk(given if follows else inputs), target, rider)
+        given = given if follows else inputs
+        first: list[Payload] = []
+        with stage.watching_first_layer(first):
+            hidden = stage.trunk(given)
+        view = View(given, hidden, target, rider, *first)
         loss = local_loss(stage.critic, view, stage.loss)
         found += _gradients(loss, [stage])
         inputs, rider = (map_payload(torch.detach, part) for part in (view.hidden, rider_of(stage.critic, view)))

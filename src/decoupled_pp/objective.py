@@ -23,6 +23,7 @@ class View:
         hidden: What the stage has made of it, with the graph of its layers.
         target: The micro-batch's target.
         rider: What an earlier critic has sent along with the packet; an empty tuple if nothing.
+        first: What the stage's first layer has made of its inputs, for a critic that asks for it (`needs_first`).
         delta: Where an objective leaves its gradient for `hidden`, if its rider is to carry it.
     """
 
@@ -30,6 +31,7 @@ class View:
     hidden: Payload
     target: Payload
     rider: Payload = ()
+    first: Payload = ()
     delta: Payload = ()
 
 
@@ -39,10 +41,14 @@ class Critic(nn.Module):
     Attributes:
         late: Whether its rider exists only once `objective` has run: then the packet leaves after that.
         follows_input: Whether `objective` differentiates with respect to `View.inputs`.
+        needs_first: Whether it needs `View.first`.
+        exits: Whether its logits are an exit of the network; else `forward` is never called for evaluation.
     """
 
     late: ClassVar[bool] = False
     follows_input: ClassVar[bool] = False
+    needs_first: ClassVar[bool] = False
+    exits: ClassVar[bool] = True
 
     @abstractmethod
     def forward(self, hidden: Payload) -> Tensor:
@@ -67,6 +73,11 @@ def local_loss(critic: nn.Module | None, view: View, loss: Loss) -> Tensor:
     if isinstance(critic, Critic):
         return critic.objective(view, loss)
     return loss(as_tuple(view.hidden)[0] if critic is None else critic(view.hidden), view.target)
+
+
+def has_exit(critic: nn.Module | None) -> bool:
+    """Whether what leaves a stage here can be scored: all critics but those that make no logits."""
+    return not isinstance(critic, Critic) or critic.exits
 
 
 def rider_of(critic: nn.Module | None, view: View) -> Payload:

@@ -121,9 +121,12 @@ class Worker:
         self.outlet.close()
 
     def _report_evaluation(self) -> None:
-        loss, accuracy = self.stage.finish_evaluation()
+        score = self.stage.finish_evaluation()
         self.meter.lap("evaluate")
-        self.meter.last_exit = (loss, accuracy)
+        self.meter.last_exit = score
+        if score is None:
+            return
+        loss, accuracy = score
         record = {"stage": self.stage.index, "step": self.stage.updates, "samples": self.stage.samples}
         times = {"seconds": self.meter.seconds(), "training_seconds": self.meter.training_seconds()}
         self.post({"kind": "validation", **record, "loss": loss, "accuracy": accuracy, **times})

@@ -19,7 +19,7 @@ from decoupled_pp.contracts import Loss, Packet, Payload, as_tuple, check_payloa
 from decoupled_pp.device import RandomStream
 from decoupled_pp.losses import ExitScore
 from decoupled_pp.memory import SavedActivations
-from decoupled_pp.objective import Critic, View, local_loss, rider_of
+from decoupled_pp.objective import Critic, View, has_exit, local_loss, rider_of
 from decoupled_pp.optimizer_state import group_entries
 
 Send = Callable[[Packet], None]
@@ -140,12 +140,14 @@ class Stage:
         with _evaluating(self._modules), torch.no_grad(), self._evaluation_random, self._autocast:
             output = self._run_trunk(packet.payload)
             send(replace(packet, payload=output))
+            if not has_exit(self.critic):
+                return
             logits = self._run_critic(output)
             self._score.add(self.loss(logits, packet.target), logits, packet.target)
 
-    def finish_evaluation(self) -> tuple[float, float | None]:
-        """Held-out loss and accuracy of this exit since the last call."""
-        result = self._score.result()
+    def finish_evaluation(self) -> tuple[float, float | None] | None:
+        """Held-out loss and accuracy of this exit since the last call; None if the critic makes no logits."""
+        result = self._score.result() if has_exit(self.critic) else None
         self._begin_evaluation()
         return result
 
@@ -178,9 +180,24 @@ class Stage:
         inputs = packet.payload
         if isinstance(self.critic, Critic) and self.critic.follows_input:
             inputs = map_payload(lambda t: t.detach().requires_grad_() if t.is_floating_point() else t, inputs)
-        with self._autocast:
+        first: list[Payload] = []
+        with self._autocast, self.watching_first_layer(first):
             hidden = check_payload(self._run_trunk(inputs), f"stage {self.index}")
-        return View(inputs, hidden, packet.target, packet.rider)
+        return View(inputs, hidden, packet.target, packet.rider, *first)
+
+    @contextmanager
+    def watching_first_layer(self, outputs: list[Payload]) -> Iterator[None]:
+        """Keep what the first layer makes, without its graph, if the critic asks for it."""
+        if not (isinstance(self.critic, Critic) and self.critic.needs_first):
+            yield
+            return
+        keep = next(self.trunk.children()).register_forward_hook(
+            lambda _module, _inputs, output: outputs.append(map_payload(torch.detach, output))
+        )
+        try:
+            yield
+        finally:
+            keep.remove()
 
     def _send(self, packet: Packet, view: View, send: Send, lap: Lap) -> None:
         rider = map_payload(torch.detach, rider_of(self.critic, view))

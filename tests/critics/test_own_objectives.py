@@ -14,6 +14,7 @@ from decoupled_pp.critic_sections import (
     LlsCritic,
     NeuronGroupsCritic,
     PredsimCritic,
+    ReconstructCritic,
     SgrCritic,
     VocabularyCritic,
 )
@@ -225,6 +226,21 @@ def test_sgr_has_a_say_in_the_last_stage_too():
     assert torch.equal(closing(view.hidden), view.hidden) and not list(closing.parameters())
     assert closing.objective(view, cross_entropy) > F.cross_entropy(view.hidden, view.target)
     assert closing.rider(view) == () and build_critic(PredsimCritic(kind="predsim")).closing() is None
+
+
+def test_reconstruct(context_of):
+    network = nn.Sequential(nn.Embedding(7, 6), nn.Linear(6, 6), nn.Linear(6, 7))
+    context = context_of(network, torch.ones(2, 5, dtype=torch.int64), 1)
+    critic = build_critic(ReconstructCritic(kind="reconstruct", weight=4.0))(context)
+    assert critic.decoder.weight.std().item() == pytest.approx(0.1 / 6**0.5, rel=0.5)
+    given, hidden, first = torch.randn(2, 5, 6), torch.randn(2, 5, 6, requires_grad=True), torch.randn(2, 5, 6)
+    rebuilt = hidden @ critic.decoder.weight.T + critic.decoder.bias
+    found = local_loss(critic, View(given, hidden, ()), cross_entropy)
+    assert found.item() == pytest.approx(4 * (rebuilt - given).square().mean().item(), rel=1e-5)
+    found = local_loss(critic, View(torch.ones(2, 5, dtype=torch.int64), hidden, (), (), first), cross_entropy)
+    assert found.item() == pytest.approx(4 * (rebuilt - first).square().mean().item(), rel=1e-5)
+    with pytest.raises(UsageError, match="critic reconstruct rebuilds activations shaped like"):
+        local_loss(critic, View(torch.randn(2, 5, 4), hidden, (), (), torch.randn(2, 5, 4)), cross_entropy)
 
 
 @pytest.fixture

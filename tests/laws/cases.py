@@ -87,6 +87,7 @@ LABEL_CRITICS = {
     "neuron_groups": ("resnet", {}),
     "collaborative": ("resnet", {"base": "mlp_sr"}),
     "sgr": ("resnet", {}),
+    "reconstruct": ("gpt", {"weight": 1.0}),
     "vocabulary": ("gpt", {"tokens": 0.5, "classes": 4}),
 }
 """`critic.kind` -> a case for it, and the rest of its settings."""

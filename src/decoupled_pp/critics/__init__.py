@@ -21,6 +21,7 @@ from decoupled_pp.critics.lls import build_lls
 from decoupled_pp.critics.mlp_sr import build_mlp_sr
 from decoupled_pp.critics.neuron_groups import build_neuron_groups
 from decoupled_pp.critics.predsim import build_predsim
+from decoupled_pp.critics.reconstruct import build_reconstruct
 from decoupled_pp.critics.sgr import Closing, build_sgr
 from decoupled_pp.critics.vocabulary import build_vocabulary
 from decoupled_pp.objective import Critic
@@ -38,6 +39,7 @@ KINDS: dict[str, Callable[[Any, CriticContext], nn.Module]] = {
     "neuron_groups": build_neuron_groups,
     "collaborative": build_collaborative,
     "sgr": build_sgr,
+    "reconstruct": build_reconstruct,
     "vocabulary": build_vocabulary,
     "factory": build_from_factory,
 }

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from decoupled_pp.contracts import CriticContext, Payload, UsageError, as_tuple, first_tensor, map_payload
+from decoupled_pp.objective import has_exit
 
 
 def _refuse_changed(where: str, before: Payload, after: Payload) -> None:
@@ -26,6 +27,8 @@ def check_critic(critic: nn.Module, context: CriticContext) -> None:
         UsageError: It fails on the sample, changes the sample in place, or its output is not a tensor shaped like
             the network's output.
     """
+    if not has_exit(critic):  # no logits to look at
+        return
     where = f"stage {context.stage}: critic {type(critic).__name__}"
     given, wanted = tuple(first_tensor(context.hidden).shape), tuple(context.output.shape)
     parameter = next(critic.parameters(), None)

@@ -1,0 +1,67 @@
+"""LoPT's rule for fine-tuning: a small decoder rebuilds a stage's input from its output (2605.04913).
+
+Legend: B batch, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from decoupled_pp.contracts import CriticContext, Loss, Payload, UsageError, first_tensor
+from decoupled_pp.critic_sections import ReconstructCritic
+from decoupled_pp.objective import Critic, View
+
+_GAIN = 0.1
+
+
+class Reconstruct(Critic):
+    """(B, T, D) or (B, D) -> the same shape, one linear layer; it makes no logits and looks at no targets."""
+
+    needs_first = True
+    exits = False
+
+    def __init__(self, width: int, weight: float) -> None:
+        super().__init__()
+        self.decoder, self.weight = nn.Linear(width, width), weight
+        nn.init.xavier_normal_(self.decoder.weight, gain=_GAIN)
+        nn.init.zeros_(self.decoder.bias)
+
+    def forward(self, hidden: Payload) -> Tensor:
+        """Rebuild the stage's input."""
+        rebuilt: Tensor = self.decoder(first_tensor(hidden))
+        return rebuilt
+
+    def objective(self, view: View, loss: Loss) -> Tensor:
+        """Lambda mean (d(h_k) - sg(h_{k-1}))^2; of a stage that is given no activations, its first layer's output.
+
+        Raises:
+            UsageError: Neither has the shape of the stage's output.
+        """
+        hidden = first_tensor(view.hidden)
+        for source in (view.inputs, view.first):
+            given = first_tensor(source)
+            if given.is_floating_point() and given.shape == hidden.shape:
+                return self.weight * functional.mse_loss(self(view.hidden), given.detach())
+        raise UsageError(
+            f"critic reconstruct rebuilds activations shaped like the stage's output {tuple(hidden.shape)}, but was "
+            f"given {tuple(first_tensor(view.inputs).shape)}; cut elsewhere or choose critic.kind head"
+        )
+
+
+def build_reconstruct(settings: ReconstructCritic, context: CriticContext) -> Reconstruct:
+    """The decoder of one stage.
+
+    Raises:
+        UsageError: The stage's output is neither (B, T, D) nor (B, D).
+    """
+    hidden = first_tensor(context.hidden)
+    if hidden.dim() not in {2, 3} or not hidden.is_floating_point():
+        raise UsageError(
+            f"stage {context.stage}: critic reconstruct is for token and vector activations, not for a stage output of "
+            f"shape {tuple(hidden.shape)} {hidden.dtype}; choose critic.kind head"
+        )
+    with torch.no_grad():
+        critic = Reconstruct(hidden.shape[-1], settings.weight)
+    return critic.to(device=hidden.device, dtype=hidden.dtype)
