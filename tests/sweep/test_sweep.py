@@ -1,13 +1,17 @@
 """`dpp sweep` end to end, and its differences by hand."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from decoupled_pp.cli import main
+from decoupled_pp.config import load_settings
+from decoupled_pp.sweep.command import load_sweep
 from decoupled_pp.sweep.figures import figures
 from decoupled_pp.sweep.runs import Outcome, Trial
 
+ROOT = Path(__file__).parents[2]
 CONFIG = """
 name: tiny
 data: {kind: digits, batch_size: 64}
@@ -71,6 +75,14 @@ def test_bad_input(text, line, here, capsys):
     assert sweep() == 2
     assert line in capsys.readouterr().err
     assert not (here / "runs").exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_published_sweeps_are_sound(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    sweep = load_sweep(path)
+    for variant in sweep.variants.values():
+        load_settings(sweep.config, tuple(f"{key}={json.dumps(value)}" for key, value in variant.items()))
 
 
 def outcome(variant, seed, loss, accuracy):

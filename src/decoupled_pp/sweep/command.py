@@ -50,7 +50,7 @@ def run_command(chosen: argparse.Namespace) -> int:
         raise UsageError("dpp sweep starts the runs itself: run it without torchrun")
     if chosen.jobs < 1:
         raise UsageError(f"--jobs {chosen.jobs} must be at least 1")
-    sweep = _load(Path(chosen.file))
+    sweep = load_sweep(Path(chosen.file))
     reference = sweep.reference or next(iter(sweep.variants))
     if reference not in sweep.variants:
         raise UsageError(f"{chosen.file}: reference {reference!r} is no variant; of {', '.join(sweep.variants)}")
@@ -77,7 +77,12 @@ def run_command(chosen: argparse.Namespace) -> int:
     return 0
 
 
-def _load(path: Path) -> SweepSettings:
+def load_sweep(path: Path) -> SweepSettings:
+    """Read and check a sweep file; its variants are not looked into.
+
+    Raises:
+        UsageError: One line with the file, the fault and the remedy.
+    """
     try:
         raw = read_yaml(path.read_text(encoding="utf-8"))
         found: SweepSettings = SweepSettings.model_validate(raw)
