@@ -180,11 +180,13 @@ class Exit:
         stage: Index of the stage.
         val_loss: Mean loss per target, None if there was no evaluation.
         val_accuracy: Share of targets classified right, None without class targets.
+        knn_accuracy: Share classified right by the nearest training samples (`validation.knn`), None if not asked for.
     """
 
     stage: int
     val_loss: float | None
     val_accuracy: float | None
+    knn_accuracy: float | None = None
 
 
 @dataclass(frozen=True)

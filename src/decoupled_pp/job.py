@@ -307,6 +307,8 @@ def make_trainer(settings: Settings, plan: Plan) -> Trainer:
         precision=training.precision,
         checkpoint_activations=training.checkpoint_activations,
         compile=training.compile,
+        knn=settings.validation.knn,
+        knn_samples=settings.validation.knn_samples,
         device=settings.device,
         seed=settings.seed,
         capacity=settings.links.capacity,
@@ -324,6 +326,8 @@ def make_baseline(settings: Settings, plan: Plan) -> BaselineTrainer:
         UsageError: A setting that a baseline cannot honour.
     """
     training = settings.training
+    if settings.validation.knn is not None:
+        raise UsageError(f"validation.knn {settings.validation.knn}: a baseline has no stages to probe; leave it out")
     if settings.checkpoint.every is not None:
         raise UsageError(
             f"checkpoint.every {settings.checkpoint.every}: strategy {settings.strategy} saves no checkpoints; "

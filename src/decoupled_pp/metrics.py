@@ -76,6 +76,7 @@ class StageMeter:
         self.trained_until: float | None = None
         self.last_loss: float | None = None
         self.last_exit: tuple[float, float | None] | None = None
+        self.last_knn: float | None = None
 
     def lap(self, phase: str) -> None:
         """The work since the last lap was `phase`."""

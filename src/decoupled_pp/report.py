@@ -27,6 +27,7 @@ def stage_record(stage: Stage, meter: StageMeter) -> Record:
         "steps": stage.updates,
         "train_loss": meter.last_loss,
         "exit": meter.last_exit,
+        "knn": meter.last_knn,
     }
 
 
@@ -47,9 +48,10 @@ def make_report(gathered: list[dict[str, Any]], plan: Plan, stopped: str | None)
                 link[key] = value if key in ("from", "to") else link.get(key, 0) + value
     last = stages[-1]
     exits = tuple(
-        Exit(r["stage"], r["exit"][0] if r["exit"] else None, r["exit"][1] if r["exit"] else None) for r in stages
+        Exit(r["stage"], r["exit"][0] if r["exit"] else None, r["exit"][1] if r["exit"] else None, r.get("knn"))
+        for r in stages
     )
-    hidden = ("exit", "train_loss", "steps", "seconds", "samples_per_second", "training_seconds", "step_seconds")
+    hidden = ("exit", "knn", "train_loss", "steps", "seconds", "samples_per_second", "training_seconds", "step_seconds")
     return Report(
         steps=last["steps"],
         seconds=last["seconds"],

@@ -124,12 +124,16 @@ class Worker:
         score = self.stage.finish_evaluation()
         self.meter.lap("evaluate")
         self.meter.last_exit = score
+        neighbours = self.stage.neighbours
+        if neighbours is not None:
+            self.meter.last_knn = neighbours.accuracy()
         if score is None:
             return
         loss, accuracy = score
         record = {"stage": self.stage.index, "step": self.stage.updates, "samples": self.stage.samples}
         times = {"seconds": self.meter.seconds(), "training_seconds": self.meter.training_seconds()}
-        self.post({"kind": "validation", **record, "loss": loss, "accuracy": accuracy, **times})
+        probe = {"knn_accuracy": self.meter.last_knn} if neighbours is not None else {}
+        self.post({"kind": "validation", **record, "loss": loss, "accuracy": accuracy, **probe, **times})
 
 
 def run(workers: Sequence[Worker]) -> None:

@@ -77,6 +77,10 @@ class ValidationSettings(Section):
     """Optimizer steps between validations; default: only at the end."""
     batches: int | None = Field(None, ge=1)
     """Validation micro-batches per pass; default: all."""
+    knn: int | None = Field(None, ge=1)
+    """Also score every stage's output by a vote of this many nearest training samples; default: do not."""
+    knn_samples: int = Field(2000, ge=1)
+    """The last training samples that a stage keeps for it."""
 
 
 class CheckpointSettings(Section):

@@ -19,6 +19,7 @@ from decoupled_pp.contracts import Loss, Packet, Payload, as_tuple, check_payloa
 from decoupled_pp.device import RandomStream
 from decoupled_pp.losses import ExitScore
 from decoupled_pp.memory import SavedActivations
+from decoupled_pp.neighbours import Neighbours
 from decoupled_pp.objective import Critic, View, has_exit, local_loss, rider_of
 from decoupled_pp.optimizer_state import group_entries
 
@@ -31,13 +32,15 @@ _NOTHING = nullcontext()
 
 @dataclass(frozen=True)
 class StageOptions:
-    """How a stage computes; see `TrainingSettings` for the fields."""
+    """How a stage computes; see `TrainingSettings` and `ValidationSettings` for the fields."""
 
     accumulate: int = 1
     clip_norm: float | None = None
     precision: str = "fp32"
     checkpoint_activations: bool = False
     compile: bool = False
+    knn: int | None = None
+    knn_samples: int = 2000
 
 
 class Stage:
@@ -100,6 +103,7 @@ class Stage:
             torch.autocast(device.type, dtype=torch.bfloat16) if options.precision == "bf16" else _NOTHING
         )
         self._seed = seed
+        self.neighbours = Neighbours(options.knn, options.knn_samples) if options.knn is not None else None
         self._begin_evaluation()
 
     def step(self, packet: Packet, send: Send, lap: Lap) -> Tensor:
@@ -118,6 +122,8 @@ class Stage:
                 if self._late:
                     lap("critic")
                     self._send(packet, view, send, lap)
+                if self.neighbours is not None:
+                    self.neighbours.remember(view.hidden, view.target)
                 if self.cascade is not None:
                     hidden = map_payload(torch.detach, view.hidden)
                     self.cascade.remember(packet.number, hidden, packet.target)
@@ -140,6 +146,8 @@ class Stage:
         with _evaluating(self._modules), torch.no_grad(), self._evaluation_random, self._autocast:
             output = self._run_trunk(packet.payload)
             send(replace(packet, payload=output))
+            if self.neighbours is not None:
+                self.neighbours.score(output, packet.target)
             if not has_exit(self.critic):
                 return
             logits = self._run_critic(output)

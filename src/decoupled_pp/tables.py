@@ -15,13 +15,15 @@ from decoupled_pp.run_folder import WEIGHTS_FILE
 
 def print_exits(exits: Sequence[Exit], console: Console | None = None) -> None:
     """One row per exit: the stages up to it, judged by its critic; the last by the network's own head."""
-    table = Table("exit", "judged by", "held-out loss", "accuracy %")
+    probed = any(one.knn_accuracy is not None for one in exits)
+    table = Table("exit", "judged by", "held-out loss", "accuracy %", *(["nearest neighbours %"] if probed else []))
     for one in exits:
         table.add_row(
             str(one.stage),
             "network's head" if one is exits[-1] else "critic",
             _shown(one.val_loss, ".4f"),
             _shown(one.val_accuracy, ".2f", 100),
+            *([_shown(one.knn_accuracy, ".2f", 100)] if probed else []),
         )
     (console or Console()).print(table)
 

@@ -73,6 +73,8 @@ class Trainer:
         precision: str = "fp32",
         checkpoint_activations: bool = False,
         compile: bool = False,
+        knn: int | None = None,
+        knn_samples: int = 2000,
         device: str = "auto",
         seed: int = 0,
         capacity: int = 4,
@@ -98,6 +100,8 @@ class Trainer:
             precision: "fp32" or "bf16" (autocast).
             checkpoint_activations: Recompute activations in backward.
             compile: `torch.compile` stages and critics.
+            knn: Score every stage's output by this many nearest of the last training samples, too; None: do not.
+            knn_samples: How many of them are kept.
             device: "auto", "cpu" or "cuda".
             seed: Of critics' weights and dropout; seed your layers' weights yourself, before making them.
             capacity: Packets a link may hold.
@@ -113,7 +117,14 @@ class Trainer:
         ranks = environment.world_size()
         if ranks not in (1, plan.stages):
             raise UsageError(f"{plan.stages} stages need {plan.stages} ranks (or one process for all), not {ranks}")
-        _check_counts(capacity=capacity, accumulate=accumulate, log_every=log_every, keep_checkpoints=keep_checkpoints)
+        _check_counts(
+            knn=knn,
+            knn_samples=knn_samples,
+            capacity=capacity,
+            accumulate=accumulate,
+            log_every=log_every,
+            keep_checkpoints=keep_checkpoints,
+        )
         for name, value in (("timeout_seconds", timeout_seconds), ("clip_norm", clip_norm)):
             if value is not None and not value > 0:
                 raise UsageError(f"{name} {value} must be above 0")
@@ -127,7 +138,7 @@ class Trainer:
             resolve_critic(critic),
             resolve_optimizer(optimizer),
             schedule or ScheduleSettings(),
-            StageOptions(accumulate, clip_norm, precision, checkpoint_activations, compile),
+            StageOptions(accumulate, clip_norm, precision, checkpoint_activations, compile, knn, knn_samples),
             seed,
             log_every,
             resolve_target(critic_target),
