@@ -25,11 +25,13 @@ if TYPE_CHECKING:
         TrainingError,
         UsageError,
     )
+    from decoupled_pp.objective import Critic, View
     from decoupled_pp.trainer import Trainer
 
 __all__ = [
     "Batch",
     "BatchSource",
+    "Critic",
     "CriticContext",
     "Data",
     "DataInfo",
@@ -41,11 +43,12 @@ __all__ = [
     "Trainer",
     "TrainingError",
     "UsageError",
+    "View",
     "partition",
 ]
 __version__ = "0.1.0"
 
-_HOMES = {"Trainer": "trainer", "partition": "common_plan"}
+_HOMES = {"Trainer": "trainer", "partition": "common_plan", "Critic": "objective", "View": "objective"}
 """Where a public name comes from, unless it is in `contracts`."""
 
 
