@@ -193,12 +193,13 @@ class Stage:
             hidden = check_payload(self._run_trunk(inputs), f"stage {self.index}")
         return View(inputs, hidden, packet.target, packet.rider, *first)
 
-    @contextmanager
-    def watching_first_layer(self, outputs: list[Payload]) -> Iterator[None]:
+    def watching_first_layer(self, outputs: list[Payload]) -> AbstractContextManager[object]:
         """Keep what the first layer makes, without its graph, if the critic asks for it."""
-        if not (isinstance(self.critic, Critic) and self.critic.needs_first):
-            yield
-            return
+        asked = isinstance(self.critic, Critic) and self.critic.needs_first
+        return self._first_layer_kept(outputs) if asked else _NOTHING
+
+    @contextmanager
+    def _first_layer_kept(self, outputs: list[Payload]) -> Iterator[None]:
         keep = next(self.trunk.children()).register_forward_hook(
             lambda _module, _inputs, output: outputs.append(map_payload(torch.detach, output))
         )
