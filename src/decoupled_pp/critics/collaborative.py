@@ -34,7 +34,7 @@ class Collaborative(Critic):
         """
         count = len(self.heads)
         every = [head(map_payload(lambda tensor: _rescaled(tensor, 1 / count), view.hidden)) for head in self.heads]
-        total = every[0].new_zeros(())
+        total: Tensor = every[0].new_zeros(())
         for number, logits in enumerate(every):
             others = torch.stack([one.detach() for one in every[:number] + every[number + 1 :]]).mean(dim=0)
             total = total + self.share * loss(logits, view.target)
