@@ -26,9 +26,9 @@ TENSORS = {
 
 def announced(packet):
     """What the receiving end makes of the header."""
-    kind, number, payload_form, target_form, specs = header.decode(header.announce(header.parcel(packet)))
+    kind, number, forms, specs = header.decode(header.announce(header.parcel(packet)))
     tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in specs]
-    return header.assemble(kind, number, payload_form, target_form, tensors)
+    return header.assemble(kind, number, forms, tensors)
 
 
 def form(payload):
@@ -39,11 +39,12 @@ def form(payload):
 @pytest.mark.parametrize("payload", TENSORS.values(), ids=TENSORS)
 @pytest.mark.parametrize("wrap", [lambda t: t, lambda t: (t,), lambda t: (t, torch.ones(2))])
 def test_shape_dtype_and_form_survive(payload, wrap):
-    packet = Packet(PacketKind.TRAIN, 12, wrap(payload), payload)
+    packet = Packet(PacketKind.TRAIN, 12, wrap(payload), payload, wrap(payload))
     arrived = announced(packet)
     assert (arrived.kind, arrived.number) == (PacketKind.TRAIN, 12)
     assert form(arrived.payload) == form(packet.payload)
     assert form(arrived.target) == form(packet.target)
+    assert form(arrived.rider) == form(packet.rider)
 
 
 @pytest.mark.parametrize("kind", [PacketKind.EVALUATION_END, PacketKind.SAVE, PacketKind.END])

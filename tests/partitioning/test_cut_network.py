@@ -287,6 +287,7 @@ def test_measure_critics_reports_refusals_in_place():
             raise UsageError("not here")
         return linear_critic(context)
 
-    first, second = measure_critics(contexts, critic, torch.device("cpu"))
+    objective = stand_in_objective(None, output)
+    first, second = measure_critics(contexts, critic, torch.device("cpu"), objective=objective)
     assert isinstance(first, float)
     assert isinstance(second, UsageError)

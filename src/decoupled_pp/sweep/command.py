@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import Field, ValidationError
 
-from decoupled_pp import environment, run_folder
+from decoupled_pp import environment
 from decoupled_pp.config import load_settings
 from decoupled_pp.contracts import TrainingError, UsageError
 from decoupled_pp.runlog import finite
@@ -58,8 +60,7 @@ def run_command(chosen: argparse.Namespace) -> int:
     for own in overrides.values():
         load_settings(sweep.config, (*chosen.set, *own))
     folder = Path(chosen.output or f"runs/{Path(chosen.file).stem}")
-    run_folder.check(folder, resume=chosen.resume, overwrite=chosen.overwrite)
-    run_folder.claim(folder, environment.job(), resume=chosen.resume, overwrite=chosen.overwrite)
+    _claim(folder, Path(chosen.file), resume=chosen.resume, overwrite=chosen.overwrite)
     threads = max(1, environment.cores() // chosen.jobs)
     trials = [
         Trial(name, seed, sweep.config, [*chosen.set, *own], folder, threads)
@@ -92,9 +93,29 @@ def load_sweep(path: Path) -> SweepSettings:
         fault = error.errors()[0]
         place = ".".join(map(str, fault["loc"]))
         raise UsageError(f"{path}: {place}: {fault['msg']}; a sweep has config, variants, reference, seeds") from None
-    except ValueError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     return found
+
+
+def _claim(folder: Path, file: Path, *, resume: bool, overwrite: bool) -> None:
+    """Make the folder, or take over the one of an earlier sweep, which has a copy of its file in it.
+
+    Raises:
+        UsageError: It exists and neither is allowed, or is no sweep's folder.
+    """
+    marker = folder / "sweep.yaml"
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite contradict each other; give one")
+    if folder.exists() and any(folder.iterdir()):
+        if not resume and not overwrite:
+            raise UsageError(f"{folder} exists; --resume goes on, --overwrite starts anew, or give another --output")
+        if not marker.is_file():
+            raise UsageError(f"{folder} holds no sweep.yaml, so it is no sweep's folder and is left alone")
+        if overwrite:
+            shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    marker.write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
 
 
 def _say(text: str) -> None:
