@@ -21,7 +21,7 @@ training: {steps: 20}
 """
 SWEEP = """
 config: tiny.yaml
-seeds: [3, 4]
+seeds: [3]
 reference: plain
 variants:
   plain: {strategy: backprop}
@@ -52,9 +52,9 @@ def test_variants_over_seeds(here, capsys):
     assert found["variants"]["plain"]["loss_change"] == {"median": 0, "min": 0, "max": 0}
     assert len(found["variants"]["plain"]["exits"]) == 1 and len(found["variants"]["head"]["exits"]) == 2
     failed = [one for one in found["runs"] if one["failure"]]
-    assert [(one["variant"], one["seed"]) for one in failed] == [("broken", 3), ("broken", 4)]
+    assert [(one["variant"], one["seed"]) for one in failed] == [("broken", 3)]
     text = (here / "runs" / "few" / "sweep.md").read_text()
-    assert "| head | 2 |" in text and "- broken-3 failed: " in text
+    assert "| head | 1 |" in text and "- broken-3 failed: " in text
     before = (here / "runs" / "few" / "head-3" / "summary.json").stat().st_mtime_ns
     assert sweep("--jobs=2") == 2 and "--overwrite" in capsys.readouterr().err
     assert sweep("--resume") == 0
