@@ -10,7 +10,7 @@ from decoupled_pp import device as device_module
 from decoupled_pp.contracts import LinkError, Packet, PacketKind
 from decoupled_pp.device import Clock
 from decoupled_pp.links import InProcessLink, SendingEnd, in_process, process_group
-from decoupled_pp.links.process_group import Wire
+from decoupled_pp.links.wire import Wire
 
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")

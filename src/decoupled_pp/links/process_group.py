@@ -27,88 +27,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from decoupled_pp.channels import Inlet, LinkCounters, LinkEnd, Outlet
-from decoupled_pp.contracts import LinkError, Packet, PacketKind, TrainingError, UsageError
+from decoupled_pp.contracts import LinkError, Packet, PacketKind, TrainingError
 from decoupled_pp.device import Fence, own_stream
 from decoupled_pp.links import header as headers
+from decoupled_pp.links import returns
 from decoupled_pp.links.header import Parcel
-from decoupled_pp.links.lane import Lane
-from decoupled_pp.links.messages import MessageReceiver, MessageSender
+from decoupled_pp.links.wire import Wire
 
-CREDIT_BYTES = 8
-_GOODBYE, _LOSSES, _CREDIT = 0, 2, 0x0101_0101_0101_0101
-_LOSSES_HEADER = 24
 _ROOMY_PACKETS = 8
-
-
-def backward_bytes(losses: int) -> int:
-    """Size of the messages that go back, with room for so many losses (0: none are ever sent)."""
-    return CREDIT_BYTES if losses == 0 else _LOSSES_HEADER + 4 * losses
-
-
-def _word(size: int, value: int) -> Tensor:
-    """A message of so many bytes that begins with a word."""
-    message = torch.zeros(size, dtype=torch.uint8)
-    message[:CREDIT_BYTES].view(torch.int64)[0] = value
-    return message
-
-
-def _losses_message(size: int, number: int, losses: Tensor) -> Tensor:
-    """Kind, number of the packet, number of losses, the losses.
-
-    Raises:
-        UsageError: There are more than the messages have room for.
-    """
-    if _LOSSES_HEADER + 4 * losses.numel() > size:
-        raise UsageError(
-            f"packet {number} has {losses.numel()} samples, more than the plan's sample, which sets the size of what "
-            "goes back (critic_target); give partition a sample as large as the largest micro-batch"
-        )
-    message = torch.zeros(size, dtype=torch.uint8)
-    message[:_LOSSES_HEADER].view(torch.int64).copy_(torch.tensor([_LOSSES, number, losses.numel()]))
-    message[_LOSSES_HEADER : _LOSSES_HEADER + 4 * losses.numel()].view(torch.float32).copy_(losses.float())
-    return message
-
-
-@dataclass(frozen=True)
-class Wire:
-    """One end of a link's transport.
-
-    Attributes:
-        sender: Index of the sending stage.
-        out: What this end sends: packets (upstream end) or credits (downstream end).
-        into: What it receives: credits or packets.
-        payload: The lane of the tensors between GPUs; None between CPUs, where they are in the messages.
-        device: Where the tensors are.
-        here: Name of this end, e.g. "stage 0 (rank 0)".
-        there: Name of the other end.
-        failed: Called once with the text, from whichever thread finds the link broken.
-    """
-
-    sender: int
-    out: MessageSender
-    into: MessageReceiver
-    payload: Lane | None
-    device: torch.device
-    here: str
-    there: str
-    failed: Callable[[str], object]
-
-    @property
-    def payload_bytes(self) -> int:
-        """Bytes of tensors that this end has sent."""
-        return self.out.payload_bytes + (self.payload.bytes_sent if self.payload is not None else 0)
-
-    def break_off(self) -> None:
-        """Close the connection now; wakes whoever waits at either end."""
-        self.out.break_off()
-        if self.payload is not None:
-            self.payload.break_off()
 
 
 class _End(LinkEnd):
@@ -309,12 +240,12 @@ class SendingEnd(_End, Outlet):
             sent.synchronize()
 
     def _credit_loop(self) -> None:
-        while (kind := (message := self._wire.into.receive())[:CREDIT_BYTES].view(torch.int64).item()) != _GOODBYE:
+        while (kind := returns.kind_of(message := self._wire.into.receive())) != returns.GOODBYE:
             self._wire.into.post()
             with self._changed:
-                if kind == _LOSSES:
-                    number, count = message[CREDIT_BYTES:_LOSSES_HEADER].view(torch.int64).tolist()
-                    self._losses[number] = message[_LOSSES_HEADER : _LOSSES_HEADER + 4 * count].view(torch.float32)
+                if kind == returns.LOSSES:
+                    number, losses = returns.losses_in(message)
+                    self._losses[number] = losses
                 else:
                     self._credits += 1
                     self._taken += 1
@@ -335,7 +266,7 @@ class ReceivingEnd(_End, Inlet):
         """
         super().__init__(wire, capacity, timeout_seconds)
         self._arrivals: deque[tuple[Packet, Fence]] = deque()
-        self._credit = _word(wire.out.size, _CREDIT)
+        self._credit = returns.word(wire.out.size, returns.CREDIT)
         self._returns: queue.SimpleQueue[tuple[Fence, object, tuple[int, Tensor] | None] | None] = queue.SimpleQueue()
         self._held: Packet | None = None
         self._last: int | None = None
@@ -395,10 +326,10 @@ class ReceivingEnd(_End, Inlet):
 
     def _say_goodbye(self) -> None:
         size = self._wire.out.size
-        self._wire.out.send(_word(size, _GOODBYE), control_bytes=size)
+        self._wire.out.send(returns.word(size, returns.GOODBYE), control_bytes=size)
 
     def _send_losses(self, number: int, losses: Tensor) -> None:
-        message = _losses_message(self._wire.out.size, number, losses.detach())
+        message = returns.losses_message(self._wire.out.size, number, losses.detach())
         self._wire.out.send(message, control_bytes=message.numel() - 4 * losses.numel())
 
     def _return_loop(self) -> None:

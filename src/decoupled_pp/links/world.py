@@ -19,7 +19,9 @@ from decoupled_pp.links.control import StoreControl
 from decoupled_pp.links.header import HEADER_BYTES
 from decoupled_pp.links.lane import Lane
 from decoupled_pp.links.messages import MessageReceiver, MessageSender
-from decoupled_pp.links.process_group import ReceivingEnd, SendingEnd, Wire, backward_bytes
+from decoupled_pp.links.process_group import ReceivingEnd, SendingEnd
+from decoupled_pp.links.returns import backward_bytes
+from decoupled_pp.links.wire import Wire
 
 Group: TypeAlias = dist.ProcessGroup
 _world: list[World] = []

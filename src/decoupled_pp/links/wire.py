@@ -1,0 +1,47 @@
+"""One end of the transport of a link between two ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from decoupled_pp.links.lane import Lane
+from decoupled_pp.links.messages import MessageReceiver, MessageSender
+
+
+@dataclass(frozen=True)
+class Wire:
+    """One end of a link's transport.
+
+    Attributes:
+        sender: Index of the sending stage.
+        out: What this end sends: packets (upstream end) or credits (downstream end).
+        into: What it receives: credits or packets.
+        payload: The lane of the tensors between GPUs; None between CPUs, where they are in the messages.
+        device: Where the tensors are.
+        here: Name of this end, e.g. "stage 0 (rank 0)".
+        there: Name of the other end.
+        failed: Called once with the text, from whichever thread finds the link broken.
+    """
+
+    sender: int
+    out: MessageSender
+    into: MessageReceiver
+    payload: Lane | None
+    device: torch.device
+    here: str
+    there: str
+    failed: Callable[[str], object]
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of tensors that this end has sent."""
+        return self.out.payload_bytes + (self.payload.bytes_sent if self.payload is not None else 0)
+
+    def break_off(self) -> None:
+        """Close the connection now; wakes whoever waits at either end."""
+        self.out.break_off()
+        if self.payload is not None:
+            self.payload.break_off()
