@@ -12,9 +12,9 @@ once the device has reached it). So wire + arrivals never hold more than `capaci
 producer, and no send is ever posted that its peer has no room for. The receiver keeps `capacity` receives posted: with
 enough capacity throughput does not depend on the round trip.
 
-Between CPUs a packet is one message: header, activations, target. The first packet sets the size of posted receives; a
-larger one, once the link is empty, sends one RESIZE message for each of them. Smaller ones are padded; several in a
-row that fill less than half resize too.
+Between CPUs a packet is one message: header, activations, target, rider. The first packet sets the size of posted
+receives; a larger one, once the link is empty, sends one RESIZE message for each of them. Smaller ones are padded;
+several in a row that fill less than half resize too.
 
 Between GPUs the message is the header alone, sent once the activations are computed, and tensors follow over a group
 of their own (NCCL). What has to wait for the device there is done by two more threads, the sender and the returner.
