@@ -292,3 +292,15 @@ def test_a_critic_without_logits_has_no_exit_and_sees_the_first_layers_output():
     assert not stage.trunk[0]._forward_hooks
     stage.evaluate(packet(kind=PacketKind.EVALUATE), lambda sent: None)
     assert stage.finish_evaluation() is None
+
+
+def test_a_staggered_stage_passes_packets_on_and_begins_to_learn_when_it_is_due():
+    """Stage 3 with stagger 2 begins after 6 of its own updates."""
+    stage, sent = with_critic(stagger=2), []
+    before = weights(stage)
+    for number in range(6):
+        step(stage, packet(number), sent.append)
+    assert (len(sent), stage.updates) == (6, 6)
+    assert equal(weights(stage), before)
+    step(stage, packet(6), sent.append)
+    assert not equal(weights(stage), before)

@@ -6,6 +6,7 @@ from torch import nn
 
 from decoupled_pp import Trainer, partition
 from decoupled_pp.contracts import UsageError
+from decoupled_pp.settings import ScheduleSettings
 
 BATCHES = [(torch.randn(4, 3), torch.randint(2, (4,)))]
 
@@ -82,3 +83,16 @@ def test_a_second_fit_reads_an_iterator_on_and_a_resumed_one_from_its_beginning(
     resumed, read_again = trainer(accumulate=2, checkpoints=tmp_path), []
     resumed.fit(numbered(read_again), 6, resume=True)
     assert len(read_again) == 12
+
+
+def test_every_stage_has_its_own_rate():
+    """lr x factor, also under a schedule."""
+    optimizer = {"kind": "SGD", "lr": 0.1, "lr_per_stage": [0.5, 3]}
+    one = trainer(optimizer=optimizer, schedule=ScheduleSettings(kind="linear", final=0.5))
+    one.fit(BATCHES, 4)
+    assert [stage.learning_rate for stage in one.stages] == pytest.approx([0.025, 0.15])
+
+
+def test_rates_for_other_stages_are_refused():
+    with pytest.raises(UsageError, match="optimizer.lr_per_stage has 3 factors for 2 stages; give one for each"):
+        trainer(optimizer={"kind": "SGD", "lr_per_stage": [1, 1, 1]})

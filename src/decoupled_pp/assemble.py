@@ -194,7 +194,10 @@ def build_stages(
             _refuse_other_runs(critic, recipe.options)
         cascade = _build_cascade(recipe, critic, index) if critic is not None else None
         own = critic if cascade is None else None
-        optimizers = build_optimizers(recipe.optimizer, trunk, own, owns_head=index == plan.stages - 1)
+        choice = (
+            recipe.optimizer.of_stage(index) if isinstance(recipe.optimizer, OptimizerSettings) else recipe.optimizer
+        )
+        optimizers = build_optimizers(choice, trunk, own, owns_head=index == plan.stages - 1)
         gives_back = index > 0 and not isinstance(recipe.target, LabelTarget)
         built.append(
             Stage(

@@ -13,6 +13,8 @@ class HeadCritic(Section):
     """Pool + linear; for tokens norm + vocabulary projection. The cheapest critic."""
 
     kind: Literal["head"] = "head"
+    weights: Literal["fresh", "network"] = "fresh"
+    """fresh; or network: a copy of the network's last layer with its weights, for one that is trained already."""
 
 
 class ConvCritic(Section):
@@ -43,6 +45,12 @@ class AuglocalCritic(Section):
     """Sampled layers of the critic of the first stage (d)."""
     pyramid: float = Field(0.5, ge=0, le=1)
     """Share of `depth` taken off linearly towards the last critic (c in the paper)."""
+    resolution: int | None = Field(None, ge=1)
+    """Images are average-pooled to at most this height and width first; default: they are not."""
+    width: float = Field(1.0, gt=0, le=1)
+    """Share of the channels (tokens: of the width) that the copies have, after a projection; paper: all."""
+    weights: Literal["fresh", "network"] = "fresh"
+    """fresh; or network: copies and head begin with the network's own weights, for one that is trained already."""
 
 
 class PredsimCritic(Section):

@@ -35,7 +35,7 @@ def open_run(folder: Path, overrides: tuple[str, ...] = ()) -> tuple[Settings, C
     if checkpoint is None:
         raise UsageError(f"{folder} has no checkpoint yet")
     sizes = [b - a for a, b in pairwise(checkpoint.boundaries)]
-    return load_settings(config, (f"stages={len(sizes)}", f"cut={sizes}", *overrides)), checkpoint
+    return load_settings(config, (f"stages={len(sizes)}", f"cut={sizes}", "start_from=null", *overrides)), checkpoint
 
 
 def evaluate_run(

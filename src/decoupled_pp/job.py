@@ -36,7 +36,7 @@ from decoupled_pp.partitioning import By
 from decoupled_pp.partitioning.layers import LAYER_FAULTS, describe, trace
 from decoupled_pp.resume import load_model
 from decoupled_pp.runlog import RunLog
-from decoupled_pp.settings import Settings
+from decoupled_pp.settings import STAGES_ALONE, Settings
 from decoupled_pp.trainer import Trainer
 from decoupled_pp.watch import sigint_stops, sigterm_kills, told_to_all
 
@@ -166,7 +166,8 @@ def _start(settings: Settings, control: Control, *, resume: bool, overwrite: boo
         raise UsageError(f"--resume: strategy {settings.strategy} saves no checkpoints; start anew with --overwrite")
     resume, overwrite, newest, restarted = _from_rank_0(control, settings, "beginning", decide)
     checkpoint = open_checkpoint(folder / run_folder.CHECKPOINTS / newest) if newest is not None else None
-    data, info, plan = prepare(settings, control)
+    fresh = settings if checkpoint is None else settings.model_copy(update={"start_from": None})
+    data, info, plan = prepare(fresh, control)
     _from_rank_0(control, settings, "loss", lambda: _check_loss(plan, find_loss(settings.loss), data))
     trainer: Trainer | BaselineTrainer
     if settings.strategy == "decoupled":
@@ -251,6 +252,8 @@ def prepare(settings: Settings, control: Control | None = None) -> tuple[Data | 
     info = opened[0].info if opened else DataInfo(form, tuple(shape), outputs)
     with seeded(settings.seed):
         module = build_model(settings.model, info)
+    if settings.start_from is not None:
+        run_folder.load_weights(Path(settings.start_from), module)
     baseline = settings.strategy != "decoupled"
     stages = stages_needed(settings.strategy, settings.stages) or 1 if baseline else settings.stages
     plan = partition(
@@ -307,6 +310,7 @@ def make_trainer(settings: Settings, plan: Plan) -> Trainer:
         precision=training.precision,
         checkpoint_activations=training.checkpoint_activations,
         compile=training.compile,
+        stagger=training.stagger,
         knn=settings.validation.knn,
         knn_samples=settings.validation.knn_samples,
         device=settings.device,
@@ -326,8 +330,12 @@ def make_baseline(settings: Settings, plan: Plan) -> BaselineTrainer:
         UsageError: A setting that a baseline cannot honour.
     """
     training = settings.training
-    if settings.validation.knn is not None:
-        raise UsageError(f"validation.knn {settings.validation.knn}: a baseline has no stages to probe; leave it out")
+    for key, value in STAGES_ALONE.items():
+        given = getattr(getattr(settings, key.split(".")[0]), key.split(".")[1])
+        if given != value:
+            raise UsageError(
+                f"{key} {given}: only decoupled stages have it, not strategy {settings.strategy}; leave it out"
+            )
     if settings.checkpoint.every is not None:
         raise UsageError(
             f"checkpoint.every {settings.checkpoint.every}: strategy {settings.strategy} saves no checkpoints; "

@@ -8,6 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
 from decoupled_pp import environment
 from decoupled_pp.checkpoint import list_checkpoints, remove_incomplete, write_atomically
 from decoupled_pp.contracts import DataInfo, Record, Report, UsageError
@@ -23,6 +27,34 @@ SUMMARY_FILE = "summary.json"
 CHECKPOINTS = "checkpoints"
 WEIGHTS_FILE = "model.safetensors"
 JOB_FILE = ".job"
+
+
+def load_weights(source: Path, module: nn.Module) -> None:
+    """Load a finished run's exported weights, or a safetensors file, into a network.
+
+    Raises:
+        UsageError: It cannot be read, or holds another network's tensors.
+    """
+    file = source / WEIGHTS_FILE if source.is_dir() else source
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(
+            f"start_from {source}: cannot read {file}: {str(error).splitlines()[0]}; give the folder of a finished run "
+            "(dpp train) or a safetensors file (dpp export)"
+        ) from error
+    own = module.state_dict()
+    faults = [f"lacks {name}" for name in own if name not in tensors]
+    faults += [f"has {name}, which the network lacks" for name in tensors if name not in own]
+    faults += [
+        f"has {name} of shape {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise UsageError(f"start_from {file} {faults[0]}{more}; give the model settings that it was trained with")
+    module.load_state_dict(tensors)
 
 
 def check(folder: Path, *, resume: bool, overwrite: bool) -> None:

@@ -19,6 +19,8 @@ class OptimizerSettings(Section):
     """Class name in `torch.optim` (AdamW, SGD, Adam, Muon, ...), or `package.module:function` taking the parameters."""
     lr: float = Field(1e-3, gt=0)
     """Learning rate."""
+    lr_per_stage: list[float] | None = None
+    """Factors of `lr`, one for every stage (decoupled only); default: all 1."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of the class, e.g. `{weight_decay: 0.1, betas: [0.9, 0.95]}`; `lr` has its own key."""
 
@@ -26,7 +28,15 @@ class OptimizerSettings(Section):
     def _one_rate(self) -> OptimizerSettings:
         if "lr" in self.arguments:
             raise ValueError(f"arguments.lr {self.arguments['lr']} would override lr {self.lr}; give lr alone")
+        if any(factor <= 0 for factor in self.lr_per_stage or ()):
+            raise ValueError(f"lr_per_stage {self.lr_per_stage} must be above 0, every one; freeze layers instead")
         return self
+
+    def of_stage(self, index: int) -> OptimizerSettings:
+        """The same with the rate of one stage."""
+        if self.lr_per_stage is None:
+            return self
+        return self.model_copy(update={"lr": self.lr * self.lr_per_stage[index], "lr_per_stage": None})
 
 
 class ScheduleSettings(Section):
@@ -59,6 +69,8 @@ class TrainingSettings(Section):
     """Recompute activations in backward instead of keeping them (each layer separately)."""
     compile: bool = False
     """`torch.compile` the stage and its critic."""
+    stagger: int = Field(0, ge=0)
+    """Optimizer steps by which each stage starts to learn after the one before it; till then it passes packets on."""
 
 
 class LinkSettings(Section):
@@ -127,6 +139,10 @@ Strategy = Literal[
 ]
 
 
+STAGES_ALONE: dict[str, Any] = {"optimizer.lr_per_stage": None, "training.stagger": 0, "validation.knn": None}
+"""What only decoupled stages can have, and the value with which they have not."""
+
+
 def refuse_lag(target: CriticTargetSettings, capacity: int) -> None:
     """Raises UsageError if losses that flow back may not be there when they are due."""
     if not isinstance(target, LabelTarget) and target.lag <= capacity:
@@ -134,6 +150,13 @@ def refuse_lag(target: CriticTargetSettings, capacity: int) -> None:
             f"critic_target: lag {target.lag} must be above links.capacity {capacity}, or a stage would wait for the "
             "losses of the next"
         )
+
+
+def refuse_rates(optimizer: OptimizerSettings, stages: int) -> None:
+    """Raises UsageError unless each stage has one factor of the learning rate, or none has."""
+    factors = optimizer.lr_per_stage
+    if factors is not None and len(factors) != stages:
+        raise UsageError(f"optimizer.lr_per_stage has {len(factors)} factors for {stages} stages; give one for each")
 
 
 class Settings(Section):
@@ -159,6 +182,8 @@ class Settings(Section):
     """Balance stages by measured time, by parameters, by number of layers, or give the layers per stage."""
     model: ModelSettings
     """The network."""
+    start_from: str | None = None
+    """Folder of a finished run, or a safetensors file, whose weights the network starts with; default: fresh ones."""
     data: DataSettings
     """The data set."""
     loss: str = "cross_entropy"
@@ -187,6 +212,7 @@ class Settings(Section):
     @model_validator(mode="after")
     def _together(self) -> Settings:
         refuse_lag(self.critic_target, self.links.capacity)
+        refuse_rates(self.optimizer, self.stages)
         if isinstance(self.cut, list) and (len(self.cut) != self.stages or min(self.cut, default=0) < 1):
             raise ValueError(
                 f"cut {self.cut} must have {self.stages} entries (stages), each at least 1; list the layers per stage"

@@ -39,6 +39,7 @@ class StageOptions:
     precision: str = "fp32"
     checkpoint_activations: bool = False
     compile: bool = False
+    stagger: int = 0
     knn: int | None = None
     knn_samples: int = 2000
 
@@ -124,10 +125,11 @@ class Stage:
                     self._send(packet, view, send, lap)
                 if self.neighbours is not None:
                     self.neighbours.remember(view.hidden, view.target)
-                if self.cascade is not None:
+                if self.cascade is not None and self._has_begun:
                     hidden = map_payload(torch.detach, view.hidden)
                     self.cascade.remember(packet.number, hidden, packet.target)
-                self._learn(loss, view, lap)
+                if self._has_begun:  # else no gradient: the update leaves all as it is
+                    self._learn(loss, view, lap)
                 lap("backward")
             self.samples += packet.samples
             if (packet.number + 1) % self.options.accumulate == 0:
@@ -179,6 +181,11 @@ class Stage:
     @property
     def _modules(self) -> list[nn.Module]:
         return [module for module in (self.trunk, self.critic) if module is not None]
+
+    @property
+    def _has_begun(self) -> bool:
+        """Whether the stage learns already; till then it passes packets on (`training.stagger`)."""
+        return self.updates >= self.options.stagger * self.index
 
     @property
     def _late(self) -> bool:

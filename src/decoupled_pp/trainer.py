@@ -42,7 +42,7 @@ from decoupled_pp.optimizer_state import refuse_unsavable
 from decoupled_pp.report import link_records, make_report, stage_record
 from decoupled_pp.resume import load_stage, refuse_other_network, with_cut_of
 from decoupled_pp.runtime import Worker, run
-from decoupled_pp.settings import ScheduleSettings, refuse_lag
+from decoupled_pp.settings import OptimizerSettings, ScheduleSettings, refuse_lag, refuse_rates
 from decoupled_pp.stage import Stage, StageOptions
 from decoupled_pp.watch import Watcher, explain_failure
 
@@ -73,6 +73,7 @@ class Trainer:
         precision: str = "fp32",
         checkpoint_activations: bool = False,
         compile: bool = False,
+        stagger: int = 0,
         knn: int | None = None,
         knn_samples: int = 2000,
         device: str = "auto",
@@ -100,6 +101,7 @@ class Trainer:
             precision: "fp32" or "bf16" (autocast).
             checkpoint_activations: Recompute activations in backward.
             compile: `torch.compile` stages and critics.
+            stagger: Optimizer steps by which each stage starts to learn after the one before it.
             knn: Score every stage's output by this many nearest of the last training samples, too; None: do not.
             knn_samples: How many of them are kept.
             device: "auto", "cpu" or "cuda".
@@ -124,6 +126,7 @@ class Trainer:
             accumulate=accumulate,
             log_every=log_every,
             keep_checkpoints=keep_checkpoints,
+            stagger=stagger or None,
         )
         for name, value in (("timeout_seconds", timeout_seconds), ("clip_norm", clip_norm)):
             if value is not None and not value > 0:
@@ -138,12 +141,14 @@ class Trainer:
             resolve_critic(critic),
             resolve_optimizer(optimizer),
             schedule or ScheduleSettings(),
-            StageOptions(accumulate, clip_norm, precision, checkpoint_activations, compile, knn, knn_samples),
+            StageOptions(accumulate, clip_norm, precision, checkpoint_activations, compile, stagger, knn, knn_samples),
             seed,
             log_every,
             resolve_target(critic_target),
         )
         refuse_lag(self.recipe.target, capacity)
+        if isinstance(self.recipe.optimizer, OptimizerSettings):
+            refuse_rates(self.recipe.optimizer, plan.stages)
         self.device = choose_device(device, environment.local_rank(), environment.local_world_size())
         self.interrupted = threading.Event()
         self._capacity, self._timeout = capacity, timeout_seconds

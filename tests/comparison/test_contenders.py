@@ -1,11 +1,14 @@
 """Everybody trains on the same samples, and is evaluated after the same ones."""
 
+import json
+
 import pytest
 
 from decoupled_pp.baselines import BASELINES
 from decoupled_pp.comparison.contenders import STRATEGIES, contenders, with_own_settings
 from decoupled_pp.config import check_settings
 from decoupled_pp.contracts import UsageError
+from decoupled_pp.settings import STAGES_ALONE
 
 
 def settings(steps=103, accumulate=1, every=None, **sections):
@@ -68,6 +71,13 @@ def test_a_cut_for_other_ranks_is_measured_anew():
 def test_bad_input(kinds, ranks, micro_batches, line):
     with pytest.raises(UsageError, match=line.replace("(", r"\(")):
         contenders(settings(accumulate=2), kinds, ranks, micro_batches)
+
+
+def test_what_only_decoupled_stages_have_is_left_out_for_the_others():
+    alone = settings(optimizer={"lr_per_stage": [1, 2, 3]}, validation={"knn": 5})
+    for entry in contenders(alone, list(STRATEGIES), 3, 4):
+        left_out = {key: json.loads(values(entry)[key]) for key in STAGES_ALONE if key in values(entry)}
+        assert left_out == ({} if entry.strategy == "decoupled" else STAGES_ALONE)
 
 
 def test_settings_of_one_entry_alone():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from decoupled_pp.contracts import CriticContext, DataInfo, UsageError
-from decoupled_pp.critic_sections import AuglocalCritic
+from decoupled_pp.critic_sections import AuglocalCritic, HeadCritic
 from decoupled_pp.critics import build_critic, check_critic
 from decoupled_pp.critics.auglocal import pyramidal_depth, sampled_indices
 from decoupled_pp.models import build_model
@@ -154,8 +154,8 @@ def test_refuses_a_layer_it_cannot_fit(context_of):
         builder(1)(context_of(network, torch.randn(2, 4), 1))
     assert str(caught.value) == (
         "stage 0: the auglocal critic cannot put a copy of layer 3 (Linear) on shape (2, 5), it takes (2, 7); give the "
-        "layer a method auglocal_copy(in_channels, stride), raise critic.depth so that no layer is skipped, or choose "
-        "critic.kind head"
+        "layer a method auglocal_copy(in_channels, stride, out_channels), raise critic.depth so that no layer is "
+        "skipped, or choose critic.kind head"
     )
     critic = builder(9)(context_of(network, torch.randn(2, 4), 1))
     assert len(critic.layers) == 3
@@ -179,3 +179,64 @@ def test_needs_the_hiddens():
     context = CriticContext(0, 2, 1, torch.randn(2, 6), torch.randn(2, 3), (nn.Linear(6, 6),) * 3)
     with pytest.raises(UsageError, match="hiddens"):
         builder(1)(context)
+
+
+def variant(**settings):
+    return build_critic(AuglocalCritic(kind="auglocal", **settings))
+
+
+def test_a_narrow_critic_at_reduced_resolution(context_of):
+    """Pool to 7x7, project 8 channels to 4, then blocks of half the channels of those sampled (6 and 9, the last)."""
+    network = build_model(ResnetModel(kind="resnet", depth=20, width=8), DataInfo("image", (1, 28, 28), 10))
+    critic = variant(depth=2, resolution=7, width=0.5)(context_of(network, torch.randn(2, 1, 28, 28), 4))
+    hidden, shapes = torch.randn(2, 8, 28, 28), []
+    for part in (*critic.narrowing, *critic.layers, critic.head):
+        hidden = part(hidden)
+        shapes.append(tuple(hidden.shape[1:]))
+    assert shapes == [(8, 7, 7), (4, 7, 7), (8, 4, 4), (16, 2, 2), (10,)]
+    small = torch.randn(2, 8, 5, 5)
+    assert torch.equal(critic.narrowing[0](small), small)
+
+
+def test_a_narrow_critic_of_tokens(context_of):
+    network = build_model(GptModel(kind="gpt", width=32, depth=4, heads=4), DataInfo("tokens", (6,), 11))
+    critic = variant(depth=2, width=0.25)(context_of(network, torch.zeros(2, 6, dtype=torch.int64), 2))
+    assert [(block.attention.heads, block.expansion.in_features) for block in critic.layers] == [(1, 8), (1, 8)]
+    assert critic(torch.randn(2, 6, 32)).shape == (2, 6, 11)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_copies_that_begin_with_the_networks_weights(context_of, depth):
+    """With all layers above copied, the critic says at once what the network says; and has weights of its own."""
+    network = build_model(GptModel(kind="gpt", width=8, depth=4, heads=2), DataInfo("tokens", (6,), 11))
+    context = context_of(network, torch.randint(11, (2, 6)), 2)
+    critic = variant(depth=depth, weights="network", pyramid=0)(context)
+    chosen = {1: (network[4],), 3: (network[2], network[3], network[4])}[depth]
+    expected = context.hidden
+    for layer in (*chosen, network[-1]):
+        expected = layer(expected)
+    assert torch.equal(critic(context.hidden), expected)
+    assert not {id(p) for p in critic.parameters()} & {id(p) for p in network.parameters()}
+
+
+def test_a_head_that_begins_with_the_networks_weights(context_of):
+    network = build_model(GptModel(kind="gpt", width=8, depth=4, heads=2), DataInfo("tokens", (6,), 11))
+    context = context_of(network, torch.randint(11, (2, 6)), 2)
+    head = build_critic(HeadCritic(weights="network"))(context)
+    assert torch.equal(head(context.hidden), network[-1](context.hidden))
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        (AuglocalCritic(kind="auglocal", resolution=4), "resolution 4 is for images, not for (2, 5)"),
+        (AuglocalCritic(kind="auglocal", width=0.5), "width 0.5 is for images and tokens, not for (2, 5)"),
+        (HeadCritic(weights="network"), "shape (2, 5), but it takes (2, 8); choose critic.weights fresh"),
+        (AuglocalCritic(kind="auglocal", depth=1, weights="network"), "it takes (2, 7); choose critic.weights fresh"),
+    ],
+)
+def test_options_that_do_not_fit(context_of, settings, fault):
+    network = nn.Sequential(*(nn.Linear(width, width + 1) for width in range(4, 9)))
+    with pytest.raises(UsageError) as caught:
+        build_critic(settings)(context_of(network, torch.randn(2, 4), 1))
+    assert fault in str(caught.value)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
 from decoupled_pp.contracts import UsageError
-from decoupled_pp.settings import Settings, Strategy
+from decoupled_pp.settings import STAGES_ALONE, Settings, Strategy
 
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
 """What can be compared."""
@@ -18,7 +19,10 @@ BOTH_UPDATES = {"decoupled": "decoupled_per_flush", "backprop": "backprop_per_mi
 EVALUATIONS = 10
 """Held-out evaluations of a run whose settings name none."""
 
-SHARED = ("name", "runs", "seed", "threads", "device", "training.precision", "model", "data", "validation", "loss")
+SHARED = (
+    "name", "runs", "seed", "threads", "device", "training.precision", "model", "data", "validation", "loss",
+    "start_from",
+)  # fmt: skip
 """Settings, or sections of them, that no contender may have to itself: what makes them comparable."""
 
 
@@ -97,13 +101,12 @@ def with_own_settings(entries: Sequence[Contender], given: Sequence[tuple[str, s
     Raises:
         UsageError: No entry has that name, or the setting is one that all share or that the comparison itself sets.
     """
-    names = {entry.name for entry in entries}
-    fixed = {*SHARED, *(one.split("=", 1)[0] for entry in entries for one in entry.overrides)}
+    fixed = {entry.name: {*SHARED, *(one.split("=", 1)[0] for one in entry.overrides)} for entry in entries}
     for name, override in given:
-        if name not in names:
-            raise UsageError(f"--set-for {name}: no such entry; of {', '.join(sorted(names))}")
+        if name not in fixed:
+            raise UsageError(f"--set-for {name}: no such entry; of {', '.join(sorted(fixed))}")
         key = override.split("=", 1)[0].strip()
-        if any(f"{key}.".startswith(f"{one}.") or one.startswith(f"{key}.") for one in fixed):
+        if any(f"{key}.".startswith(f"{one}.") or one.startswith(f"{key}.") for one in fixed[name]):
             raise UsageError(f"--set-for {name} {key}: all entries share it, or the comparison sets it for them")
     return [replace(entry, own=tuple(one for name, one in given if name == entry.name)) for entry in entries]
 
@@ -129,6 +132,8 @@ def _contender(  # noqa: PLR0917 - what an entry is made of, each once
         "logging.tensorboard=false",
         "sample=null",
     ]
+    if kind != "decoupled":
+        overrides += [f"{key}={json.dumps(value)}" for key, value in STAGES_ALONE.items()]
     if not isinstance(settings.cut, str) and len(settings.cut) != ranks:
         overrides.append("cut=time")
     return Contender(name, kind, 1 if kind == "backprop" else ranks, accumulate, steps, tuple(overrides))

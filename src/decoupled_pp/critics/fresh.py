@@ -55,12 +55,21 @@ def make_fresh(layer: nn.Module, name: str) -> nn.Module:
     """
     with torch.no_grad():
         _reset(layer, "", name)
+    return _made_trainable(layer)
+
+
+def _made_trainable(layer: nn.Module) -> nn.Module:
     for module in layer.modules():
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]  # the stage's output is on its way to the next stage
     for parameter in layer.parameters():
         parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
     return layer.train()
+
+
+def trainable_copy(layer: nn.Module) -> nn.Module:
+    """A deep copy of `layer` with the same weights, none of them frozen; `layer` is left as it is."""
+    return _made_trainable(copy.deepcopy(layer))
 
 
 def fresh_copy(layer: nn.Module, name: str) -> nn.Module:

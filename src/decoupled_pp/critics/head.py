@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from decoupled_pp.contracts import CriticContext, Payload, UsageError, first_tensor
 from decoupled_pp.critic_sections import HeadCritic
+from decoupled_pp.critics.fresh import trainable_copy
 
 
 class ImageHead(nn.Module):
@@ -104,10 +105,27 @@ def matching_head(hidden: Payload, output: Tensor, stage: int) -> nn.Module:
     return head.to(device=first.device, dtype=first.dtype)
 
 
+def own_head(context: CriticContext, hidden: Payload) -> nn.Module:
+    """A copy of the network's last layer with its weights, if it takes what is shaped like `hidden`.
+
+    Raises:
+        UsageError: It takes another shape.
+    """
+    wanted, given = (tuple(first_tensor(one).shape) for one in (context.hiddens[-1], hidden))
+    if wanted != given:
+        raise UsageError(
+            f"stage {context.stage}: critic.weights network needs the network's last layer to fit what it is given, "
+            f"shape {given}, but it takes {wanted}; choose critic.weights fresh"
+        )
+    return trainable_copy(context.layers[-1])
+
+
 def build_head(settings: HeadCritic, context: CriticContext) -> nn.Module:
     """The head critic of one stage.
 
     Raises:
         UsageError: No head leads from the stage's output to the network's.
     """
+    if settings.weights == "network":
+        return own_head(context, context.hidden)
     return matching_head(context.hidden, context.output, context.stage)

@@ -75,6 +75,7 @@ class Block(nn.Module):
         super().__init__()
         # 2 residual branches per block: this keeps the variance of the residual stream at 1 over `depth` blocks.
         self.residual_std = INITIAL_STD / math.sqrt(2 * depth)
+        self.depth = depth
         self.attention_norm = nn.LayerNorm(width)
         self.attention = Attention(width, heads)
         self.mlp_norm = nn.LayerNorm(width)
@@ -95,6 +96,14 @@ class Block(nn.Module):
         ):
             nn.init.normal_(linear.weight, std=std)
             nn.init.zeros_(linear.bias)
+
+    def auglocal_copy(self, in_channels: int, stride: int, out_channels: int) -> Block:
+        """A fresh block of another width, with heads as wide as they can be: for a narrow AugLocal critic."""
+        size = self.attention.queries_keys_values.in_features // self.attention.heads
+        heads = max(1, out_channels // size)
+        while out_channels % heads:
+            heads -= 1
+        return Block(out_channels, heads, self.dropout.p, self.depth)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         """Apply both branches."""

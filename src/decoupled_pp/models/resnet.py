@@ -65,9 +65,9 @@ class Block(nn.Module):
         for norm in (self.norm1, self.norm2):
             norm.reset_parameters()
 
-    def auglocal_copy(self, in_channels: int, stride: int) -> Block:
-        """The same block, fresh, for another input: what an AugLocal critic puts on a narrower stage output."""
-        return Block(in_channels, self.out_channels, stride)
+    def auglocal_copy(self, in_channels: int, stride: int, out_channels: int) -> Block:
+        """A fresh block for another input: what an AugLocal critic puts on a narrower stage output."""
+        return Block(in_channels, out_channels, stride)
 
     def _shortcut(self, hidden: Tensor) -> Tensor:
         if self.stride > 1:

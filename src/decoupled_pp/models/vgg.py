@@ -34,9 +34,9 @@ class Layer(nn.Module):
         nn.init.kaiming_normal_(self.convolution.weight, mode="fan_out", nonlinearity="relu")
         self.norm.reset_parameters()
 
-    def auglocal_copy(self, in_channels: int, stride: int) -> Layer:
-        """The same layer, fresh, for another input: what an AugLocal critic puts on a narrower stage output."""
-        return Layer(in_channels, self.out_channels, stride)
+    def auglocal_copy(self, in_channels: int, stride: int, out_channels: int) -> Layer:
+        """A fresh layer for another input: what an AugLocal critic puts on a narrower stage output."""
+        return Layer(in_channels, out_channels, stride)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Convolve."""
