@@ -86,7 +86,7 @@ def test_a_second_fit_reads_an_iterator_on_and_a_resumed_one_from_its_beginning(
 
 
 def test_every_stage_has_its_own_rate():
-    """lr x factor, also under a schedule."""
+    """Lr x factor, also under a schedule."""
     optimizer = {"kind": "SGD", "lr": 0.1, "lr_per_stage": [0.5, 3]}
     one = trainer(optimizer=optimizer, schedule=ScheduleSettings(kind="linear", final=0.5))
     one.fit(BATCHES, 4)
