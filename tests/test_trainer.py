@@ -94,5 +94,5 @@ def test_every_stage_has_its_own_rate():
 
 
 def test_rates_for_other_stages_are_refused():
-    with pytest.raises(UsageError, match="optimizer.lr_per_stage has 3 factors for 2 stages; give one for each"):
+    with pytest.raises(UsageError, match=r"optimizer\.lr_per_stage has 3 factors for 2 stages; give one for each"):
         trainer(optimizer={"kind": "SGD", "lr_per_stage": [1, 1, 1]})
