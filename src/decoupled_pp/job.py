@@ -261,7 +261,7 @@ def prepare(settings: Settings, control: Control | None = None) -> tuple[Data | 
         stages,
         _cut(settings, stages),
         _zeros(described["sample"]),
-        critic=None if baseline else build_critic(settings.critic),
+        critic=None if baseline else build_critic(settings.critic, settings.critic_overlap),
         loss=settings.loss,
         device=settings.device,
         timeout_seconds=settings.links.timeout_seconds,
@@ -301,7 +301,7 @@ def make_trainer(settings: Settings, plan: Plan) -> Trainer:
     return Trainer(
         plan,
         loss=settings.loss,
-        critic=build_critic(settings.critic),
+        critic=build_critic(settings.critic, settings.critic_overlap),
         critic_target=settings.critic_target,
         optimizer=settings.optimizer,
         schedule=settings.schedule,

@@ -190,7 +190,7 @@ def _measure(settings: Settings, ranks: int, name: str) -> tuple[Profile, Any]:
     profile = measure_profile(
         plan.module,
         plan.sample,
-        build_critic(settings.critic),
+        build_critic(settings.critic, settings.critic_overlap),
         stages=ranks,
         loss=find_loss(settings.loss),
         optimizer=settings.optimizer,

@@ -192,6 +192,8 @@ class Settings(Section):
     """The critic of every stage before the last."""
     critic_target: CriticTargetSettings = LabelTarget()
     """What critics learn from: labels, or the next stage's losses."""
+    critic_overlap: int = Field(0, ge=0)
+    """First layers of the next stage that every stage trains copies of, below its critic; no byte more is sent."""
     optimizer: OptimizerSettings = OptimizerSettings()
     """The optimizer of every stage."""
     schedule: ScheduleSettings = ScheduleSettings()

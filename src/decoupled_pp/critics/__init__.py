@@ -20,6 +20,7 @@ from decoupled_pp.critics.infopro import build_infopro
 from decoupled_pp.critics.lls import build_lls
 from decoupled_pp.critics.mlp_sr import build_mlp_sr
 from decoupled_pp.critics.neuron_groups import build_neuron_groups
+from decoupled_pp.critics.overlap import Overlapping
 from decoupled_pp.critics.predsim import build_predsim
 from decoupled_pp.critics.reconstruct import build_reconstruct
 from decoupled_pp.critics.sgr import Closing, build_sgr
@@ -61,14 +62,15 @@ class _Named:
         return Closing(self.settings) if isinstance(self.settings, SgrCritic) else None
 
 
-def build_critic(settings: CriticSettings) -> CriticBuilder:
+def build_critic(settings: CriticSettings, overlap: int = 0) -> CriticBuilder:
     """The builder of every stage's critic; initial weights come from torch's global generator (the caller seeds it).
 
     Args:
         settings: The `critic` section.
+        overlap: First layers of the next stage that every stage trains redundantly, below its critic.
 
     Returns:
         `builder(context) -> nn.Module`; it raises UsageError where this kind of critic cannot judge the stage. Its
         `closing()` gives what judges the last stage, if this kind has a say there.
     """
-    return _Named(settings)
+    return Overlapping(_Named(settings), overlap) if overlap else _Named(settings)

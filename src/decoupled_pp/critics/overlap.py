@@ -1,0 +1,92 @@
+"""Overlap: a stage trains copies of the next stage's first layers redundantly, and judges what these make of its output.
+
+    stage k        f_k --> copies of the next stage's first layers --> critic      all trained by stage k
+    stage k+1              the layers themselves, trained by stage k+1 --> ...
+
+So a stage learns features that layers like the next stage's can use. The copies begin with the network's weights and go
+their own way: nothing is exchanged, no byte more crosses a link, and the price is computing those layers twice.
+
+Source: overlapping local updates, Laskin et al. 2020 (2012.03837), section 3, where the layers are shared memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from decoupled_pp.contracts import CriticBuilder, CriticContext, Loss, Payload, UsageError
+from decoupled_pp.critics.fresh import trainable_copy
+from decoupled_pp.objective import Critic, View, has_exit
+
+
+class PlainOverlap(nn.Module):
+    """Copied layers, then a critic that lowers the run's loss: a stage's output -> logits."""
+
+    def __init__(self, layers: nn.Sequential, critic: nn.Module) -> None:
+        super().__init__()
+        self.overlap, self.critic = layers, critic
+
+    def forward(self, hidden: Payload) -> Tensor:
+        """Judge a stage's output."""
+        logits: Tensor = self.critic(self.overlap(hidden))
+        return logits
+
+
+class Overlap(Critic):
+    """The same for a critic that has an objective of its own."""
+
+    def __init__(self, layers: nn.Sequential, critic: Critic) -> None:
+        super().__init__()
+        self.overlap, self.critic = layers, critic
+
+    def forward(self, hidden: Payload) -> Tensor:
+        """Judge a stage's output."""
+        logits: Tensor = self.critic(self.overlap(hidden))
+        return logits
+
+    def objective(self, view: View, loss: Loss) -> Tensor:
+        """The critic's, for what the copied layers make of the stage's output."""
+        return self.critic.objective(replace(view, hidden=self.overlap(view.hidden)), loss)
+
+    def rider(self, view: View) -> Payload:
+        """The critic's."""
+        return self.critic.rider(view)
+
+
+@dataclass(frozen=True)
+class Overlapping:
+    """Builds overlapping critics.
+
+    Attributes:
+        builder: What makes the critics behind the copied layers.
+        layers: How many layers are copied; fewer where the network's head is nearer.
+    """
+
+    builder: CriticBuilder
+    layers: int
+
+    def __call__(self, context: CriticContext) -> nn.Module:
+        """The critic of one stage.
+
+        Raises:
+            UsageError: The builder's, or a critic that looks at the stage itself.
+        """
+        end = min(context.boundary + self.layers, len(context.layers) - 1)
+        copies = nn.Sequential(*(trainable_copy(layer) for layer in context.layers[context.boundary : end]))
+        above = context.hiddens[end - context.boundary :]
+        critic = self.builder(replace(context, boundary=end, hidden=above[0], hiddens=above))
+        if not isinstance(critic, Critic):
+            return PlainOverlap(copies, critic)
+        if critic.late or critic.follows_input or critic.needs_first or not has_exit(critic):
+            raise UsageError(
+                f"critic_overlap: critic {type(critic).__name__} looks at the stage's own input or gradient, not at "
+                "layers behind it; leave critic_overlap out"
+            )
+        return Overlap(copies, critic)
+
+    def closing(self) -> nn.Module | None:
+        """The builder's."""
+        own: Callable[[], nn.Module | None] = getattr(self.builder, "closing", lambda: None)
+        return own()
