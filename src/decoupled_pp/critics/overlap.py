@@ -1,4 +1,4 @@
-"""Overlap: a stage trains copies of the next stage's first layers redundantly, and judges what these make of its output.
+"""Overlap: a stage trains copies of the next stage's first layers redundantly; its critic judges what they make.
 
     stage k        f_k --> copies of the next stage's first layers --> critic      all trained by stage k
     stage k+1              the layers themselves, trained by stage k+1 --> ...
