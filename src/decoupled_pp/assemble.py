@@ -29,11 +29,14 @@ from decoupled_pp.objective import Critic
 from decoupled_pp.optim import OptimizerFactory, build_optimizers
 from decoupled_pp.partitioning.layers import critic_context, trace
 from decoupled_pp.runtime import Nowhere, Worker
-from decoupled_pp.settings import OptimizerSettings, ScheduleSettings
+from decoupled_pp.settings import CorrectionSettings, OptimizerSettings, ScheduleSettings
 from decoupled_pp.stage import Stage, StageOptions
 
 CriticChoice: TypeAlias = "str | dict[str, Any] | CriticSettings | nn.Module | Sequence[nn.Module] | CriticBuilder"
 """A critic by kind, as a settings section, as one module (copied per stage), as one per stage, or as a builder."""
+
+CorrectionChoice: TypeAlias = "dict[str, Any] | CorrectionSettings | None"
+"""End-to-end steps between local ones, as a settings section."""
 
 CriticTargetChoice: TypeAlias = "str | dict[str, Any] | CriticTargetSettings"
 """What critics learn from: a kind, or a settings section."""
@@ -108,6 +111,19 @@ def resolve_target(choice: CriticTargetChoice) -> CriticTargetSettings:
     if isinstance(choice, dict):
         adapter: TypeAdapter[CriticTargetSettings] = TypeAdapter(CriticTargetSettings)
         return cast("CriticTargetSettings", _checked(lambda: adapter.validate_python(choice), "critic_target"))
+    return choice
+
+
+def resolve_correction(choice: CorrectionChoice) -> CorrectionSettings | None:
+    """The end-to-end steps that a user's choice means.
+
+    Raises:
+        UsageError: Unknown keys or values.
+    """
+    if isinstance(choice, dict):
+        return cast(
+            "CorrectionSettings", _checked(lambda: CorrectionSettings.model_validate(choice), "global_correction")
+        )
     return choice
 
 
@@ -284,6 +300,7 @@ class Session:
         capacity: Packets a link may hold.
         timeout_seconds: Longest wait on a link.
         losses: Samples of the largest packet, if their losses go back (cascade targets); else 0.
+        gradients: Whether gradients go back (end-to-end steps).
     """
 
     feed: Inlet
@@ -294,6 +311,7 @@ class Session:
     capacity: int
     timeout_seconds: float
     losses: int = 0
+    gradients: bool = False
 
     def worker(self, stage: Stage, inlet: Inlet | None, outlet: Outlet | None) -> Worker:
         """Join one stage to its links, with a meter of its own."""
@@ -320,6 +338,12 @@ def join_ranks(session: Session, stage: Stage, world: World, control: StoreContr
     """This rank's worker of a distributed pipeline."""
     capacity, seconds = session.capacity, session.timeout_seconds
     inlet, outlet = world.connect(
-        control, stage.device, digest, capacity=capacity, timeout_seconds=seconds, losses=session.losses
+        control,
+        stage.device,
+        digest,
+        capacity=capacity,
+        timeout_seconds=seconds,
+        losses=session.losses,
+        gradients=session.gradients,
     )
     return session.worker(stage, inlet, outlet)

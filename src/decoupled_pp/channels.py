@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,10 @@ class Inlet(ABC):
         """Send the losses of a packet's samples, (B,), to the stage that it came from (cascade targets)."""
         raise AssertionError("there is no stage before this one")
 
+    def give_gradient(self, number: int, gradient: Sequence[Tensor]) -> None:
+        """Send the gradients for a packet's activations to the stage that they came from (end-to-end steps)."""
+        raise AssertionError("there is no stage before this one")
+
     def close(self) -> None:  # noqa: B027 - nothing to release unless a subclass holds something
         """Release what the inlet holds; safe to call twice and after a failure."""
 
@@ -47,6 +52,14 @@ class Outlet(ABC):
 
     def losses_of(self, number: int) -> Tensor:
         """What the next stage has given back of a packet, (B,) on the CPU; wait for it no longer than the bound.
+
+        Raises:
+            LinkError: The bound expired or the peer is gone.
+        """
+        raise AssertionError("there is no stage after this one")
+
+    def gradient_of(self, number: int, sent: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients for the floating tensors of a packet that was sent; wait for them no longer than the bound.
 
         Raises:
             LinkError: The bound expired or the peer is gone.

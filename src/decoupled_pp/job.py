@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +304,7 @@ def make_trainer(settings: Settings, plan: Plan) -> Trainer:
         loss=settings.loss,
         critic=build_critic(settings.critic, settings.critic_overlap),
         critic_target=settings.critic_target,
+        global_correction=settings.global_correction,
         optimizer=settings.optimizer,
         schedule=settings.schedule,
         accumulate=training.accumulate,
@@ -331,7 +333,7 @@ def make_baseline(settings: Settings, plan: Plan) -> BaselineTrainer:
     """
     training = settings.training
     for key, value in STAGES_ALONE.items():
-        given = getattr(getattr(settings, key.split(".")[0]), key.split(".")[1])
+        given = attrgetter(key)(settings)
         if given != value:
             raise UsageError(
                 f"{key} {given}: only decoupled stages have it, not strategy {settings.strategy}; leave it out"

@@ -16,11 +16,13 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from decoupled_pp.channels import Inlet, Outlet
 from decoupled_pp.contracts import Packet, PacketKind, Record, TrainingError, UsageError
 from decoupled_pp.device import own_stream
 from decoupled_pp.metrics import StageMeter
-from decoupled_pp.stage import Stage
+from decoupled_pp.stage import EndToEnd, Stage, floating
 
 _WAITS = {
     PacketKind.TRAIN: "wait_in",
@@ -60,6 +62,7 @@ class Worker:
     save: Callable[[Stage, int], None]
     post: Callable[[Record], None]
     stream: AbstractContextManager[object] = field(init=False)
+    _half: EndToEnd | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.stream = own_stream(self.stage.device)
@@ -79,11 +82,12 @@ class Worker:
         return packet.kind is not PacketKind.END
 
     def _do(self, packet: Packet) -> None:
-        if packet.kind is PacketKind.TRAIN:
+        if packet.kind is PacketKind.TRAIN and self.stage.is_end_to_end(packet.number):
+            self._half = self.stage.begin_end_to_end(packet, self.outlet.send, self.meter.lap)
+        elif packet.kind is PacketKind.TRAIN:
             loss = self.stage.step(packet, self.outlet.send, self.meter.lap)
             self._cascade(packet.number)
-            if self.meter.trained(packet.number, loss, packet.samples):
-                self.meter.flush(self.stage, self.inlet.depth())
+            self._count(packet, loss)
         elif packet.kind is PacketKind.EVALUATE:
             self.stage.evaluate(packet, self.outlet.send)
             self.meter.lap("evaluate")
@@ -97,6 +101,24 @@ class Worker:
             elif packet.kind is PacketKind.SAVE:
                 self.save(self.stage, packet.number)
                 self.meter.lap("save")
+
+    def complete(self) -> None:
+        """The second half of an end-to-end step, once the next stage has done its own; else nothing."""
+        if self._half is None:
+            return
+        half, self._half = self._half, None
+        gradient = None
+        if not isinstance(self.outlet, Nowhere):
+            gradient = self.outlet.gradient_of(half.packet.number, floating(half.hidden))
+            self.meter.lap("wait_out")
+        loss = self.stage.finish_end_to_end(half, gradient, self.meter.lap)
+        if self.stage.index:
+            self.inlet.give_gradient(half.packet.number, half.gradient)
+        self._count(half.packet, loss)
+
+    def _count(self, packet: Packet, loss: Tensor | None) -> None:
+        if self.meter.trained(packet.number, loss, packet.samples):
+            self.meter.flush(self.stage, self.inlet.depth())
 
     def _cascade(self, number: int) -> None:
         """Give the packet's losses to the stage before; learn from those of the stage after, if any are due."""
@@ -141,10 +163,14 @@ def run(workers: Sequence[Worker]) -> None:
 
     One worker is one rank of a distributed run. Several are a pipeline in one process: every kind of packet passes
     every stage, so taking turns, first stage first, keeps at most one packet in each link. On CUDA each stage of a
-    process has a stream of its own, so that their work overlaps although one thread issues it.
+    process has a stream of its own, so that their work overlaps although one thread issues it. End-to-end steps come
+    back through the stages, last stage first.
     """
     running = True
     while running:
         for worker in workers:
             with worker.stream:
                 running = worker.advance()
+        for worker in reversed(workers):
+            with worker.stream:
+                worker.complete()

@@ -73,6 +73,19 @@ class TrainingSettings(Section):
     """Optimizer steps by which each stage starts to learn after the one before it; till then it passes packets on."""
 
 
+class CorrectionSettings(Section):
+    """End-to-end steps now and then: true gradients flow back, as large as the activations, while every stage waits."""
+
+    every: int = Field(ge=1)
+    """Local optimizer steps before each round of end-to-end steps."""
+    steps: int = Field(1, ge=1)
+    """End-to-end optimizer steps in a round; critics do not learn in them."""
+
+    def covers(self, step: int) -> bool:
+        """Whether optimizer step `step` (from 0) is an end-to-end one."""
+        return step % (self.every + self.steps) >= self.every
+
+
 class LinkSettings(Section):
     """The one-way links between stages."""
 
@@ -139,7 +152,12 @@ Strategy = Literal[
 ]
 
 
-STAGES_ALONE: dict[str, Any] = {"optimizer.lr_per_stage": None, "training.stagger": 0, "validation.knn": None}
+STAGES_ALONE: dict[str, Any] = {
+    "optimizer.lr_per_stage": None,
+    "training.stagger": 0,
+    "validation.knn": None,
+    "global_correction": None,
+}
 """What only decoupled stages can have, and the value with which they have not."""
 
 
@@ -150,6 +168,12 @@ def refuse_lag(target: CriticTargetSettings, capacity: int) -> None:
             f"critic_target: lag {target.lag} must be above links.capacity {capacity}, or a stage would wait for the "
             "losses of the next"
         )
+
+
+def refuse_correction(correction: CorrectionSettings | None, target: CriticTargetSettings) -> None:
+    """Raises UsageError for end-to-end steps under a cascade, whose critics learn from every packet."""
+    if correction is not None and not isinstance(target, LabelTarget):
+        raise UsageError(f"global_correction needs critic_target label, not {target.kind}; leave one of the two out")
 
 
 def refuse_rates(optimizer: OptimizerSettings, stages: int) -> None:
@@ -194,6 +218,8 @@ class Settings(Section):
     """What critics learn from: labels, or the next stage's losses."""
     critic_overlap: int = Field(0, ge=0)
     """First layers of the next stage that every stage trains copies of, below its critic; no byte more is sent."""
+    global_correction: CorrectionSettings | None = None
+    """End-to-end steps between local ones; default: none."""
     optimizer: OptimizerSettings = OptimizerSettings()
     """The optimizer of every stage."""
     schedule: ScheduleSettings = ScheduleSettings()
@@ -215,6 +241,7 @@ class Settings(Section):
     def _together(self) -> Settings:
         refuse_lag(self.critic_target, self.links.capacity)
         refuse_rates(self.optimizer, self.stages)
+        refuse_correction(self.global_correction, self.critic_target)
         if isinstance(self.cut, list) and (len(self.cut) != self.stages or min(self.cut, default=0) < 1):
             raise ValueError(
                 f"cut {self.cut} must have {self.stages} entries (stages), each at least 1; list the layers per stage"

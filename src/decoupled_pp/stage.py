@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.checkpoint import checkpoint
 
 from decoupled_pp.cascade import Cascade, PerSample
 from decoupled_pp.compiled import compiled
@@ -22,6 +20,8 @@ from decoupled_pp.memory import SavedActivations
 from decoupled_pp.neighbours import Neighbours
 from decoupled_pp.objective import Critic, View, has_exit, local_loss, rider_of
 from decoupled_pp.optimizer_state import group_entries
+from decoupled_pp.recompute import checkpointed
+from decoupled_pp.settings import CorrectionSettings
 
 Send = Callable[[Packet], None]
 Lap = Callable[[str], None]
@@ -40,6 +40,7 @@ class StageOptions:
     checkpoint_activations: bool = False
     compile: bool = False
     stagger: int = 0
+    correction: CorrectionSettings | None = None
     knn: int | None = None
     knn_samples: int = 2000
 
@@ -131,11 +132,51 @@ class Stage:
                 if self._has_begun:  # else no gradient: the update leaves all as it is
                     self._learn(loss, view, lap)
                 lap("backward")
-            self.samples += packet.samples
-            if (packet.number + 1) % self.options.accumulate == 0:
-                self._update()
+            self._done_with(packet)
         lap("step")
         return loss.detach()
+
+    def is_end_to_end(self, number: int) -> bool:
+        """Whether a training packet belongs to an end-to-end step (`global_correction`)."""
+        correction = self.options.correction
+        return correction is not None and correction.covers(number // self.options.accumulate)
+
+    def begin_end_to_end(self, packet: Packet, send: Send, lap: Lap) -> EndToEnd:
+        """Forward with a graph that ends at the stage's input; the output leaves."""
+        with self.random:
+            inputs = map_payload(_leaf if self.index else _same, packet.payload)
+            view = self._forward(replace(packet, payload=inputs))
+            lap("forward")
+            send(replace(packet, payload=map_payload(torch.detach, view.hidden), rider=()))
+            if self.neighbours is not None:
+                self.neighbours.remember(view.hidden, view.target)
+        lap("wait_out")
+        return EndToEnd(packet, inputs, view.hidden)
+
+    def finish_end_to_end(self, half: EndToEnd, gradient: Sequence[Tensor] | None, lap: Lap) -> Tensor | None:
+        """Backward from the gradient of the network's loss for the stage's output, then the update, without a critic.
+
+        Args:
+            half: What `begin_end_to_end` returned; afterwards `half.gradient` is there for the stage before.
+            gradient: One tensor for each floating one of the stage's output; None in the last stage.
+            lap: As for `step`.
+
+        Returns:
+            The loss, in the last stage.
+        """
+        loss: Tensor | None = None
+        with self.random:
+            if gradient is None:
+                with self._autocast:
+                    loss = self.loss(as_tuple(half.hidden)[0], half.packet.target)
+                (loss / self.options.accumulate).backward()
+            else:
+                pairs = [(t, g) for t, g in zip(floating(half.hidden), gradient, strict=True) if t.requires_grad]
+                torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
+            lap("backward")
+            self._done_with(half.packet)
+        lap("step")
+        return loss.detach() if loss is not None else None
 
     def learn_lesson(self, losses: Tensor) -> None:
         """Teach the critic the next stage's losses, (B,), of its oldest lesson."""
@@ -249,6 +290,12 @@ class Stage:
                 (loss / self.options.accumulate if self.options.accumulate > 1 else loss).backward(inputs=aims)
         critic_is_done()  # if no gradient came to the trunk, all of it was the critic's
 
+    def _done_with(self, packet: Packet) -> None:
+        """Count a training packet, and update if it completes an optimizer step."""
+        self.samples += packet.samples
+        if (packet.number + 1) % self.options.accumulate == 0:
+            self._update()
+
     def _begin_evaluation(self) -> None:
         """An empty score, and a random stream that is the same in every evaluation and no part of training (law 7)."""
         self._score = ExitScore()
@@ -300,44 +347,39 @@ class _Once:
             self._then = None
 
 
+@dataclass(frozen=True)
+class EndToEnd:
+    """An end-to-end step on one packet, between its two halves.
+
+    Attributes:
+        packet: The packet.
+        inputs: What the stage was given, as leaves of the graph.
+        hidden: What it has made of it.
+    """
+
+    packet: Packet
+    inputs: Payload
+    hidden: Payload
+
+    @property
+    def gradient(self) -> list[Tensor]:
+        """Of the loss for the stage's inputs: one tensor for each floating one."""
+        return [t.grad if t.grad is not None else torch.zeros_like(t) for t in floating(self.inputs)]
+
+
+def floating(payload: Payload) -> list[Tensor]:
+    """The tensors of a payload that can have a gradient."""
+    return [tensor for tensor in as_tuple(payload) if tensor.is_floating_point()]
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def _own_logits(output: Payload) -> Tensor:
     """The last stage: the network's own head has made the logits."""
     return as_tuple(output)[0]
-
-
-def checkpointed(trunk: nn.Module) -> Callable[[Payload], Payload]:
-    """The layers in a row, each of which recomputes its activations in the backward pass."""
-
-    def run(payload: Payload) -> Payload:
-        for layer in trunk.children():
-            payload = checkpoint(layer, payload, use_reentrant=False, **_same_buffers(layer))
-        return payload
-
-    return run
-
-
-def _same_buffers(layer: nn.Module) -> dict[str, Any]:
-    """Let recomputation start from the buffers that forward found (batch-norm statistics), and leave no trace in them.
-
-    Without this, torch's checkpoint counts every packet twice in running statistics (torch's compiler does not).
-    """
-    buffers = list(layer.buffers())
-    if torch.compiler.is_compiling() or not buffers:
-        return {}
-    found = [buffer.clone() for buffer in buffers]
-
-    @contextmanager
-    def as_found() -> Iterator[None]:
-        left = [buffer.clone() for buffer in buffers]
-        _fill(buffers, found)
-        try:
-            yield
-        finally:
-            _fill(buffers, left)
-
-    return {"context_fn": lambda: (nullcontext(), as_found())}
-
-
-def _fill(buffers: list[Tensor], values: list[Tensor]) -> None:
-    for buffer, value in zip(buffers, values, strict=True):
-        buffer.data.copy_(value)  # .data: no graph that saved the buffer is to see a change

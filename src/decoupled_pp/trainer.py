@@ -13,6 +13,7 @@ from torch import nn
 
 from decoupled_pp import environment
 from decoupled_pp.assemble import (
+    CorrectionChoice,
     CriticChoice,
     CriticTargetChoice,
     OptimizerChoice,
@@ -22,6 +23,7 @@ from decoupled_pp.assemble import (
     join_in_process,
     join_ranks,
     plan_digest,
+    resolve_correction,
     resolve_critic,
     resolve_optimizer,
     resolve_target,
@@ -42,7 +44,7 @@ from decoupled_pp.optimizer_state import refuse_unsavable
 from decoupled_pp.report import link_records, make_report, stage_record
 from decoupled_pp.resume import load_stage, refuse_other_network, with_cut_of
 from decoupled_pp.runtime import Worker, run
-from decoupled_pp.settings import OptimizerSettings, ScheduleSettings, refuse_lag, refuse_rates
+from decoupled_pp.settings import OptimizerSettings, ScheduleSettings, refuse_correction, refuse_lag, refuse_rates
 from decoupled_pp.stage import Stage, StageOptions
 from decoupled_pp.watch import Watcher, explain_failure
 
@@ -66,6 +68,7 @@ class Trainer:
         loss: str | Loss = "cross_entropy",
         critic: CriticChoice = "head",
         critic_target: CriticTargetChoice = "label",
+        global_correction: CorrectionChoice = None,
         optimizer: OptimizerChoice = "AdamW",
         schedule: ScheduleSettings | None = None,
         accumulate: int = 1,
@@ -93,6 +96,7 @@ class Trainer:
             critic: A kind ("head", "mlp_sr", "auglocal"), a settings dictionary, one module (copied for every stage),
                 a list of modules (one per stage but the last), or a function of a `CriticContext`.
             critic_target: What critics learn from: "label", or "cascade" or "mix", or a settings dictionary.
+            global_correction: End-to-end steps between local ones, like {"every": 100, "steps": 1}; None: none.
             optimizer: Name in `torch.optim`, a dictionary like {"kind": "AdamW", "lr": 3e-4}, or a function of the
                 parameters of one stage.
             schedule: Learning-rate schedule; None: constant.
@@ -141,12 +145,23 @@ class Trainer:
             resolve_critic(critic),
             resolve_optimizer(optimizer),
             schedule or ScheduleSettings(),
-            StageOptions(accumulate, clip_norm, precision, checkpoint_activations, compile, stagger, knn, knn_samples),
+            StageOptions(
+                accumulate,
+                clip_norm,
+                precision,
+                checkpoint_activations,
+                compile,
+                stagger,
+                resolve_correction(global_correction),
+                knn,
+                knn_samples,
+            ),
             seed,
             log_every,
             resolve_target(critic_target),
         )
         refuse_lag(self.recipe.target, capacity)
+        refuse_correction(self.recipe.options.correction, self.recipe.target)
         if isinstance(self.recipe.optimizer, OptimizerSettings):
             refuse_rates(self.recipe.optimizer, plan.stages)
         self.device = choose_device(device, environment.local_rank(), environment.local_world_size())
@@ -347,7 +362,8 @@ class Trainer:
     def _join(self, feed: Feed, itinerary: Itinerary, trace: range) -> list[Worker]:
         log_every = self.recipe.log_every
         back = 0 if isinstance(self.recipe.target, LabelTarget) else as_tuple(self.plan.sample)[0].shape[0]
-        session = Session(feed, self._save, self._post, log_every, trace, self._capacity, self._timeout, back)
+        ends = self.recipe.options.correction is not None
+        session = Session(feed, self._save, self._post, log_every, trace, self._capacity, self._timeout, back, ends)
         if self._world is None or not isinstance(self._control, StoreControl):
             return join_in_process(session, self._stages)
         digest = plan_digest(self.plan, self.recipe, self._capacity, itinerary)

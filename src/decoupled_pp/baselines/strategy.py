@@ -16,8 +16,8 @@ from decoupled_pp.channels import LinkCounters
 from decoupled_pp.contracts import Batch, Loss, Payload, Plan
 from decoupled_pp.memory import SavedActivations
 from decoupled_pp.optim import OptimizerFactory, build_optimizers, build_schedules
+from decoupled_pp.recompute import checkpointed
 from decoupled_pp.settings import OptimizerSettings, ScheduleSettings
-from decoupled_pp.stage import checkpointed
 
 
 class Recorder(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ class InProcessLink(Inlet, Outlet, LinkEnd):
         self._packets: deque[tuple[Packet, Fence]] = deque()
         self._taken: deque[Fence] = deque()
         self._losses: dict[int, Tensor] = {}
+        self._gradients: dict[int, tuple[list[Tensor], Fence]] = {}
         self._changed = threading.Condition()
         self._closed = False
         self._last: int | None = None
@@ -104,6 +105,22 @@ class InProcessLink(Inlet, Outlet, LinkEnd):
         with self._changed:
             self._wait(lambda: number in self._losses, 0, f"the losses of packet {number} from")
             return self._losses.pop(number)
+
+    def give_gradient(self, number: int, gradient: Sequence[Tensor]) -> None:
+        """Leave copies for the sending stage."""
+        copies, fence = [_carried(tensor) for tensor in gradient], Fence(self._device)
+        with self._changed:
+            self._gradients[number] = (copies, fence)
+            self._counters.payload_bytes_backward += payload_bytes(tuple(copies))
+            self._changed.notify_all()
+
+    def gradient_of(self, number: int, sent: Sequence[Tensor]) -> list[Tensor]:
+        """Take what the receiving stage has left."""
+        with self._changed:
+            self._wait(lambda: number in self._gradients, 0, f"the gradient of packet {number} from")
+            gradient, made = self._gradients.pop(number)
+        made.wait(*gradient)
+        return gradient
 
     def depth(self) -> int:
         """Packets in the link."""

@@ -12,9 +12,9 @@ from torch import Tensor
 class Lane:
     """Sends to, or receives from, the one peer of a two-rank group, and counts the bytes it sends."""
 
-    def __init__(self, group: dist.ProcessGroup, peer: int) -> None:
-        """Wrap `group`; `peer` is the other rank *within the group* (0 or 1)."""
-        self._group, self._peer = group, peer
+    def __init__(self, group: dist.ProcessGroup, peer: int, tag: int = 0) -> None:
+        """Wrap `group`; `peer` is the other rank *within the group* (0 or 1). Of gloo, a tag tells lanes apart."""
+        self._group, self._peer, self._tag = group, peer, tag
         self.bytes_sent = 0
 
     def send(self, tensor: Tensor) -> None:
@@ -22,13 +22,13 @@ class Lane:
         flat = as_bytes(tensor)
         if flat.numel():
             self.bytes_sent += flat.numel()
-            self._group.send([flat], self._peer, 0).wait()
+            self._group.send([flat], self._peer, self._tag).wait()
 
     def receive(self, tensor: Tensor) -> None:
         """Receive into a contiguous tensor; waits as `send` does."""
         flat = as_bytes(tensor)
         if flat.numel():
-            self._group.recv([flat], self._peer, 0).wait()
+            self._group.recv([flat], self._peer, self._tag).wait()
 
     def break_off(self) -> None:
         """End NCCL kernels that wait for the peer, and with them whoever waits for the device."""

@@ -26,7 +26,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -186,6 +186,13 @@ class SendingEnd(_End, Outlet):
             self._wait(lambda: number in self._losses, f"the losses of packet {number} from")
             return self._losses.pop(number)
 
+    def gradient_of(self, number: int, sent: Sequence[Tensor]) -> list[Tensor]:
+        """Receive the gradients, in the stage's own thread: it has nothing else to do."""
+        received = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in sent]
+        for tensor in received:
+            self._transport(lambda tensor=tensor: self._wire.backward_lane.receive(tensor))  # type: ignore[misc]
+        return received
+
     @property
     def counters(self) -> LinkCounters:
         """What this end has sent."""
@@ -291,6 +298,11 @@ class ReceivingEnd(_End, Inlet):
             self._transport(lambda: self._send_losses(number, losses))
         else:
             self._returns.put((Fence(self._wire.device), losses, (number, losses)))
+
+    def give_gradient(self, number: int, gradient: Sequence[Tensor]) -> None:
+        """Send the gradients; the stage before waits for them."""
+        for tensor in gradient:
+            self._transport(lambda tensor=tensor: self._wire.backward_lane.send(tensor))  # type: ignore[misc]
 
     def depth(self) -> int:
         """Packets that have arrived and wait."""

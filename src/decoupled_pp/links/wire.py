@@ -20,6 +20,7 @@ class Wire:
         out: What this end sends: packets (upstream end) or credits (downstream end).
         into: What it receives: credits or packets.
         payload: The lane of the tensors between GPUs; None between CPUs, where they are in the messages.
+        gradients: The lane on which gradients come back in end-to-end steps; None between GPUs that take none.
         device: Where the tensors are.
         here: Name of this end, e.g. "stage 0 (rank 0)".
         there: Name of the other end.
@@ -30,6 +31,7 @@ class Wire:
     out: MessageSender
     into: MessageReceiver
     payload: Lane | None
+    gradients: Lane | None
     device: torch.device
     here: str
     there: str
@@ -38,10 +40,26 @@ class Wire:
     @property
     def payload_bytes(self) -> int:
         """Bytes of tensors that this end has sent."""
-        return self.out.payload_bytes + (self.payload.bytes_sent if self.payload is not None else 0)
+        return self.out.payload_bytes + sum(lane.bytes_sent for lane in self._lanes)
+
+    @property
+    def backward_lane(self) -> Lane:
+        """The lane of the gradients.
+
+        Raises:
+            AssertionError: The link was made without.
+        """
+        if self.gradients is None:
+            raise AssertionError("this link carries no gradients")
+        return self.gradients
 
     def break_off(self) -> None:
         """Close the connection now; wakes whoever waits at either end."""
         self.out.break_off()
         if self.payload is not None:
-            self.payload.break_off()
+            for lane in self._lanes:
+                lane.break_off()
+
+    @property
+    def _lanes(self) -> list[Lane]:
+        return [lane for lane in (self.payload, self.gradients) if lane is not None]

@@ -25,6 +25,8 @@ from decoupled_pp.links.wire import Wire
 
 Group: TypeAlias = dist.ProcessGroup
 _world: list[World] = []
+_GRADIENTS = 3
+"""Tag of the gradients between CPUs; packets have 1 and credits 2."""
 
 
 def join_world(timeout_seconds: float) -> World:
@@ -114,6 +116,7 @@ class World:
         capacity: int,
         timeout_seconds: float,
         losses: int = 0,
+        gradients: bool = False,
     ) -> tuple[ReceivingEnd | None, SendingEnd | None]:
         """Build all links (every rank must call this), return this rank's two ends; breaks are reported to `control`.
 
@@ -128,6 +131,7 @@ class World:
             capacity: Packets a link may hold.
             timeout_seconds: Longest wait for a packet or for room.
             losses: Samples of the largest packet, if their losses go back (cascade targets).
+            gradients: Whether gradients will go back (end-to-end steps).
 
         Raises:
             UsageError: The neighbour runs another plan or configuration.
@@ -138,12 +142,17 @@ class World:
         for sender in range(self.size - 1):
             host = self._group(sender, "gloo", timeout_seconds)
             payload = self._group(sender, "nccl", timeout_seconds) if device.type == "cuda" else None
+            # A communicator of its own: NCCL orders what one carries, and the link's sender thread uses the other.
+            back = self._group(sender, "nccl", timeout_seconds) if payload is not None and gradients else None
             if self.rank not in (sender, sender + 1):
                 continue
             there = sender + 1 if self.rank == sender else sender
             lane = Lane(payload, there - sender) if payload is not None else None
             self._greet(Lane(host, there - sender), lane, there, device, plan_digest)
-            wire = self._wire(control, sender, host, lane, device, (capacity, timeout_seconds, losses))
+            backward = Lane(host, there - sender, _GRADIENTS) if payload is None else None
+            if back is not None:
+                backward = Lane(back, there - sender)
+            wire = self._wire(control, sender, host, (lane, backward), device, (capacity, timeout_seconds, losses))
             if self.rank == sender:
                 outlet = SendingEnd(wire, capacity=capacity, timeout_seconds=timeout_seconds)
             else:
@@ -198,7 +207,7 @@ class World:
         control: StoreControl,
         sender: int,
         host: Group,
-        lane: Lane | None,
+        lanes: tuple[Lane | None, Lane | None],
         device: torch.device,
         bounds: tuple[int, float, int],
     ) -> Wire:
@@ -226,7 +235,8 @@ class World:
             sender=sender,
             out=out,
             into=into,
-            payload=lane,
+            payload=lanes[0],
+            gradients=lanes[1],
             device=device,
             here=_name(self.rank),
             there=_name(sender + peer),
