@@ -20,22 +20,22 @@ class Wire:
         out: What this end sends: packets (upstream end) or credits (downstream end).
         into: What it receives: credits or packets.
         payload: The lane of the tensors between GPUs; None between CPUs, where they are in the messages.
-        gradients: The lane on which gradients come back in end-to-end steps; None between GPUs that take none.
         device: Where the tensors are.
         here: Name of this end, e.g. "stage 0 (rank 0)".
         there: Name of the other end.
         failed: Called once with the text, from whichever thread finds the link broken.
+        gradients: The lane on which gradients come back in end-to-end steps; None between GPUs that take none.
     """
 
     sender: int
     out: MessageSender
     into: MessageReceiver
     payload: Lane | None
-    gradients: Lane | None
     device: torch.device
     here: str
     there: str
     failed: Callable[[str], object]
+    gradients: Lane | None = None
 
     @property
     def payload_bytes(self) -> int:
