@@ -87,9 +87,10 @@ def test_published_sweeps_are_sound(path, monkeypatch):
 
 def outcome(variant, seed, loss, accuracy):
     final = {"val_loss": loss, "val_accuracy": accuracy}
+    seconds = {"wait_in": 9, "forward": 4, "wait_out": 9, "critic": 2, "backward": 3, "step": 1}
     rows = [
-        {"critic_time_fraction": 0.25, "critic_parameters": 7},
-        {"critic_time_fraction": 0.0, "critic_parameters": 0},
+        {"critic_time_fraction": 0.2, "critic_parameters": 7, "parameters": 13, "phase_seconds": seconds},
+        {"critic_time_fraction": 0.0, "critic_parameters": 0, "parameters": 13, "phase_seconds": seconds},
     ]
     summary = {"final": final, "exits": [final], "per_stage": rows, "training_seconds": 2.0}
     return Outcome(Trial(variant, seed, "x.yaml", (), None, 1), summary)
@@ -105,7 +106,7 @@ def test_differences_are_taken_seed_by_seed():
     row = figures(runs, "a")["variants"]["b"]
     assert row["loss_change"] == pytest.approx({"median": 15, "min": 10, "max": 20})
     assert row["accuracy_change"] == pytest.approx({"median": -1, "min": -3, "max": 1})
-    assert (row["critic_share"], row["critic_parameters"]) == (0.25, 7)
+    assert (row["critic_share"], row["critic_parameters"]) == (pytest.approx(0.235), 7)  # (2 + 1 x 7/20) of 10
 
 
 def test_a_seed_without_the_reference_has_no_difference():

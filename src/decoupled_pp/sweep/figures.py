@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from decoupled_pp.contracts import Record
+from decoupled_pp.metrics import BUSY
 from decoupled_pp.sweep.runs import Outcome
 
 
@@ -31,7 +32,7 @@ def figures(outcomes: Sequence[Outcome], reference: str) -> dict[str, Any]:
                 "loss_change": _spread(_loss_change(a, b) for a, b in pairs),
                 "accuracy_change": _spread(_accuracy_change(a, b) for a, b in pairs),
                 "exits": _exits(list(own.values())),
-                "critic_share": max(row["critic_time_fraction"] for one in own.values() for row in one["per_stage"]),
+                "critic_share": max(critic_share(row) for one in own.values() for row in one["per_stage"]),
                 "critic_parameters": next(
                     sum(r["critic_parameters"] for r in one["per_stage"]) for one in own.values()
                 ),
@@ -43,6 +44,18 @@ def figures(outcomes: Sequence[Outcome], reference: str) -> dict[str, Any]:
         for o in outcomes
     ]
     return {"reference": reference, "variants": rows, "runs": runs}
+
+
+def critic_share(stage: Record) -> float:
+    """The critic's share of the time in which a stage computes: its passes, and its part of the optimizer step.
+
+    The step is divided by parameters, which is right for optimizers that treat all alike.
+    """
+    if not stage["critic_time_fraction"]:  # no critic: the phase is the loss of the network itself
+        return 0.0
+    seconds, critic = stage["phase_seconds"], stage["critic_parameters"]
+    step = seconds["step"] * critic / max(1, critic + stage["parameters"])
+    return float((seconds["critic"] + step) / sum(seconds[phase] for phase in BUSY))
 
 
 def table(found: dict[str, Any], outcomes: Sequence[Outcome], title: str, reference: str) -> str:
