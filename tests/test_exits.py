@@ -1,5 +1,7 @@
 """Exits of a trained run: costs by hand, leaving early, all together, a smaller plain network, gradients."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -147,6 +149,7 @@ def dpp(*arguments):
 def test_the_command_says_it_all(run, capsys, tmp_path):
     picture = tmp_path / "exits.png"
     options = ["--progressive=0.5,0.9", "--ensemble", "--gradient-probe=2", "--picture", picture]
+    options += ["--json", tmp_path / "exits.json"]
     assert dpp("evaluate", run, *options) == 0
     text = capsys.readouterr().out
     for part in (
@@ -158,6 +161,8 @@ def test_the_command_says_it_all(run, capsys, tmp_path):
         str(picture),
     ):
         assert part in text
+    written = json.loads((tmp_path / "exits.json").read_text())
+    assert len(written["exits"]) == len(written["costs"]) == 3 and written["progressive"][1]["threshold"] == 0.9
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -186,3 +191,15 @@ def test_a_smaller_network_is_the_exit(run, tmp_path, capsys):
         right = sum((small(x).argmax(1) == y).sum().item() for x, y in held_out)
     assert right / sum(len(y) for _, y in held_out) == pytest.approx(found.exits[1].val_accuracy)
     assert sum(p.numel() for p in small.parameters()) == found.costs[1].parameters
+
+
+def test_a_baselines_network_is_scored_and_exported_as_one_exit(run, tmp_path, capsys):
+    """Its one exit is what the run itself has measured; the exported file is the run's own."""
+    plain = f"--set=name=plain-{tmp_path.name}"
+    assert dpp("train", run.parent / "tiny.yaml", plain, "--strategy=backprop", "--set=validation.knn=null") == 0
+    folder = run.parent / f"plain-{tmp_path.name}"
+    final = json.loads((folder / "summary.json").read_text())["final"]
+    (one,) = evaluate_run(folder).exits
+    assert (one.val_loss, one.val_accuracy) == (final["val_loss"], final["val_accuracy"])
+    assert dpp("export", folder, "-o", tmp_path / "x.safetensors") == 0
+    assert (tmp_path / "x.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()

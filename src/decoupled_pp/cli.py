@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -119,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         help="cosine between local and true gradients of every stage, on N training micro-batches (default: 8)",
     )
     evaluate.add_argument("--picture", metavar="FILE", help="draw accuracy against FLOPs as a PNG")
+    evaluate.add_argument("--json", metavar="FILE", help="write all of it as JSON, too")
     _add_overrides(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
@@ -239,6 +242,7 @@ def _launch_train(chosen: argparse.Namespace, settings: Settings) -> int:
 def _evaluate(chosen: argparse.Namespace) -> int:
     from decoupled_pp.finished_run import evaluate_run
     from decoupled_pp.plots import plot_exits
+    from decoupled_pp.runlog import finite
     from decoupled_pp.tables import print_evaluation
 
     try:
@@ -256,6 +260,10 @@ def _evaluate(chosen: argparse.Namespace) -> int:
         gradients=chosen.gradient_probe,
     )
     print_evaluation(found)
+    if chosen.json is not None:
+        text = json.dumps(finite(dataclasses.asdict(found)), indent=2, allow_nan=False)
+        Path(chosen.json).write_text(text + "\n", encoding="utf-8")
+        print(chosen.json)
     if chosen.picture is not None:
         scored = [(c.flops, e.val_accuracy) for c, e in zip(found.costs, found.exits, strict=True)]
         early = [(row.flops, row.accuracy, row.threshold) for row in found.progressive]

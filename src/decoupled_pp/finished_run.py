@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Container, Sequence
 from itertools import islice, pairwise
@@ -19,11 +20,13 @@ from decoupled_pp.gradient_probe import gradient_cosines
 from decoupled_pp.job import make_trainer, prepare
 from decoupled_pp.models import build_model
 from decoupled_pp.resume import load_model
-from decoupled_pp.settings import Settings
+from decoupled_pp.settings import STAGES_ALONE, Settings
 
 
-def open_run(folder: Path, overrides: tuple[str, ...] = ()) -> tuple[Settings, Checkpoint]:
+def open_run(folder: Path, overrides: tuple[str, ...] = ()) -> tuple[Settings, Checkpoint | None]:
     """A run folder's settings, with the cut of its newest checkpoint unless an override says otherwise, and that one.
+
+    A baseline saves none: of such a run the settings are those of one stage that starts from its exported weights.
 
     Raises:
         UsageError: It is no run folder, or holds no good checkpoint.
@@ -32,6 +35,10 @@ def open_run(folder: Path, overrides: tuple[str, ...] = ()) -> tuple[Settings, C
     if not config.is_file():
         raise UsageError(f"{folder} is not a run folder: it has no {run_folder.CONFIG_FILE}")
     checkpoint = latest_checkpoint(folder / run_folder.CHECKPOINTS)
+    if checkpoint is None and load_settings(config).strategy != "decoupled":
+        left_out = (f"{key}={json.dumps(value)}" for key, value in STAGES_ALONE.items())
+        whole = ("strategy=decoupled", "stages=1", "cut=uniform", f"start_from={folder}", *left_out)
+        return load_settings(config, (*whole, *overrides)), None
     if checkpoint is None:
         raise UsageError(f"{folder} has no checkpoint yet")
     sizes = [b - a for a, b in pairwise(checkpoint.boundaries)]
@@ -89,7 +96,10 @@ def export_folder(folder: Path, output: Path) -> None:
     """Write the newest checkpoint of a run as plain safetensors; the data need not be there any more."""
     settings, checkpoint = open_run(folder)
     module = build_model(settings.model, run_folder.read_info(folder))
-    load_model(checkpoint, module)
+    if checkpoint is None:
+        run_folder.load_weights(folder, module)
+    else:
+        load_model(checkpoint, module)
     export_safetensors(module, output)
 
 

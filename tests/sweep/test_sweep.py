@@ -23,6 +23,7 @@ SWEEP = """
 config: tiny.yaml
 seeds: [3]
 reference: plain
+also: {more: {data.validation_fraction: 0.5}}
 variants:
   plain: {strategy: backprop}
   head: {critic: {kind: head}, optimizer.lr: 0.002}
@@ -53,6 +54,9 @@ def test_variants_over_seeds(here, capsys):
     assert len(found["variants"]["plain"]["exits"]) == 1 and len(found["variants"]["head"]["exits"]) == 2
     failed = [one for one in found["runs"] if one["failure"]]
     assert [(one["variant"], one["seed"]) for one in failed] == [("broken", 3)]
+    other = found["variants"]["head"]["also"]["more"]
+    assert other["loss"]["median"] != found["variants"]["head"]["loss"]["median"] and other["loss_change"] is not None
+    assert found["variants"]["plain"]["also"]["more"]["loss_change"] == {"median": 0, "min": 0, "max": 0}
     text = (here / "runs" / "few" / "sweep.md").read_text()
     assert "| head | 1 |" in text and "- broken-3 failed: " in text
     before = (here / "runs" / "few" / "head-3" / "summary.json").stat().st_mtime_ns

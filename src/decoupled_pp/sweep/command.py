@@ -33,6 +33,8 @@ class SweepSettings(Section):
     """The variant that all others are set against, seed by seed; default: the first."""
     seeds: list[int] = Field([0, 1, 2], min_length=1)
     """Seeds of the runs, the same for all variants."""
+    also: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Name -> other held-out data (`data.key: value`) that every finished run is scored on, too."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,13 +59,14 @@ def run_command(chosen: argparse.Namespace) -> int:
     if reference not in sweep.variants:
         raise UsageError(f"{chosen.file}: reference {reference!r} is no variant; of {', '.join(sweep.variants)}")
     overrides = {name: [f"{k}={json.dumps(v)}" for k, v in one.items()] for name, one in sweep.variants.items()}
-    for own in overrides.values():
+    also = {name: [f"{k}={json.dumps(v)}" for k, v in one.items()] for name, one in sweep.also.items()}
+    for own in (*overrides.values(), *also.values()):
         load_settings(sweep.config, (*chosen.set, *own))
     folder = Path(chosen.output or f"runs/{Path(chosen.file).stem}")
     _claim(folder, Path(chosen.file), resume=chosen.resume, overwrite=chosen.overwrite)
     threads = max(1, environment.cores() // chosen.jobs)
     trials = [
-        Trial(name, seed, sweep.config, [*chosen.set, *own], folder, threads)
+        Trial(name, seed, sweep.config, [*chosen.set, *own], folder, threads, also)
         for seed in sweep.seeds
         for name, own in overrides.items()
     ]

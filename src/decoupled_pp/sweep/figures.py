@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from decoupled_pp.contracts import Record
@@ -19,6 +19,7 @@ def figures(outcomes: Sequence[Outcome], reference: str) -> dict[str, Any]:
     against the reference's run with the same seed, of the network's own head.
     """
     by_run = {(one.trial.variant, one.trial.seed): one.summary for one in outcomes if one.summary is not None}
+    also = {(one.trial.variant, one.trial.seed): one.also for one in outcomes}
     variants = dict.fromkeys(one.trial.variant for one in outcomes)
     rows = {}
     for name in variants:
@@ -32,6 +33,13 @@ def figures(outcomes: Sequence[Outcome], reference: str) -> dict[str, Any]:
                 "loss_change": _spread(_loss_change(a, b) for a, b in pairs),
                 "accuracy_change": _spread(_accuracy_change(a, b) for a, b in pairs),
                 "exits": _exits(list(own.values())),
+                "also": {
+                    key: {
+                        "loss": _spread(also[name, seed][key]["val_loss"] for seed in own),
+                        "loss_change": _spread(_change(also, name, reference, seed, key) for seed in own),
+                    }
+                    for key in also[name, next(iter(own))]
+                },
                 "critic_share": max(critic_share(row) for one in own.values() for row in one["per_stage"]),
                 "critic_parameters": next(
                     sum(r["critic_parameters"] for r in one["per_stage"]) for one in own.values()
@@ -41,6 +49,7 @@ def figures(outcomes: Sequence[Outcome], reference: str) -> dict[str, Any]:
     runs = [
         {"variant": o.trial.variant, "seed": o.trial.seed, "overrides": list(o.trial.overrides), "failure": o.failure}
         | ({"exits": o.summary["exits"], "final": o.summary["final"]} if o.summary is not None else {})
+        | ({"also": dict(o.also)} if o.also else {})
         for o in outcomes
     ]
     return {"reference": reference, "variants": rows, "runs": runs}
@@ -61,12 +70,17 @@ def critic_share(stage: Record) -> float:
 def table(found: dict[str, Any], outcomes: Sequence[Outcome], title: str, reference: str) -> str:
     """The numbers as a Markdown table; failures below it."""
     titles = ["variant", "seeds", "held-out loss", "accuracy, %", f"loss against {reference}, %"]
+    others = next((list(row["also"]) for row in found["variants"].values()), [])
+    titles += [one for key in others for one in (f"loss on {key}", f"against {reference}, %")]
     titles += [f"accuracy against {reference}", "by exit", "critic's share of time", "critic parameters", "seconds"]
     lines = [f"# {title}", "", "Medians (least .. greatest) over the seeds; differences are taken seed by seed.", ""]
     lines += ["| " + " | ".join(titles) + " |", "| --- " * len(titles) + "|"]
     for name, row in found["variants"].items():
         cells = [name, str(row["seeds"]), _shown(row["loss"], ".4f"), _shown(row["accuracy"], ".2f")]
-        cells += [_shown(row["loss_change"], "+.2f"), _shown(row["accuracy_change"], "+.2f"), " / ".join(row["exits"])]
+        cells += [_shown(row["loss_change"], "+.2f")]
+        for other in row["also"].values():
+            cells += [_shown(other["loss"], ".4f"), _shown(other["loss_change"], "+.2f")]
+        cells += [_shown(row["accuracy_change"], "+.2f"), " / ".join(row["exits"])]
         cells += [f"{row['critic_share']:.2f}", f"{row['critic_parameters']:,}", _shown(row["training_seconds"], ".0f")]
         lines.append("| " + " | ".join(cells) + " |")
     failed = [f"- {one.trial.name} failed: {one.failure}" for one in outcomes if one.failure]
@@ -85,6 +99,14 @@ def _accuracy(score: Record) -> float | None:
 
 def _loss_change(ours: Record, theirs: Record | None) -> float | None:
     return None if theirs is None else 100 * (_loss(ours) / _loss(theirs) - 1)
+
+
+def _change(
+    also: Mapping[tuple[str, int], Mapping[str, Record]], name: str, reference: str, seed: int, key: str
+) -> float | None:
+    """Of the loss on other data, in percent of the reference's run of the same seed."""
+    ours, theirs = also[name, seed][key]["val_loss"], also.get((reference, seed), {}).get(key, {}).get("val_loss")
+    return None if ours is None or theirs is None else 100 * (ours / theirs - 1)
 
 
 def _accuracy_change(ours: Record, theirs: Record | None) -> float | None:

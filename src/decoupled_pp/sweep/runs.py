@@ -6,9 +6,9 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from decoupled_pp.contracts import Record
@@ -26,6 +26,7 @@ class Trial:
         overrides: What it changes.
         folder: Where run folders and logs go.
         threads: CPU threads.
+        also: Name -> settings of other held-out data that the finished run is scored on.
     """
 
     variant: str
@@ -34,6 +35,7 @@ class Trial:
     overrides: Sequence[str]
     folder: Path
     threads: int
+    also: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -43,11 +45,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: with a summary, or with a line that says why not."""
+    """How a run ended: with a summary and its scores on other data by name, or with a line that says why not."""
 
     trial: Trial
     summary: Record | None
     failure: str | None = None
+    also: Mapping[str, Record] = field(default_factory=dict)
 
 
 def run_trials(trials: Sequence[Trial], *, jobs: int, resume: bool, say: Callable[[str], None]) -> list[Outcome]:
@@ -57,24 +60,36 @@ def run_trials(trials: Sequence[Trial], *, jobs: int, resume: bool, say: Callabl
 
 
 def _run(trial: Trial, resume: bool, say: Callable[[str], None]) -> Outcome:
-    done = trial.folder / trial.name / SUMMARY_FILE
+    run = trial.folder / trial.name
+    done, log = run / SUMMARY_FILE, trial.folder / f"{trial.name}.log"
     start = time.monotonic()
     if not (resume and done.is_file()):
         own = [f"name={trial.name}", f"runs={trial.folder}", f"seed={trial.seed}", f"threads={trial.threads}"]
         fixed = ["logging.tensorboard=false", "sample=null", *own]
         settings = [f"--set={one}" for one in (*trial.overrides, *fixed)]
-        command = [sys.executable, "-m", "decoupled_pp", "train", trial.config, "--overwrite", *settings]
-        log = trial.folder / f"{trial.name}.log"
-        with log.open("w", encoding="utf-8") as output:
-            code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
-        if code:
-            outcome = Outcome(trial, None, failure_in(log, code))
-            say(f"{trial.name}: failed: {outcome.failure}")
-            return outcome
+        if failure := _dpp(log, "train", trial.config, "--overwrite", *settings):
+            say(f"{trial.name}: failed: {failure}")
+            return Outcome(trial, None, failure)
+    also = {}
+    for name, overrides in trial.also.items():
+        written = run / f"also-{name}.json"
+        own = [f"--set={one}" for one in (*overrides, f"threads={trial.threads}")]
+        if not (resume and written.is_file()) and (failure := _dpp(log, "evaluate", run, f"--json={written}", *own)):
+            say(f"{trial.name}: failed: {failure}")
+            return Outcome(trial, None, f"evaluation on {name}: {failure}")
+        also[name] = json.loads(written.read_text(encoding="utf-8"))["exits"][-1]
     summary: Record = json.loads(done.read_text(encoding="utf-8"))
     final = summary["final"]
     scores = [f"loss {final['val_loss']:.4f}" if final["val_loss"] is not None else "loss not finite"]
     if final["val_accuracy"] is not None:
         scores.append(f"accuracy {100 * final['val_accuracy']:.2f} %")
     say(f"{trial.name}: {', '.join(scores)} ({time.monotonic() - start:.0f} s)")
-    return Outcome(trial, summary)
+    return Outcome(trial, summary, also=also)
+
+
+def _dpp(log: Path, *arguments: str | Path) -> str | None:
+    """Run a command with its output appended to a log; the reason if it fails."""
+    with log.open("a", encoding="utf-8") as output:
+        command = [sys.executable, "-m", "decoupled_pp", *map(str, arguments)]
+        code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+    return failure_in(log, code) if code else None
