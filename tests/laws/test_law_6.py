@@ -22,19 +22,21 @@ def test_checkpointed_activations_are_not_kept():
     assert all(few < many for few, many in zip(recomputed, kept, strict=True))
 
 
-@pytest.mark.timeout(240)
-def test_compiled(tmp_path):
-    eager = train("mlp", 2, 4)
-    (compiled,) = values(launch(_compiled, size=1, folder=tmp_path, seconds=200))
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("critic", ["head", "collaborative"])
+def test_compiled(critic, tmp_path):
+    """A critic whose logits the stage scores, and one with an objective of its own."""
+    eager = train("mlp", 2, 4, critic=critic)
+    (compiled,) = values(launch(_compiled, critic, size=1, folder=tmp_path, seconds=250))
     for stage in (0, 1):
         for name, tensor in eager[stage].items():
             torch.testing.assert_close(compiled[stage][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def _compiled():
+def _compiled(critic):
     """In a process of its own: the compiler keeps threads and processes for its next job."""
     warnings.simplefilter("ignore")  # the compiler's own
-    return train("mlp", 2, 4, compile=True)
+    return train("mlp", 2, 4, critic=critic, compile=True)
 
 
 def _saved_bytes(**options):
