@@ -59,6 +59,7 @@ def test_variants_over_seeds(here, capsys):
     assert found["variants"]["plain"]["also"]["more"]["loss_change"] == {"median": 0, "min": 0, "max": 0}
     text = (here / "runs" / "few" / "sweep.md").read_text()
     assert "| head | 1 |" in text and "- broken-3 failed: " in text
+    assert (here / "runs" / "few" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     before = (here / "runs" / "few" / "head-3" / "summary.json").stat().st_mtime_ns
     assert sweep("--jobs=2") == 2 and "--overwrite" in capsys.readouterr().err
     assert sweep("--resume") == 0

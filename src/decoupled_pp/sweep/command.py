@@ -18,6 +18,7 @@ from decoupled_pp.contracts import TrainingError, UsageError
 from decoupled_pp.runlog import finite
 from decoupled_pp.sections import Section
 from decoupled_pp.sweep.figures import figures, table
+from decoupled_pp.sweep.picture import draw
 from decoupled_pp.sweep.runs import Trial, run_trials
 from decoupled_pp.yaml_text import read_yaml
 
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_command(chosen: argparse.Namespace) -> int:
-    """Check every variant, run all, write `sweep.json` and `sweep.md`."""
+    """Check every variant, run all, write `sweep.json`, `sweep.md` and `sweep.png`."""
     if environment.world_size() > 1:
         raise UsageError("dpp sweep starts the runs itself: run it without torchrun")
     if chosen.jobs < 1:
@@ -77,6 +78,7 @@ def run_command(chosen: argparse.Namespace) -> int:
     text = table(found, outcomes, f"{chosen.file}: {sweep.config}", reference)
     (folder / "sweep.json").write_text(json.dumps(finite(found), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     (folder / "sweep.md").write_text(text, encoding="utf-8")
+    draw(found, folder / "sweep.png")
     _say(text)
     return 0
 
