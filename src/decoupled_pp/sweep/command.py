@@ -61,13 +61,14 @@ def run_command(chosen: argparse.Namespace) -> int:
         raise UsageError(f"{chosen.file}: reference {reference!r} is no variant; of {', '.join(sweep.variants)}")
     overrides = {name: [f"{k}={json.dumps(v)}" for k, v in one.items()] for name, one in sweep.variants.items()}
     also = {name: [f"{k}={json.dumps(v)}" for k, v in one.items()] for name, one in sweep.also.items()}
-    for own in (*overrides.values(), *also.values()):
+    checked = {name: load_settings(sweep.config, (*chosen.set, *own)) for name, own in overrides.items()}
+    for own in also.values():
         load_settings(sweep.config, (*chosen.set, *own))
     folder = Path(chosen.output or f"runs/{Path(chosen.file).stem}")
     _claim(folder, Path(chosen.file), resume=chosen.resume, overwrite=chosen.overwrite)
-    threads = max(1, environment.cores() // chosen.jobs)
+    share = max(1, environment.cores() // chosen.jobs)
     trials = [
-        Trial(name, seed, sweep.config, [*chosen.set, *own], folder, threads, also)
+        Trial(name, seed, sweep.config, [*chosen.set, *own], folder, checked[name].threads or share, also)
         for seed in sweep.seeds
         for name, own in overrides.items()
     ]

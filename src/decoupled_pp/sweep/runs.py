@@ -25,7 +25,7 @@ class Trial:
         config: The configuration file.
         overrides: What it changes.
         folder: Where run folders and logs go.
-        threads: CPU threads.
+        threads: CPU threads; the settings' own, if they name a number.
         also: Name -> settings of other held-out data that the finished run is scored on.
     """
 
