@@ -23,7 +23,7 @@ def partition(
     by: By = "time",
     sample: Payload | None = None,
     *,
-    critic: CriticChoice | None = "head",
+    critic: CriticChoice | None = "auto",
     loss: str | Loss = "cross_entropy",
     device: str = "auto",
     timeout_seconds: float = 300.0,

@@ -9,6 +9,12 @@ from pydantic import Field, model_validator
 from decoupled_pp.sections import Factory, Section
 
 
+class AutoCritic(Section):
+    """What has been measured to serve a kind of network best (docs/critics.md): by the form of a stage's output."""
+
+    kind: Literal["auto"] = "auto"
+
+
 class HeadCritic(Section):
     """Pool + linear; for tokens norm + vocabulary projection. The cheapest critic."""
 
@@ -165,7 +171,8 @@ class FactoryCritic(Factory):
 
 
 CriticSettings = Annotated[
-    HeadCritic
+    AutoCritic
+    | HeadCritic
     | ConvCritic
     | MlpSrCritic
     | AuglocalCritic

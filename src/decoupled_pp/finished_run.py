@@ -54,7 +54,7 @@ def evaluate_run(
     together: bool = False,
     gradients: int = 0,
 ) -> Evaluation:
-    """Held-out scores of every exit of a run, in this process.
+    """Held-out scores of every exit of a run, in this process, on as much data as its `validation.batches` says.
 
     Args:
         folder: The run folder.
@@ -80,14 +80,15 @@ def evaluate_run(
                 note(record["text"])
 
     trainer.observe(observe)
-    exits = trainer.evaluate(data.validation, resume=checkpoint)
-    costs, held_out = exit_costs(trainer.stages, trainer.plan.sample), data.validation
+    held_out = list(islice(data.validation.batches(), settings.validation.batches))
+    exits = trainer.evaluate(held_out, resume=checkpoint)
+    costs = exit_costs(trainer.stages, trainer.plan.sample)
     probed = islice(data.train.batches(), gradients)
     return Evaluation(
         exits,
         costs,
-        progressive(trainer.stages, held_out.batches(), costs, thresholds) if thresholds else (),
-        ensemble(trainer.stages, held_out.batches()) if together else None,
+        progressive(trainer.stages, held_out, costs, thresholds) if thresholds else (),
+        ensemble(trainer.stages, held_out) if together else None,
         tuple(gradient_cosines(trainer.plan.module, trainer.stages, probed)) if gradients else (),
     )
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from decoupled_pp.contracts import UsageError
-from decoupled_pp.critic_sections import CriticSettings, CriticTargetSettings, HeadCritic, LabelTarget
+from decoupled_pp.critic_sections import AutoCritic, CriticSettings, CriticTargetSettings, LabelTarget
 from decoupled_pp.sections import DataSettings, ModelSettings, Section
 
 
@@ -212,7 +212,7 @@ class Settings(Section):
     """The data set."""
     loss: str = "cross_entropy"
     """`cross_entropy`, `mse`, or `package.module:function` called as `function(logits, target)`."""
-    critic: CriticSettings = HeadCritic()
+    critic: CriticSettings = AutoCritic()
     """The critic of every stage before the last."""
     critic_target: CriticTargetSettings = LabelTarget()
     """What critics learn from: labels, or the next stage's losses."""

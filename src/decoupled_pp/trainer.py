@@ -66,7 +66,7 @@ class Trainer:
         plan: Plan,
         *,
         loss: str | Loss = "cross_entropy",
-        critic: CriticChoice = "head",
+        critic: CriticChoice = "auto",
         critic_target: CriticTargetChoice = "label",
         global_correction: CorrectionChoice = None,
         optimizer: OptimizerChoice = "AdamW",
@@ -93,8 +93,8 @@ class Trainer:
         Args:
             plan: From `partition`, with a sample.
             loss: "cross_entropy", "mse", "package.module:function", or loss(logits, target) -> scalar mean.
-            critic: A kind ("head", "mlp_sr", "auglocal"), a settings dictionary, one module (copied for every stage),
-                a list of modules (one per stage but the last), or a function of a `CriticContext`.
+            critic: A kind ("auto", "head", "auglocal", ...), a settings dictionary, one module (copied for every
+                stage), a list of modules (one per stage but the last), or a function of a `CriticContext`.
             critic_target: What critics learn from: "label", or "cascade" or "mix", or a settings dictionary.
             global_correction: End-to-end steps between local ones, like {"every": 100, "steps": 1}; None: none.
             optimizer: Name in `torch.optim`, a dictionary like {"kind": "AdamW", "lr": 3e-4}, or a function of the

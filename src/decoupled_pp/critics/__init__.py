@@ -11,6 +11,7 @@ from torch import nn
 from decoupled_pp.contracts import CriticBuilder, CriticContext
 from decoupled_pp.critic_sections import CriticSettings, SgrCritic
 from decoupled_pp.critics.auglocal import build_auglocal
+from decoupled_pp.critics.auto import build_auto
 from decoupled_pp.critics.check import check_critic
 from decoupled_pp.critics.collaborative import build_collaborative
 from decoupled_pp.critics.conv import build_conv
@@ -30,6 +31,7 @@ from decoupled_pp.objective import Critic
 __all__ = ["KINDS", "build_critic", "check_critic"]
 
 KINDS: dict[str, Callable[[Any, CriticContext], nn.Module]] = {
+    "auto": build_auto,
     "head": build_head,
     "conv": build_conv,
     "mlp_sr": build_mlp_sr,
