@@ -96,12 +96,3 @@ def test_every_stage_has_its_own_rate():
 def test_rates_for_other_stages_are_refused():
     with pytest.raises(UsageError, match=r"optimizer\.lr_per_stage has 3 factors for 2 stages; give one for each"):
         trainer(optimizer={"kind": "SGD", "lr_per_stage": [1, 1, 1]})
-
-
-def test_earlier_stages_end_their_decay_first():
-    """Of 6 steps with a lead of 2: the first stage is at its end after 4, the second has a third left."""
-    one = trainer(optimizer={"kind": "SGD", "lr": 0.3}, schedule=ScheduleSettings(kind="linear", lead=2))
-    one.fit(BATCHES, 6, validate=BATCHES)
-    assert [stage.learning_rate for stage in one.stages] == pytest.approx([0.0, 0.0])
-    rates = [(stage.schedules[0].lr_lambdas[0](3), stage.schedules[0].lr_lambdas[0](4)) for stage in one.stages]
-    assert rates == [pytest.approx((0.25, 0.0)), pytest.approx((0.5, 1 / 3))]

@@ -52,8 +52,6 @@ class ScheduleSettings(Section):
     """Steps at which the rate is multiplied by `factor` (steps)."""
     factor: float = Field(0.1, gt=0)
     """Multiplier at each milestone (steps)."""
-    lead: int = Field(0, ge=0)
-    """Steps by which each stage ends its decay before the next one (cosine, linear; decoupled only)."""
 
 
 class TrainingSettings(Section):
@@ -157,7 +155,6 @@ Strategy = Literal[
 STAGES_ALONE: dict[str, Any] = {
     "optimizer.lr_per_stage": None,
     "training.stagger": 0,
-    "schedule.lead": 0,
     "validation.knn": None,
     "global_correction": None,
 }
@@ -254,11 +251,6 @@ class Settings(Section):
                 f"schedule.warmup {self.schedule.warmup} leaves none of training.steps {self.training.steps}; "
                 "lower the one or raise the other"
             )
-        if self.schedule.lead * (self.stages - 1) + self.schedule.warmup >= self.training.steps:
-            raise ValueError(
-                f"schedule.lead {self.schedule.lead} leaves the first of {self.stages} stages no step after its "
-                "warm-up; lower it, or raise training.steps"
-            )
         if (self.validation.every or 0) > self.training.steps:
             raise ValueError(
                 f"validation.every {self.validation.every} is more than training.steps {self.training.steps}; "
@@ -266,12 +258,7 @@ class Settings(Section):
             )
         if self.schedule.kind == "steps" and not self.schedule.milestones:
             raise ValueError("schedule.kind 'steps' needs schedule.milestones; give a list of steps")
-        for key, kinds in (
-            ("factor", ("steps",)),
-            ("milestones", ("steps",)),
-            ("final", ("cosine", "linear")),
-            ("lead", ("cosine", "linear")),
-        ):
+        for key, kinds in (("factor", ("steps",)), ("milestones", ("steps",)), ("final", ("cosine", "linear"))):
             changed = getattr(self.schedule, key) != getattr(ScheduleSettings(), key)
             if changed and self.schedule.kind not in kinds:
                 raise ValueError(

@@ -341,8 +341,7 @@ class Trainer:
         self.build(resume)
         for stage in self._stages if training else ():
             schedule = self.recipe.schedule
-            steps = itinerary.steps - schedule.lead * (self.plan.stages - 1 - stage.index)
-            stage.schedules = build_schedules(schedule, stage.optimizers, steps, stage.updates)
+            stage.schedules = build_schedules(schedule, stage.optimizers, itinerary.steps, stage.updates)
         self._loaded = None  # training changes what was loaded
         devices = self._control.gather("built", self.device.type, self._timeout)
         if len(set(devices)) > 1:

@@ -132,9 +132,7 @@ def _contender(  # noqa: PLR0917 - what an entry is made of, each once
         "logging.tensorboard=false",
         "sample=null",
     ]
-    if kind == "decoupled":
-        overrides.append(f"schedule.lead={schedule.lead * own // accumulate}")
-    else:
+    if kind != "decoupled":
         overrides += [f"{key}={json.dumps(value)}" for key, value in STAGES_ALONE.items()]
     if not isinstance(settings.cut, str) and len(settings.cut) != ranks:
         overrides.append("cut=time")
