@@ -49,6 +49,19 @@ def test_one_stage_is_plain_training(case, optimizer, accumulate, clip_norm):
     assert set(dict(theirs.named_parameters())) <= {found.split(":")[0] for found in differences(weights, initial)}
 
 
+@pytest.mark.parametrize("case", ["gpt", "resnet"])
+def test_critics_that_are_the_rest_of_the_network_make_plain_training_of_any_number_of_stages(case):
+    """Every stage then trains a copy of all that is above it, on the same batches: all copies go the same way."""
+    batches = CASES[case].batches(7)
+    critic = {"kind": "auglocal", "depth": 99, "weights": "network"}
+    trainer = CASES[case].trainer(3, optimizer=MOMENTUM, critic=critic)
+    theirs = copy.deepcopy(trainer.plan.module)
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=MOMENTUM["lr"], **MOMENTUM["arguments"])
+    trainer.fit(batches, STEPS)
+    plain_pytorch(theirs, batches, optimizer, accumulate=1, clip_norm=None)
+    assert differences(dict(trainer.plan.module.state_dict()), dict(theirs.state_dict())) == []
+
+
 def _moments(ours):
     return {name: tensor for name, tensor in ours.items() if name.startswith("optimizer.")}
 
