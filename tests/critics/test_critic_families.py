@@ -4,9 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from decoupled_pp.contracts import CriticContext, UsageError
-from decoupled_pp.critic_sections import FactoryCritic, HeadCritic, MlpSrCritic
+from decoupled_pp.contracts import CriticContext, DataInfo, UsageError
+from decoupled_pp.critic_sections import AutoCritic, FactoryCritic, HeadCritic, MlpSrCritic
 from decoupled_pp.critics import build_critic, check_critic
+from decoupled_pp.critics.auglocal import AuglocalChain
+from decoupled_pp.critics.head import ImageHead, TokenHead
+from decoupled_pp.models import build_model
+from decoupled_pp.sections import GptModel, ResnetModel
 
 
 def context(hidden, output, stage=0):
@@ -161,3 +165,15 @@ def test_check_refuses_a_critic_that_works_in_place():
 def test_factory_returning_something_else():
     with pytest.raises(UsageError, match=r"critic\.factory.*returned str"):
         own(0)(context(torch.randn(4, 6), torch.randn(4, 10)))
+
+
+def test_the_default_goes_by_the_form_of_the_output(context_of):
+    """Copies of layers at 7x7 for images; a head for tokens and vectors, and where no layer can be copied."""
+    resnet = build_model(ResnetModel(kind="resnet", depth=14, width=4), DataInfo("image", (3, 16, 16), 5))
+    critic = build_critic(AutoCritic())(context_of(resnet, torch.randn(2, 3, 16, 16), 2))
+    assert isinstance(critic, AuglocalChain) and len(critic.layers) == 2
+    assert critic.narrowing(torch.randn(2, 4, 16, 16)).shape[2:] == (7, 7)
+    gpt = build_model(GptModel(kind="gpt", width=8, depth=2, heads=2), DataInfo("tokens", (6,), 11))
+    assert isinstance(build_critic(AutoCritic())(context_of(gpt, torch.zeros(2, 6, dtype=torch.int64), 2)), TokenHead)
+    own = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.LazyLinear(5))
+    assert isinstance(build_critic(AutoCritic())(context_of(own, torch.randn(2, 3, 9, 9), 1)), ImageHead)
