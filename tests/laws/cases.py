@@ -77,6 +77,7 @@ CASES = {
 
 
 LABEL_CRITICS = {
+    "auto": ("resnet", {}),
     "head": ("mlp", {}),
     "conv": ("resnet", {"channels": 4}),
     "mlp_sr": ("resnet", {}),
