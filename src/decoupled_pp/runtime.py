@@ -12,8 +12,8 @@ training packet and none waits for another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -72,14 +72,20 @@ class Worker:
         packet = self.inlet.receive()
         self.meter.begin(packet.number)
         self.meter.lap(_WAITS[packet.kind])
-        try:
+        with self._named(packet):
             self._do(packet)
+        return packet.kind is not PacketKind.END
+
+    @contextmanager
+    def _named(self, packet: Packet) -> Iterator[None]:
+        """An error in here says at which packet of which stage."""
+        try:
+            yield
         except (UsageError, TrainingError):  # these say it themselves
             raise
         except Exception as error:
             error.add_note(f"stage {self.stage.index}, {packet.kind.name} packet {packet.number}")
             raise
-        return packet.kind is not PacketKind.END
 
     def _do(self, packet: Packet) -> None:
         if packet.kind is PacketKind.TRAIN and self.stage.is_end_to_end(packet.number):
@@ -107,13 +113,14 @@ class Worker:
         if self._half is None:
             return
         half, self._half = self._half, None
-        gradient = None
-        if not isinstance(self.outlet, Nowhere):
-            gradient = self.outlet.gradient_of(half.packet.number, floating(half.hidden))
-            self.meter.lap("wait_out")
-        loss = self.stage.finish_end_to_end(half, gradient, self.meter.lap)
-        if self.stage.index:
-            self.inlet.give_gradient(half.packet.number, half.gradient)
+        with self._named(half.packet):
+            gradient = None
+            if not isinstance(self.outlet, Nowhere):
+                gradient = self.outlet.gradient_of(half.packet.number, floating(half.hidden))
+                self.meter.lap("wait_out")
+            loss = self.stage.finish_end_to_end(half, gradient, self.meter.lap)
+            if self.stage.index:
+                self.inlet.give_gradient(half.packet.number, half.gradient)
         self._count(half.packet, loss)
 
     def _count(self, packet: Packet, loss: Tensor | None) -> None:

@@ -33,10 +33,14 @@ def _check_kept(packet):
     assert runs.dpp("evaluate", runs.FOLDER) == 0  # opens and verifies the newest
 
 
-@pytest.mark.parametrize("stage, behind", [(0, 1), (1, 2), (2, 3)])
-def test_a_killed_rank_is_named_by_all_others(stage, behind, tmp_path):
+_END_TO_END = {"global_correction": {"every": 1, "steps": 9}}
+"""From its second step on, a stage waits for the gradient of what it has sent."""
+
+
+@pytest.mark.parametrize("stage, behind, sections", [(0, 1, {}), (1, 2, {}), (2, 3, {}), (2, 3, _END_TO_END)])
+def test_a_killed_rank_is_named_by_all_others(stage, behind, sections, tmp_path):
     model = runs.factory("dies_once", at=5, number=int(signal.SIGKILL), behind=behind)
-    results, said = _train(tmp_path, model)
+    results, said = _train(tmp_path, model, **sections)
     assert results[stage].exitcode == -signal.SIGKILL
     for rank in {0, 1, 2} - {stage}:
         assert results[rank].value == 1, results[rank]
