@@ -147,5 +147,8 @@ def test_ranks_equal_one_process_whatever_the_timing(tmp_path):
 
 
 def test_a_cascade_is_refused():
+    """Its critics learn from every packet; stages that wait at first, too, would leave some out."""
     with pytest.raises(UsageError, match="global_correction needs critic_target label, not cascade"):
         trainer(critic_target={"kind": "cascade"})
+    with pytest.raises(UsageError, match=r"training\.stagger needs critic_target label, not mix"):
+        trainer(critic_target={"kind": "mix"}, global_correction=None, stagger=3)

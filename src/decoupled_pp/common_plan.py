@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from decoupled_pp import environment
-from decoupled_pp.assemble import CriticChoice, resolve_critic
+from decoupled_pp.assemble import CriticChoice, CriticTargetChoice, resolve_critic, resolve_target
 from decoupled_pp.contracts import Loss, Payload, Plan
+from decoupled_pp.critic_sections import LabelTarget
 from decoupled_pp.device import choose_device
 from decoupled_pp.links import join_world
 from decoupled_pp.losses import find_loss
@@ -24,6 +25,7 @@ def partition(
     sample: Payload | None = None,
     *,
     critic: CriticChoice | None = "auto",
+    critic_target: CriticTargetChoice = "label",
     loss: str | Loss = "cross_entropy",
     device: str = "auto",
     timeout_seconds: float = 300.0,
@@ -39,6 +41,7 @@ def partition(
             layers of every stage, e.g. [3, 3, 2, 2]. Min-max cuts are exact.
         sample: An input micro-batch. Critics are built to fit its shapes, so `Trainer` needs it too.
         critic: Counted in the balance; use the same for `Trainer`. None: leave critics out.
+        critic_target: As for `Trainer`; critics that learn from the next stage's losses go forward twice.
         loss: Counted in the balance.
         device: Where to measure: "auto", "cpu" or "cuda".
         timeout_seconds: Longest wait for rank 0's choice.
@@ -51,10 +54,11 @@ def partition(
             shared across a cut, and the like, each named.
     """
     builder = resolve_critic(critic) if critic is not None else None
+    relearned = not isinstance(resolve_target(critic_target), LabelTarget)
     place = choose_device(device, environment.local_rank(), environment.local_world_size())
 
     def cut(how: By) -> Plan:
-        return cut_network(layers, stages, how, sample, builder, find_loss(loss), place)
+        return cut_network(layers, stages, how, sample, builder, find_loss(loss), place, relearned=relearned)
 
     if environment.world_size() == 1:
         return cut(by)

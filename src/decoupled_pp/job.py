@@ -263,6 +263,7 @@ def prepare(settings: Settings, control: Control | None = None) -> tuple[Data | 
         _cut(settings, stages),
         _zeros(described["sample"]),
         critic=None if baseline else build_critic(settings.critic, settings.critic_overlap),
+        critic_target=settings.critic_target,
         loss=settings.loss,
         device=settings.device,
         timeout_seconds=settings.links.timeout_seconds,

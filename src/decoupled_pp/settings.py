@@ -170,10 +170,13 @@ def refuse_lag(target: CriticTargetSettings, capacity: int) -> None:
         )
 
 
-def refuse_correction(correction: CorrectionSettings | None, target: CriticTargetSettings) -> None:
-    """Raises UsageError for end-to-end steps under a cascade, whose critics learn from every packet."""
-    if correction is not None and not isinstance(target, LabelTarget):
-        raise UsageError(f"global_correction needs critic_target label, not {target.kind}; leave one of the two out")
+def refuse_pauses(correction: CorrectionSettings | None, stagger: int, target: CriticTargetSettings) -> None:
+    """Raises UsageError for steps without a critic under a cascade, whose critics learn from every packet."""
+    if isinstance(target, LabelTarget):
+        return
+    for name, given in (("global_correction", correction is not None), ("training.stagger", stagger > 0)):
+        if given:
+            raise UsageError(f"{name} needs critic_target label, not {target.kind}; leave one of the two out")
 
 
 def refuse_rates(optimizer: OptimizerSettings, stages: int) -> None:
@@ -241,7 +244,7 @@ class Settings(Section):
     def _together(self) -> Settings:
         refuse_lag(self.critic_target, self.links.capacity)
         refuse_rates(self.optimizer, self.stages)
-        refuse_correction(self.global_correction, self.critic_target)
+        refuse_pauses(self.global_correction, self.training.stagger, self.critic_target)
         if isinstance(self.cut, list) and (len(self.cut) != self.stages or min(self.cut, default=0) < 1):
             raise ValueError(
                 f"cut {self.cut} must have {self.stages} entries (stages), each at least 1; list the layers per stage"

@@ -44,7 +44,7 @@ from decoupled_pp.optimizer_state import refuse_unsavable
 from decoupled_pp.report import link_records, make_report, stage_record
 from decoupled_pp.resume import load_stage, refuse_other_network, with_cut_of
 from decoupled_pp.runtime import Worker, run
-from decoupled_pp.settings import OptimizerSettings, ScheduleSettings, refuse_correction, refuse_lag, refuse_rates
+from decoupled_pp.settings import OptimizerSettings, ScheduleSettings, refuse_lag, refuse_pauses, refuse_rates
 from decoupled_pp.stage import Stage, StageOptions
 from decoupled_pp.watch import Watcher, explain_failure
 
@@ -161,7 +161,7 @@ class Trainer:
             resolve_target(critic_target),
         )
         refuse_lag(self.recipe.target, capacity)
-        refuse_correction(self.recipe.options.correction, self.recipe.target)
+        refuse_pauses(self.recipe.options.correction, stagger, self.recipe.target)
         if isinstance(self.recipe.optimizer, OptimizerSettings):
             refuse_rates(self.recipe.optimizer, plan.stages)
         self.device = choose_device(device, environment.local_rank(), environment.local_world_size())

@@ -94,6 +94,16 @@ def test_time_counts_the_critics():
     assert plan.critic_seconds == pytest.approx((0.001,), abs=1e-5)
 
 
+@pytest.mark.usefixtures("clock")
+def test_time_counts_the_second_pass_of_critics_that_learn_from_losses():
+    """Under a cascade a critic goes forward once more, when the next stage's losses have come."""
+    layers = network(0.001, 0.001, 0.001)
+    once = cut_network(layers, 2, "time", SAMPLE, lambda context: Slow(0.002))
+    twice = cut_network(layers, 2, "time", SAMPLE, lambda context: Slow(0.002), relearned=True)
+    assert once.critic_seconds == pytest.approx((0.002,), abs=1e-5)
+    assert twice.critic_seconds == pytest.approx((0.004,), abs=1e-5)
+
+
 def test_parameters_count_the_critic_of_each_stage_itself():
     """Law 10 where the critic depends on its stage: AugLocal's is deeper near the input."""
     critic = build_critic(AuglocalCritic(kind="auglocal", depth=5, pyramid=1.0))

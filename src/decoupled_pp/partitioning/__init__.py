@@ -129,6 +129,8 @@ def cut_network(  # noqa: PLR0917 - the plain facts, as `dpp.partition` takes th
     critic: CriticBuilder | None,
     loss: Loss | None = None,
     device: torch.device = _CPU,
+    *,
+    relearned: bool = False,
 ) -> Plan:
     """Cut a network into stages.
 
@@ -143,6 +145,7 @@ def cut_network(  # noqa: PLR0917 - the plain facts, as `dpp.partition` takes th
             is sought, it builds one for every stage and every layer behind which that stage can end.
         loss: Counted with the last layer and every critic, with a made-up target; None for a plain mean square.
         device: Where to measure.
+        relearned: Critics go forward once more, to learn from the next stage's losses (`critic_target`).
 
     Returns:
         The plan; its `sample` is an empty tuple if none was given, its seconds are None if not measured.
@@ -162,7 +165,7 @@ def cut_network(  # noqa: PLR0917 - the plain facts, as `dpp.partition` takes th
     elif by == "time":
         if traced is None:
             raise UsageError("cut 'time' needs a sample to measure with; pass sample, or cut by 'uniform'")
-        objective = stand_in_objective(loss, traced[1].to(device))
+        objective = stand_in_objective(loss, traced[1].to(device), relearned=relearned)
         boundaries, layer_seconds, critic_seconds = _cut_by_time(
             module, stages, traced, critic, objective=objective, device=device
         )

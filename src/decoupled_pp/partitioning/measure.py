@@ -28,10 +28,12 @@ class Objective:
     Attributes:
         loss: Of logits and `target`.
         target: A made-up one that fits.
+        relearned: Critics learn from the next stage's losses, and go forward once more for it (`critic_target`).
     """
 
     loss: Loss
     target: Payload
+    relearned: bool = False
 
     def __call__(self, logits: Tensor) -> Tensor:
         """The scalar of a module that gives logits."""
@@ -56,7 +58,7 @@ class Judged(nn.Module):
         return local_loss(self.critic, View(sample, hidden, target, rider), self._objective.loss)
 
 
-def stand_in_objective(loss: Loss | None, output: Tensor) -> Objective:
+def stand_in_objective(loss: Loss | None, output: Tensor, *, relearned: bool = False) -> Objective:
     """`loss` with a made-up target that fits, so that its cost is measured too (it counts with a large vocabulary).
 
     Tried in turn: class indices shaped like the output without its last dimension; values shaped like the output.
@@ -66,8 +68,8 @@ def stand_in_objective(loss: Loss | None, output: Tensor) -> Objective:
         indices = torch.zeros(output.shape[:-1], dtype=torch.int64, device=output.device)
         for target in (indices, torch.zeros_like(output)):
             if _accepts(loss, output, target):
-                return Objective(loss, target)
-    return Objective(_mean_square, ())
+                return Objective(loss, target, relearned)
+    return Objective(_mean_square, (), relearned)
 
 
 def _mean_square(logits: Tensor, _: Payload) -> Tensor:
@@ -269,7 +271,10 @@ def _critic_seconds(
     critic: nn.Module, context: CriticContext, device: torch.device, objective: Objective, repeats: int
 ) -> float | UsageError:
     try:
-        return _seconds(Judged(critic, context, objective), context.hidden, device, None, repeats)
+        judged = Judged(critic, context, objective)
+        seconds = _seconds(judged, context.hidden, device, None, repeats)
+        again = _seconds(judged, context.hidden, device, None, repeats, "forward") if objective.relearned else 0.0
+        return seconds + again
     except UsageError as error:
         return error
     except LAYER_FAULTS as error:
