@@ -294,6 +294,32 @@ def test_a_critic_without_logits_has_no_exit_and_sees_the_first_layers_output():
     assert stage.finish_evaluation() is None
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_critic_warms_up_before_its_stage_learns(accumulate):
+    """Kumar et al. 2022: first the head, then all. The critic learns what it would behind frozen layers."""
+    stage, frozen = (with_critic(accumulate=accumulate, critic_warmup=warmup) for warmup in (3, 0))
+    frozen.trunk.load_state_dict(stage.trunk.state_dict())
+    frozen.critic.load_state_dict(stage.critic.state_dict())
+    frozen.trunk.requires_grad_(False)
+    start = weights(frozen)
+    for number in range(3 * accumulate):
+        given = packet(number)
+        step(stage, given)
+        step(frozen, given)
+    warm = weights(stage)
+    assert equal(warm, weights(frozen)) and not equal(warm, start)
+    for number in range(3 * accumulate, 4 * accumulate):
+        step(stage, packet(number))
+    assert not torch.equal(weights(stage)[0], warm[0])
+
+
+def test_the_last_stage_has_no_critic_to_warm_up():
+    stage = make(critic=None, critic_warmup=3)
+    before = weights(stage)
+    step(stage, packet())
+    assert not equal(weights(stage), before)
+
+
 def test_a_staggered_stage_passes_packets_on_and_begins_to_learn_when_it_is_due():
     """Stage 3 with stagger 2 begins after 6 of its own updates."""
     stage, sent = with_critic(stagger=2), []

@@ -314,6 +314,7 @@ def make_trainer(settings: Settings, plan: Plan) -> Trainer:
         checkpoint_activations=training.checkpoint_activations,
         compile=training.compile,
         stagger=training.stagger,
+        critic_warmup=training.critic_warmup,
         knn=settings.validation.knn,
         knn_samples=settings.validation.knn_samples,
         device=settings.device,

@@ -141,13 +141,14 @@ def plot_exits(exits: Sequence[tuple[float, float]], early: Sequence[tuple[float
                 row = sorted((x, 100 * y, threshold) for x, y, threshold in early)
                 axes.plot(*_columns([(x, y) for x, y, _ in row]), color="#d55e00", label="leaves early", **_HELD_OUT)
                 for x, y, threshold in row:
-                    axes.annotate(f"> {threshold:g}", (x, y), textcoords="offset points", xytext=(-7, 7), ha="right")
+                    axes.annotate(f"> {threshold:g}", (x, y), textcoords="offset points", xytext=(7, 6))
             axes.set_xlim(left=0)
+            axes.margins(0.08, 0.12)
             axes.set_xlabel("FLOPs per sample, forward")
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             axes.set_ylabel("held-out accuracy, %")
             axes.grid(alpha=0.25, linewidth=0.6)
-            axes.legend(loc="lower right", frameon=False)
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
         else:
             _say_empty(axes, "no accuracy to draw")
         _save(figure, path)

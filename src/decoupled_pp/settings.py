@@ -71,6 +71,9 @@ class TrainingSettings(Section):
     """`torch.compile` the stage and its critic."""
     stagger: int = Field(0, ge=0)
     """Optimizer steps by which each stage starts to learn after the one before it; till then it passes packets on."""
+    critic_warmup: int = Field(0, ge=0)
+    """Optimizer steps at the start in which stages with a critic train that alone: for networks that are trained
+    already (`start_from`), whose early layers a fresh critic would spoil."""
 
 
 class CorrectionSettings(Section):
@@ -155,6 +158,7 @@ Strategy = Literal[
 STAGES_ALONE: dict[str, Any] = {
     "optimizer.lr_per_stage": None,
     "training.stagger": 0,
+    "training.critic_warmup": 0,
     "validation.knn": None,
     "global_correction": None,
 }

@@ -40,6 +40,7 @@ class StageOptions:
     checkpoint_activations: bool = False
     compile: bool = False
     stagger: int = 0
+    critic_warmup: int = 0
     correction: CorrectionSettings | None = None
     knn: int | None = None
     knn_samples: int = 2000
@@ -283,12 +284,17 @@ class Stage:
             for tensor in as_tuple(view.hidden):
                 if tensor.grad_fn is not None:
                     tensor.register_hook(critic_is_done)
-            aims = None  # all that the loss depends on
-            if self.cascade is not None:  # the critic is held fixed
-                aims = [parameter for parameter in self.trunk.parameters() if parameter.requires_grad]
+            aims = self._aims()
             if aims != []:
                 (loss / self.options.accumulate if self.options.accumulate > 1 else loss).backward(inputs=aims)
         critic_is_done()  # if no gradient came to the trunk, all of it was the critic's
+
+    def _aims(self) -> list[nn.Parameter] | None:
+        """The parameters that learn from the local loss; None: all that it depends on."""
+        warming = self.critic is not None and self.updates < self.options.critic_warmup
+        if self.cascade is not None:  # its critic learns from something else
+            return [] if warming else [p for p in self.trunk.parameters() if p.requires_grad]
+        return [p for p in self.critic.parameters() if p.requires_grad] if self.critic is not None and warming else None
 
     def _done_with(self, packet: Packet) -> None:
         """Count a training packet, and update if it completes an optimizer step."""

@@ -77,6 +77,7 @@ class Trainer:
         checkpoint_activations: bool = False,
         compile: bool = False,
         stagger: int = 0,
+        critic_warmup: int = 0,
         knn: int | None = None,
         knn_samples: int = 2000,
         device: str = "auto",
@@ -106,6 +107,7 @@ class Trainer:
             checkpoint_activations: Recompute activations in backward.
             compile: `torch.compile` stages and critics.
             stagger: Optimizer steps by which each stage starts to learn after the one before it.
+            critic_warmup: Optimizer steps at the start in which stages with a critic train that alone.
             knn: Score every stage's output by this many nearest of the last training samples, too; None: do not.
             knn_samples: How many of them are kept.
             device: "auto", "cpu" or "cuda".
@@ -131,6 +133,7 @@ class Trainer:
             log_every=log_every,
             keep_checkpoints=keep_checkpoints,
             stagger=stagger or None,
+            critic_warmup=critic_warmup or None,
         )
         for name, value in (("timeout_seconds", timeout_seconds), ("clip_norm", clip_norm)):
             if value is not None and not value > 0:
@@ -152,6 +155,7 @@ class Trainer:
                 checkpoint_activations,
                 compile,
                 stagger,
+                critic_warmup,
                 resolve_correction(global_correction),
                 knn,
                 knn_samples,
