@@ -93,6 +93,22 @@ def test_every_stage_has_its_own_rate():
     assert [stage.learning_rate for stage in one.stages] == pytest.approx([0.025, 0.15])
 
 
+def test_a_rate_of_0_freezes_a_stage():
+    """It computes forward only; the others learn."""
+    one = trainer(optimizer={"kind": "SGD", "lr": 0.1, "lr_per_stage": [0, 1]})
+    one.build()
+    before = [[p.clone() for p in (*stage.trunk.parameters(), *_of(stage.critic))] for stage in one.stages]
+    report = one.fit(BATCHES, 4)
+    after = [[*stage.trunk.parameters(), *_of(stage.critic)] for stage in one.stages]
+    assert all(map(torch.equal, before[0], after[0])) and not any(map(torch.equal, before[1], after[1]))
+    assert report.per_stage[0]["saved_activation_bytes_peak"] == 0
+    assert all(p.grad is None for p in after[0])
+
+
+def _of(critic):
+    return critic.parameters() if critic is not None else ()
+
+
 def test_rates_for_other_stages_are_refused():
     with pytest.raises(UsageError, match=r"optimizer\.lr_per_stage has 3 factors for 2 stages; give one for each"):
         trainer(optimizer={"kind": "SGD", "lr_per_stage": [1, 1, 1]})

@@ -20,7 +20,7 @@ class OptimizerSettings(Section):
     lr: float = Field(1e-3, gt=0)
     """Learning rate."""
     lr_per_stage: list[float] | None = None
-    """Factors of `lr`, one for every stage (decoupled only); default: all 1."""
+    """Factors of `lr`, one for every stage (decoupled only); 0: it and its critic stay as they are. Default: 1."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of the class, e.g. `{weight_decay: 0.1, betas: [0.9, 0.95]}`; `lr` has its own key."""
 
@@ -28,13 +28,17 @@ class OptimizerSettings(Section):
     def _one_rate(self) -> OptimizerSettings:
         if "lr" in self.arguments:
             raise ValueError(f"arguments.lr {self.arguments['lr']} would override lr {self.lr}; give lr alone")
-        if any(factor <= 0 for factor in self.lr_per_stage or ()):
-            raise ValueError(f"lr_per_stage {self.lr_per_stage} must be above 0, every one; freeze layers instead")
+        if any(factor < 0 for factor in self.lr_per_stage or ()):
+            raise ValueError(f"lr_per_stage {self.lr_per_stage} must not be negative; 0 freezes a stage")
         return self
 
+    def freezes(self, index: int) -> bool:
+        """Whether a stage and its critic stay as they are."""
+        return self.lr_per_stage is not None and self.lr_per_stage[index] == 0
+
     def of_stage(self, index: int) -> OptimizerSettings:
-        """The same with the rate of one stage."""
-        if self.lr_per_stage is None:
+        """The same with the rate of one stage that is not frozen."""
+        if self.lr_per_stage is None or self.freezes(index):
             return self
         return self.model_copy(update={"lr": self.lr * self.lr_per_stage[index], "lr_per_stage": None})
 
