@@ -17,7 +17,7 @@ from torch import nn
 from decoupled_pp.cascade import Cascade
 from decoupled_pp.channels import Inlet, Outlet
 from decoupled_pp.config import explain
-from decoupled_pp.contracts import CriticBuilder, CriticContext, Loss, Plan, Record, UsageError
+from decoupled_pp.contracts import CriticBuilder, CriticContext, Layers, Loss, Plan, Record, UsageError
 from decoupled_pp.critic_sections import CriticSettings, CriticTargetSettings, LabelTarget, MixTarget
 from decoupled_pp.critics import build_critic, check_critic
 from decoupled_pp.device import Clock, seeded
@@ -203,7 +203,9 @@ def build_stages(
     _leave_evaluation_mode(*plan.module.children())
     built = []
     for index in stages:
-        trunk = plan.stage_module(index).to(device)
+        trunk = plan.stage_module(index)
+        _materialise(plan, trunk, device, _mixed(recipe.seed, index, 3))
+        trunk = trunk.to(device)
         critic = critics[index].to(device) if index in critics else None
         if critic is not None:
             _leave_evaluation_mode(critic)
@@ -232,6 +234,21 @@ def build_stages(
             )
         )
     return built
+
+
+def _materialise(plan: Plan, trunk: nn.Module, device: torch.device, seed: int) -> None:
+    """Give a stage its weights if the network was built on the meta device.
+
+    Raises:
+        UsageError: Nothing says where they come from.
+    """
+    if not any(parameter.is_meta for parameter in trunk.parameters()):
+        return
+    weights = plan.module.weights if isinstance(plan.module, Layers) else None
+    if weights is None:
+        raise UsageError("the network is on the meta device, and `Layers.weights` does not say where its weights are")
+    with seeded(seed):
+        weights.fill(trunk, device)
 
 
 def _build_cascade(recipe: Recipe, critic: nn.Module, index: int) -> Cascade | None:

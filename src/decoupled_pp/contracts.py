@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, TypeAlias
@@ -132,6 +131,45 @@ def check_payload(value: object, source: str) -> Payload:
     )
 
 
+class Weights(ABC):
+    """The weights of a network that was built on the meta device."""
+
+    @abstractmethod
+    def fill(self, part: nn.Module, device: torch.device) -> None:
+        """Give storage and content to layers of the network, under their names in it."""
+
+
+class Layers(nn.Sequential):
+    """Layers under names that may have dots in them: those that they have in the user's own, nested network.
+
+    Attributes:
+        places: Boundaries where the network may be cut (`cut_after`); None: anywhere.
+        weights: What fills layers that are on the meta device, stage by stage; None: they have their weights.
+    """
+
+    places: tuple[int, ...] | None = None
+    weights: Weights | None = None
+
+    def __init__(self, named: Iterable[tuple[str, nn.Module]] = ()) -> None:
+        super().__init__()
+        self._modules.update(named)  # add_module refuses dots
+
+    def _load_from_state_dict(  # noqa: PLR0917 - torch's own signature
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, False, missing, unexpected, errors)
+        known = tuple(f"{prefix}{name}." for name in self._modules)
+        if strict:  # torch would look up the first part of a key alone
+            unexpected += [key for key in state_dict if key.startswith(prefix) and not key.startswith(known)]
+
+
 @dataclass(frozen=True)
 class Plan:
     """A network and where it is cut. Built by `dpp.partition`; stages are contiguous runs of layers.
@@ -169,7 +207,7 @@ class Plan:
     def stage_module(self, stage: int) -> nn.Sequential:
         """The layers of one stage, sharing the user's modules and keeping their names in `state_dict`."""
         first, last = self.boundaries[stage], self.boundaries[stage + 1]
-        return nn.Sequential(OrderedDict(list(self.module.named_children())[first:last]))
+        return Layers(list(self.module.named_children())[first:last])
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from decoupled_pp.contracts import UsageError
 
@@ -193,3 +193,32 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
         for gpu in gpus:
             torch.cuda.default_generators[gpu].manual_seed(seed)
         yield
+
+
+@contextmanager
+def untouched(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Restore train/eval flags, buffers and the random generators of the CPU and `device` at the end."""
+    flags = [(part, part.training) for part in module.modules()]
+    buffers = [
+        (part, name, buffer, buffer.clone())
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None
+    ]
+    with torch.random.fork_rng(devices=cuda_devices(device)):
+        try:
+            yield
+        finally:
+            for part, flag in flags:
+                part.training = flag
+            with torch.no_grad():
+                for part, name, buffer, content in buffers:
+                    buffer.copy_(content)
+                    part._buffers[name] = buffer
+
+
+def cuda_devices(device: torch.device) -> list[int]:
+    """The CUDA device index as `torch.random.fork_rng` wants it; none for other devices."""
+    if device.type != "cuda":
+        return []
+    return [device.index if device.index is not None else torch.cuda.current_device()]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from decoupled_pp.contracts import Batch, Payload, as_tuple, map_payload
+from decoupled_pp.device import untouched
 from decoupled_pp.objective import Critic, View, local_loss, rider_of
-from decoupled_pp.partitioning.layers import untouched
 from decoupled_pp.stage import Stage
 
 

@@ -27,7 +27,7 @@ class SavedActivations:
 
     def __init__(self, excluded: Iterable[Tensor]) -> None:
         """Leave out the storages of `excluded` (parameters and buffers)."""
-        self._excluded = {tensor.untyped_storage().data_ptr() for tensor in excluded}
+        self._excluded = {tensor.untyped_storage()._cdata for tensor in excluded}
         self._views: defaultdict[int, Counter[_View]] = defaultdict(Counter)
         self._bytes: Counter[int] = Counter()
         self._held = 0
@@ -70,7 +70,7 @@ class _Saved:
     def __init__(self, tensor: Tensor, meter: SavedActivations) -> None:
         storage = tensor.untyped_storage()
         self.tensor, self._meter = tensor, meter
-        self.pointer, self.storage_bytes = storage.data_ptr(), storage.nbytes()
+        self.pointer, self.storage_bytes = storage._cdata, storage.nbytes()
         size = tensor.element_size()
         offset, count = int(tensor.storage_offset()) * size, tensor.numel() * size
         self.view: _View = (offset, count, tuple(tensor.shape), tuple(tensor.stride()))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from decoupled_pp.contracts import CriticContext, Payload, UsageError, as_tuple, check_payload, map_payload
+from decoupled_pp.device import untouched
 
 LAYER_FAULTS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError)
 """What a layer raises when its input does not fit."""
@@ -74,35 +73,6 @@ def misfit(name: str, layer: nn.Module, given: Payload, error: Exception) -> Usa
     )
 
 
-@contextmanager
-def untouched(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Restore train/eval flags, buffers and the random generators of the CPU and `device` at the end."""
-    flags = [(part, part.training) for part in module.modules()]
-    buffers = [
-        (part, name, buffer, buffer.clone())
-        for part in module.modules()
-        for name, buffer in part._buffers.items()
-        if buffer is not None
-    ]
-    with torch.random.fork_rng(devices=cuda_devices(device)):
-        try:
-            yield
-        finally:
-            for part, flag in flags:
-                part.training = flag
-            with torch.no_grad():
-                for part, name, buffer, content in buffers:
-                    buffer.copy_(content)
-                    part._buffers[name] = buffer
-
-
-def cuda_devices(device: torch.device) -> list[int]:
-    """The CUDA device index as `torch.random.fork_rng` wants it; none for other devices."""
-    if device.type != "cuda":
-        return []
-    return [device.index if device.index is not None else torch.cuda.current_device()]
-
-
 def _copy_for(layer: nn.Module, payload: Payload) -> Payload:
     """A copy on the layer's device; a copy, because the layer may work in place."""
     own = next(chain(layer.parameters(), layer.buffers()), None)
@@ -158,9 +128,14 @@ def critic_context(
         stage=stage,
         stages=stages,
         boundary=boundary,
-        hidden=hiddens[boundary],
-        output=output,
+        hidden=map_payload(_present, hiddens[boundary]),
+        output=_present(output),
         layers=tuple(module.children()),
         hiddens=tuple(hiddens[boundary:]),
-        sample=hiddens[0],
+        sample=map_payload(_present, hiddens[0]),
     )
+
+
+def _present(tensor: Tensor) -> Tensor:
+    """The tensor, or zeros of its shape if it is on the meta device (`Layers.weights`)."""
+    return torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor

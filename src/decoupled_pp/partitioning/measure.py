@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from decoupled_pp.contracts import CriticBuilder, CriticContext, Loss, Payload, UsageError, as_tuple, map_payload
+from decoupled_pp.device import cuda_devices
 from decoupled_pp.objective import Critic, View, local_loss
-from decoupled_pp.partitioning.layers import LAYER_FAULTS, cuda_devices, misfit
+from decoupled_pp.partitioning.layers import LAYER_FAULTS, misfit
 
 WARM_UP = 2
 """Runs before the measured ones: allocator, lazy library initialisation, kernel choice."""

@@ -22,10 +22,11 @@ from decoupled_pp.contracts import (
     map_payload,
     payload_bytes,
 )
+from decoupled_pp.device import cuda_devices
 from decoupled_pp.memory import SavedActivations
 from decoupled_pp.optim import OptimizerFactory, build_optimizers
 from decoupled_pp.partitioning import measure_passes, stand_in_objective, trace
-from decoupled_pp.partitioning.layers import LAYER_FAULTS, critic_context, cuda_devices, misfit
+from decoupled_pp.partitioning.layers import LAYER_FAULTS, critic_context, misfit
 from decoupled_pp.partitioning.measure import Judged, Objective
 from decoupled_pp.planner.profile import Piece, Profile
 from decoupled_pp.settings import OptimizerSettings
@@ -129,7 +130,7 @@ def _piece(
         raise
     except LAYER_FAULTS as error:
         raise misfit(name, module, given, error) from error
-    step, state = _optimizer(copied, how.optimizer)
+    step, state = optimizer_cost(copied, how.optimizer)
     trainable = [p for p in copied.parameters() if p.requires_grad]
     return {
         "name": name,
@@ -142,7 +143,7 @@ def _piece(
     }
 
 
-def _optimizer(module: nn.Module, choice: OptimizerSettings | OptimizerFactory) -> tuple[float, int]:
+def optimizer_cost(module: nn.Module, choice: OptimizerSettings | OptimizerFactory) -> tuple[float, int]:
     """Seconds of a step and bytes of the state it leaves, by taking steps along gradients of zeros."""
     optimizers = build_optimizers(choice, nn.Sequential(module), None, owns_head=False)
     if not optimizers:
