@@ -25,7 +25,10 @@ if TYPE_CHECKING:
         TrainingError,
         UsageError,
     )
+    from decoupled_pp.models.huggingface import split_transformers
     from decoupled_pp.objective import Critic, View
+    from decoupled_pp.splitting import cut_after, flatten, split_blocks
+    from decoupled_pp.splitting.traced import split_traced
     from decoupled_pp.trainer import Trainer
 
 __all__ = [
@@ -44,11 +47,26 @@ __all__ = [
     "TrainingError",
     "UsageError",
     "View",
+    "cut_after",
+    "flatten",
     "partition",
+    "split_blocks",
+    "split_traced",
+    "split_transformers",
 ]
 __version__ = "0.1.0"
 
-_HOMES = {"Trainer": "trainer", "partition": "common_plan", "Critic": "objective", "View": "objective"}
+_HOMES = {
+    "Trainer": "trainer",
+    "partition": "common_plan",
+    "Critic": "objective",
+    "View": "objective",
+    "cut_after": "splitting",
+    "flatten": "splitting",
+    "split_blocks": "splitting",
+    "split_traced": "splitting.traced",
+    "split_transformers": "models.huggingface",
+}
 """Where a public name comes from, unless it is in `contracts`."""
 
 

@@ -127,7 +127,12 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="write a run's network as plain safetensors")
     export.add_argument("folder", help="run folder")
-    export.add_argument("-o", "--output", required=True, help="file to write")
+    export.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        help="file to write; of a transformers model a folder, unless it ends in .safetensors",
+    )
     export.add_argument("--exit", type=int, help="a smaller network: the stages up to this one, and its critic")
     export.set_defaults(run=_export)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from collections.abc import Callable, Container, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
@@ -14,12 +13,14 @@ from torch import nn
 from decoupled_pp import environment, run_folder
 from decoupled_pp.checkpoint import Checkpoint, export_safetensors, latest_checkpoint
 from decoupled_pp.config import load_settings
-from decoupled_pp.contracts import Record, UsageError
+from decoupled_pp.contracts import Layers, Record, UsageError
 from decoupled_pp.exits import Evaluation, ensemble, exit_costs, progressive
 from decoupled_pp.gradient_probe import gradient_cosines
 from decoupled_pp.job import make_trainer, prepare
 from decoupled_pp.models import build_model
+from decoupled_pp.models.huggingface import export_transformers
 from decoupled_pp.resume import load_model
+from decoupled_pp.sections import HuggingFaceModel
 from decoupled_pp.settings import STAGES_ALONE, Settings
 
 
@@ -94,13 +95,24 @@ def evaluate_run(
 
 
 def export_folder(folder: Path, output: Path) -> None:
-    """Write the newest checkpoint of a run as plain safetensors; the data need not be there any more."""
+    """Write the newest checkpoint of a run as plain safetensors; the data need not be there any more.
+
+    A `transformers` model becomes a folder for `from_pretrained`, unless `output` is called `*.safetensors`.
+    """
     settings, checkpoint = open_run(folder)
-    module = build_model(settings.model, run_folder.read_info(folder))
-    if checkpoint is None:
-        run_folder.load_weights(folder, module)
-    else:
-        load_model(checkpoint, module)
+    info = run_folder.read_info(folder)
+
+    def load(module: nn.Module) -> None:
+        if checkpoint is None:
+            run_folder.load_weights(folder, module)
+        else:
+            load_model(checkpoint, module)
+
+    if isinstance(settings.model, HuggingFaceModel) and output.suffix != ".safetensors":
+        export_transformers(settings.model, info, load, output)
+        return
+    module = build_model(settings.model, info)
+    load(module)
     export_safetensors(module, output)
 
 
@@ -121,11 +133,11 @@ def exit_module(folder: str | Path, exit: int) -> nn.Sequential:
     trainer = make_trainer(settings, plan)
     trainer.build(checkpoint)
     kept = trainer.stages[: exit + 1]
-    layers = OrderedDict((name, layer) for stage in kept for name, layer in stage.trunk.named_children())
+    layers = {name: layer for stage in kept for name, layer in stage.trunk.named_children()}
     critic = trainer.stages[exit].critic
     if critic is not None and exit < settings.stages - 1:
         layers[_unused("exit", layers)] = critic
-    return nn.Sequential(layers).cpu().eval()
+    return Layers(layers.items()).cpu().eval()
 
 
 def _unused(name: str, taken: Container[str]) -> str:

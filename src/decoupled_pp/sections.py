@@ -90,7 +90,31 @@ class FactoryModel(Factory):
     """Your own network: `function(info, **arguments)` returns an `nn.Sequential` or a list of layers (`DataInfo`)."""
 
 
-ModelSettings = Annotated[GptModel | ResnetModel | VggModel | MlpModel | FactoryModel, Field(discriminator="kind")]
+class HuggingFaceModel(Section):
+    """A Hugging Face `transformers` model (extra `hf`), split at its blocks."""
+
+    kind: Literal["huggingface"]
+    path: str | None = None
+    """Name on the hub, or a local folder with its `config.json`."""
+    type: str | None = None
+    """Instead of a path: an architecture with fresh weights, by its `model_type`, such as `llama` or `vit`."""
+    head: Literal["causal_lm", "masked_lm", "sequence_classification", "image_classification"] | None = None
+    """What stands on top; default: `causal_lm` for tokens, `image_classification` for images."""
+    pretrained: bool = True
+    """Load the weights of `path`; false: fresh ones, from its config alone."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Changes of its config, such as `{num_hidden_layers: 8}`."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> HuggingFaceModel:
+        if (self.path is None) == (self.type is None):
+            raise ValueError("give either path or type")
+        return self
+
+
+ModelSettings = Annotated[
+    GptModel | ResnetModel | VggModel | MlpModel | HuggingFaceModel | FactoryModel, Field(discriminator="kind")
+]
 
 
 # ----------------------------------------------------------------------------------------------------------- data

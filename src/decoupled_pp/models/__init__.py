@@ -11,6 +11,7 @@ from decoupled_pp.contracts import DataInfo
 from decoupled_pp.models.factory import build_from_factory
 from decoupled_pp.models.generation import generate
 from decoupled_pp.models.gpt import build_gpt
+from decoupled_pp.models.huggingface import build_from_transformers
 from decoupled_pp.models.mlp import build_mlp
 from decoupled_pp.models.resnet import build_resnet
 from decoupled_pp.models.vgg import build_vgg
@@ -23,6 +24,7 @@ KINDS: dict[str, Callable[[Any, DataInfo], nn.Sequential]] = {
     "resnet": build_resnet,
     "vgg": build_vgg,
     "mlp": build_mlp,
+    "huggingface": build_from_transformers,
     "factory": build_from_factory,
 }
 """`model.kind` -> the function that builds it."""

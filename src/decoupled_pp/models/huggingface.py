@@ -1,0 +1,215 @@
+"""Models of Hugging Face `transformers`, split at their blocks: no adapter per family."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from decoupled_pp.contracts import DataInfo, UsageError
+from decoupled_pp.sections import HuggingFaceModel
+from decoupled_pp.splitting import Split, split_blocks
+from decoupled_pp.splitting.stubs import without_weights
+from decoupled_pp.splitting.weights import StoredWeights
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_HEADS = {
+    "causal_lm": "AutoModelForCausalLM",
+    "masked_lm": "AutoModelForMaskedLM",
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "image_classification": "AutoModelForImageClassification",
+}
+_HEAD_OF_FORM = {"tokens": "causal_lm", "image": "image_classification"}
+
+
+def split_transformers(
+    model: PreTrainedModel, sample: Mapping[str, Tensor], weights: str | Path | None = None
+) -> Split:
+    """Split a `transformers` model into layers, exactly: embeddings, blocks, and what comes after them.
+
+    Args:
+        model: An encoder or decoder with its head; its blocks lie in an `nn.ModuleList`. Its own loss is not used.
+            It becomes part of the layers.
+        sample: An input micro-batch by argument name, `input_ids` (B, T) and `attention_mask` (B, T), say.
+        weights: For a model built under `torch.device("meta")`: the folder (`save_pretrained`) from which every rank
+            loads its own stage when it builds it; None: fresh weights, as `transformers` makes them.
+
+    Returns:
+        The layers; they take the sample's tensors in their order (a single one by itself) and return the logits, or the
+        last hidden state of a model without a head.
+
+    Raises:
+        UsageError: An encoder-decoder, or a model that is no chain of blocks (what stands in the way is named).
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UsageError(
+            f"{type(model).__name__} is an encoder-decoder: every block of the decoder needs the encoder's output; "
+            "take an encoder or a decoder alone (T5EncoderModel, say)"
+        )
+    takes = inspect.signature(model.forward).parameters
+    options: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
+    if "return_dict" in takes or "kwargs" in takes:
+        options["return_dict"] = True
+    found = split_blocks(model, _padded(sample), options=options, output=_output)
+    if without_weights(model):
+        source = Path(weights) if weights is not None else None
+        found.layers.weights = StoredWeights(source, found.names, found.untied, partial(_fresh, model))
+    return found
+
+
+def _fresh(model: PreTrainedModel, part: nn.Module) -> None:
+    for module in part.modules():
+        model._init_weights(module)  # type: ignore[no-untyped-call]
+
+
+def _padded(sample: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The sample with padding in its last row: without any, models leave the mask out, and with some they do not."""
+    mask = sample.get("attention_mask")
+    if mask is None or mask.dim() != 2:
+        return dict(sample)
+    padded = mask.clone()
+    padded[-1, mask.shape[1] // 2 :] = 0
+    return {**sample, "attention_mask": padded}
+
+
+def _output(result: Any) -> Tensor:
+    found = getattr(result, "logits", None)
+    if found is None:
+        found = getattr(result, "last_hidden_state", None)
+    if not isinstance(found, Tensor):
+        raise UsageError(f"the model returned {type(result).__name__} with neither logits nor last_hidden_state")
+    return found
+
+
+def load_transformers(settings: HuggingFaceModel, info: DataInfo, *, weights: bool = True) -> PreTrainedModel:
+    """The model of a run, in fp32; fresh weights come from torch's global generator.
+
+    Args:
+        settings: The `model` section.
+        info: The data it is for.
+        weights: False: fresh ones even where the settings ask for pretrained ones, to be overwritten.
+
+    Raises:
+        UsageError: `transformers` is missing, the model cannot be loaded, or it does not fit the data.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise UsageError("model.kind huggingface needs transformers: pip install 'decoupled_pp[hf]'") from None
+    head = settings.head or _HEAD_OF_FORM.get(info.form)
+    if head is None:
+        raise UsageError(
+            f"model.head is not given and data of form {info.form!r} suggests none; of {', '.join(_HEADS)}"
+        )
+    maker = getattr(transformers, _HEADS[head])
+    config = _config(settings, info, head)
+    try:
+        if settings.path is not None and settings.pretrained and weights:
+            model = maker.from_pretrained(settings.path, config=config, dtype=torch.float32)
+        else:
+            model = maker.from_config(config, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UsageError(f"model.path: {settings.path or settings.type!r} as {head}: {_line(error)}") from None
+    _check_vocabulary(model, info)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _config(settings: HuggingFaceModel, info: DataInfo, head: str) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    changes = dict(settings.config)
+    if head.endswith("classification"):
+        changes.setdefault("num_labels", info.outputs)
+    fresh = settings.path is None or not settings.pretrained
+    if fresh and info.form == "tokens":
+        changes.setdefault("vocab_size", info.outputs)
+    if fresh and info.form == "image":
+        changes.setdefault("image_size", info.shape[-1])
+        changes.setdefault("num_channels", info.shape[0])
+    try:
+        if settings.path is not None:
+            config: PretrainedConfig = AutoConfig.from_pretrained(settings.path, **changes)
+        else:
+            config = AutoConfig.for_model(settings.type or "", **changes)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"model: config of {settings.path or settings.type!r}: {_line(error)}") from None
+    return config
+
+
+def _check_vocabulary(model: nn.Module, info: DataInfo) -> None:
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if info.form == "tokens" and isinstance(size, int) and size < info.outputs:
+        raise UsageError(
+            f"the data have {info.outputs} tokens and the model {size}; give data.tokenizer the model's own, or "
+            "model.config.vocab_size"
+        )
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n", 1)[0]
+
+
+def sample_inputs(info: DataInfo) -> dict[str, Tensor]:
+    """A micro-batch of two made-up samples by the name of the argument that takes them.
+
+    Raises:
+        UsageError: Data of another form than tokens or images.
+    """
+    if info.form == "tokens":
+        return {"input_ids": torch.arange(2 * info.shape[0]).reshape(2, -1) % info.outputs}
+    if info.form == "image":
+        return {"pixel_values": torch.linspace(-1, 1, 2 * torch.Size(info.shape).numel()).reshape(2, *info.shape)}
+    raise UsageError(
+        f"model.kind huggingface takes tokens or images, not data of form {info.form!r}; split it yourself"
+    )
+
+
+def build_from_transformers(settings: HuggingFaceModel, info: DataInfo) -> nn.Sequential:
+    """The layers of the model of a run.
+
+    Raises:
+        UsageError: As `load_transformers` and `split_transformers`.
+    """
+    return split_transformers(load_transformers(settings, info), sample_inputs(info)).layers
+
+
+def export_transformers(
+    settings: HuggingFaceModel, info: DataInfo, load: Callable[[nn.Module], None], output: Path
+) -> None:
+    """Write a folder that `from_pretrained` loads, with the tokenizer of `settings.path` if it has one.
+
+    Where a weight was one with another's and has become its own (the output projection, mostly), the config says so
+    (`tie_word_embeddings: false`).
+
+    Args:
+        settings: The `model` section of the run.
+        info: Its data.
+        load: Puts the trained weights into the layers it is given.
+        output: The folder.
+    """
+    model = load_transformers(settings, info, weights=False)
+    found = split_transformers(model, sample_inputs(info))
+    load(found.layers)
+    if found.untied:
+        model.config.tie_word_embeddings = False
+    model.save_pretrained(output)
+    _copy_tokenizer(settings, output)
+
+
+def _copy_tokenizer(settings: HuggingFaceModel, output: Path) -> None:
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    if settings.path is None:
+        return
+    for kind in (AutoTokenizer, AutoImageProcessor):
+        with suppress(OSError, ValueError, KeyError, ImportError):  # most models have one of the two
+            kind.from_pretrained(settings.path).save_pretrained(output)

@@ -1,0 +1,6 @@
+"""Any model as a list of layers."""
+
+from decoupled_pp.splitting.blocks import Split, split_blocks
+from decoupled_pp.splitting.sequential import cut_after, flatten
+
+__all__ = ["Split", "cut_after", "flatten", "split_blocks"]

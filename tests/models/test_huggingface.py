@@ -1,0 +1,101 @@
+"""`model.kind: huggingface`: trained like any other network, exported to a folder that its own library loads."""
+
+import pytest
+import torch
+
+from decoupled_pp.cli import main
+from decoupled_pp.contracts import DataInfo, UsageError
+from decoupled_pp.finished_run import open_run
+from decoupled_pp.models import build_model
+from decoupled_pp.sections import HuggingFaceModel
+
+transformers = pytest.importorskip("transformers")
+
+TEXT = DataInfo("tokens", (16,), 256)
+IMAGES = DataInfo("image", (1, 16, 16), 10)
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32, "bos_token_id": 0, "eos_token_id": 0}
+RUN = """
+name: tiny
+stages: 2
+cut: [2, 2]
+threads: 1
+model:
+  kind: huggingface
+  type: gpt2
+  config: {n_embd: 32, n_layer: 2, n_head: 2, n_positions: 32, bos_token_id: 0, eos_token_id: 0}
+data: {kind: python_source, batch_size: 2, context: 16}
+training: {steps: 3}
+validation: {batches: 1}
+logging: {tensorboard: false}
+"""
+
+
+def model(**settings):
+    return HuggingFaceModel(kind="huggingface", **settings)
+
+
+def command(*arguments):
+    with pytest.raises(SystemExit) as ended:
+        main([str(one) for one in arguments])
+    return ended.value.code
+
+
+def test_fresh_models_fit_the_data():
+    """Vocabulary, classes and image size come from the data, the head from their form."""
+    layers = build_model(model(type="llama", config=SIZES), TEXT).eval()
+    assert layers(torch.zeros(3, 9, dtype=torch.int64)).shape == (3, 9, 256)
+    layers = build_model(model(type="vit", config=SIZES | {"patch_size": 8}), IMAGES).eval()
+    assert layers(torch.zeros(3, 1, 16, 16)).shape == (3, 10)
+
+
+def test_pretrained_weights_are_loaded(tmp_path):
+    whole = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=256, **GPT2)).eval()
+    whole.save_pretrained(tmp_path)
+    tokens = torch.randint(0, 256, (2, 16))
+    layers = build_model(model(path=str(tmp_path)), TEXT).eval()
+    assert torch.equal(layers(tokens), whole(tokens).logits)
+    fresh = build_model(model(path=str(tmp_path), pretrained=False), TEXT).eval()
+    assert not torch.equal(fresh(tokens), whole(tokens).logits)
+
+
+def test_a_run_is_exported_for_its_own_library(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(RUN)
+    assert command("train", "tiny.yaml") == 0
+    assert command("export", "runs/tiny", "-o", "exported") == 0
+    again = transformers.AutoModelForCausalLM.from_pretrained("exported").eval()
+    settings, _ = open_run(tmp_path / "runs" / "tiny")
+    layers = build_model(settings.model, TEXT).eval()
+    from decoupled_pp.run_folder import load_weights
+
+    load_weights(tmp_path / "runs" / "tiny", layers)
+    tokens = torch.randint(0, 256, (2, 16))
+    assert torch.equal(again(tokens).logits, layers(tokens))
+    assert again.generate(tokens[:1], max_new_tokens=2, do_sample=False, pad_token_id=0).shape == (1, 18)
+
+
+@pytest.mark.parametrize(
+    ("settings", "info", "reason"),
+    [
+        ({"path": "nowhere/at-all"}, TEXT, "model: config of 'nowhere/at-all'"),
+        ({"type": "no-such-family"}, TEXT, "model: config of 'no-such-family'"),
+        ({"type": "llama", "config": SIZES | {"vocab_size": 100}}, TEXT, "the data have 256 tokens and the model 100"),
+        ({"type": "llama", "config": SIZES}, DataInfo("vector", (4,), 2), "model.head is not given"),
+        (
+            {"type": "llama", "config": SIZES, "head": "causal_lm"},
+            DataInfo("vector", (4,), 2),
+            "takes tokens or images",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(settings, info, reason, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UsageError, match=reason):
+        build_model(model(**settings), info)
+
+
+def test_one_origin_is_needed():
+    for given in ({}, {"path": "a", "type": "b"}):
+        with pytest.raises(ValueError, match="give either path or type"):
+            model(**given)
