@@ -5,6 +5,8 @@ import json
 import pytest
 
 from decoupled_pp.cli import main
+from decoupled_pp.planner.profile import read_profile
+from decoupled_pp.planner.stages import cut_stages
 
 CONFIG = "configs/small/digits.yaml"
 
@@ -39,6 +41,27 @@ def test_a_network_is_measured_planned_and_planned_again(tmp_path, capsys):
     one_way = figures["predictions"]["decoupled"]["traffic"]
     assert all(way["gradients"] == 0 for way in one_way)
     assert "Assumptions" in told and "Memory of every rank" in told
+
+
+def test_the_cut_is_a_table_and_a_picture(tmp_path, capsys):
+    """One row for every stage; the figures of a stage are the sums of its layers and its critic."""
+    picture, saved = tmp_path / "cut.png", tmp_path / "profile.json"
+    arguments = [CONFIG, "--ranks=2", "--strategies=decoupled", f"--picture={picture}", f"--save-profile={saved}"]
+    assert _run(*arguments) == 0
+    told = capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    lines = told[told.index("The decoupled cut") :].splitlines()[1:4]
+    assert [line.split()[0] for line in lines] == ["stage", "0", "1"]
+    profile = read_profile(saved.read_text())
+    stages = cut_stages(profile, (0, 2, 5))
+    assert stages[0].critic == profile.critics[1].seconds and stages[1].critic == 0
+    assert sum(one.forward for one in stages) == pytest.approx(sum(layer.forward for layer in profile.layers))
+    assert stages[0].states == sum(layer.memory for layer in profile.layers[:2]) + profile.critics[1].memory
+
+
+def test_a_picture_needs_the_decoupled_cut(capsys):
+    assert _run(CONFIG, "--ranks=2", "--strategies=1f1b", "--picture=cut.png") == 2
+    assert "--picture is of the decoupled cut, and --strategies leaves it out" in capsys.readouterr().err
 
 
 def test_a_strategy_that_cannot_run_does_not_stop_the_others(tmp_path, capsys):

@@ -9,13 +9,21 @@ from typing import Any
 from torch import nn
 
 from decoupled_pp import environment
-from decoupled_pp.assemble import CriticChoice, CriticTargetChoice, resolve_critic, resolve_target
-from decoupled_pp.contracts import Loss, Payload, Plan
+from decoupled_pp.assemble import (
+    CriticChoice,
+    CriticTargetChoice,
+    OptimizerChoice,
+    resolve_critic,
+    resolve_optimizer,
+    resolve_target,
+)
+from decoupled_pp.contracts import Loss, Payload, Plan, UsageError
 from decoupled_pp.critic_sections import LabelTarget
 from decoupled_pp.device import choose_device
 from decoupled_pp.links import join_world
 from decoupled_pp.losses import find_loss
-from decoupled_pp.partitioning import By, cut_network
+from decoupled_pp.partitioning import By, Fits, as_sequential, cut_network
+from decoupled_pp.planner.memory import Room, limits_of, predict_memory, refuse_overflow
 
 
 def partition(
@@ -28,6 +36,10 @@ def partition(
     critic_target: CriticTargetChoice = "label",
     loss: str | Loss = "cross_entropy",
     device: str = "auto",
+    speeds: Sequence[float] | None = None,
+    memory: str | int | Sequence[str | int] | None = None,
+    optimizer: OptimizerChoice = "AdamW",
+    accumulate: int = 1,
     timeout_seconds: float = 300.0,
 ) -> Plan:
     """Cut a network into stages.
@@ -36,6 +48,7 @@ def partition(
 
     Args:
         layers: An `nn.Sequential` or a list of modules; each gets what the one before returned, a tensor or a tuple.
+            Marked with `cut_after`, it is cut at these places only, unless `by` is a list.
         stages: Number of stages; under torchrun the number of ranks.
         by: "time" (measured forward + backward of every layer and critic), "parameters", "uniform", or the number of
             layers of every stage, e.g. [3, 3, 2, 2]. Min-max cuts are exact.
@@ -44,6 +57,11 @@ def partition(
         critic_target: As for `Trainer`; critics that learn from the next stage's losses go forward twice.
         loss: Counted in the balance.
         device: Where to measure: "auto", "cpu" or "cuda".
+        speeds: Of the devices of the stages, relative to each other, e.g. [1, 1, 0.5, 1]; for "time" and "parameters".
+        memory: Of the devices, "20GiB" or a list with one for each stage: no stage may need more for weights,
+            gradients, optimizer and activations. For "time" and "parameters"; another cut is checked.
+        optimizer: Its state is counted; use the same for `Trainer`.
+        accumulate: Micro-batches per optimizer step; then gradients stay while activations come and go.
         timeout_seconds: Longest wait for rank 0's choice.
 
     Returns:
@@ -57,14 +75,27 @@ def partition(
     relearned = not isinstance(resolve_target(critic_target), LabelTarget)
     place = choose_device(device, environment.local_rank(), environment.local_world_size())
 
-    def cut(how: By) -> Plan:
-        return cut_network(layers, stages, how, sample, builder, find_loss(loss), place, relearned=relearned)
+    def cut(how: By, fits: Fits | None = None) -> Plan:
+        return cut_network(
+            layers, stages, how, sample, builder, find_loss(loss), place, relearned=relearned, speeds=speeds, fits=fits
+        )
+
+    def choose() -> Plan:
+        if memory is None:
+            return cut(by)
+        if sample is None:
+            raise UsageError("memory needs a sample to measure with; pass sample")
+        limits, counted = limits_of(memory, stages), resolve_optimizer(optimizer)
+        needs: dict[str, Any] = {"loss": find_loss(loss), "optimizer": counted, "accumulate": accumulate}
+        plan = cut(by, Room(as_sequential(layers), sample, builder, limits=limits, **needs))
+        refuse_overflow(predict_memory(plan, builder, **needs), limits)
+        return plan
 
     if environment.world_size() == 1:
-        return cut(by)
+        return choose()
 
     def measure() -> dict[str, Any]:
-        plan = cut(by)
+        plan = choose()
         return {"sizes": plan.sizes, "layers": plan.layer_seconds, "critics": plan.critic_seconds}
 
     chosen = join_world(timeout_seconds).channel().from_rank_0("cut", measure, timeout_seconds)

@@ -266,6 +266,10 @@ def prepare(settings: Settings, control: Control | None = None) -> tuple[Data | 
         critic_target=settings.critic_target,
         loss=settings.loss,
         device=settings.device,
+        speeds=settings.balance.speeds,
+        memory=settings.balance.memory,
+        optimizer=settings.optimizer,
+        accumulate=settings.training.accumulate,
         timeout_seconds=settings.links.timeout_seconds,
     )
     return (opened[0] if opened else None), info, plan

@@ -17,6 +17,7 @@ from decoupled_pp.planner.predict import STRATEGIES, Prediction, Setting, predic
 from decoupled_pp.planner.profile import Profile, read_profile
 from decoupled_pp.planner.scaling import Scale, curve
 from decoupled_pp.planner.simulate import Link
+from decoupled_pp.planner.stages import cut_stages
 from decoupled_pp.planner.text import describe_curves, describe_plan
 from decoupled_pp.planner.transformer import Transformer
 
@@ -38,7 +39,6 @@ _OF_DEVICES = (
     "critic_share",
     "weak",
     "depth",
-    "picture",
 )
 
 
@@ -56,6 +56,9 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--message-time", help="time that handing over a message keeps its rank busy (default: none)")
     parser.add_argument("--capacity", type=int, help="packets a decoupled link may hold (default: the settings', or 4)")
     parser.add_argument("--output", help="write the figures to this JSON file")
+    parser.add_argument(
+        "--picture", help="PNG file: of the decoupled cut, or with --devices of the curves (default: scaling.png)"
+    )
     config = parser.add_argument_group("a configured network")
     config.add_argument("--ranks", type=int, help="number of ranks")
     config.add_argument(
@@ -78,7 +81,6 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     )
     curves.add_argument("--weak", action="store_true", help="--micro-batches per replica instead of in all")
     curves.add_argument("--depth", type=int, help="deepest pipeline (default: as deep as there are blocks)")
-    curves.add_argument("--picture", help="PNG file of the curves (default: scaling.png)")
     parser.set_defaults(run=run_plan)
 
 
@@ -146,7 +148,15 @@ def _plan(chosen: argparse.Namespace, strategies: Sequence[str], link: Link) -> 
         except ValueError as error:  # one strategy that cannot run does not stop the others
             refused[kind] = str(error)
     figures = {"profile": profile.source, "setting": setting, "predictions": predictions, "refused": refused}
-    return describe_plan(profile, setting, predictions, refused), figures
+    text = describe_plan(profile, setting, predictions, refused)
+    if chosen.picture is not None:
+        from decoupled_pp.planner.picture import plot_cut
+
+        if "decoupled" not in predictions:
+            raise UsageError("--picture is of the decoupled cut, and --strategies leaves it out; add it")
+        plot_cut(cut_stages(profile, predictions["decoupled"].boundaries), Path(chosen.picture))
+        text += f"{chosen.picture}\n"
+    return text, figures
 
 
 def _profile(chosen: argparse.Namespace, settings: Settings) -> tuple[Profile, Cut]:

@@ -43,6 +43,15 @@ class OptimizerSettings(Section):
         return self.model_copy(update={"lr": self.lr * self.lr_per_stage[index], "lr_per_stage": None})
 
 
+class BalanceSettings(Section):
+    """What a cut by time or by parameters has to respect (decoupled only)."""
+
+    speeds: list[float] | None = None
+    """Of the devices of the stages, relative to each other, e.g. `[1, 1, 0.5, 1]`; default: all alike."""
+    memory: str | list[str] | None = None
+    """Of the devices: one size, such as `20GiB`, or one for every stage; no stage may need more. Default: no bound."""
+
+
 class ScheduleSettings(Section):
     """Learning rate over the optimizer steps of a stage."""
 
@@ -163,6 +172,8 @@ STAGES_ALONE: dict[str, Any] = {
     "optimizer.lr_per_stage": None,
     "training.stagger": 0,
     "training.critic_warmup": 0,
+    "balance.speeds": None,
+    "balance.memory": None,
     "validation.knn": None,
     "global_correction": None,
 }
@@ -215,6 +226,8 @@ class Settings(Section):
     """Stages the network is cut into; one per rank (decoupled: or all in one process)."""
     cut: Literal["time", "parameters", "uniform"] | list[int] = "time"
     """Balance stages by measured time, by parameters, by number of layers, or give the layers per stage."""
+    balance: BalanceSettings = BalanceSettings()
+    """Uneven devices, and how much memory they have."""
     model: ModelSettings
     """The network."""
     start_from: str | None = None

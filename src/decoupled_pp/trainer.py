@@ -284,7 +284,13 @@ class Trainer:
         return self._session(None, as_source(batches), Itinerary(step, step), resume, range(0)).exits
 
     def export(self) -> nn.Module:
-        """The user's own module with the trained weights; under torchrun every rank calls this and gets all of them."""
+        """The user's own module with the trained weights; under torchrun every rank calls this and gets all of them.
+
+        Raises:
+            UsageError: Other stages of a network on the meta device are on other ranks only.
+        """
+        if any(parameter.is_meta for parameter in self.plan.module.parameters()):
+            raise UsageError("this rank has its own stage only; use checkpoints, which every rank writes its part of")
         if self._world is not None:
             for stage in range(self.plan.stages):
                 for tensor in self.plan.stage_module(stage).state_dict().values():

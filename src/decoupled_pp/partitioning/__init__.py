@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from decoupled_pp.contracts import CriticBuilder, CriticContext, Loss, Payload, Plan, UsageError, count_parameters
-from decoupled_pp.partitioning.cut import listed_cut, minmax_cut, uniform_cut
+from decoupled_pp.partitioning.cut import Fits, listed_cut, minmax_cut, uniform_cut
 from decoupled_pp.partitioning.layers import as_sequential, critic_context, trace
 from decoupled_pp.partitioning.measure import (
     Objective,
@@ -26,6 +27,8 @@ from decoupled_pp.partitioning.shared import refuse_shared
 
 __all__ = [
     "By",
+    "Devices",
+    "Fits",
     "as_sequential",
     "critic_context",
     "cut_network",
@@ -62,8 +65,41 @@ def _candidates(module: nn.Sequential, traced: _Traced, stages: int) -> list[Cri
     ]
 
 
+@dataclass(frozen=True)
+class Devices:
+    """What a balanced cut has to respect.
+
+    Attributes:
+        places: Boundaries to choose from (`cut_after`); None: all.
+        speeds: Of the device of every stage, relative to each other; None: all alike.
+        fits: Which stages have room on their device; None: all.
+    """
+
+    places: Sequence[int] | None = None
+    speeds: Sequence[float] | None = None
+    fits: Fits | None = None
+
+    def cut(self, costs: Sequence[float], stages: int, closing: Sequence[Sequence[float]] | None) -> tuple[int, ...]:
+        """The best cut (`minmax_cut`)."""
+        return minmax_cut(costs, stages, closing, speeds=self.speeds, fits=self.fits)
+
+
+def _only_at(places: Sequence[int] | None, layers: int, stages: int) -> list[list[float]] | None:
+    """Closing costs that leave only these places to cut: nothing there, infinity elsewhere."""
+    if places is None:
+        return None
+    if stages > len(places) + 1:
+        raise UsageError(f"stages is {stages} but the network is marked to be cut in {len(places)} places; mark more")
+    row = [0.0 if end in places else math.inf for end in range(1, layers + 1)]
+    return [list(row) for _ in range(stages - 1)]
+
+
 def _balanced(
-    costs: Sequence[float], stages: int, contexts: Sequence[CriticContext], critics: Sequence[_Cost]
+    costs: Sequence[float],
+    stages: int,
+    contexts: Sequence[CriticContext],
+    critics: Sequence[_Cost],
+    devices: Devices,
 ) -> tuple[int, ...]:
     """The best cut; where no critic can be built is no place for one. If that leaves none, why is raised.
 
@@ -71,9 +107,10 @@ def _balanced(
     """
     closing = [[math.inf] * len(costs) for _ in range(stages - 1)]
     for context, cost in zip(contexts, critics, strict=True):
-        closing[context.stage][context.boundary - 1] = math.inf if isinstance(cost, UsageError) else cost
+        may = devices.places is None or context.boundary in devices.places
+        closing[context.stage][context.boundary - 1] = cost if may and not isinstance(cost, UsageError) else math.inf
     try:
-        return minmax_cut(costs, stages, closing)
+        return devices.cut(costs, stages, closing)
     except UsageError as error:
         raise next((cost for cost in critics if isinstance(cost, UsageError)), error) from error
 
@@ -87,17 +124,17 @@ def _parameters_of(critic: CriticBuilder, context: CriticContext) -> _Cost:
 
 
 def _cut_by_parameters(
-    module: nn.Sequential, stages: int, traced: _Traced | None, critic: CriticBuilder | None
+    module: nn.Sequential, stages: int, traced: _Traced | None, critic: CriticBuilder | None, devices: Devices
 ) -> tuple[int, ...]:
     parameters = [float(count_parameters(layer)) for layer in module]
     if critic is None or stages == 1:
-        return minmax_cut(parameters, stages, None)
+        return devices.cut(parameters, stages, _only_at(devices.places, len(parameters), stages))
     if traced is None:
         raise UsageError(
             "cut 'parameters' counts the critics, and needs a sample to build them for; pass sample or critic=None"
         )
     contexts = _candidates(module, traced, stages)
-    return _balanced(parameters, stages, contexts, [_parameters_of(critic, context) for context in contexts])
+    return _balanced(parameters, stages, contexts, [_parameters_of(critic, context) for context in contexts], devices)
 
 
 def _cut_by_time(
@@ -108,16 +145,18 @@ def _cut_by_time(
     *,
     objective: Objective,
     device: torch.device,
+    devices: Devices,
 ) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...] | None]:
     """Boundaries, seconds per layer, seconds of the critic of each cut stage."""
     layer_seconds = measure_layers(module, traced[0], device, objective=objective)
     if critic is None or stages == 1:
-        return minmax_cut(layer_seconds, stages, None), layer_seconds, None if critic is None else ()
+        boundaries = devices.cut(layer_seconds, stages, _only_at(devices.places, len(layer_seconds), stages))
+        return boundaries, layer_seconds, None if critic is None else ()
     contexts = _candidates(module, traced, stages)
     measured = measure_critics(contexts, critic, device, objective=objective)
-    boundaries = _balanced(layer_seconds, stages, contexts, measured)
-    places = set(enumerate(boundaries[1:-1]))
-    chosen = [cost for one, cost in zip(contexts, measured, strict=True) if (one.stage, one.boundary) in places]
+    boundaries = _balanced(layer_seconds, stages, contexts, measured, devices)
+    ends = set(enumerate(boundaries[1:-1]))
+    chosen = [cost for one, cost in zip(contexts, measured, strict=True) if (one.stage, one.boundary) in ends]
     return boundaries, layer_seconds, tuple(cost for cost in chosen if not isinstance(cost, UsageError))
 
 
@@ -131,11 +170,14 @@ def cut_network(  # noqa: PLR0917 - the plain facts, as `dpp.partition` takes th
     device: torch.device = _CPU,
     *,
     relearned: bool = False,
+    speeds: Sequence[float] | None = None,
+    fits: Fits | None = None,
 ) -> Plan:
     """Cut a network into stages.
 
     Args:
-        layers: An `nn.Sequential`, or a list of modules.
+        layers: An `nn.Sequential`, or a list of modules; marked with `cut_after`, it is cut at these places only,
+            unless `by` is a list.
         stages: Number of stages.
         by: "time" (measured forward + backward, critics and loss included), "parameters" (critics included), "uniform"
             (number of layers), or the number of layers of every stage.
@@ -146,6 +188,8 @@ def cut_network(  # noqa: PLR0917 - the plain facts, as `dpp.partition` takes th
         loss: Counted with the last layer and every critic, with a made-up target; None for a plain mean square.
         device: Where to measure.
         relearned: Critics go forward once more, to learn from the next stage's losses (`critic_target`).
+        speeds: Of the device of every stage, relative to each other; for "time" and "parameters".
+        fits: Which stages have room on their device; for "time" and "parameters".
 
     Returns:
         The plan; its `sample` is an empty tuple if none was given, its seconds are None if not measured.
@@ -158,16 +202,18 @@ def cut_network(  # noqa: PLR0917 - the plain facts, as `dpp.partition` takes th
     traced = trace(module, sample) if sample is not None else None
     layer_seconds: tuple[float, ...] | None = None
     critic_seconds: tuple[float, ...] | None = None
+    devices = Devices(getattr(module, "places", None), speeds, fits)
+    only = _only_at(devices.places, len(module), stages)
     if by == "uniform":
-        boundaries = uniform_cut(len(module), stages)
+        boundaries = minmax_cut([1.0] * len(module), stages, only) if only else uniform_cut(len(module), stages)
     elif by == "parameters":
-        boundaries = _cut_by_parameters(module, stages, traced, critic)
+        boundaries = _cut_by_parameters(module, stages, traced, critic, devices)
     elif by == "time":
         if traced is None:
             raise UsageError("cut 'time' needs a sample to measure with; pass sample, or cut by 'uniform'")
         objective = stand_in_objective(loss, traced[1].to(device), relearned=relearned)
         boundaries, layer_seconds, critic_seconds = _cut_by_time(
-            module, stages, traced, critic, objective=objective, device=device
+            module, stages, traced, critic, objective=objective, device=device, devices=devices
         )
     elif isinstance(by, list | tuple):
         boundaries = listed_cut(by, len(module), stages)

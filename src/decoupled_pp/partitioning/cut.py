@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import TypeAlias
 
 from decoupled_pp.contracts import UsageError
 
@@ -31,6 +32,15 @@ def _check_costs(costs: Sequence[float], stages: int, closing: Sequence[Sequence
             raise UsageError(f"{len(row)} closing costs for {len(costs)} layers; give one for every layer")
         if any(math.isnan(cost) or cost < 0 for cost in row):
             raise UsageError(f"closing costs {list(row)} must not be negative or NaN; measure again")
+
+
+def _check_speeds(speeds: Sequence[float] | None, stages: int) -> None:
+    if speeds is None:
+        return
+    if len(speeds) != stages:
+        raise UsageError(f"speeds has {len(speeds)} numbers for {stages} stages; give one for each")
+    if any(not 0 < speed < math.inf for speed in speeds):
+        raise UsageError(f"speeds {list(speeds)} must be above 0, every one")
 
 
 def _best_cut(
@@ -59,7 +69,18 @@ def _best_cut(
     return best[stages][0], tuple(boundaries)
 
 
-def minmax_cut(costs: Sequence[float], stages: int, closing: Sequence[Sequence[float]] | None) -> tuple[int, ...]:
+Fits: TypeAlias = Callable[[int, int, int], bool]
+"""fits(stage, first, end): whether a device has room for layers first..end-1 as this stage."""
+
+
+def minmax_cut(
+    costs: Sequence[float],
+    stages: int,
+    closing: Sequence[Sequence[float]] | None,
+    *,
+    speeds: Sequence[float] | None = None,
+    fits: Fits | None = None,
+) -> tuple[int, ...]:
     """Cut so that the costliest stage, which sets the pace of the pipeline, costs as little as possible. Exact.
 
     A stage costs the sum of its layers plus the closing cost of its last layer (its critic); the last stage of all has
@@ -71,26 +92,34 @@ def minmax_cut(costs: Sequence[float], stages: int, closing: Sequence[Sequence[f
         stages: Number of stages.
         closing: For every stage but the last, the cost of its critic after every layer; infinite where a cut is
             impossible. None for no critics.
+        speeds: Of the device of every stage, relative to each other: costs are divided by them. None: all alike.
+        fits: Which stages have room on their device; None: all.
 
     Returns:
         The boundaries, `stages + 1` of them.
 
     Raises:
-        UsageError: More stages than layers, bad costs, or no cut without an infinite closing cost.
+        UsageError: More stages than layers, bad costs or speeds, or no cut that is possible.
     """
     layers = len(costs)
     _check_stages(layers, stages)
     _check_costs(costs, stages, closing)
+    _check_speeds(speeds, stages)
     sums = list(accumulate(costs, initial=0.0))
 
     def stage_cost(stage: int, first: int, end: int) -> float:
         critic = closing[stage][end - 1] if closing is not None and end < layers else 0.0
-        return sums[end] - sums[first] + critic
+        if fits is not None and not math.isinf(critic) and not fits(stage, first, end):
+            return math.inf
+        return (sums[end] - sums[first] + critic) / (speeds[stage] if speeds is not None else 1.0)
 
     least, _ = _best_cut(layers, stages, stage_cost, max)
     if math.isinf(least):
         raise UsageError(
-            f"no cut into {stages} stages avoids the layers after which no critic can be built; "
+            f"no cut into {stages} stages fits the devices' memory; use more stages, a smaller micro-batch, or "
+            "checkpoint_activations"
+            if fits is not None
+            else f"no cut into {stages} stages avoids the layers after which no critic can be built; "
             "use fewer stages or another critic.kind"
         )
 

@@ -1,4 +1,4 @@
-"""Draws scaling curves: tokens per second and efficiency against devices. No torch."""
+"""Draws scaling curves (tokens per second and efficiency against devices), and a cut, stage by stage. No torch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from decoupled_pp.planner.scaling import Point
+from decoupled_pp.planner.stages import CutStage
 
 _COLOURS = ("#d55e00", "#56b4e9", "#0072b2", "#009e73", "#e69f00", "#cc79a7", "#999999", "#000000", "#f0e442")
 """Okabe and Ito (2008); the first is decoupled's."""
@@ -51,6 +52,33 @@ def plot_curves(curves: Mapping[str, Sequence[Point | str]], title: str, path: P
     share.set_ylim(0, 1.02)
     figure.suptitle(f"Predicted, not measured: {title}", fontsize=10.5)
     figure.legend(loc="outside right center", frameon=False, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=150, format="png", facecolor="white")
+
+
+def plot_cut(stages: Sequence[CutStage], path: Path) -> None:
+    """Draw the time and the memory of every stage of a cut, as a PNG.
+
+    Args:
+        stages: In order.
+        path: The PNG file.
+    """
+    figure = Figure(figsize=(11.0, 1.6 + 0.5 * len(stages)), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    names = [f"{k}: {s.layers[0]}" + (f"..{s.layers[1]}" if s.count > 1 else "") for k, s in enumerate(stages)]
+    times = {kind: [1e3 * getattr(one, kind) for one in stages] for kind in ("forward", "backward", "critic", "step")}
+    sizes = {kind: [getattr(one, kind) / 2**20 for one in stages] for kind in ("states", "activations")}
+    for axes, rows, unit in ((left, times, "ms per micro-batch"), (right, sizes, "MiB")):
+        begin = [0.0] * len(stages)
+        for (kind, row), colour in zip(rows.items(), _COLOURS if axes is right else _COLOURS[1:], strict=False):
+            axes.barh(names, row, left=begin, height=0.62, label=kind, color=colour)
+            begin = [start + more for start, more in zip(begin, row, strict=True)]
+        axes.invert_yaxis()
+        axes.set_xlabel(unit)
+        axes.grid(axis="x", alpha=0.25, linewidth=0.6)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=9)
+    right.set_yticks([])
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=150, format="png", facecolor="white")

@@ -10,6 +10,7 @@ from decoupled_pp.planner.predict import Prediction, Setting, Traffic
 from decoupled_pp.planner.profile import Profile
 from decoupled_pp.planner.scaling import Point, Scale
 from decoupled_pp.planner.simulate import Link
+from decoupled_pp.planner.stages import CutStage, cut_stages
 
 MIB = 2.0**20
 
@@ -36,6 +37,7 @@ def describe_plan(
         "Bytes per sample over every link: activations forward / gradients backward (/ credits)",
         *_columns([[kind, *_links(one.traffic)] for kind, one in predictions.items() if one.traffic]),
         "",
+        *(_cut_lines(cut_stages(profile, predictions["decoupled"].boundaries)) if "decoupled" in predictions else ()),
         "Cuts (layers of every stage)",
         *_columns([[kind, *_stages(profile, one.boundaries)] for kind, one in predictions.items()]),
         *[f"{kind}: not predicted: {reason}" for kind, reason in refused.items()],
@@ -63,6 +65,37 @@ def _plan_rows(predictions: Mapping[str, Prediction], micro_batches: int) -> lis
             ]
         )
     return rows
+
+
+def _cut_lines(stages: Sequence[CutStage]) -> list[str]:
+    """The decoupled cut, stage by stage, and an empty line."""
+    rows = [
+        [
+            "stage",
+            "layers",
+            "parameters",
+            "forward ms",
+            "backward ms",
+            "critic ms",
+            "step ms",
+            "states MiB",
+            "saved MiB",
+        ]
+    ]
+    for index, one in enumerate(stages):
+        names = one.layers[0] if one.count == 1 else f"{one.layers[0]}..{one.layers[1]} ({one.count})"
+        times = (one.forward, one.backward, one.critic, one.step)
+        rows.append(
+            [
+                str(index),
+                names,
+                f"{one.parameters // 4:,}",
+                *(f"{seconds * 1e3:.3f}" for seconds in times),
+                f"{one.states / MIB:.1f}",
+                f"{one.activations / MIB:.1f}",
+            ]
+        )
+    return ["The decoupled cut: seconds and bytes of one micro-batch, critics included", *_columns(rows), ""]
 
 
 def _links(traffic: Sequence[Traffic]) -> list[str]:

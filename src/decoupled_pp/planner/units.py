@@ -25,6 +25,19 @@ def bandwidth(text: str) -> float:
     raise ValueError(f"{text!r} is no bandwidth; write it like 25GB/s or 100Mbit/s")
 
 
+def size(text: str) -> float:
+    """Bytes: 20GiB, 80GB, 512MiB.
+
+    Raises:
+        ValueError: It is none.
+    """
+    number, unit = _split(text)
+    factor = {**_DECIMAL, **_BINARY}.get(unit.removesuffix("B"))
+    if not unit.endswith("B") or factor is None:
+        raise ValueError(f"{text!r} is no size; write it like 20GiB or 80GB")
+    return number * factor
+
+
 def seconds(text: str) -> float:
     """Seconds: 5us, 0.2ms, 1s.
 
