@@ -15,7 +15,7 @@ GOOD = {
     "training": {"steps": 5},
 }
 
-MODELS = "one of gpt, resnet, vgg, mlp, factory"
+MODELS = "one of gpt, resnet, vgg, mlp, huggingface, factory"
 AT_LEAST_1 = "Input should be greater than or equal to 1, not 0"
 ABOVE_0 = "Input should be greater than 0, not"
 

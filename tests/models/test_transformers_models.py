@@ -78,7 +78,7 @@ def test_a_run_is_exported_for_its_own_library(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "info", "reason"),
     [
-        ({"path": "nowhere/at-all"}, TEXT, "model: config of 'nowhere/at-all'"),
+        ({"path": "./tests/models"}, TEXT, r"model: config of '\./tests/models'"),
         ({"type": "no-such-family"}, TEXT, "model: config of 'no-such-family'"),
         ({"type": "llama", "config": SIZES | {"vocab_size": 100}}, TEXT, "the data have 256 tokens and the model 100"),
         ({"type": "llama", "config": SIZES}, DataInfo("vector", (4,), 2), "model.head is not given"),
@@ -89,8 +89,7 @@ def test_a_run_is_exported_for_its_own_library(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_what_does_not_fit_is_named(settings, info, reason, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_what_does_not_fit_is_named(settings, info, reason):
     with pytest.raises(UsageError, match=reason):
         build_model(model(**settings), info)
 
