@@ -146,6 +146,16 @@ def test_ranks_equal_one_process_whatever_the_timing(tmp_path):
         assert [link["payload_bytes_backward"] for link in found[0][1]] == expected
 
 
+def test_none_is_end_to_end_while_critics_warm_up():
+    one = trainer(critic_warmup=4, global_correction={"every": 1, "steps": 1})
+    one.build()
+    before = weights(one)
+    one.fit(batches(4), 4)
+    after = weights(one)
+    own = [key for key in before if "trunk" in key and key[0] != "3" and key.endswith(("weight", "bias"))]
+    assert own and all(torch.equal(before[key], after[key]) for key in own)
+
+
 def test_a_cascade_is_refused():
     """Its critics learn from every packet; stages that wait at first, too, would leave some out."""
     with pytest.raises(UsageError, match="global_correction needs critic_target label, not cascade"):

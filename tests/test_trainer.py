@@ -105,6 +105,15 @@ def test_a_rate_of_0_freezes_a_stage():
     assert all(p.grad is None for p in after[0])
 
 
+def test_a_frozen_stage_keeps_its_statistics():
+    layers = [nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), nn.Linear(4, 2)]
+    plan = partition(layers, 2, "uniform", torch.randn(8, 4))
+    one = Trainer(plan, optimizer={"kind": "SGD", "lr": 0.1, "lr_per_stage": [0, 1]}, device="cpu")
+    batch = (torch.randn(8, 4) + 3, torch.randint(0, 2, (8,)))
+    one.fit([batch], 3, validate=[batch], validate_every=1)
+    assert torch.equal(layers[0][1].running_mean, torch.zeros(4))
+
+
 def _of(critic):
     return critic.parameters() if critic is not None else ()
 

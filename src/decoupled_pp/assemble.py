@@ -211,7 +211,7 @@ def build_stages(
             _leave_evaluation_mode(critic)
             _refuse_other_runs(critic, recipe.options)
         if isinstance(recipe.optimizer, OptimizerSettings) and recipe.optimizer.freezes(index):
-            nn.ModuleList([trunk, critic] if critic is not None else [trunk]).requires_grad_(False)
+            nn.ModuleList([trunk, critic] if critic is not None else [trunk]).requires_grad_(False).eval()
         cascade = _build_cascade(recipe, critic, index) if critic is not None else None
         own = critic if cascade is None else None
         choice = (

@@ -139,8 +139,8 @@ class Stage:
 
     def is_end_to_end(self, number: int) -> bool:
         """Whether a training packet belongs to an end-to-end step (`global_correction`)."""
-        correction = self.options.correction
-        return correction is not None and correction.covers(number // self.options.accumulate)
+        correction, step = self.options.correction, number // self.options.accumulate
+        return correction is not None and step >= self.options.critic_warmup and correction.covers(step)
 
     def begin_end_to_end(self, packet: Packet, send: Send, lap: Lap) -> EndToEnd:
         """Forward with a graph that ends at the stage's input; the output leaves."""

@@ -98,6 +98,39 @@ def test_gives_the_same_gradients():
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_keeps_the_mode_of_the_model(training):
+    """What stands around the blocks is copied: it must train as the model would (dropout)."""
+    found = split(Model().train(training))
+    assert {part.training for part in found.layers.modules()} == {training}
+
+
+class Statistics(Body):
+    """Buffers without parameters before the blocks, a loose one beside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.standard = nn.BatchNorm1d(D, affine=False)
+        self.register_buffer("shift", torch.randn(D))
+
+    def forward(self, tokens, mask=None):
+        hidden = self.standard(self.embedding(tokens).transpose(1, 2)).transpose(1, 2) + self.shift
+        angles = (torch.zeros(1, 1), torch.zeros(1, D))
+        for block in self.blocks:
+            hidden, _ = block(hidden, angles=angles, bias=torch.zeros(D))
+        return {"logits": self.norm(hidden)}
+
+
+def test_buffers_without_parameters_are_the_models_own():
+    model, given = Statistics(), sample()
+    found = split(model, given)
+    found.layers.train()(tuple(given.values()))
+    assert model.standard.num_batches_tracked == 1
+    state = found.layers.state_dict()
+    assert sorted(found.names.values()) == sorted(model.state_dict())
+    assert all(torch.equal(state[key], model.state_dict()[name]) for key, name in found.names.items())
+
+
 def test_names_are_the_models_own():
     model = Model()
     found = split(model)
@@ -156,6 +189,21 @@ class Beside(Body):
         return {"logits": self.norm(hidden + first)}
 
 
+class Gated(Body):
+    """Beside the blocks, but through a gate that begins at zero: equal on the first look."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, tokens, mask=None):
+        hidden = first = self.embedding(tokens)
+        angles = (torch.zeros(1, 1), torch.zeros(1, D))
+        for block in self.blocks:
+            hidden, _ = block(hidden, angles=angles, bias=torch.zeros(D))
+        return {"logits": self.norm(hidden) + self.gate * first}
+
+
 class Twice(Body):
     def forward(self, tokens, mask=None):
         hidden = self.embedding(tokens)
@@ -179,6 +227,7 @@ class BothEnds(Body):
     [
         (Skipping, r"block 'blocks\.1' is not given what the block before it returned"),
         (Beside, "gives another output than in one piece"),
+        (Gated, "gives another output than in one piece"),
         (Twice, "the blocks are called as blocks.0, blocks.1, blocks.2, blocks.3, blocks.0"),
         (BothEnds, "'norm' is called before and after the blocks"),
         (lambda: nn.Sequential(nn.Linear(2, 2)), "has no nn.ModuleList of repeated blocks"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.splitting.families import inputs_of, model_of
 
 import decoupled_pp as dpp
 from decoupled_pp.contracts import UsageError
@@ -67,10 +68,25 @@ def test_fresh_weights_are_those_of_the_library():
         assert torch.equal(found.layers.eval()(IDS), whole.eval()(IDS).logits)
 
 
+@pytest.mark.parametrize("family", ["GPT-2", "Llama", "T5 encoder", "Mamba", "BERT", "ViT", "ModernBERT"])
+def test_fresh_weights_have_the_spread_of_the_library(family):
+    """Also where a rule is for a whole block (GPT-2's scaled projections) or for parameters of its own (Mamba)."""
+    whole, inputs = model_of(family), inputs_of(family, padding=False)
+    with torch.device("meta"):
+        empty = model_of(family)
+    found = dpp.split_transformers(empty, inputs)
+    torch.manual_seed(1)
+    found.layers.weights.fill(found.layers, torch.device("cpu"))
+    state, expected = found.layers.state_dict(), whole.state_dict()
+    for key, name in found.names.items():
+        if expected[name].is_floating_point() and expected[name].numel() > 200:
+            assert state[key].std() == pytest.approx(expected[name].std().item(), rel=0.35, abs=1e-3), name
+
+
 def test_missing_tensors_are_named(tmp_path):
     config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match=r"has no tensor 'model\.embed_tokens\.weight'; is it of the same model"):
+    with pytest.raises(UsageError, match=r"has no tensor 'model\.embed_tokens\.weight': it is of another model"):
         dpp.split_transformers(on_meta(), {"input_ids": IDS}, tmp_path)
     with pytest.raises(UsageError, match="cannot read the weights in"):
         dpp.split_transformers(on_meta(), {"input_ids": IDS}, tmp_path / "nothing")

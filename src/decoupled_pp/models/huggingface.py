@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from decoupled_pp.contracts import DataInfo, UsageError
 from decoupled_pp.sections import HuggingFaceModel
 from decoupled_pp.splitting import Split, split_blocks
-from decoupled_pp.splitting.stubs import without_weights
+from decoupled_pp.splitting.stubs import Absent, Noting, Passing, without_weights
 from decoupled_pp.splitting.weights import StoredWeights
 
 if TYPE_CHECKING:
@@ -66,8 +66,13 @@ def split_transformers(
 
 
 def _fresh(model: PreTrainedModel, part: nn.Module) -> None:
-    for module in part.modules():
-        model._init_weights(module)  # type: ignore[no-untyped-call]
+    """Weights and buffers as the library makes them, children first; whole models have stubs in them and no rule."""
+
+    def fill(module: nn.Module) -> None:
+        if not any(isinstance(one, Absent | Noting | Passing) for one in module.modules()):
+            model._init_weights(module)  # type: ignore[no-untyped-call]
+
+    part.apply(fill)
 
 
 def _padded(sample: Mapping[str, Tensor]) -> dict[str, Tensor]:

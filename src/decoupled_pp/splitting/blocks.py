@@ -13,7 +13,7 @@ from decoupled_pp.contracts import Layers, UsageError
 from decoupled_pp.device import untouched
 from decoupled_pp.splitting.layers import Block, Entry, Exit
 from decoupled_pp.splitting.observe import Call, find_blocks, observe, units
-from decoupled_pp.splitting.stubs import Absent, Noting, Passing, copy_with, without_weights
+from decoupled_pp.splitting.stubs import Absent, Noting, Passing, copy_with, made_up, without_weights
 from decoupled_pp.splitting.wiring import Wiring, wire
 
 
@@ -72,6 +72,7 @@ def split_blocks(
     parts = units(model, blocks)
     names = [f"{list_name}.{index}" for index in range(len(blocks))]
     empty = without_weights(model)
+    modes = {name: part.training for name, part in model.named_modules()}
     with untouched(model, next(iter(sample.values())).device):
         model.eval()
         found: list[Tensor] = []
@@ -88,7 +89,17 @@ def split_blocks(
         layers = _build(model, blocks, wiring, ends, sample=sample, options=options, output=output, names=names)
         if not empty:
             _spare_inputs(layers, sample, found[0])
+    _set_modes(layers, modes)
     return Split(layers, _names(layers, names), untied)
+
+
+def _set_modes(layers: Layers, modes: Mapping[str, bool]) -> None:
+    """Give the copies and what is around the model's own parts the training flags that the model had."""
+    for end in (layers.get_submodule("entry"), layers.get_submodule("exit")):
+        for name, part in end.get_submodule("model").named_modules():
+            part.training = modes.get(name, part.training)
+    for part in (layers, *layers):
+        part.training = modes[""]
 
 
 def _calls_of(blocks: nn.ModuleList, calls: Sequence[Call], names: Sequence[str]) -> list[Call]:
@@ -109,14 +120,14 @@ def _calls_of(blocks: nn.ModuleList, calls: Sequence[Call], names: Sequence[str]
 
 
 def _ends(parts: Mapping[str, nn.Module], calls: Sequence[Call], blocks: Sequence[Call]) -> _Ends:
-    """Which parts with parameters are called before the blocks, and which after them."""
+    """Which parts with parameters or buffers are called before the blocks, and which after them."""
     start, end = blocks[0].begin, blocks[-1].end
     before: dict[str, nn.Module] = {}
     after: dict[str, nn.Module] = {}
     idle: dict[str, nn.Module] = {}
     for name, part in parts.items():
-        if next(part.parameters(), None) is None:
-            continue
+        if next(part.parameters(), None) is None and next(part.buffers(), None) is None:
+            continue  # without a state, each end has a copy
         when = [call.begin for call in calls if call.module is part]
         early, late = any(w < start for w in when), any(w > end for w in when)
         if (early and late) or any(start < w < end for w in when):
@@ -169,7 +180,7 @@ def _build(
         dict(zip(blocks, notes, strict=True))
         | {part: part for part in (*ends.before.values(), *ends.idle.values())}
         | {part: nn.Identity() for part in ends.after.values()},
-        {parameter: parameter for _, _, parameter in own},
+        {tensor: tensor for _, _, tensor in own},
     )
     last = copy_with(
         model,
@@ -178,10 +189,10 @@ def _build(
         | {part: Absent(part) for part in (*ends.before.values(), *ends.idle.values())},
         {},
     )
-    for name, key, parameter in own:
+    for name, key, tensor in own:
         holder = last.get_submodule(name)
-        del holder._parameters[key]
-        holder.register_buffer(key, torch.zeros_like(parameter), persistent=False)
+        (holder._parameters if key in holder._parameters else holder._buffers).pop(key)
+        holder.register_buffer(key, made_up(tensor), persistent=False)
     hollow: list[nn.Module | None] = [None, None]
     if without_weights(model):
         outer = {part: Absent(part) for part in units(model, blocks).values()}
@@ -199,13 +210,13 @@ def _build(
     return Layers(layers.items())
 
 
-def _loose(model: nn.Module, parts: Iterable[nn.Module]) -> Iterable[tuple[str, str, nn.Parameter]]:
-    """Parameters of the model that are in none of the parts: (name of the module, key, parameter)."""
-    held = {id(parameter) for part in parts for parameter in part.parameters()}
+def _loose(model: nn.Module, parts: Iterable[nn.Module]) -> Iterable[tuple[str, str, Tensor]]:
+    """Parameters and buffers of the model that are in none of the parts: (name of the module, key, tensor)."""
+    held = {id(tensor) for part in parts for tensor in (*part.parameters(), *part.buffers())}
     for name, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in held:
-                yield name, key, parameter
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and id(tensor) not in held:
+                yield name, key, tensor
 
 
 def _spare_inputs(layers: nn.Sequential, sample: Mapping[str, Tensor], expected: Tensor) -> None:

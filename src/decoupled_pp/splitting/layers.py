@@ -156,7 +156,7 @@ class Exit(_End):
         if bare:
             inputs = [torch.ones_like(tensor, device="cpu") for tensor in inputs]
         rebuilt = [
-            given if travels else torch.ones(given.tolist(), dtype=dtype, device=given.device)
+            given if travels else torch.full(given.tolist(), torch.nan, dtype=dtype, device=given.device)
             for given, travels, dtype in zip(inputs, self.travels, self._dtypes.values(), strict=True)
         ]
         self._last.hidden = hidden

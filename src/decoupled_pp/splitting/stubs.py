@@ -74,7 +74,7 @@ class Passing(_Stub):
 
 
 class Absent(nn.Module):
-    """Stands for a part that has parameters and is elsewhere: zeros of the shapes that it would make.
+    """Stands for a part that has a state and is elsewhere: NaN of the shapes that it would make, so no use is missed.
 
     The shapes come from a copy without storage (on the meta device), so they are right for inputs of any size.
     """
@@ -84,20 +84,26 @@ class Absent(nn.Module):
         object.__setattr__(self, "_shapes", without_storage(module))  # no part of this module: its state is elsewhere
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Zeros, on the device of the first tensor given."""
+        """NaN, on the device of the first tensor given."""
         given = pytree.tree_leaves((args, kwargs))
         device = next((leaf.device for leaf in given if isinstance(leaf, Tensor)), torch.device("cpu"))
         args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
         with torch.no_grad():
             result = self._shapes(*args, **kwargs)
-        return pytree.tree_map_only(Tensor, lambda tensor: torch.zeros_like(tensor, device=device), result)
+        return pytree.tree_map_only(Tensor, lambda tensor: made_up(tensor, device), result)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             value = getattr(object.__getattribute__(self, "_shapes"), name)
-        return torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value  # default device
+        return made_up(value, torch.get_default_device()) if isinstance(value, Tensor) else value
+
+
+def made_up(tensor: Tensor, device: torch.device | None = None) -> Tensor:
+    """A tensor like this one that shows in every result it is used for: NaN, or zeros where there is none."""
+    fill = torch.nan if tensor.is_floating_point() else 0
+    return torch.full(tensor.shape, fill, dtype=tensor.dtype, device=device or tensor.device)
 
 
 def without_storage(module: nn.Module) -> nn.Module:

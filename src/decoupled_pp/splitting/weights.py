@@ -69,7 +69,10 @@ class StoredWeights(Weights):
         for one in (name, self._untied.get(name, name)):
             if one in self._files:
                 return one
-        raise UsageError(f"{source} has no tensor {name!r}; is it of the same model?")
+        raise UsageError(
+            f"{source} has no tensor {name!r}: it is of another model, or of one whose names its library converts when "
+            "it loads (mixtures of experts), which only from_pretrained can read"
+        )
 
 
 def _files(source: Path) -> dict[str, Path]:
