@@ -174,9 +174,21 @@ class Branching(ResNet):
         return super().forward(image if image.sum() > 0 else -image)
 
 
-class BatchInside(ResNet):
+class DropPath(ResNet):
     def forward(self, image):
-        return super().forward(image) + torch.zeros(image.shape[0], 5)
+        return super().forward(image * 2 if self.training else image)
+
+
+class Frozen(ResNet):
+    def forward(self, image):
+        with torch.no_grad():
+            image = self.conv1(image)[:, :3]
+        return super().forward(image)
+
+
+class LengthOfBatch(ResNet):
+    def forward(self, image):
+        return super().forward(image) / len(image)
 
 
 @pytest.mark.parametrize(
@@ -186,12 +198,46 @@ class BatchInside(ResNet):
         (RunsTwice, ["layer1.1"], "1 names give 3 parts; each must name a module that runs once"),
         (FunctionalDropout, ["layer1"], r"calls aten\.dropout\.default itself"),
         (Branching, ["layer1"], r"torch\.export cannot trace Branching"),
-        (BatchInside, ["layer1"], "traced with 3 samples, the model fails with 5"),
+        (DropPath, ["layer1"], "computes something else in training than in evaluation"),
+        (Frozen, ["layer1"], r"torch\.export cannot trace Frozen"),
+        (LengthOfBatch, ["layer1"], "gives another output for 11 samples"),
     ],
 )
 def test_what_cannot_be_traced_is_named(model, names, reason):
     with pytest.raises(UsageError, match=reason):
         dpp.split_traced(model(), IMAGES, names)
+
+
+class Tokens(nn.Module):
+    """A class token, positions and attention: sizes of the batch everywhere; one layer used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.cls, self.position = nn.Parameter(torch.randn(1, 1, 8)), nn.Embedding(300, 8)
+        self.embed, self.shared = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.out = nn.Linear(8, 5)
+
+    def forward(self, image):
+        patches = self.embed(image).flatten(2).transpose(1, 2)
+        hidden = torch.cat([self.cls.expand(image.shape[0], -1, -1), patches], 1) + torch.zeros(image.shape[0], 1, 8)
+        hidden = hidden + self.position(torch.arange(hidden.shape[1], device=image.device))
+        hidden = self.shared(torch.relu(self.shared(hidden)))
+        return self.out(self.attention(hidden, hidden, hidden, need_weights=False)[0][:, 0])
+
+
+def test_sizes_of_the_batch_and_layers_used_twice():
+    whole, parts = Tokens(), Tokens()
+    parts.load_state_dict(whole.state_dict())
+    found = dpp.split_traced(parts, IMAGES, ["position"])
+    for rows in (1, 4, 6):
+        images = torch.randn(rows, 3, 16, 16)
+        torch.testing.assert_close(found.layers.eval()(images), whole.eval()(images))  # attention has a fused kernel
+    assert set(found.names.values()) == set(whole.state_dict())
+    for run in (whole, found.layers):
+        run.train()(IMAGES).square().sum().backward()
+    theirs = dict(whole.named_parameters())
+    assert all(torch.equal(p.grad, theirs[name].grad) for name, p in parts.named_parameters())
 
 
 def test_dictionaries_go_in_and_out():

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 import operator
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any, TypeAlias
@@ -25,11 +27,27 @@ from decoupled_pp.splitting.blocks import Split
 Value: TypeAlias = tuple[int, int]
 """(part that makes it, place in its result); part -1 for the inputs."""
 
-_ROWS = 3
-"""Samples of the micro-batch that is traced: a first size of 3 in a `view` can hardly be anything but the batch."""
+_ROWS = 13
+"""Samples of the micro-batch that is traced: a multiple of 13 among sizes can hardly be anything but the batch."""
 
 _FIXED_MODE = ("dropout", "batch_norm", "instance_norm", "rrelu")
-_SHAPED = {torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten.expand.default}
+_SHAPED = (
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "expand",
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+)
+_OPERATORS: dict[str, Callable[..., Any]] = {}
+"""Operators of traces that are called for the batch and the device at hand, by name."""
+
+_AT_HAND: ContextVar[tuple[int, torch.device]] = ContextVar("batch and device of the running part")
 
 
 @dataclass(frozen=True)
@@ -60,6 +78,7 @@ class Traced(nn.Module):
     def forward(self, payload: Payload) -> Payload:
         """Payload -> payload, or the output."""
         given = as_tuple(payload)
+        _AT_HAND.set((given[0].shape[0], given[0].device))
         result = self.part(*(given[place] for place in self._takes))
         made = (result,) if isinstance(result, Tensor) else tuple(result)
         outgoing = tuple(made[place] if own else given[place] for own, place in self._gives)
@@ -109,23 +128,54 @@ def split_traced(
     for name in cut_after:
         if name not in known:
             raise UsageError(f"cut_after: {name!r} is no module of {type(model).__name__}")
-    with untouched(model, inputs[0].device), torch.no_grad():
-        model.eval()
+    modes = {id(part): part.training for part in model.modules()}
+    with untouched(model, inputs[0].device):
         whole = _Whole(model, output, list(named))
-        pipe = _pipe(whole, inputs, cut_after)
-        modules = [pipe.get_stage_module(index) for index in range(pipe.num_stages)]
+        traces = {}
+        for training in (True, False):
+            whole.train(training)
+            pipe = _pipe(whole, inputs, cut_after)
+            modules = [pipe.get_stage_module(index) for index in range(pipe.num_stages)]
+            for module in modules:
+                _revive(module, whole)
+            traces[training] = [_calls(module) for module in modules]
         if len(modules) != len(cut_after) + 1:
             raise UsageError(
                 f"cut_after: {len(cut_after)} names give {len(modules)} parts; each must name a module that runs once"
             )
-        for module in modules:
-            _revive(module, whole)
+        _refuse_other_mode(traces[True], traces[False])
         parts = _parts(pipe.split_gm.graph, modules)
         layers = Layers([(f"part{index}", layer) for index, layer in enumerate(_chain(parts, len(inputs)))])
-        layers.training = model.training
         _check(layers, whole, inputs)
-    prefixes = {key: key.split(".part.model.", 1)[1] for key in layers.state_dict()}
-    return Split(layers, prefixes, {})
+    for part in layers.modules():
+        part.training = modes.get(id(part), model.training)
+    names = {key: _plain(key.split(".part.model.", 1)[1]) for key in layers.state_dict()}
+    return Split(layers, names, {})
+
+
+def _calls(module: nn.Module) -> list[tuple[str, str]]:
+    """What a part computes by itself, outside the model's own modules: (place, operator)."""
+    return [
+        (name, str(node.args[0] if node.target is _at_hand else node.target))
+        for name, part in module.named_modules()
+        if isinstance(graph := getattr(part, "graph", None), fx.Graph)
+        for node in graph.nodes
+        if node.op == "call_function"
+    ]
+
+
+def _refuse_other_mode(training: Sequence[object], evaluation: Sequence[object]) -> None:
+    """Raises UsageError if the model's own code asks whether it trains: a trace would keep one answer for ever."""
+    if list(training) != list(evaluation):
+        raise UsageError(
+            "the model computes something else in training than in evaluation (self.training in a forward), and a "
+            "trace would keep one of the two for ever; use modules of torch.nn for it"
+        )
+
+
+def _plain(name: str) -> str:
+    """The name of a module or parameter that the trace has numbered because it is used again."""
+    return re.sub(r"@\d+", "", name)
 
 
 def _pipe(whole: _Whole, inputs: tuple[Tensor, ...], cut_after: Sequence[str]) -> Pipe:
@@ -148,36 +198,61 @@ def _revive(part: nn.Module, whole: nn.Module) -> None:
     Raises:
         UsageError: Something outside such modules behaves one way in training and another in evaluation.
     """
-    for name, _ in list(part.named_modules()):
+    for name, module in list(part.named_modules()):
         own = _own(whole, name)
         if own is not None:
             holder, _, key = name.rpartition(".")
             part.get_submodule(holder).register_module(key, own)
+        elif "@" in name:  # traced once more: its tensors are the same all the same
+            original = whole.get_submodule(_plain(name))
+            for tensors in (module._parameters, module._buffers):
+                tensors.update({key: getattr(original, key) for key, one in tensors.items() if one is not None})
     for name, module in part.named_modules():
-        graph = getattr(module, "graph", None)
-        for node in graph.nodes if isinstance(graph, fx.Graph) else ():
-            if node.op != "call_function":
-                continue
-            if any(word in str(node.target) for word in _FIXED_MODE):
-                raise UsageError(
-                    f"{name.removeprefix('model.') or 'the model'} calls {node.target} itself, and a trace would keep "
-                    "it in one mode for ever; use a module of torch.nn for it"
-                )
-            if node.target in _SHAPED and list(node.args[1])[:1] == [_ROWS]:
-                node.target = _like_batch
+        if isinstance(graph := getattr(module, "graph", None), fx.Graph):
+            for node in graph.nodes:
+                _revive_call(node, name.removeprefix("model.") or "the model")
         if isinstance(module, fx.GraphModule):
             module.recompile()
 
 
-def _like_batch(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """A reshape whose first size is the batch."""
-    return tensor.reshape(tensor.shape[0], *shape[1:])
+def _revive_call(node: fx.Node, place: str) -> None:
+    """Let an operator follow the batch and the device at hand."""
+    if node.op != "call_function":
+        return
+    if any(word in str(node.target) for word in _FIXED_MODE):
+        raise UsageError(
+            f"{place} calls {node.target} itself, and a trace would keep it in one mode for ever; use a module of "
+            "torch.nn for it"
+        )
+    kind = str(node.target).split(".")[1:2]
+    if (kind and kind[0] in _SHAPED and any(map(_is_batched, node.args))) or "device" in node.kwargs:
+        assert callable(node.target)
+        _OPERATORS[str(node.target)] = node.target
+        node.args, node.target = (str(node.target), *node.args), _at_hand
+
+
+def _is_batched(argument: object) -> bool:
+    return isinstance(argument, list | tuple) and any(isinstance(n, int) and n and n % _ROWS == 0 for n in argument)
+
+
+def _at_hand(operator_name: str, *args: Any, **kwargs: Any) -> Any:
+    """An operator with the sizes and the device of the trace replaced by those of the batch at hand."""
+    rows, device = _AT_HAND.get()
+    sized = [
+        [n // _ROWS * rows if isinstance(n, int) and n and n % _ROWS == 0 else n for n in argument]
+        if _is_batched(argument)
+        else argument
+        for argument in args
+    ]
+    if "device" in kwargs:
+        kwargs = {**kwargs, "device": device}
+    return _OPERATORS[operator_name](*sized, **kwargs)
 
 
 def _own(whole: nn.Module, name: str) -> nn.Module | None:
     """The model's own module under a name of its trace, if it is one of torch's without parts."""
     try:
-        module = whole.get_submodule(name)
+        module = whole.get_submodule(_plain(name))
     except AttributeError:
         return None
     plain = type(module).__module__.startswith("torch.nn.") and not list(module.children())
@@ -217,18 +292,30 @@ def _chain(parts: Sequence[_Part], inputs: int) -> Iterator[Traced]:
 def _check(layers: nn.Module, whole: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """Raises UsageError unless the layers give the model's output for micro-batches of two sizes."""
     layers.eval()
-    for rows in (_ROWS, _ROWS + 2):
+    for rows in (_ROWS, _ROWS - 2):
         given = tuple(_rows(tensor, rows) for tensor in inputs)
         try:
-            found = layers(given if len(given) > 1 else given[0])
+            with torch.no_grad(), _slow_attention():
+                found, expected = layers(given if len(given) > 1 else given[0]), whole(*given)
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
             raise UsageError(
                 f"traced with {_ROWS} samples, the model fails with {rows}: {reason}; "
                 "write the size of the batch as tensor.shape[0] or -1 in it"
             ) from error
-        if not torch.equal(found, whole(*given)):
+        if not torch.equal(found, expected):
             raise UsageError(f"in parts, the model gives another output for {rows} samples than in one piece")
+
+
+@contextmanager
+def _slow_attention() -> Iterator[None]:
+    """`nn.MultiheadAttention` as in training: in evaluation it has a fused kernel, which rounds otherwise."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _rows(tensor: Tensor, rows: int) -> Tensor:
