@@ -1,4 +1,7 @@
-"""The one place that knows CPU from CUDA: device choice, streams, fences between streams, clocks, RNG state."""
+"""The one place that knows CPU from CUDA: device choice, streams, fences between streams, clocks, RNG state.
+
+And `untouched`, which leaves a module and the generators as they were after a trial run.
+"""
 
 from __future__ import annotations
 

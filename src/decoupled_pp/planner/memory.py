@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from decoupled_pp.contracts import CriticBuilder, Loss, Payload, Plan, UsageError, as_tuple, map_payload
+from decoupled_pp.contracts import CriticBuilder, Loss, Payload, Plan, UsageError, as_tuple, map_payload, payload_bytes
 from decoupled_pp.device import cuda_devices
 from decoupled_pp.memory import SavedActivations
 from decoupled_pp.optim import OptimizerFactory
@@ -92,7 +92,7 @@ def _copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).train()
 
 
-def _of_stage(  # noqa: PLR0917 - called in one place
+def _of_stage(  # noqa: PLR0917 - a stage, and how to run it
     trunk: nn.Module,
     judge: nn.Module | None,
     given: Payload,
@@ -111,12 +111,7 @@ def _of_stage(  # noqa: PLR0917 - called in one place
         activations = saved.peak
         del hidden, made, kept
     _, state = optimizer_cost(whole, optimizer)
-    return StageMemory(bytes_of(owned), bytes_of(trainable), state, activations)
-
-
-def bytes_of(tensors: Sequence[Tensor]) -> int:
-    """Bytes of tensors that share nothing."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return StageMemory(payload_bytes(tuple(owned)), payload_bytes(tuple(trainable)), state, activations)
 
 
 class Room:

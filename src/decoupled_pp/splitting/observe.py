@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from decoupled_pp.contracts import UsageError
@@ -100,8 +100,3 @@ def units(model: nn.Module, blocks: nn.ModuleList) -> dict[str, nn.Module]:
 
     walk(model, "")
     return found
-
-
-def tensors(leaves: Iterable[Any]) -> list[Tensor]:
-    """Those of the leaves that are tensors."""
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
