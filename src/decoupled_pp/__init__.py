@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     )
     from decoupled_pp.models.huggingface import split_transformers
     from decoupled_pp.objective import Critic, View
-    from decoupled_pp.splitting import cut_after, flatten, split_blocks
+    from decoupled_pp.splitting import cut_after, flatten, split_blocks, untie
     from decoupled_pp.splitting.traced import split_traced
     from decoupled_pp.trainer import Trainer
 
@@ -53,6 +53,7 @@ __all__ = [
     "split_blocks",
     "split_traced",
     "split_transformers",
+    "untie",
 ]
 __version__ = "0.1.0"
 
@@ -66,6 +67,7 @@ _HOMES = {
     "split_blocks": "splitting",
     "split_traced": "splitting.traced",
     "split_transformers": "models.huggingface",
+    "untie": "splitting",
 }
 """Where a public name comes from, unless it is in `contracts`."""
 

@@ -76,7 +76,7 @@ def save_stage(folder: Path, stage: Stage, plan: Plan, packet: int, *, keep: int
                 f"stage {stage.index}: {name} is not finite after packet {packet - 1}; lower the learning rate, or "
                 "clip gradients (training.clip_norm)"
             )
-    partial = _partial(_final(folder, stage.updates))
+    partial = _partial(final_path(folder, stage.updates))
     part = partial / f"stage-{stage.index}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ def ensure_committed(folder: Path, step: int, stages: int, *, keep: int, timeout
     Raises:
         TrainingError: Parts of it do not appear here.
     """
-    final, deadline = _final(folder, step), time.monotonic() + min(timeout_seconds, MOMENT_SECONDS)
+    final, deadline = final_path(folder, step), time.monotonic() + min(timeout_seconds, MOMENT_SECONDS)
     while not final.exists():
         if _commit(folder, step, stages, keep):
             return True
@@ -126,7 +126,7 @@ def ensure_committed(folder: Path, step: int, stages: int, *, keep: int, timeout
 
 def _commit(folder: Path, step: int, stages: int, keep: int) -> bool:
     """Commit a checkpoint if all its parts are there, and delete what need not be kept; returns whether it was done."""
-    final = _final(folder, step)
+    final = final_path(folder, step)
     partial = _partial(final)
     if not all(_record(partial, k).exists() for k in range(stages)):
         return False
@@ -143,7 +143,8 @@ def _commit(folder: Path, step: int, stages: int, keep: int) -> bool:
     return True
 
 
-def _final(folder: Path, step: int) -> Path:
+def final_path(folder: Path, step: int) -> Path:
+    """Where the committed checkpoint of a step is."""
     return folder / f"step-{step:08d}"
 
 
@@ -240,8 +241,12 @@ class Checkpoint:
                 dcp.load(part, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
     """Open a checkpoint and verify every file of it. Nothing is unpickled.
+
+    Args:
+        path: Its folder.
+        verify: False: it has just been written by this run; the tensors are not read to compare their checksums.
 
     Raises:
         UsageError: It is incomplete, damaged or of another format.
@@ -259,7 +264,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         places: dict[str, tuple[Path, torch.Size, torch.dtype]] = {}
         for part in parts:
             folder = path / f"stage-{part['stage']}"
-            for name, checksum in part["checksums"].items():
+            for name, checksum in part["checksums"].items() if verify else ():
                 if _checksum(folder / name) != checksum:
                     raise UsageError(
                         f"checkpoint {path} is corrupt: {folder.name}/{name} does not match its checksum; {remedy}"

@@ -134,6 +134,9 @@ def _parser() -> argparse.ArgumentParser:
         help="file to write; of a transformers model a folder, unless it ends in .safetensors",
     )
     export.add_argument("--exit", type=int, help="a smaller network: the stages up to this one, and its critic")
+    export.add_argument(
+        "--tied", action="store_true", help="one weight again for embedding and output projection: the latter's"
+    )
     export.set_defaults(run=_export)
 
     from decoupled_pp import comparison, sweep
@@ -281,9 +284,11 @@ def _export(chosen: argparse.Namespace) -> int:
     from decoupled_pp.checkpoint import export_safetensors
     from decoupled_pp.finished_run import exit_module, export_folder
 
+    if chosen.exit is not None and chosen.tied:
+        raise UsageError("--tied goes with the whole network, not with --exit; leave one of the two out")
     if chosen.exit is not None:
         export_safetensors(exit_module(chosen.folder, chosen.exit), Path(chosen.output))
     else:
-        export_folder(Path(chosen.folder), Path(chosen.output))
+        export_folder(Path(chosen.folder), Path(chosen.output), tied=chosen.tied)
     print(chosen.output)
     return 0

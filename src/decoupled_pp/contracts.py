@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -145,10 +146,12 @@ class Layers(nn.Sequential):
     Attributes:
         places: Boundaries where the network may be cut (`cut_after`); None: anywhere.
         weights: What fills layers that are on the meta device, stage by stage; None: they have their weights.
+        tied: Key of a parameter that was another one's before the network was split -> key of that one.
     """
 
     places: tuple[int, ...] | None = None
     weights: Weights | None = None
+    tied: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, named: Iterable[tuple[str, nn.Module]] = ()) -> None:
         super().__init__()

@@ -94,10 +94,18 @@ def evaluate_run(
     )
 
 
-def export_folder(folder: Path, output: Path) -> None:
+def export_folder(folder: Path, output: Path, *, tied: bool = False) -> None:
     """Write the newest checkpoint of a run as plain safetensors; the data need not be there any more.
 
     A `transformers` model becomes a folder for `from_pretrained`, unless `output` is called `*.safetensors`.
+
+    Args:
+        folder: The run folder.
+        output: File or folder to write.
+        tied: Make one weight again of those that were (a `transformers` model, as a folder).
+
+    Raises:
+        UsageError: It is no run folder, or nothing was tied.
     """
     settings, checkpoint = open_run(folder)
     info = run_folder.read_info(folder)
@@ -109,8 +117,10 @@ def export_folder(folder: Path, output: Path) -> None:
             load_model(checkpoint, module)
 
     if isinstance(settings.model, HuggingFaceModel) and output.suffix != ".safetensors":
-        export_transformers(settings.model, info, load, output)
+        export_transformers(settings.model, info, load, output, tied=tied)
         return
+    if tied:
+        raise UsageError("--tied: only the folder of a transformers model has a place that says so; leave it out")
     module = build_model(settings.model, info)
     load(module)
     export_safetensors(module, output)

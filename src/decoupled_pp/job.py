@@ -328,6 +328,7 @@ def make_trainer(settings: Settings, plan: Plan) -> Trainer:
         log_every=settings.logging.every,
         checkpoints=settings.folder / run_folder.CHECKPOINTS,
         keep_checkpoints=settings.checkpoint.keep,
+        refresh_tied=settings.checkpoint.refresh_tied,
     )
 
 

@@ -131,6 +131,15 @@ class CheckpointSettings(Section):
     """Optimizer steps between checkpoints; default: only at the end (and on Ctrl-C)."""
     keep: int = Field(2, ge=1)
     """Checkpoints to keep."""
+    refresh_tied: bool = False
+    """At every checkpoint the first user of a weight that was tied (the token embedding) takes what the last one (the
+    output projection) had at the checkpoint before; default: they stay two."""
+
+    @model_validator(mode="after")
+    def _refreshed_from_checkpoints(self) -> CheckpointSettings:
+        if self.refresh_tied and (self.every is None or self.keep < 2):
+            raise ValueError("refresh_tied takes weights from checkpoints: give every, and keep at least 2")
+        return self
 
 
 class LoggingSettings(Section):
@@ -174,6 +183,7 @@ STAGES_ALONE: dict[str, Any] = {
     "training.critic_warmup": 0,
     "balance.speeds": None,
     "balance.memory": None,
+    "checkpoint.refresh_tied": False,
     "validation.knn": None,
     "global_correction": None,
 }

@@ -30,7 +30,7 @@ from decoupled_pp.assemble import (
 )
 from decoupled_pp.channels import Control
 from decoupled_pp.checkpoint import Checkpoint
-from decoupled_pp.checkpoint_folder import CheckpointFolder
+from decoupled_pp.checkpoint_folder import CheckpointFolder, tied_weights
 from decoupled_pp.contracts import BatchSource, Exit, Loss, Plan, Record, Report, UsageError, as_tuple
 from decoupled_pp.critic_sections import LabelTarget
 from decoupled_pp.data.iterables import Batches, as_source
@@ -86,6 +86,7 @@ class Trainer:
         timeout_seconds: float = 300.0,
         log_every: int = 50,
         checkpoints: str | Path | None = None,
+        refresh_tied: bool = False,
         keep_checkpoints: int = 2,
         observer: Observer | None = None,
     ) -> None:
@@ -116,6 +117,8 @@ class Trainer:
             timeout_seconds: Longest wait of any rank for another.
             log_every: Packets between two flushes of the metrics.
             checkpoints: Folder for checkpoints (shared by all ranks), or None.
+            refresh_tied: At every checkpoint (`save_every`) the earlier user of a weight that was tied takes what the
+                later one had at the checkpoint before.
             keep_checkpoints: Checkpoints to keep.
             observer: Takes the metric records, on rank 0; None: a live view in the terminal.
 
@@ -172,10 +175,13 @@ class Trainer:
         self.interrupted = threading.Event()
         self._capacity, self._timeout = capacity, timeout_seconds
         self._checkpoints: CheckpointFolder | None = None
+        tied = tied_weights(plan) if refresh_tied else None
         if checkpoints is not None:
             self._checkpoints = CheckpointFolder(
-                Path(checkpoints), keep=keep_checkpoints, timeout_seconds=timeout_seconds
+                Path(checkpoints), keep=keep_checkpoints, timeout_seconds=timeout_seconds, tied=tied
             )
+        elif refresh_tied:
+            raise UsageError("refresh_tied takes weights from checkpoints: give checkpoints=FOLDER")
         self._observer = observer
         self._world: World | None = join_world(timeout_seconds) if ranks > 1 else None
         self._stages: list[Stage] = []
@@ -357,7 +363,7 @@ class Trainer:
         if len(set(devices)) > 1:
             raise UsageError(f"device: the ranks compute on {', '.join(devices)}; set device: cpu, or give each a GPU")
         if self._checkpoints is not None and training:
-            self._checkpoints.prepare(self._control, self.rank, itinerary.start)
+            self._checkpoints.prepare(self._control, self.rank, itinerary.start, itinerary.save_every)
         while self._notes:
             self._post(self._notes.pop(0))
 

@@ -59,6 +59,25 @@ def test_pretrained_weights_are_loaded(tmp_path):
     assert not torch.equal(fresh(tokens), whole(tokens).logits)
 
 
+def test_tied_weights_are_exported_tied_by_choice(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(RUN)
+    refreshed = ["--set", "checkpoint.every=1", "--set", "checkpoint.refresh_tied=true"]
+    assert command("train", "tiny.yaml", *refreshed) == 0
+    for name, more in (("apart", ()), ("tied", ("--tied",))):
+        assert command("export", "runs/tiny", "-o", name, *more) == 0
+    apart, tied = (transformers.AutoModelForCausalLM.from_pretrained(name) for name in ("apart", "tied"))
+    assert apart.lm_head.weight is not apart.transformer.wte.weight
+    assert not torch.equal(apart.lm_head.weight, apart.transformer.wte.weight)
+    assert tied.lm_head.weight is tied.transformer.wte.weight
+    assert torch.equal(tied.lm_head.weight, apart.lm_head.weight)
+    assert command("export", "runs/tiny", "-o", "plain.safetensors", "--tied") == 2
+    untied = ["--set", "model.config.tie_word_embeddings=false", "--overwrite"]
+    assert command("train", "tiny.yaml", *untied) == 0
+    assert command("export", "runs/tiny", "-o", "never", "--tied") == 2
+    assert "no weight of a GPT2LMHeadModel was tied" in capsys.readouterr().err
+
+
 def test_a_run_is_exported_for_its_own_library(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(RUN)

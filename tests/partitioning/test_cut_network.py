@@ -252,8 +252,7 @@ def test_shared_parameters_are_refused_by_name():
         cut_network(module, 2, [2, 1], None, None)
     assert str(caught.value) == (
         "'embedding.weight' (stage 0) and 'head.weight' (stage 1) are one shared parameter, and stages exchange no "
-        "gradients; put both layers in one stage (cut as a list), or untie them by cloning: replace 'head.weight' with "
-        "a clone of its own"
+        "gradients; put both layers in one stage (cut as a list), or give each its own (`dpp.untie`)"
     )
     assert cut_network(module, 1, "uniform", None, None).stages == 1
     module.head.weight = nn.Parameter(module.embedding.weight.detach().clone())

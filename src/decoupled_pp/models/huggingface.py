@@ -188,7 +188,12 @@ def build_from_transformers(settings: HuggingFaceModel, info: DataInfo) -> nn.Se
 
 
 def export_transformers(
-    settings: HuggingFaceModel, info: DataInfo, load: Callable[[nn.Module], None], output: Path
+    settings: HuggingFaceModel,
+    info: DataInfo,
+    load: Callable[[nn.Module], None],
+    output: Path,
+    *,
+    tied: bool = False,
 ) -> None:
     """Write a folder that `from_pretrained` loads, with the tokenizer of `settings.path` if it has one.
 
@@ -200,14 +205,31 @@ def export_transformers(
         info: Its data.
         load: Puts the trained weights into the layers it is given.
         output: The folder.
+        tied: Make one weight again of those that were: the later user's (the output projection).
+
+    Raises:
+        UsageError: Nothing was tied that could be again.
     """
     model = load_transformers(settings, info, weights=False)
     found = split_transformers(model, sample_inputs(info))
     load(found.layers)
-    if found.untied:
+    if tied:
+        _tie(model, found.untied)
+    elif found.untied:
         model.config.tie_word_embeddings = False
     model.save_pretrained(output)
     _copy_tokenizer(settings, output)
+
+
+def _tie(model: PreTrainedModel, untied: Mapping[str, str]) -> None:
+    """Give the first user of every weight that was tied what the later one has, and let the library tie them."""
+    if not untied:
+        raise UsageError(f"--tied: no weight of a {type(model).__name__} was tied and is two now; leave it out")
+    own = dict(model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for later, first in untied.items():
+            own[first].copy_(own[later])
+    model.tie_weights()
 
 
 def _copy_tokenizer(settings: HuggingFaceModel, output: Path) -> None:

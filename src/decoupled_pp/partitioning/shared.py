@@ -58,6 +58,6 @@ def refuse_shared(module: nn.Sequential, boundaries: tuple[int, ...]) -> None:
 def _shared(one: _Owned, other: _Owned, what: str) -> UsageError:
     return UsageError(
         f"{one.name!r} (stage {one.stage}) and {other.name!r} (stage {other.stage}) are one shared {what}, "
-        "and stages exchange no gradients; put both layers in one stage (cut as a list), or untie them by "
-        f"cloning: replace {other.name!r} with a clone of its own"
+        "and stages exchange no gradients; put both layers in one stage (cut as a list), or give each "
+        "its own (`dpp.untie`)"
     )

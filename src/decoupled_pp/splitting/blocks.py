@@ -14,6 +14,7 @@ from decoupled_pp.device import untouched
 from decoupled_pp.splitting.layers import Block, Entry, Exit
 from decoupled_pp.splitting.observe import Call, find_blocks, observe, units
 from decoupled_pp.splitting.stubs import Absent, Noting, Passing, copy_with, made_up, without_weights
+from decoupled_pp.splitting.tying import give_copies
 from decoupled_pp.splitting.wiring import Wiring, wire
 
 
@@ -85,12 +86,15 @@ def split_blocks(
         own = _calls_of(blocks, calls, names)
         wiring = wire(own, names)
         ends = _ends(parts, calls, own)
-        untied = _untie(model, [{**ends.before, **ends.idle}, dict(zip(names, blocks, strict=True)), ends.after])
+        untied = give_copies([{**ends.before, **ends.idle}, dict(zip(names, blocks, strict=True)), ends.after])
         layers = _build(model, blocks, wiring, ends, sample=sample, options=options, output=output, names=names)
         if not empty:
             _spare_inputs(layers, sample, found[0])
     _set_modes(layers, modes)
-    return Split(layers, _names(layers, names), untied)
+    known = _names(layers, names)
+    keys = {name: key for key, name in known.items()}
+    layers.tied = {keys[copy]: keys[first] for copy, first in untied.items()}
+    return Split(layers, known, untied)
 
 
 def _set_modes(layers: Layers, modes: Mapping[str, bool]) -> None:
@@ -138,26 +142,6 @@ def _ends(parts: Mapping[str, nn.Module], calls: Sequence[Call], blocks: Sequenc
             )
         (before if early else after if late else idle)[name] = part
     return _Ends(before, after, idle)
-
-
-def _untie(model: nn.Module, groups: Sequence[Mapping[str, nn.Module]]) -> dict[str, str]:
-    """Give every later user of a shared parameter its own copy; name of the copy -> name of the first."""
-    seen: dict[int, str] = {}
-    copies: dict[str, str] = {}
-    for group in groups:
-        met: dict[int, str] = {}
-        for prefix, part in group.items():
-            for name, module in part.named_modules(prefix=prefix):
-                for key, parameter in list(module._parameters.items()):
-                    if parameter is None:
-                        continue
-                    if id(parameter) in seen:
-                        own = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
-                        module._parameters[key] = own
-                        copies[f"{name}.{key}"] = seen[id(parameter)]
-                    met[id(module._parameters[key])] = f"{name}.{key}"
-        seen |= met
-    return copies
 
 
 def _build(
