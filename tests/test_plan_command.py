@@ -59,6 +59,30 @@ def test_the_cut_is_a_table_and_a_picture(tmp_path, capsys):
     assert stages[0].states == sum(layer.memory for layer in profile.layers[:2]) + profile.critics[1].memory
 
 
+def test_uneven_devices_and_their_memory_are_respected(tmp_path, capsys):
+    """The layers are the same ones: half the speed takes twice the time, and what does not fit is said."""
+    saved, figures = str(tmp_path / "profile.json"), tmp_path / "figures.json"
+    assert _run(CONFIG, "--ranks=2", f"--save-profile={saved}", f"--output={figures}") == 0
+    alike = json.loads(figures.read_text())["predictions"]
+    capsys.readouterr()
+    again = [CONFIG, "--ranks=2", f"--profile={saved}", f"--output={figures}"]
+    assert _run(*again, "--set", "balance.speeds=[0.5, 0.5]") == 0
+    slow = json.loads(figures.read_text())["predictions"]
+    assert "relative to the measured one" in capsys.readouterr().out
+    for kind, one in alike.items():
+        assert slow[kind]["step_seconds"] == pytest.approx(2 * one["step_seconds"])
+        assert slow[kind]["boundaries"] == one["boundaries"]
+    assert _run(*again, "--set", "balance.speeds=[1, 0.01]") == 0
+    uneven = json.loads(figures.read_text())["predictions"]["decoupled"]["boundaries"]
+    assert uneven == [0, 4, 5]
+    assert _run(*again, "--set", "balance.memory=1KiB") == 0
+    told = capsys.readouterr().out
+    assert "decoupled: not predicted: no cut into 2 stages fits the devices' memory" in told
+    assert "1f1b: not predicted: 1f1b needs" in told
+    assert _run(*again, "--set", "balance.speeds=[1, 1, 1]") == 2
+    assert "one for each rank" in capsys.readouterr().err
+
+
 def test_a_picture_needs_the_decoupled_cut(capsys):
     assert _run(CONFIG, "--ranks=2", "--strategies=1f1b", "--picture=cut.png") == 2
     assert "--picture is of the decoupled cut, and --strategies leaves it out" in capsys.readouterr().err

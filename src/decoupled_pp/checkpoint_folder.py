@@ -66,9 +66,7 @@ class _Course:
 class CheckpointFolder:
     """One folder, which all ranks must share."""
 
-    def __init__(
-        self, path: Path, *, keep: int, timeout_seconds: float, tied: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, path: Path, *, keep: int, timeout_seconds: float, tied: Mapping[str, str] | None = None) -> None:
         """Nothing is written yet.
 
         Args:

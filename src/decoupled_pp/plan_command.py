@@ -138,7 +138,10 @@ def _plan(chosen: argparse.Namespace, strategies: Sequence[str], link: Link) -> 
     capacity = settings.links.capacity if chosen.capacity is None else chosen.capacity
     count = 2 * chosen.ranks if chosen.micro_batches is None else chosen.micro_batches
     accumulate = settings.training.accumulate
-    setting = _usage("plan", lambda: Setting(chosen.ranks, count, link, capacity, accumulate))
+    balance = settings.balance
+    speeds = tuple(balance.speeds or ())
+    limits = () if balance.memory is None else tuple(_limits(balance.memory, chosen.ranks))
+    setting = _usage("plan", lambda: Setting(chosen.ranks, count, link, capacity, accumulate, speeds, limits))
     profile, cut = _profile(chosen, settings)
     predictions: dict[str, Prediction] = {}
     refused: dict[str, str] = {}
@@ -154,9 +157,15 @@ def _plan(chosen: argparse.Namespace, strategies: Sequence[str], link: Link) -> 
 
         if "decoupled" not in predictions:
             raise UsageError("--picture is of the decoupled cut, and --strategies leaves it out; add it")
-        plot_cut(cut_stages(profile, predictions["decoupled"].boundaries), Path(chosen.picture))
+        plot_cut(cut_stages(profile, predictions["decoupled"].boundaries, speeds), Path(chosen.picture))
         text += f"{chosen.picture}\n"
     return text, figures
+
+
+def _limits(memory: str | list[str], ranks: int) -> list[int]:
+    from decoupled_pp.planner.memory import limits_of
+
+    return limits_of(memory, ranks)
 
 
 def _profile(chosen: argparse.Namespace, settings: Settings) -> tuple[Profile, Cut]:
@@ -176,8 +185,10 @@ def _profile(chosen: argparse.Namespace, settings: Settings) -> tuple[Profile, C
     if save is not None:
         save.write_text(profile.write(), encoding="utf-8")
 
-    def cut(costs: Sequence[float], stages: int, closing: Sequence[Sequence[float]] | None) -> tuple[int, ...]:
-        boundaries = minmax_cut(costs, stages, closing)
+    def cut(
+        costs: Sequence[float], stages: int, closing: Sequence[Sequence[float]] | None, **devices: Any
+    ) -> tuple[int, ...]:
+        boundaries = minmax_cut(costs, stages, closing, **devices)
         refuse_shared(module, boundaries)
         return boundaries
 
@@ -193,9 +204,10 @@ def _measure(settings: Settings, ranks: int, name: str) -> tuple[Profile, Any]:
     from decoupled_pp.job import prepare
     from decoupled_pp.losses import find_loss
     from decoupled_pp.planner.measure import measure_profile
+    from decoupled_pp.settings import BalanceSettings
 
     torch.set_num_threads(settings.threads or max(1, environment.cores() // ranks))  # as a rank on this machine would
-    _, _, plan = prepare(settings.model_copy(update={"stages": 1, "cut": "uniform"}))
+    _, _, plan = prepare(settings.model_copy(update={"stages": 1, "cut": "uniform", "balance": BalanceSettings()}))
     device = choose_device(settings.device, 0, 1)
     profile = measure_profile(
         plan.module,

@@ -11,6 +11,7 @@ from decoupled_pp.checkpoint import latest_checkpoint, list_checkpoints, open_ch
 from decoupled_pp.contracts import UsageError
 from ranks import launch, values
 
+
 def network():
     torch.manual_seed(0)
     embedding, head = nn.Embedding(16, 8), nn.Linear(8, 16, bias=False)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from typing import TypeAlias
 
 from decoupled_pp.planner.orders import PIPELINES, SPLIT, Operation, rank_of, stages_per_rank
@@ -19,8 +19,9 @@ from decoupled_pp.planner.simulate import Link, Span, Timeline, simulate
 
 STRATEGIES = ("decoupled", *PIPELINES, "data_parallel", "backprop")
 
-Cut: TypeAlias = Callable[[Sequence[float], int, Sequence[Sequence[float]] | None], tuple[int, ...]]
-"""cut(seconds per layer, stages, for every stage but the last seconds of a critic after every layer) -> boundaries."""
+Cut: TypeAlias = Callable[..., tuple[int, ...]]
+"""cut(seconds per layer, stages, for every stage but the last seconds of a critic after every layer, speeds=, fits=)
+-> boundaries; see `partitioning.minmax_cut`."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Setting:
         link: What the links are like.
         capacity: Packets a decoupled link may hold.
         accumulate: Micro-batches per optimizer step of a decoupled stage.
+        speeds: Of the ranks' devices, relative to the one that was measured; empty: all alike.
+        memory: Bytes of the ranks' devices; empty: no bound.
     """
 
     ranks: int
@@ -40,12 +43,18 @@ class Setting:
     link: Link = field(default_factory=Link)
     capacity: int = 4
     accumulate: int = 1
+    speeds: tuple[float, ...] = ()
+    memory: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raises ValueError for counts below 1."""
+        """Raises ValueError for counts below 1, and for devices that are not one for each rank."""
         for name in ("ranks", "micro_batches", "capacity", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("speeds", "memory"):
+            given = getattr(self, name)
+            if given and (len(given) != self.ranks or min(given) <= 0):
+                raise ValueError(f"{name} {list(given)} must be {self.ranks} numbers above 0, one for each rank")
 
 
 @dataclass(frozen=True)
@@ -135,9 +144,43 @@ def predict(strategy: str, profile: Profile, setting: Setting, cut: Cut) -> Pred
         [critic.seconds if critic is not None else math.inf for critic in profile.critics] if own_critics else None
     )
     by_stage = None if closing is None else [[*closing, 0.0]] * (stages - 1)
-    boundaries = cut([layer.seconds for layer in profile.layers], stages, by_stage)
+    ranks = [rank_of(strategy, stage, setting.ranks) for stage in range(stages)]
+    speeds = [setting.speeds[rank] for rank in ranks] if setting.speeds else None
+    fits = _room(profile, setting) if own_critics and setting.memory else None
+    boundaries = cut([layer.seconds for layer in profile.layers], stages, by_stage, speeds=speeds, fits=fits)
     costs = stage_costs(profile, boundaries, critics=own_critics)
-    return predict_stages(strategy, costs, setting, profile.samples, boundaries)
+    if speeds is not None:
+        costs = [_at_speed(one, speed) for one, speed in zip(costs, speeds, strict=True)]
+    found = predict_stages(strategy, costs, setting, profile.samples, boundaries)
+    _refuse_overflow(strategy, found.memory, setting.memory)
+    return found
+
+
+def _at_speed(one: StageCosts, speed: float) -> StageCosts:
+    times = ("forward", "input_gradient", "weight_gradient", "step", "critic")
+    return replace(one, **{name: getattr(one, name) / speed for name in times})
+
+
+def _room(profile: Profile, setting: Setting) -> Callable[[int, int, int], bool]:
+    """Which decoupled stages fit: states and saved activations of layers and critic, and packets in the links."""
+    sums = list(accumulate((layer.memory + layer.saved_bytes for layer in profile.layers), initial=0))
+    critics = [critic.memory + critic.saved_beside if critic is not None else 0 for critic in (*profile.critics, None)]
+    packets = [setting.capacity * (layer.output_bytes + profile.target_bytes) for layer in profile.layers]
+    packets[-1] = 0
+
+    def fits(stage: int, first: int, end: int) -> bool:
+        buffers = packets[end - 1] + (packets[first - 1] if first else 0)
+        return sums[end] - sums[first] + critics[end - 1] + buffers <= setting.memory[stage]
+
+    return fits
+
+
+def _refuse_overflow(strategy: str, memory: Sequence[RankMemory], limits: Sequence[int]) -> None:
+    for rank, (one, limit) in enumerate(zip(memory, limits, strict=False)):
+        if one.total > limit:
+            raise ValueError(
+                f"{strategy} needs {one.total / 2**20:.1f} MiB on rank {rank}, whose device has {limit / 2**20:.1f}"
+            )
 
 
 def predict_stages(
@@ -294,6 +337,8 @@ def _whole(strategy: str, profile: Profile, setting: Setting) -> Prediction:
     """
     (one,) = stage_costs(profile, (0, len(profile.layers)), critics=False)
     ranks = setting.ranks if strategy == "data_parallel" else 1
+    if setting.speeds:  # replicas wait for the slowest
+        one = _at_speed(one, min(setting.speeds[:ranks]))
     count = setting.micro_batches
     if count % ranks:
         raise ValueError(
@@ -308,6 +353,7 @@ def _whole(strategy: str, profile: Profile, setting: Setting) -> Prediction:
     memory = RankMemory(one.memory, one.saved, gradients if ranks > 1 else 0)  # DDP's buckets are copies
     sent = 2 * (ranks - 1) / ranks * gradients / (count * profile.samples)
     traffic = [Traffic(rank, (rank + 1) % ranks, 0.0, sent) for rank in range(ranks)] if ranks > 1 else []
+    _refuse_overflow(strategy, (memory,) * ranks, setting.memory)
     rate = count * profile.samples / step if step else math.inf
     bounds = (0, len(profile.layers))
     return Prediction(strategy, bounds, step, rate, share, 1 - share, (memory,) * ranks, tuple(traffic))

@@ -41,15 +41,17 @@ class CutStage:
         return self.forward + self.backward + self.critic + self.step
 
 
-def cut_stages(profile: Profile, boundaries: Sequence[int]) -> list[CutStage]:
+def cut_stages(profile: Profile, boundaries: Sequence[int], speeds: Sequence[float] = ()) -> list[CutStage]:
     """The stages of a cut.
 
     Args:
         profile: Of the network.
         boundaries: Index of the first layer of every stage, then the number of layers.
+        speeds: Of the stages' devices, relative to the one that was measured; empty: all alike.
     """
     found = []
-    for first, end in pairwise(boundaries):
+    for stage, (first, end) in enumerate(pairwise(boundaries)):
+        speed = speeds[stage] if speeds else 1.0
         own = profile.layers[first:end]
         critic = profile.critics[end - 1] if end < len(profile.layers) else None
         all_of_it = [*own, critic] if critic is not None else list(own)
@@ -58,10 +60,10 @@ def cut_stages(profile: Profile, boundaries: Sequence[int]) -> list[CutStage]:
                 layers=(own[0].name, own[-1].name),
                 count=len(own),
                 parameters=sum(piece.parameter_bytes for piece in all_of_it),
-                forward=sum(piece.forward for piece in own),
-                backward=sum(piece.backward for piece in own),
-                critic=critic.seconds if critic is not None else 0.0,
-                step=sum(piece.step for piece in all_of_it),
+                forward=sum(piece.forward for piece in own) / speed,
+                backward=sum(piece.backward for piece in own) / speed,
+                critic=critic.seconds / speed if critic is not None else 0.0,
+                step=sum(piece.step for piece in all_of_it) / speed,
                 states=sum(piece.memory for piece in all_of_it),
                 activations=sum(piece.saved_beside for piece in all_of_it),
             )

@@ -37,7 +37,11 @@ def describe_plan(
         "Bytes per sample over every link: activations forward / gradients backward (/ credits)",
         *_columns([[kind, *_links(one.traffic)] for kind, one in predictions.items() if one.traffic]),
         "",
-        *(_cut_lines(cut_stages(profile, predictions["decoupled"].boundaries)) if "decoupled" in predictions else ()),
+        *(
+            _cut_lines(cut_stages(profile, predictions["decoupled"].boundaries, setting.speeds))
+            if "decoupled" in predictions
+            else ()
+        ),
         "Cuts (layers of every stage)",
         *_columns([[kind, *_stages(profile, one.boundaries)] for kind, one in predictions.items()]),
         *[f"{kind}: not predicted: {reason}" for kind, reason in refused.items()],
@@ -122,6 +126,7 @@ def plan_assumptions(setting: Setting) -> list[str]:
     """What is assumed of a measured network, one line each."""
     return [
         *link_assumptions(setting.link),
+        *_device_assumptions(setting),
         "every pass of a layer always takes its median time; nothing else runs on the ranks; no jitter",
         f"decoupled: an optimizer step every {setting.accumulate} micro-batches (--set training.accumulate), links of "
         f"{setting.capacity} packets; the others: one step per flush; a step is the sum of its "
@@ -132,6 +137,18 @@ def plan_assumptions(setting: Setting) -> list[str]:
         "data_parallel: a ring all-reduce that the last backward pass hides as far as it is long enough",
         "saved activations are kept until the weights' gradients are done; link buffers as the libraries allocate them",
     ]
+
+
+def _device_assumptions(setting: Setting) -> list[str]:
+    lines = []
+    if setting.speeds:
+        lines.append(
+            f"devices of speed {list(setting.speeds)} relative to the measured one (balance.speeds); every cut knows them"
+        )
+    if setting.memory:
+        sizes = ", ".join(f"{size / MIB:.1f}" for size in setting.memory)
+        lines.append(f"devices have {sizes} MiB (balance.memory): the decoupled cut fits them, another must happen to")
+    return lines
 
 
 def link_assumptions(link: Link) -> list[str]:
