@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -128,14 +129,24 @@ def critic_context(
         stage=stage,
         stages=stages,
         boundary=boundary,
-        hidden=map_payload(_present, hiddens[boundary]),
-        output=_present(output),
+        hidden=map_payload(present, hiddens[boundary]),
+        output=present(output),
         layers=tuple(module.children()),
         hiddens=tuple(hiddens[boundary:]),
-        sample=map_payload(_present, hiddens[0]),
+        sample=map_payload(present, hiddens[0]),
     )
 
 
-def _present(tensor: Tensor) -> Tensor:
-    """The tensor, or zeros of its shape if it is on the meta device (`Layers.weights`)."""
-    return torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor
+_zeros: WeakValueDictionary[object, Tensor] = WeakValueDictionary()
+"""Zeros that are in use, by shape and dtype: the contexts of many places share them."""
+
+
+def present(tensor: Tensor) -> Tensor:
+    """The tensor, or zeros of its shape if it is on the meta device (`Layers.weights`); they are not to be changed."""
+    if not tensor.is_meta:
+        return tensor
+    key = tensor.shape, tensor.dtype
+    zeros = _zeros.get(key)
+    if zeros is None:
+        _zeros[key] = zeros = torch.zeros_like(tensor, device="cpu")
+    return zeros

@@ -255,14 +255,14 @@ def measure_critics(
             except UsageError as error:
                 results.append(error)
                 continue
-            look = context.boundary, _look(built)
+            look = context.boundary, look_of(built)
             if look not in alike:
                 alike[look] = _critic_seconds(built, context, device, objective, repeats)
             results.append(alike[look])
     return tuple(results)
 
 
-def _look(critic: nn.Module) -> str:
+def look_of(critic: nn.Module) -> str:
     """Text that is the same for critics that compute alike: their modules, plain attributes and shapes."""
     plain = [{k: v for k, v in vars(part).items() if isinstance(v, int | float | str)} for part in critic.modules()]
     return f"{critic} {plain} {[tuple(parameter.shape) for parameter in critic.parameters()]}"

@@ -14,7 +14,8 @@ from decoupled_pp.device import cuda_devices
 from decoupled_pp.memory import SavedActivations
 from decoupled_pp.optim import OptimizerFactory
 from decoupled_pp.partitioning import critic_context, stand_in_objective, trace
-from decoupled_pp.partitioning.measure import Judged, Objective
+from decoupled_pp.partitioning.layers import present
+from decoupled_pp.partitioning.measure import Judged, Objective, look_of
 from decoupled_pp.planner import units
 from decoupled_pp.planner.measure import optimizer_cost
 from decoupled_pp.settings import OptimizerSettings
@@ -142,15 +143,17 @@ class Room:
             optimizer: As for `predict_memory`.
             accumulate: As for `predict_memory`.
         """
-        self._module, self._critic, self._loss, self._optimizer = module, critic, loss, optimizer
+        self._module, self._critic, self._optimizer = module, critic, optimizer
         self._limits, self._accumulates = list(limits), accumulate > 1
-        self._hiddens, self._output = trace(module, sample)
-        objective = stand_in_objective(loss, self._output)
+        hiddens, output = trace(module, sample)
+        self._hiddens, self._output = [map_payload(present, hidden) for hidden in hiddens], present(output)
+        self._objective = objective = stand_in_objective(loss, self._output)
         self._layers = [
             self._alone(layer, hidden, objective if index == len(module) - 1 else None)
             for index, (layer, hidden) in enumerate(zip(module, self._hiddens, strict=True))
         ]
         self._critics: dict[tuple[int, int], StageMemory] = {}
+        self._alike: dict[object, StageMemory] = {}
 
     def __call__(self, stage: int, first: int, end: int) -> bool:
         """Whether layers first..end-1 and the critic behind them fit as this stage."""
@@ -172,8 +175,11 @@ class Room:
             context = critic_context(
                 self._module, self._hiddens, self._output, boundary=boundary, stage=stage, stages=len(self._limits)
             )
-            judge = Judged(self._critic(context), context, stand_in_objective(self._loss, context.output))
-            self._critics[stage, boundary] = self._alone(judge, context.hidden, None)
+            critic = self._critic(context)
+            look = boundary, look_of(critic)
+            if look not in self._alike:
+                self._alike[look] = self._alone(Judged(critic, context, self._objective), context.hidden, None)
+            self._critics[stage, boundary] = self._alike[look]
         return self._critics[stage, boundary]
 
     def _alone(self, module: nn.Module, given: Payload, objective: Objective | None) -> StageMemory:
