@@ -9,6 +9,7 @@ plainly with one weight and with two, and in two decoupled stages with two weigh
 import argparse
 import json
 import tempfile
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ VOCABULARY, CONTEXT, ROWS = 4096, 128, 16
 
 
 def make_tokenizer(files, folder):
+    """A byte-pair encoding of the text."""
     from tokenizers import ByteLevelBPETokenizer
 
     tokenizer = ByteLevelBPETokenizer()
@@ -34,6 +36,7 @@ def make_tokenizer(files, folder):
 
 
 def make_model(seed):
+    """A small GPT-2 with one weight for embedding and projection."""
     torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=VOCABULARY, n_embd=128, n_layer=4, n_head=4, n_positions=CONTEXT, bos_token_id=0, eos_token_id=0,
@@ -44,6 +47,7 @@ def make_model(seed):
 
 @torch.no_grad()
 def loss_of(model, batches):
+    """Mean loss per token."""
     model.eval()
     losses = [
         cross_entropy(model(ids, use_cache=False).logits.flatten(0, 1), target.flatten()) for ids, target in batches
@@ -58,16 +62,16 @@ def tied_again(model):
     return model
 
 
-def train(way, every, seed, data, steps, lr, folder):
+def train(way, every, *, seed, data, steps, lr, folder):
     """Held-out loss, and that of the network exported tied."""
     model = make_model(seed)
-    held_out = [batch for _, batch in zip(range(20), data.validation.batches())]
+    held_out = list(islice(data.validation.batches(), 20))
     schedule = ScheduleSettings(kind="cosine", warmup=steps // 20, final=0.1)
     sample = next(data.train.batches())[0]
     if way == "plain, one weight":
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
         factor = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(schedule, step, steps))
-        for _, (ids, target) in zip(range(steps), data.train.batches()):
+        for ids, target in islice(data.train.batches(), steps):
             cross_entropy(model(ids, use_cache=False).logits.flatten(0, 1), target.flatten()).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -92,6 +96,7 @@ def train(way, every, seed, data, steps, lr, folder):
 
 
 def main():
+    """Train every way, one after the other; print a line of JSON for each."""
     arguments = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     arguments.add_argument("--files", required=True)
     arguments.add_argument("--steps", type=int, default=600)
@@ -113,7 +118,7 @@ def main():
                 data = open_data(settings, seed)
                 for way, every in ways:
                     folder = Path(scratch) / f"{lr}-{seed}-{way}-{every}"
-                    loss, tied = train(way, every, seed, data, chosen.steps, lr, folder)
+                    loss, tied = train(way, every, seed=seed, data=data, steps=chosen.steps, lr=lr, folder=folder)
                     line = {"way": way, "every": every, "lr": lr, "seed": seed, "loss": loss, "exported_tied": tied}
                     print(json.dumps(line), flush=True)
                     if chosen.output:

@@ -170,8 +170,19 @@ def _stage_state(stage: Stage, plan: Plan) -> tuple[dict[str, Tensor], dict[str,
         stage.all_optimizers, stage.first_groups, scheduled=bool(stage.schedules)
     ).items():
         state[f"groups.stage{stage.index}.{key}"] = value
-    tensors = {key: value.detach().contiguous() for key, value in state.items() if isinstance(value, Tensor)}
+    tensors = _apart({key: value.detach().contiguous() for key, value in state.items() if isinstance(value, Tensor)})
     return tensors, {key: value for key, value in state.items() if key not in tensors}
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """No two of them in one memory, which the file format refuses: a parameter used twice in a stage is saved twice."""
+    seen: set[int] = set()
+    found = {}
+    for key, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        found[key] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return found
 
 
 def _lessons(stage: Stage) -> dict[str, Any]:

@@ -303,11 +303,14 @@ class DataInfo:
     """What a model or an example may want to know about the data.
 
     Attributes:
-        form: "image" (B, C, H, W float), "vector" (B, D float), "tokens" (B, T int64, next-token targets) or "other".
-        shape: Shape of one sample without the batch dimension.
+        form: "image" (B, C, H, W float), "vector" (B, D float), "tokens" (B, T int64, next-token targets),
+            "masked_tokens" (B, T int64, targets where tokens are masked, IGNORED elsewhere), "sentences" (ids (B, T),
+            mask (B, T), class targets) or "other".
+        shape: Shape of one sample without the batch dimension; of sentences the longest.
         outputs: Number of classes or size of the vocabulary.
         encode: For text, string -> token ids.
         decode: For text, token ids -> string.
+        vocabulary: For sentences, the size of the vocabulary.
     """
 
     form: str
@@ -315,6 +318,16 @@ class DataInfo:
     outputs: int
     encode: Callable[[str], list[int]] | None = None
     decode: Callable[[list[int]], str] | None = None
+    vocabulary: int | None = None
+
+    def known(self) -> dict[str, Any]:
+        """All but the functions, as JSON."""
+        return {"form": self.form, "shape": list(self.shape), "outputs": self.outputs, "vocabulary": self.vocabulary}
+
+    @staticmethod
+    def of(known: dict[str, Any]) -> DataInfo:
+        """What `known` gave; it can neither encode nor decode."""
+        return DataInfo(known["form"], tuple(known["shape"]), known["outputs"], vocabulary=known.get("vocabulary"))
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,9 @@ def run_rank(settings: Settings, *, resume: bool = False, overwrite: bool = Fals
     plain = trainer.export() if isinstance(trainer, BaselineTrainer) else trainer.plan.module
     if trainer.rank != 0:
         return Outcome(report, folder, [], None, trainer.rank)
-    unit = "nats/token" if start.info.form == "tokens" and settings.loss == "cross_entropy" else "loss"
+    unit = (
+        "nats/token" if start.info.form in {"tokens", "masked_tokens"} and settings.loss == "cross_entropy" else "loss"
+    )
     about = {"strategy": settings.strategy, "device": trainer.device.type}
     pictures = run_folder.write_results(folder, report, observer.spans, about, unit)
     text = None
@@ -244,13 +246,12 @@ def prepare(settings: Settings, control: Control | None = None) -> tuple[Data | 
         info = opened[0].info
         if settings.sample is not None and (info.encode is None or info.decode is None):
             raise UsageError(f"sample: data.kind {settings.data.kind!r} is no text to go on from; leave sample out")
-        return {"info": [info.form, list(info.shape), info.outputs], "sample": _spec(sample)}
+        return {"info": info.known(), "sample": _spec(sample)}
 
     described = _from_rank_0(control or LocalControl(), settings, "data", describe)
     if not opened and settings.strategy != "decoupled":  # a pipeline's last stage needs targets, data parallel all
         opened.append(open_data(settings.data, settings.seed))
-    form, shape, outputs = described["info"]
-    info = opened[0].info if opened else DataInfo(form, tuple(shape), outputs)
+    info = opened[0].info if opened else DataInfo.of(described["info"])
     with seeded(settings.seed):
         module = build_model(settings.model, info)
     if settings.start_from is not None:

@@ -132,8 +132,7 @@ def write_config(folder: Path, settings: Settings, sizes: tuple[int, ...] | None
 
 def write_info(folder: Path, info: DataInfo) -> None:
     """What the data are like: the network is built from it again, for an export, when they are no longer there."""
-    known = {"form": info.form, "shape": list(info.shape), "outputs": info.outputs}
-    write_atomically(folder / INFO_FILE, json.dumps(known) + "\n")
+    write_atomically(folder / INFO_FILE, json.dumps(info.known()) + "\n")
 
 
 def read_info(folder: Path) -> DataInfo:
@@ -143,8 +142,7 @@ def read_info(folder: Path) -> DataInfo:
         UsageError: It is not there.
     """
     try:
-        known = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
-        return DataInfo(known["form"], tuple(known["shape"]), known["outputs"])
+        return DataInfo.of(json.loads((folder / INFO_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{folder / INFO_FILE} is missing or damaged ({error}); a run that is resumed writes it anew"

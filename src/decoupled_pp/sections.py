@@ -99,7 +99,7 @@ class HuggingFaceModel(Section):
     type: str | None = None
     """Instead of a path: an architecture with fresh weights, by its `model_type`, such as `llama` or `vit`."""
     head: Literal["causal_lm", "masked_lm", "sequence_classification", "image_classification"] | None = None
-    """What stands on top; default: `causal_lm` for tokens, `image_classification` for images."""
+    """What stands on top; default: the one for the data's targets."""
     pretrained: bool = True
     """Load the weights of `path`; false: fresh ones, from its config alone."""
     config: dict[str, Any] = Field(default_factory=dict)
@@ -140,7 +140,11 @@ class TokenSettings(BatchSettings):
     """What token data sets share."""
 
     context: int = Field(128, ge=1)
-    """Tokens per sample."""
+    """Tokens per sample; of sentences (a text column with a `label_column`) the most."""
+    target: Literal["next_token", "masked_tokens"] = "next_token"
+    """What is predicted: every next token, or tokens that are masked (needs a tokenizer that has a mask token)."""
+    mask_share: float = Field(0.15, gt=0, lt=1)
+    """Share of the tokens to predict, for `masked_tokens`; 80 % of them are masked, 10 % replaced, 10 % kept."""
     validation_fraction: float = Field(0.1, gt=0, lt=1)
     """Share of the files (or, for a single file, of the text) held out for validation."""
 
@@ -166,7 +170,8 @@ class TextData(TokenSettings):
     files: list[str] = Field(min_length=1)
     """Glob patterns of the files, relative to the working directory; `**` is recursive."""
     tokenizer: str | None = None
-    """A Hugging Face `tokenizers` file, or a folder with GPT-2's `encoder.json` and `vocab.bpe`; default: bytes."""
+    """A `tokenizers` file, the folder or hub name of a model (`transformers`), or a folder with GPT-2's `encoder.json`
+    and `vocab.bpe`; default: bytes."""
 
 
 class IdxData(ImageSettings):
@@ -214,8 +219,9 @@ class HuggingFaceData(TokenSettings):
     """As in `text`; default: bytes."""
     image_column: str | None = None
     """Column with images: an image data set."""
-    label_column: str = "label"
-    """Column with integer class labels, for images."""
+    label_column: str | None = None
+    """Column with integer class labels; default for images: `label`. With a text column: every row is a sentence to
+    classify, padded to the longest of its micro-batch."""
     shuffle_buffer: int = Field(1000, ge=1)
     """Samples in the shuffle buffer when streaming."""
 
@@ -223,6 +229,14 @@ class HuggingFaceData(TokenSettings):
     def _one_column(self) -> HuggingFaceData:
         if (self.text_column is None) == (self.image_column is None):
             raise ValueError("give exactly one of text_column and image_column")
+        return self
+
+    @model_validator(mode="after")
+    def _one_target(self) -> HuggingFaceData:
+        if self.label_column is not None and self.label_column in {self.text_column, self.image_column}:
+            raise ValueError(f"label_column and text_column or image_column are one column, {self.label_column!r}")
+        if self.target != "next_token" and (self.image_column or self.label_column):
+            raise ValueError(f"target {self.target!r} is for text without labels; leave label_column out")
         return self
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ And a checkpoint loads into any other cut: weights and optimizer state by name, 
 import pytest
 import torch
 from cases import ADAMW, CASES, MOMENTUM, MUON, differences, merged, states, train
+from torch import nn
 
 from decoupled_pp import Trainer, partition
 from decoupled_pp.checkpoint import latest_checkpoint
@@ -75,6 +76,26 @@ def test_optimizers_that_keep_state_of_their_own(optimizer, tmp_path):
     assert differences(states(resumed), states(never_stopped)) == []
     for ours, theirs in zip(resumed.stages, never_stopped.stages, strict=True):
         assert group_entries(ours.optimizers) == group_entries(theirs.optimizers)
+
+
+def _sharing(folder=None):
+    """Two layers of one stage use one matrix."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 4) for _ in range(4)]
+    layers[1].weight = layers[0].weight
+    plan = partition(layers, 2, [2, 2], torch.randn(2, 4))
+    return Trainer(plan, critic="head", loss="mse", optimizer="AdamW", checkpoints=folder)
+
+
+def test_a_parameter_used_twice_in_a_stage(tmp_path):
+    batches = [(torch.randn(2, 4), torch.randn(2, 4)) for _ in range(5)]
+    never_stopped, stopped, resumed = _sharing(), _sharing(tmp_path), _sharing(tmp_path)
+    never_stopped.fit(batches, 5)
+    stopped.fit(batches, 2)
+    resumed.fit(batches, 5, resume=True)
+    assert differences(states(resumed), states(never_stopped)) == []
+    first, second, *_ = resumed.plan.module
+    assert first.weight is second.weight
 
 
 def test_state_of_a_whole_stage_fits_no_other_cut(tmp_path):

@@ -1,11 +1,16 @@
 """`model.kind: huggingface`: trained like any other network, exported to a folder that its own library loads."""
 
+import json
+from itertools import islice
+
 import pytest
 import torch
 
 from decoupled_pp.cli import main
 from decoupled_pp.contracts import DataInfo, UsageError
+from decoupled_pp.data import open_data
 from decoupled_pp.finished_run import open_run
+from decoupled_pp.losses import ExitScore
 from decoupled_pp.models import build_model
 from decoupled_pp.sections import HuggingFaceModel
 
@@ -104,7 +109,7 @@ def test_a_run_is_exported_for_its_own_library(tmp_path, monkeypatch):
         (
             {"type": "llama", "config": SIZES, "head": "causal_lm"},
             DataInfo("vector", (4,), 2),
-            "takes tokens or images",
+            "takes tokens, sentences or images",
         ),
     ],
 )
@@ -117,3 +122,63 @@ def test_one_origin_is_needed():
     for given in ({}, {"path": "a", "type": "b"}):
         with pytest.raises(ValueError, match="give either path or type"):
             model(**given)
+
+
+ENCODER = """
+name: encoder
+stages: 2
+cut: [2, 2]
+threads: 1
+model:
+  kind: huggingface
+  type: bert
+  config: {hidden_size: 16, intermediate_size: 32, num_hidden_layers: 2, num_attention_heads: 2, pad_token_id: 0}
+data: {kind: huggingface, path: json, data_files: {train: rows.jsonl}, text_column: said, batch_size: 4, context: 12,
+       tokenizer: tokenizer}
+training: {steps: 3}
+validation: {batches: 2}
+logging: {tensorboard: false}
+"""
+
+
+@pytest.fixture
+def encoder_run(tmp_path, monkeypatch):
+    """A folder with rows of text, the tokenizer of a masked language model, and a run on both."""
+    datasets, tokenizers = pytest.importorskip("datasets"), pytest.importorskip("tokenizers")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    words = [f"w{n}" for n in range(20)]
+    rows = [{"said": " ".join(words[(n + k) % 20] for k in range(2 + n % 9)), "kind": n % 3} for n in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    made = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: at for at, word in enumerate([*special, *words])}, unk_token="[UNK]")
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "run.yaml").write_text(ENCODER)
+    return tmp_path
+
+
+def test_a_masked_language_model_is_trained_and_exported(encoder_run):
+    assert command("train", "run.yaml", "--set", "data.target=masked_tokens") == 0
+    assert command("export", "runs/encoder", "-o", "exported") == 0
+    loaded = transformers.AutoModelForMaskedLM.from_pretrained("exported").eval()
+    assert loaded(torch.randint(5, 25, (2, 7))).logits.shape == (2, 7, 25)
+
+
+def test_sentences_are_classified_and_the_classifier_exported(encoder_run):
+    """Its own data, again through its own library: the loss of the last exit is that of the run."""
+    assert command("train", "run.yaml", "--set", "data.label_column=kind") == 0
+    assert command("export", "runs/encoder", "-o", "exported") == 0
+    settings, _ = open_run(encoder_run / "runs" / "encoder")
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained("exported").eval()
+    assert loaded.config.num_labels == 3 and loaded.config.vocab_size == 25
+    score = ExitScore()
+    for (ids, mask), labels in islice(open_data(settings.data, settings.seed).validation.batches(), 2):
+        with torch.no_grad():
+            logits = loaded(input_ids=ids, attention_mask=mask).logits
+        score.add(torch.nn.functional.cross_entropy(logits, labels), logits, labels)
+    summary = json.loads((encoder_run / "runs" / "encoder" / "summary.json").read_text())
+    assert summary["exits"][-1]["val_loss"] == pytest.approx(score.result()[0], rel=1e-6)

@@ -37,7 +37,7 @@ Loader: TypeAlias = Callable[[], Samples]
 """Reads the samples; called when a source is first iterated."""
 
 Augmentation: TypeAlias = Callable[[Batch, torch.Generator], Batch]
-"""Changes a training batch with random numbers from the given generator only."""
+"""Changes a batch with random numbers from the given generator only."""
 
 
 class TrainingBatches(BatchSource):
@@ -72,14 +72,17 @@ class TrainingBatches(BatchSource):
 
 
 class ValidationBatches(BatchSource):
-    """One finite pass in fixed order; the last batch may be smaller."""
+    """One finite pass in fixed order, the same every time; the last batch may be smaller."""
 
-    def __init__(self, load: Loader, batch_size: int) -> None:
+    def __init__(self, load: Loader, batch_size: int, change: Augmentation | None = None) -> None:
         self._load = load
         self._batch_size = batch_size
+        self._change = change
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """Yield the batches from number `start` to the end of the pass."""
         samples = self._load()
         for first in range(start * self._batch_size, len(samples), self._batch_size):
-            yield samples.take(torch.arange(first, min(first + self._batch_size, len(samples))), None)
+            batch = samples.take(torch.arange(first, min(first + self._batch_size, len(samples))), None)
+            number = first // self._batch_size
+            yield batch if self._change is None else self._change(batch, generator(0, Purpose.HELD_OUT, number))

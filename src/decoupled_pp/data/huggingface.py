@@ -7,13 +7,14 @@ from typing import Any
 
 from decoupled_pp.contracts import Data, UsageError
 from decoupled_pp.data.huggingface_images import open_image_rows
+from decoupled_pp.data.huggingface_sentences import open_sentence_rows
 from decoupled_pp.data.huggingface_text import open_text_rows
 from decoupled_pp.data.streams import Rows
 from decoupled_pp.sections import HuggingFaceData
 
 
 def open_huggingface(settings: HuggingFaceData, seed: int) -> Data:
-    """Load or stream a data set; text becomes tokens (every row ends with a newline), images float32.
+    """Load or stream a data set; text becomes tokens (every row ends with a newline) or sentences, images float32.
 
     Loaded data are memory-mapped by `datasets`. A stream is shuffled anew each epoch in a buffer of
     `shuffle_buffer` rows; resuming it reads everything before the batch again.
@@ -33,6 +34,8 @@ def open_huggingface(settings: HuggingFaceData, seed: int) -> Data:
             _check_columns(rows, settings)
     if settings.image_column is not None:
         return open_image_rows(settings, seed, train, validation)
+    if settings.label_column is not None:
+        return open_sentence_rows(settings, seed, train, validation)
     return open_text_rows(settings, seed, train, validation)
 
 
@@ -65,8 +68,8 @@ def _split(splits: Any, name: str, key: str) -> Rows:
 
 def _check_columns(rows: Rows, settings: HuggingFaceData) -> None:
     wanted = {"text_column": settings.text_column, "image_column": settings.image_column}
-    if settings.image_column is not None:
-        wanted["label_column"] = settings.label_column
+    if settings.image_column is not None or settings.label_column is not None:
+        wanted["label_column"] = settings.label_column or "label"
     names = rows.column_names or list(next(iter(rows), {}))
     for key, name in wanted.items():
         if name is not None and name not in names:

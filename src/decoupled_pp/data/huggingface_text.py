@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from decoupled_pp.contracts import Data, UsageError
+from decoupled_pp.data.masking import masking
 from decoupled_pp.data.seeds import Purpose, mixed_seed
 from decoupled_pp.data.streams import Rows, Sample, shuffled, stream_sources, windows
 from decoupled_pp.data.tokens import Corpus, open_tokens, split_corpus, token_info, whole
@@ -63,7 +64,7 @@ def open_text_rows(settings: HuggingFaceData, seed: int, train: Rows, validation
 
 
 def _stream(settings: HuggingFaceData, seed: int, vocabulary: Vocabulary, train: Rows, validation: Rows) -> Data:
-    column, context = settings.text_column or "", settings.context
+    column, context, change = settings.text_column or "", settings.context, masking(settings, vocabulary)
 
     def samples(rows: Rows, skip: int) -> Iterator[Sample]:
         return windows((vocabulary.tokens([text]) for text in _texts(rows, column)), context, skip)
@@ -72,6 +73,6 @@ def _stream(settings: HuggingFaceData, seed: int, vocabulary: Vocabulary, train:
         return samples(shuffled(train, settings, seed, epoch), mixed_seed(seed, Purpose.OFFSET, epoch) % context)
 
     return Data(
-        info=token_info(context, vocabulary),
-        **stream_sources(settings, train_epoch, lambda _: samples(validation, 0)),
+        info=token_info(settings, vocabulary),
+        **stream_sources(settings, train_epoch, lambda _: samples(validation, 0), seed=seed, change=change),
     )

@@ -16,6 +16,7 @@ class Purpose(IntEnum):
     ORDER = 1
     OFFSET = 2
     AUGMENTATION = 3
+    HELD_OUT = 4
 
 
 def mixed_seed(seed: int, purpose: Purpose, number: int = 0) -> int:

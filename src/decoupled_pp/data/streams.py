@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count, islice
 from typing import Any, TypeAlias
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from decoupled_pp.contracts import Batch, BatchSource, UsageError
-from decoupled_pp.data.seeds import Purpose, mixed_seed
+from decoupled_pp.data.batches import Augmentation
+from decoupled_pp.data.seeds import Purpose, generator, mixed_seed
 from decoupled_pp.sections import HuggingFaceData
 
 Sample: TypeAlias = tuple[Tensor, Tensor]
@@ -20,13 +21,32 @@ Rows: TypeAlias = Any
 """A `datasets.Dataset` or `datasets.IterableDataset` (the package is optional, so its types cannot be named)."""
 
 
+Collate: TypeAlias = Callable[[Sequence[Sample]], Batch]
+"""Samples -> a batch."""
+
+
+def stacked(samples: Sequence[Sample]) -> Batch:
+    """Samples of one shape as a batch."""
+    inputs, targets = zip(*samples, strict=True)
+    return torch.stack(inputs), torch.stack(targets)
+
+
 class StreamedBatches(BatchSource):
     """Batches of consecutive samples of a stream.
 
     The length of a stream is not known, so resuming at batch n reads (and drops) everything before n.
     """
 
-    def __init__(self, samples: Callable[[int], Iterable[Sample]], batch_size: int, endless: bool) -> None:
+    def __init__(
+        self,
+        samples: Callable[[int], Iterable[Sample]],
+        batch_size: int,
+        endless: bool,
+        *,
+        seed: int = 0,
+        change: Augmentation | None = None,
+        collate: Collate = stacked,
+    ) -> None:
         """Batch a stream.
 
         Args:
@@ -34,10 +54,14 @@ class StreamedBatches(BatchSource):
             batch_size: Samples per batch.
             endless: Training: epoch after epoch, without the last partial batch of an epoch (unless it is the only
                 one). Else one pass that keeps it.
+            seed: Of `change`, in training.
+            change: Applied to every batch, with random numbers that depend on its number.
+            collate: Makes a batch of samples.
         """
         self._samples = samples
         self._batch_size = batch_size
         self._endless = endless
+        self._seed, self._change, self._collate = seed, change, collate
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """Yield the batches from number `start` on.
@@ -45,7 +69,13 @@ class StreamedBatches(BatchSource):
         Raises:
             UsageError: The stream holds no samples.
         """
-        return islice(self._from_the_first(), start, None)
+        return map(self._changed, count(start), islice(self._from_the_first(), start, None))
+
+    def _changed(self, number: int, batch: Batch) -> Batch:
+        if self._change is None:
+            return batch
+        purpose = Purpose.AUGMENTATION if self._endless else Purpose.HELD_OUT
+        return self._change(batch, generator(self._seed if self._endless else 0, purpose, number))
 
     def _from_the_first(self) -> Iterator[Batch]:
         for epoch in count() if self._endless else (0,):
@@ -55,8 +85,7 @@ class StreamedBatches(BatchSource):
                 if len(samples) < self._batch_size and self._endless and complete:
                     break
                 complete += 1
-                inputs, targets = zip(*samples, strict=True)
-                yield torch.stack(inputs), torch.stack(targets)
+                yield self._collate(samples)
             if not complete:
                 raise UsageError("the streamed data set holds no whole sample; check data.path and data.context")
 
@@ -83,9 +112,11 @@ def stream_sources(
     settings: HuggingFaceData,
     train: Callable[[int], Iterator[Sample]],
     validation: Callable[[int], Iterator[Sample]],
+    **more: Any,
 ) -> dict[str, StreamedBatches]:
-    """The two sources of a streamed data set."""
+    """The two sources of a streamed data set; `more` as for `StreamedBatches`."""
+    held = settings.validation_batch_size or settings.batch_size
     return {
-        "train": StreamedBatches(train, settings.batch_size, endless=True),
-        "validation": StreamedBatches(validation, settings.validation_batch_size or settings.batch_size, endless=False),
+        "train": StreamedBatches(train, settings.batch_size, endless=True, **more),
+        "validation": StreamedBatches(validation, held, endless=False, **more),
     }

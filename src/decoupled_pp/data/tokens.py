@@ -20,6 +20,7 @@ from torch import Tensor
 
 from decoupled_pp.contracts import Batch, Data, DataInfo, UsageError
 from decoupled_pp.data.batches import Samples, TrainingBatches, ValidationBatches
+from decoupled_pp.data.masking import masking
 from decoupled_pp.data.seeds import Purpose, mixed_seed
 from decoupled_pp.data.splits import random_split
 from decoupled_pp.data.vocabulary import Vocabulary
@@ -139,9 +140,11 @@ def _split_tail(corpus: Corpus, fraction: float) -> tuple[Part, Part]:
     )
 
 
-def token_info(context: int, vocabulary: Vocabulary) -> DataInfo:
+def token_info(settings: TokenSettings, vocabulary: Vocabulary) -> DataInfo:
     """The info of a token data set."""
-    return DataInfo("tokens", (context,), vocabulary.size, vocabulary.encode, vocabulary.decode)
+    if settings.target == "masked_tokens":  # nothing to go on from with what such a model predicts
+        return DataInfo("masked_tokens", (settings.context,), vocabulary.size)
+    return DataInfo("tokens", (settings.context,), vocabulary.size, vocabulary.encode, vocabulary.decode)
 
 
 def open_tokens(settings: TokenSettings, seed: int, vocabulary: Vocabulary, train: Part, validation: Part) -> Data:
@@ -150,17 +153,18 @@ def open_tokens(settings: TokenSettings, seed: int, vocabulary: Vocabulary, trai
     Raises:
         UsageError: A text is shorter than one sample (here if its length is known, else when it is read).
     """
-    context = settings.context
+    context, change = settings.context, masking(settings, vocabulary)
     for name, part in (("training", train), ("validation", validation)):
         if part.length is not None:
             check_length(part.length, context, name)
     return Data(
-        info=token_info(context, vocabulary),
+        info=token_info(settings, vocabulary),
         train=TrainingBatches(
-            cache(lambda: TokenWindows(train.read(), context, seed, "training")), settings.batch_size, seed
+            cache(lambda: TokenWindows(train.read(), context, seed, "training")), settings.batch_size, seed, change
         ),
         validation=ValidationBatches(
             cache(lambda: TokenWindows(validation.read(), context, None, "validation")),
             settings.validation_batch_size or settings.batch_size,
+            change,
         ),
     )

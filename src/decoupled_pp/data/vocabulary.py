@@ -1,7 +1,8 @@
-"""Text to token ids and back: bytes, a Hugging Face tokenizer file, or GPT-2's two files."""
+"""Text to token ids and back: bytes, a Hugging Face tokenizer, or GPT-2's two files."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from decoupled_pp.contracts import UsageError
 
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_MODEL_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
 GPT2_FILES = ("encoder.json", "vocab.bpe")
 
 
@@ -24,13 +27,19 @@ class Vocabulary:
         size: Number of ids (largest id + 1).
         encode: Text -> ids.
         decode: Ids -> text; what is not valid UTF-8 becomes U+FFFD.
+        sentences: Longest length -> (text -> ids of a sentence, special tokens included).
         is_bytes: Whether ids are the bytes of the text, so that files need no encoding at all.
+        mask: Id that stands for a masked token; None: there is none.
+        pad: Id that fills up short sentences; None: there is none.
     """
 
     size: int
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
+    sentences: Callable[[int], Callable[[str], list[int]]]
     is_bytes: bool = False
+    mask: int | None = None
+    pad: int | None = None
 
     def tokens(self, texts: Iterable[str]) -> Tensor:
         """All ids of the texts in a row, (N,): uint8 for bytes, else int32; a batch is cast when it is taken."""
@@ -52,13 +61,15 @@ BYTES = Vocabulary(
     encode=lambda text: list(text.encode("utf-8")),
     decode=lambda ids: bytes(ids).decode("utf-8", errors="replace"),
     is_bytes=True,
+    pad=0,
+    sentences=lambda length: lambda text: list(text.encode("utf-8")[:length]),
 )
 
 
 def open_vocabulary(tokenizer: str | None) -> Vocabulary:
     """The vocabulary of a `tokenizer` setting: None is bytes.
 
-    Special tokens, truncation and padding that a tokenizer file may ask for are not applied: the text is one stream.
+    Special tokens, truncation and padding that a tokenizer may ask for are not applied to a stream of text.
 
     Raises:
         UsageError: The extra `hf` is not installed, or the file or folder cannot be used.
@@ -66,28 +77,48 @@ def open_vocabulary(tokenizer: str | None) -> Vocabulary:
     if tokenizer is None:
         return BYTES
     path = Path(tokenizer).expanduser()
-    if not path.exists():
-        raise UsageError(f"data.tokenizer: {tokenizer} does not exist; give a tokenizer.json or GPT-2's folder")
+    if not path.exists() and not _HUB_NAME.fullmatch(tokenizer):
+        raise UsageError(
+            f"data.tokenizer: {tokenizer} does not exist; give a tokenizer.json, a model's folder or GPT-2's files"
+        )
     try:
         import tokenizers
     except ImportError:
         raise UsageError(
             f"data.tokenizer: {tokenizer} needs the package tokenizers; pip install 'decoupled_pp[hf]'"
         ) from None
-    missing = [name for name in GPT2_FILES if path.is_dir() and not (path / name).is_file()]
-    if missing:
+    if path.is_dir() and not any((path / name).is_file() for name in (*GPT2_FILES, *_MODEL_FILES)):
         raise UsageError(
-            f"data.tokenizer: folder {tokenizer} has no {' and no '.join(missing)}; "
-            "give a folder with GPT-2's two files, or a tokenizer.json"
+            f"data.tokenizer: folder {tokenizer} has no tokenizer.json, and no encoder.json and vocab.bpe; "
+            "give the folder of a model, or of GPT-2's two files"
         )
     try:
-        loaded = _gpt2(path) if path.is_dir() else tokenizers.Tokenizer.from_file(str(path))
+        if path.is_file():
+            return _vocabulary(tokenizers.Tokenizer.from_file(str(path)))
+        if all((path / name).is_file() for name in GPT2_FILES):
+            return _vocabulary(_gpt2(path))
+        return _of_a_model(str(path) if path.is_dir() else tokenizer)
     except UsageError:
         raise
-    except Exception as error:  # the Rust side raises bare Exception
-        fault = " ".join(str(error).split())
-        raise UsageError(f"data.tokenizer: {tokenizer} is not a usable tokenizer: {fault}") from None
-    return _vocabulary(loaded)
+    except Exception as error:  # the Rust side raises bare Exception, the hub whatever it likes
+        fault = " ".join(str(error).split())[:300]
+        where = "is not a usable tokenizer" if path.exists() else "does not exist here, and the hub gives none"
+        raise UsageError(f"data.tokenizer: {tokenizer} {where}: {fault}") from None
+
+
+def _of_a_model(name: str) -> Vocabulary:
+    """The tokenizer that goes with a model of `transformers`, by folder or hub name."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise UsageError(
+            f"data.tokenizer: {name} needs the package transformers; pip install 'decoupled_pp[hf]'"
+        ) from None
+    loaded = AutoTokenizer.from_pretrained(name)
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if backend is None:
+        raise UsageError(f"data.tokenizer: {name} is not backed by the package tokenizers; give a tokenizer.json")
+    return _vocabulary(backend, loaded.mask_token_id, loaded.pad_token_id)
 
 
 def _gpt2(folder: Path) -> Any:
@@ -107,7 +138,10 @@ def _gpt2(folder: Path) -> Any:
     return tokenizer
 
 
-def _vocabulary(tokenizer: Any) -> Vocabulary:
+def _vocabulary(tokenizer: Any, mask: int | None = None, pad: int | None = None) -> Vocabulary:
+    """Its special tokens are known by their usual names where nothing else says which they are."""
+    padding = tokenizer.padding or {}
+    text = tokenizer.to_str()
     tokenizer.no_truncation()
     tokenizer.no_padding()
 
@@ -119,4 +153,21 @@ def _vocabulary(tokenizer: Any) -> Vocabulary:
         text: str = tokenizer.decode(ids, skip_special_tokens=False)
         return text
 
-    return Vocabulary(max(tokenizer.get_vocab().values()) + 1, encode, decode)
+    def sentences(length: int) -> Callable[[str], list[int]]:
+        own = type(tokenizer).from_str(text)
+        own.no_padding()
+        own.enable_truncation(length)
+        return lambda sentence: list(own.encode(sentence).ids)
+
+    def known(*names: str) -> int | None:
+        found = (tokenizer.token_to_id(name) for name in names)
+        return next((one for one in found if one is not None), None)
+
+    return Vocabulary(
+        max(tokenizer.get_vocab().values()) + 1,
+        encode,
+        decode,
+        sentences,
+        mask=known("[MASK]", "<mask>") if mask is None else mask,
+        pad=padding.get("pad_id", known("[PAD]", "<pad>")) if pad is None else pad,
+    )

@@ -27,7 +27,12 @@ _HEADS = {
     "sequence_classification": "AutoModelForSequenceClassification",
     "image_classification": "AutoModelForImageClassification",
 }
-_HEAD_OF_FORM = {"tokens": "causal_lm", "image": "image_classification"}
+_HEAD_OF_FORM = {
+    "tokens": "causal_lm",
+    "masked_tokens": "masked_lm",
+    "sentences": "sequence_classification",
+    "image": "image_classification",
+}
 
 
 def split_transformers(
@@ -135,8 +140,9 @@ def _config(settings: HuggingFaceModel, info: DataInfo, head: str) -> Pretrained
     if head.endswith("classification"):
         changes.setdefault("num_labels", info.outputs)
     fresh = settings.path is None or not settings.pretrained
-    if fresh and info.form == "tokens":
-        changes.setdefault("vocab_size", info.outputs)
+    vocabulary = _vocabulary_of(info)
+    if fresh and vocabulary is not None:
+        changes.setdefault("vocab_size", vocabulary)
     if fresh and info.form == "image":
         changes.setdefault("image_size", info.shape[-1])
         changes.setdefault("num_channels", info.shape[0])
@@ -150,11 +156,16 @@ def _config(settings: HuggingFaceModel, info: DataInfo, head: str) -> Pretrained
     return config
 
 
+def _vocabulary_of(info: DataInfo) -> int | None:
+    return info.outputs if info.form in {"tokens", "masked_tokens"} else info.vocabulary
+
+
 def _check_vocabulary(model: nn.Module, info: DataInfo) -> None:
     size = getattr(getattr(model, "config", None), "vocab_size", None)
-    if info.form == "tokens" and isinstance(size, int) and size < info.outputs:
+    vocabulary = _vocabulary_of(info)
+    if vocabulary is not None and isinstance(size, int) and size < vocabulary:
         raise UsageError(
-            f"the data have {info.outputs} tokens and the model {size}; give data.tokenizer the model's own, or "
+            f"the data have {vocabulary} tokens and the model {size}; give data.tokenizer the model's own, or "
             "model.config.vocab_size"
         )
 
@@ -167,14 +178,16 @@ def sample_inputs(info: DataInfo) -> dict[str, Tensor]:
     """A micro-batch of two made-up samples by the name of the argument that takes them.
 
     Raises:
-        UsageError: Data of another form than tokens or images.
+        UsageError: Data of another form than tokens, sentences or images.
     """
-    if info.form == "tokens":
-        return {"input_ids": torch.arange(2 * info.shape[0]).reshape(2, -1) % info.outputs}
+    vocabulary = _vocabulary_of(info)
+    if vocabulary is not None:
+        ids = torch.arange(2 * info.shape[0]).reshape(2, -1) % vocabulary
+        return {"input_ids": ids} | ({"attention_mask": torch.ones_like(ids)} if info.form == "sentences" else {})
     if info.form == "image":
         return {"pixel_values": torch.linspace(-1, 1, 2 * torch.Size(info.shape).numel()).reshape(2, *info.shape)}
     raise UsageError(
-        f"model.kind huggingface takes tokens or images, not data of form {info.form!r}; split it yourself"
+        f"model.kind huggingface takes tokens, sentences or images, not data of form {info.form!r}; split it yourself"
     )
 
 

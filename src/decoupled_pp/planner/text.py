@@ -143,7 +143,7 @@ def _device_assumptions(setting: Setting) -> list[str]:
     lines = []
     if setting.speeds:
         lines.append(
-            f"devices of speed {list(setting.speeds)} relative to the measured one (balance.speeds); every cut knows them"
+            f"devices of speed {list(setting.speeds)} relative to the measured one (balance.speeds), known to every cut"
         )
     if setting.memory:
         sizes = ", ".join(f"{size / MIB:.1f}" for size in setting.memory)

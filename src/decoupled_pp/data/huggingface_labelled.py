@@ -1,0 +1,137 @@
+"""Rows of a Hugging Face data set that are a sample and its class: images, or sentences."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from decoupled_pp.contracts import Batch, Data, DataInfo, UsageError
+from decoupled_pp.data.batches import Samples, TrainingBatches, ValidationBatches
+from decoupled_pp.data.splits import random_split
+from decoupled_pp.data.streams import Rows, Sample, shuffled, stacked, stream_sources
+from decoupled_pp.sections import HuggingFaceData
+
+
+class Reader(ABC):
+    """Turns the sample of a row into a tensor, and several into a batch."""
+
+    @abstractmethod
+    def info(self, classes: int) -> DataInfo:
+        """What the data are like."""
+
+    @abstractmethod
+    def read(self, value: Any) -> Tensor:
+        """What the column holds -> the input of one sample.
+
+        Raises:
+            UsageError: It does not look like what it should be.
+        """
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """Samples -> a batch."""
+        return stacked(samples)
+
+
+def open_labelled(  # noqa: PLR0917 - the settings, the rows, and how to read them
+    settings: HuggingFaceData,
+    seed: int,
+    train: Rows,
+    validation: Rows | None,
+    column: str,
+    make_reader: Callable[[Any], Reader],
+) -> Data:
+    """Samples with classes, read when their batch is taken.
+
+    Args:
+        settings: The section.
+        seed: Of order and held-out split.
+        train: Loaded or streamed rows.
+        validation: The same; None: hold out some of the loaded rows.
+        column: Where the samples are.
+        make_reader: Makes the reader, given the first row's sample.
+
+    Raises:
+        UsageError: There are too few rows, or a column does not hold what it should.
+    """
+    labels = settings.label_column or "label"
+    train = train.select_columns([column, labels])
+    if validation is not None:
+        validation = validation.select_columns([column, labels])
+    first = next(iter(train), None)
+    if first is None or (not settings.streaming and validation is None and len(train) < 2):
+        raise UsageError(f"data.train_split: {settings.train_split!r} of {settings.path!r} has fewer than 2 rows")
+    classes = _count_classes([rows for rows in (train, validation) if rows is not None], settings, labels)
+    reader = make_reader(first[column])
+
+    def samples(rows: Rows) -> Iterator[Sample]:
+        for row in rows:
+            yield reader.read(row[column]), _label(row[labels], classes, labels)
+
+    if settings.streaming:
+
+        def train_epoch(epoch: int) -> Iterator[Sample]:
+            return samples(shuffled(train, settings, seed, epoch))
+
+        sources = stream_sources(settings, train_epoch, lambda _: samples(validation), collate=reader.collate)
+        return Data(info=reader.info(classes), **sources)
+    if validation is None:
+        kept, held = random_split(len(train), settings.validation_fraction, seed)
+        train, validation = train.select(kept), train.select(held)
+
+    def taken(rows: Rows) -> Samples:
+        return _Taken(rows, lambda chosen: reader.collate(list(samples(chosen))))
+
+    return Data(
+        info=reader.info(classes),
+        train=TrainingBatches(lambda: taken(train), settings.batch_size, seed),
+        validation=ValidationBatches(lambda: taken(validation), settings.validation_batch_size or settings.batch_size),
+    )
+
+
+class _Taken(Samples):
+    """The rows of a loaded data set, read when taken."""
+
+    def __init__(self, rows: Rows, batch: Callable[[Rows], Batch]) -> None:
+        self._rows, self._batch = rows, batch
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def take(self, indices: Tensor, epoch: int | None) -> Batch:
+        return self._batch(self._rows.select(indices.tolist()))
+
+
+def _label(value: int, classes: int, column: str) -> Tensor:
+    """Class number -> int64 scalar."""
+    if not 0 <= value < classes:  # the hub marks unlabelled test rows with -1
+        raise UsageError(
+            f"data.label_column: {column!r} holds {value}, not a class of 0..{classes - 1}; use a split with labels"
+        )
+    return torch.tensor(value)
+
+
+def _count_classes(splits: list[Rows], settings: HuggingFaceData, column: str) -> int:
+    """From the ClassLabel feature, else the largest label of all rows + 1."""
+    names = getattr((splits[0].features or {}).get(column), "num_classes", None)
+    if names is not None:
+        return int(names)
+    if settings.streaming:
+        raise UsageError(
+            f"data.label_column: {column!r} is no ClassLabel, so a stream does not tell the number of classes; "
+            "set streaming: false or use a data set with class names"
+        )
+    largest = 0
+    for rows in splits:
+        for chunk in rows.select_columns([column]).iter(batch_size=10_000):
+            odd = [value for value in chunk[column] if not isinstance(value, int)]
+            if odd:
+                raise UsageError(
+                    f"data.label_column: {column!r} holds {odd[0]!r}, not a class number; "
+                    "encode it with datasets' class_encode_column"
+                )
+            largest = max(largest, *chunk[column])
+    return largest + 1

@@ -1,0 +1,58 @@
+"""Sentences and labels from two columns of a Hugging Face data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from decoupled_pp.contracts import Batch, Data, DataInfo, UsageError
+from decoupled_pp.data.huggingface_labelled import Reader, open_labelled
+from decoupled_pp.data.streams import Rows, Sample
+from decoupled_pp.data.vocabulary import Vocabulary, open_vocabulary
+from decoupled_pp.sections import HuggingFaceData
+
+
+def open_sentence_rows(settings: HuggingFaceData, seed: int, train: Rows, validation: Rows | None) -> Data:
+    """Sentence data: ((ids (B, T), mask (B, T)), class (B,)), T that of the longest sentence of the batch.
+
+    Sentences are tokenised when their batch is taken, with the tokenizer's special tokens, and cut to `context` tokens.
+
+    Raises:
+        UsageError: A column does not hold text or class numbers, or the tokenizer has no padding token.
+    """
+    column, vocabulary = settings.text_column or "", open_vocabulary(settings.tokenizer)
+    if vocabulary.pad is None:
+        raise UsageError(
+            f"data.tokenizer: {settings.tokenizer} has no padding token, which sentences of several lengths need; give "
+            "it one (tokenizer.pad_token = ..., save_pretrained)"
+        )
+    reader = _Sentences(vocabulary, vocabulary.pad, settings.context, column)
+    return open_labelled(settings, seed, train, validation, column, lambda _: reader)
+
+
+class _Sentences(Reader):
+    """Text -> ids, and batches of one length."""
+
+    def __init__(self, vocabulary: Vocabulary, pad: int, context: int, column: str) -> None:
+        self._vocabulary, self._pad, self._context, self._column = vocabulary, pad, context, column
+        self._encode = vocabulary.sentences(context)
+
+    def info(self, classes: int) -> DataInfo:
+        return DataInfo("sentences", (self._context,), classes, vocabulary=self._vocabulary.size)
+
+    def read(self, value: Any) -> Tensor:
+        """Text -> ids (T,), T at least 1 and at most `context`."""
+        if not isinstance(value, str):
+            raise UsageError(f"data.text_column: column {self._column!r} holds {type(value).__name__}, not text")
+        return torch.tensor(self._encode(value) or [self._pad])
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """Pad on the right."""
+        ids, labels = zip(*samples, strict=True)
+        masks = [torch.ones_like(one) for one in ids]
+        padded = pad_sequence(list(ids), batch_first=True, padding_value=self._pad)
+        return (padded, pad_sequence(masks, batch_first=True)), torch.stack(labels)

@@ -1,0 +1,55 @@
+"""Masked-language-model samples out of next-token ones (Devlin et al. 2019, 1810.04805, section 3.1, task 1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from decoupled_pp.contracts import Batch, UsageError, first_tensor
+from decoupled_pp.data.batches import Augmentation
+from decoupled_pp.data.vocabulary import Vocabulary
+from decoupled_pp.objective import IGNORED
+from decoupled_pp.sections import TokenSettings
+
+
+def masking(settings: TokenSettings, vocabulary: Vocabulary) -> Augmentation | None:
+    """What turns a batch of tokens into one with masked tokens; None if the settings ask for next tokens.
+
+    Raises:
+        UsageError: The tokenizer has no mask token.
+    """
+    if settings.target != "masked_tokens":
+        return None
+    mask = vocabulary.mask
+    if mask is None:
+        raise UsageError(
+            "data.target: masked_tokens needs a tokenizer with a mask token; give data.tokenizer the one of a masked "
+            "language model"
+        )
+
+    def change(batch: Batch, generator: torch.Generator) -> Batch:
+        return masked(first_tensor(batch[0]), mask, vocabulary.size, settings.mask_share, generator)
+
+    return change
+
+
+def masked(tokens: Tensor, mask: int, size: int, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Choose a share of the tokens to predict, at least one: 80 % of them become `mask`, 10 % any token, 10 % stay.
+
+    Args:
+        tokens: (B, T) int64.
+        mask: Id of the mask token.
+        size: Size of the vocabulary.
+        share: Of the tokens.
+        generator: Draws the choice.
+
+    Returns:
+        Inputs (B, T), and targets (B, T): the tokens that were chosen, IGNORED elsewhere.
+    """
+    draws = torch.rand(tokens.shape, generator=generator)
+    chosen = draws < max(share, float(draws.min()) * (1 + 1e-6))
+    fate = torch.rand(tokens.shape, generator=generator)
+    others = torch.randint(size, tokens.shape, generator=generator)
+    inputs = torch.where(chosen & (fate < 0.8), mask, tokens)
+    inputs = torch.where(chosen & (fate >= 0.9), others, inputs)
+    return inputs, torch.where(chosen, tokens, IGNORED)
