@@ -5,7 +5,9 @@ import torch
 from tests.splitting.families import FAMILIES, TABLE, inputs_of, model_of, table
 from torch import nn
 
+import decoupled_pp as dpp
 from decoupled_pp.contracts import UsageError
+from decoupled_pp.critics.fresh import fresh_copy
 from decoupled_pp.models.huggingface import split_transformers
 
 transformers = pytest.importorskip("transformers")
@@ -66,3 +68,23 @@ def test_an_encoder_decoder_is_refused():
 
 def test_the_table_of_families_is_up_to_date():
     assert TABLE.read_text(encoding="utf-8") == table()
+
+
+def test_critics_make_fresh_copies_of_blocks_by_the_librarys_own_rule():
+    """AugLocal copies blocks: new weights from the generator, the model's own left as they are."""
+    inputs = {"input_ids": inputs_of("Llama", padding=False)["input_ids"]}
+    ids = inputs["input_ids"]
+    model = model_of("Llama")
+    for parameter in model.parameters():
+        parameter.data.fill_(7.0)
+        parameter._is_hf_initialized = True  # as from_pretrained leaves them
+    block = split_transformers(model, inputs).layers.get_submodule("block0")
+    copies = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        copies.append(fresh_copy(block, "block0"))
+    assert copies[0].rule is block.rule  # the model itself is not copied along
+    for first, second, own in zip(*(one.parameters() for one in (*copies, block)), strict=True):
+        assert torch.equal(first, second) and bool((own == 7.0).all()) and not bool((first == 7.0).any())
+    plan = dpp.partition(split_transformers(model_of("Llama"), inputs).layers, 2, "uniform", ids)
+    dpp.Trainer(plan, critic={"kind": "auglocal", "depth": 2}, observer=lambda _: None).fit([(ids, ids)], 2)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from decoupled_pp.contracts import DataInfo, UsageError
 from decoupled_pp.sections import HuggingFaceModel
 from decoupled_pp.splitting import Split, split_blocks
+from decoupled_pp.splitting.layers import Block, Rule
 from decoupled_pp.splitting.stubs import Absent, Noting, Passing, without_weights
 from decoupled_pp.splitting.weights import StoredWeights
 
@@ -64,6 +65,10 @@ def split_transformers(
     if "return_dict" in takes or "kwargs" in takes:
         options["return_dict"] = True
     found = split_blocks(model, _padded(sample), options=options, output=_output)
+    rule = Rule(partial(_fresh, model))
+    for layer in found.layers:
+        if isinstance(layer, Block):
+            layer.rule = rule
     if without_weights(model):
         source = Path(weights) if weights is not None else None
         found.layers.weights = StoredWeights(source, found.names, found.untied, partial(_fresh, model))

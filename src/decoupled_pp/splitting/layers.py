@@ -89,8 +89,25 @@ class Entry(_End):
         return tuple(tensor.to("meta") for tensor in outgoing) if bare else outgoing
 
 
+class Rule:
+    """How a model gives one of its parts fresh weights; copies of what holds it share it, and so the model."""
+
+    def __init__(self, fill: Callable[[nn.Module], None]) -> None:
+        """Take the function that fills a part in place, from torch's global generator."""
+        self.fill = fill
+
+    def __deepcopy__(self, _: object) -> Rule:
+        return self
+
+
 class Block(nn.Module):
-    """One of the model's blocks: (hidden state, sides, inputs) -> the same."""
+    """One of the model's blocks: (hidden state, sides, inputs) -> the same.
+
+    Attributes:
+        rule: How the model makes its weights; None: each part of it by its own `reset_parameters`, if it has one.
+    """
+
+    rule: Rule | None = None
 
     def __init__(self, block: nn.Module, wiring: BlockWiring, before: Sequence[int], after: Sequence[int]) -> None:
         """Wrap a block.
@@ -104,6 +121,12 @@ class Block(nn.Module):
         super().__init__()
         self.block, self._wiring = block, wiring
         self._before, self._after = tuple(before), tuple(after)
+
+    @property
+    def reset_parameters(self) -> Callable[[], None] | None:
+        """Fresh weights in place, for critics that copy layers; None if the model has no rule for that."""
+        rule, block = self.rule, self.block
+        return None if rule is None else lambda: rule.fill(block)
 
     def forward(self, payload: Payload) -> Payload:
         """Call the block as the model would."""
