@@ -143,6 +143,59 @@ def test_dropout_and_batch_statistics_follow_the_mode():
     assert any(not torch.equal(before[key], value) for key, value in layers.state_dict().items())
 
 
+class StochasticDepth(nn.Module):
+    """Leaves samples out in training, as EfficientNets and ConvNeXts do; nothing in evaluation."""
+
+    def forward(self, image):
+        if not self.training:
+            return image
+        return image * torch.empty(image.shape[0], 1, 1, 1, device=image.device).bernoulli_(0.5)
+
+
+class NormAct(nn.BatchNorm2d):
+    """Batch normalisation by the function, with an activation inside, as timm's."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.act = nn.SiLU()
+
+    def forward(self, image):
+        statistics = (self.running_mean, self.running_var, self.weight, self.bias)
+        return self.act(F.batch_norm(image, *statistics, self.training, self.momentum, self.eps))
+
+
+class Moody(nn.Module):
+    """Modules of one's own that ask in which mode they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.full((1,), 2.0), persistent=False)
+        self.enter, self.norm, self.drop = nn.Conv2d(3, 8, 3, padding=1), NormAct(8), StochasticDepth()
+        self.conv, self.last, self.fc = nn.Conv2d(8, 8, 3, padding=1), NormAct(8), nn.Linear(8, 5)
+
+    def forward(self, image):
+        hidden = self.norm(self.enter(image * self.scale))
+        hidden = hidden + self.drop(self.last(self.conv(hidden)))
+        return self.fc(hidden.mean((2, 3)))
+
+
+def test_modules_that_ask_for_their_mode_stay_as_they_are():
+    """In training they draw the same numbers and keep the same statistics as in one piece."""
+    torch.manual_seed(0)
+    whole, parts = Moody(), Moody()
+    parts.load_state_dict(whole.state_dict())
+    found = dpp.split_traced(parts, IMAGES, ["norm", "conv"])
+    for run in (whole, found.layers):
+        torch.manual_seed(1)
+        run.train()(IMAGES).square().sum().backward()
+        torch.optim.SGD(run.parameters(), lr=0.1).step()
+    state = found.layers.state_dict()
+    assert all(torch.equal(state[key], whole.state_dict()[name]) for key, name in found.names.items())
+    assert set(found.names.values()) == set(whole.state_dict())
+    assert torch.equal(found.layers.eval()(IMAGES[:3]), whole.eval()(IMAGES[:3]))
+    assert not torch.equal(found.layers.train()(IMAGES), found.layers.train()(IMAGES))
+
+
 def test_skip_connections_travel(case):
     """A U-Net's first cut carries the result and both skips that are open there."""
     layers = dpp.split_traced(UNet(), IMAGES, ["down1", "down2", "up1"]).layers.eval()
@@ -179,6 +232,20 @@ class DropPath(ResNet):
         return super().forward(image * 2 if self.training else image)
 
 
+class Mixed(nn.Module):
+    def forward(self, image, other):
+        return image + other if self.training else image
+
+
+class TwoInputs(ResNet):
+    def __init__(self):
+        super().__init__()
+        self.mixed = Mixed()
+
+    def forward(self, image):
+        return super().forward(self.mixed(image, image * 2))
+
+
 class Frozen(ResNet):
     def forward(self, image):
         with torch.no_grad():
@@ -198,7 +265,8 @@ class LengthOfBatch(ResNet):
         (RunsTwice, ["layer1.1"], "1 names give 3 parts; each must name a module that runs once"),
         (FunctionalDropout, ["layer1"], r"calls aten\.dropout\.default itself"),
         (Branching, ["layer1"], r"torch\.export cannot trace Branching"),
-        (DropPath, ["layer1"], "computes something else in training than in evaluation"),
+        (DropPath, ["layer1"], r"the model asks whether it trains \(self\.training\)"),
+        (TwoInputs, ["layer1"], r"mixed asks whether it trains"),
         (Frozen, ["layer1"], r"torch\.export cannot trace Frozen"),
         (LengthOfBatch, ["layer1"], "gives another output for 11 samples"),
     ],

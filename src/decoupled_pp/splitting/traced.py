@@ -9,7 +9,7 @@ import copy
 import operator
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -109,7 +109,7 @@ def split_traced(
 
     `torch.export` must be able to trace it. What later parts need of earlier ones (skip connections) travels in the
     payload, behind the result of the last module. Modules of `torch.nn` stay as they are and follow `train()` and
-    `eval()`.
+    `eval()`; so do others that ask in which mode they are (stochastic depth), if they take one tensor and give one.
 
     Args:
         model: It becomes part of the layers.
@@ -131,19 +131,18 @@ def split_traced(
     modes = {id(part): part.training for part in model.modules()}
     with untouched(model, inputs[0].device):
         whole = _Whole(model, output, list(named))
-        traces = {}
-        for training in (True, False):
+        calls = []
+        for training in (False, True):  # the last one is used: what does nothing in evaluation leaves no trace in it
             whole.train(training)
             pipe = _pipe(whole, inputs, cut_after)
             modules = [pipe.get_stage_module(index) for index in range(pipe.num_stages)]
-            for module in modules:
-                _revive(module, whole)
-            traces[training] = [_calls(module) for module in modules]
+            calls.append([_calls(module, whole) for module in modules])
         if len(modules) != len(cut_after) + 1:
             raise UsageError(
                 f"cut_after: {len(cut_after)} names give {len(modules)} parts; each must name a module that runs once"
             )
-        _refuse_other_mode(traces[True], traces[False])
+        for module, here, there in zip(modules, *calls, strict=True):
+            _revive(module, whole, _moody(module, here, there, [m for m in modules if m is not module]))
         parts = _parts(pipe.split_gm.graph, modules)
         layers = Layers([(f"part{index}", layer) for index, layer in enumerate(_chain(parts, len(inputs)))])
         _check(layers, whole, inputs)
@@ -153,24 +152,50 @@ def split_traced(
     return Split(layers, names, {})
 
 
-def _calls(module: nn.Module) -> list[tuple[str, str]]:
-    """What a part computes by itself, outside the model's own modules: (place, operator)."""
-    return [
-        (name, str(node.args[0] if node.target is _at_hand else node.target))
+def _calls(module: nn.Module, whole: nn.Module) -> dict[str, list[str]]:
+    """What a part computes outside of modules of `torch.nn`, by the name of the module that does it."""
+    return {
+        name: [str(node.target) for node in graph.nodes if node.op == "call_function"]
         for name, part in module.named_modules()
-        if isinstance(graph := getattr(part, "graph", None), fx.Graph)
-        for node in graph.nodes
-        if node.op == "call_function"
-    ]
+        if isinstance(graph := getattr(part, "graph", None), fx.Graph) and _own(whole, name, ()) is None
+    }
 
 
-def _refuse_other_mode(training: Sequence[object], evaluation: Sequence[object]) -> None:
-    """Raises UsageError if the model's own code asks whether it trains: a trace would keep one answer for ever."""
-    if list(training) != list(evaluation):
+def _moody(
+    part: nn.Module, evaluation: Mapping[str, list[str]], training: Mapping[str, list[str]], others: Sequence[nn.Module]
+) -> set[str]:
+    """The modules that compute one thing in training and another in evaluation: a trace would keep one of the two.
+
+    They stay as they are, if the trace tells how they are called: with one tensor, for one tensor.
+
+    Raises:
+        UsageError: One that cannot stay.
+    """
+    found = {name for name in {*evaluation, *training} if evaluation.get(name, []) != training.get(name, [])}
+    fixed = {name: op for name, ops in training.items() for op in ops if any(word in op for word in _FIXED_MODE)}
+    for name in sorted(found | set(fixed)):
+        if name not in {"", "model"} and _is_simple(part, name) and not any(_has(other, name) for other in others):
+            continue
+        place = name.removeprefix("model.") if name not in {"", "model"} else "the model"
+        what = f"calls {fixed[name]} itself" if name in fixed else "asks whether it trains (self.training)"
         raise UsageError(
-            "the model computes something else in training than in evaluation (self.training in a forward), and a "
-            "trace would keep one of the two for ever; use modules of torch.nn for it"
+            f"{place} {what}, and a trace would keep it in one mode for ever; use a module of torch.nn for it, or one "
+            "of your own that takes one tensor and gives one"
         )
+    return found | set(fixed)
+
+
+def _has(part: nn.Module, name: str) -> bool:
+    return name in dict(part.named_modules())
+
+
+def _is_simple(part: nn.Module, name: str) -> bool:
+    """Whether a module takes one tensor and gives one, in a trace."""
+    if not _has(part, name):  # it does nothing in training
+        return False
+    nodes = list(part.get_submodule(name).graph.nodes)  # type: ignore[union-attr, arg-type]
+    result = next(node for node in nodes if node.op == "output").args[0]
+    return sum(node.op == "placeholder" for node in nodes) == 1 and isinstance(result, fx.Node)
 
 
 def _plain(name: str) -> str:
@@ -192,14 +217,13 @@ def _pipe(whole: _Whole, inputs: tuple[Tensor, ...], cut_after: Sequence[str]) -
         raise UsageError(f"torch.export cannot trace {type(whole.model).__name__}: {reason}") from error
 
 
-def _revive(part: nn.Module, whole: nn.Module) -> None:
-    """Put the model's own modules of `torch.nn` in place of their traces, and make the rest take any batch.
+def _revive(part: nn.Module, whole: nn.Module, kept: Container[str]) -> None:
+    """Put the model's own modules in place of their traces (`torch.nn`'s and those that are to be kept).
 
-    Raises:
-        UsageError: Something outside such modules behaves one way in training and another in evaluation.
+    The rest is made to take any batch.
     """
     for name, module in list(part.named_modules()):
-        own = _own(whole, name)
+        own = _own(whole, name, kept)
         if own is not None:
             holder, _, key = name.rpartition(".")
             part.get_submodule(holder).register_module(key, own)
@@ -207,23 +231,26 @@ def _revive(part: nn.Module, whole: nn.Module) -> None:
             original = whole.get_submodule(_plain(name))
             for tensors in (module._parameters, module._buffers):
                 tensors.update({key: getattr(original, key) for key, one in tensors.items() if one is not None})
-    for name, module in part.named_modules():
+    _forget_buffers(part, whole)
+    for module in part.modules():
         if isinstance(graph := getattr(module, "graph", None), fx.Graph):
             for node in graph.nodes:
-                _revive_call(node, name.removeprefix("model.") or "the model")
+                _revive_call(node)
         if isinstance(module, fx.GraphModule):
             module.recompile()
 
 
-def _revive_call(node: fx.Node, place: str) -> None:
+def _forget_buffers(part: nn.Module, whole: nn.Module) -> None:
+    """A trace would save buffers that the model does not."""
+    for name, module in part.named_modules():
+        if (original := _module(whole, name)) is not None:
+            module._non_persistent_buffers_set |= original._non_persistent_buffers_set & module._buffers.keys()
+
+
+def _revive_call(node: fx.Node) -> None:
     """Let an operator follow the batch and the device at hand."""
     if node.op != "call_function":
         return
-    if any(word in str(node.target) for word in _FIXED_MODE):
-        raise UsageError(
-            f"{place} calls {node.target} itself, and a trace would keep it in one mode for ever; use a module of "
-            "torch.nn for it"
-        )
     kind = str(node.target).split(".")[1:2]
     if (kind and kind[0] in _SHAPED and any(map(_is_batched, node.args))) or "device" in node.kwargs:
         assert callable(node.target)
@@ -249,14 +276,20 @@ def _at_hand(operator_name: str, *args: Any, **kwargs: Any) -> Any:
     return _OPERATORS[operator_name](*sized, **kwargs)
 
 
-def _own(whole: nn.Module, name: str) -> nn.Module | None:
-    """The model's own module under a name of its trace, if it is one of torch's without parts."""
-    try:
-        module = whole.get_submodule(_plain(name))
-    except AttributeError:
+def _own(whole: nn.Module, name: str, kept: Container[str]) -> nn.Module | None:
+    """The model's own module under a name of its trace, if it is to be kept or one of torch's without parts."""
+    module = _module(whole, name)
+    if module is None or not name:
         return None
     plain = type(module).__module__.startswith("torch.nn.") and not list(module.children())
-    return module if name and plain else None
+    return module if plain or name in kept else None
+
+
+def _module(whole: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return whole.get_submodule(_plain(name))
+    except AttributeError:
+        return None
 
 
 def _parts(graph: fx.Graph, modules: Sequence[nn.Module]) -> list[_Part]:
