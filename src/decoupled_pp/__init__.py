@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from decoupled_pp.models.huggingface import split_transformers
     from decoupled_pp.objective import Critic, View
+    from decoupled_pp.shards import write_shards
     from decoupled_pp.splitting import cut_after, flatten, split_blocks, untie
     from decoupled_pp.splitting.traced import split_traced
     from decoupled_pp.trainer import Trainer
@@ -54,6 +55,7 @@ __all__ = [
     "split_traced",
     "split_transformers",
     "untie",
+    "write_shards",
 ]
 __version__ = "0.1.0"
 
@@ -68,6 +70,7 @@ _HOMES = {
     "split_traced": "splitting.traced",
     "split_transformers": "models.huggingface",
     "untie": "splitting",
+    "write_shards": "shards",
 }
 """Where a public name comes from, unless it is in `contracts`."""
 

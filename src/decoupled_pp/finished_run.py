@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from decoupled_pp.models.huggingface import export_transformers
 from decoupled_pp.resume import load_model
 from decoupled_pp.sections import HuggingFaceModel
 from decoupled_pp.settings import STAGES_ALONE, Settings
+from decoupled_pp.shards import write_shards
 
 
 def open_run(folder: Path, overrides: tuple[str, ...] = ()) -> tuple[Settings, Checkpoint | None]:
@@ -114,10 +115,15 @@ def export_folder(folder: Path, output: Path, *, tied: bool = False) -> None:
         if checkpoint is None:
             run_folder.load_weights(folder, module)
         else:
+            if any(parameter.is_meta for parameter in module.parameters()):
+                module.to_empty(device="cpu")
             load_model(checkpoint, module)
 
+    def write(target: Path, names: Mapping[str, str], instead: Mapping[str, str]) -> object:
+        return write_shards(checkpoint or folder / run_folder.CHECKPOINTS, target, names, instead)
+
     if isinstance(settings.model, HuggingFaceModel) and output.suffix != ".safetensors":
-        export_transformers(settings.model, info, load, output, tied=tied)
+        export_transformers(settings.model, info, load, write, output, tied=tied)
         return
     if tied:
         raise UsageError("--tied: only the folder of a transformers model has a place that says so; leave it out")

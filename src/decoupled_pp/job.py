@@ -34,7 +34,7 @@ from decoupled_pp.models.generation import generate
 from decoupled_pp.observer import RunObserver
 from decoupled_pp.optim import find_optimizer
 from decoupled_pp.partitioning import By
-from decoupled_pp.partitioning.layers import LAYER_FAULTS, describe, trace
+from decoupled_pp.partitioning.layers import LAYER_FAULTS, describe, present, trace
 from decoupled_pp.resume import load_model
 from decoupled_pp.runlog import RunLog
 from decoupled_pp.settings import STAGES_ALONE, Settings
@@ -109,13 +109,11 @@ def run_rank(settings: Settings, *, resume: bool = False, overwrite: bool = Fals
     plain = trainer.export() if isinstance(trainer, BaselineTrainer) else trainer.plan.module
     if trainer.rank != 0:
         return Outcome(report, folder, [], None, trainer.rank)
-    unit = (
-        "nats/token" if start.info.form in {"tokens", "masked_tokens"} and settings.loss == "cross_entropy" else "loss"
-    )
+    per_token = start.info.form in {"tokens", "masked_tokens"} and settings.loss == "cross_entropy"
     about = {"strategy": settings.strategy, "device": trainer.device.type}
-    pictures = run_folder.write_results(folder, report, observer.spans, about, unit)
+    pictures = run_folder.write_results(folder, report, observer.spans, about, "nats/token" if per_token else "loss")
     text = None
-    if report.stopped is None:
+    if report.stopped is None and not any(parameter.is_meta for parameter in plain.parameters()):
         newest = latest_checkpoint(folder / run_folder.CHECKPOINTS)
         if newest is not None:  # the other ranks' stages are in there
             load_model(newest, plain)
@@ -204,7 +202,7 @@ def _check_loss(plan: Plan, loss: Loss, data: Data | None) -> None:
         _, output = trace(plan.module, given)
         met = f"the network's output {describe(output)} and a {name} target {describe(target)}"
         try:
-            result = loss(output, target)
+            result = loss(present(output), target)
         except LAYER_FAULTS as error:
             if isinstance(error, UsageError):
                 raise

@@ -104,6 +104,9 @@ class HuggingFaceModel(Section):
     """Load the weights of `path`; false: fresh ones, from its config alone."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Changes of its config, such as `{num_hidden_layers: 8}`."""
+    meta: bool = False
+    """Build it on the meta device, for a model larger than one machine's memory: every rank makes its own stage, or
+    loads it from the safetensors files of the folder `path`."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> HuggingFaceModel:

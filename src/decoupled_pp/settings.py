@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from decoupled_pp.contracts import UsageError
 from decoupled_pp.critic_sections import AutoCritic, CriticSettings, CriticTargetSettings, LabelTarget
-from decoupled_pp.sections import DataSettings, ModelSettings, Section
+from decoupled_pp.sections import DataSettings, HuggingFaceModel, ModelSettings, Section
 
 
 class OptimizerSettings(Section):
@@ -280,6 +280,10 @@ class Settings(Section):
             raise ValueError(
                 f"cut {self.cut} must have {self.stages} entries (stages), each at least 1; list the layers per stage"
             )
+        if isinstance(self.model, HuggingFaceModel) and self.model.meta:
+            whole = {"strategy": self.strategy != "decoupled", "sample": self.sample, "start_from": self.start_from}
+            if given := next((key for key, value in whole.items() if value), None):
+                raise ValueError(f"{given} needs the whole network in one process; leave model.meta out, or {given}")
         if self.schedule.warmup >= self.training.steps:
             raise ValueError(
                 f"schedule.warmup {self.schedule.warmup} leaves none of training.steps {self.training.steps}; "

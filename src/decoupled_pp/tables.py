@@ -79,4 +79,6 @@ def print_outcome(outcome: Outcome, console: Console | None = None) -> None:
         console.print(outcome.text, markup=False, highlight=False)
         console.rule()
     for path in (*outcome.pictures, outcome.folder / "summary.json", outcome.folder / WEIGHTS_FILE):
+        if not path.exists():  # the weights of a network that no rank has whole
+            continue
         console.print(str(path), soft_wrap=True, highlight=False, markup=False)

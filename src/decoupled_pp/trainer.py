@@ -296,7 +296,7 @@ class Trainer:
             UsageError: Other stages of a network on the meta device are on other ranks only.
         """
         if any(parameter.is_meta for parameter in self.plan.module.parameters()):
-            raise UsageError("this rank has its own stage only; use checkpoints, which every rank writes its part of")
+            raise UsageError("this rank has its own stage only; write it out of a checkpoint with dpp.write_shards")
         if self._world is not None:
             for stage in range(self.plan.stages):
                 for tensor in self.plan.stage_module(stage).state_dict().values():

@@ -1,10 +1,14 @@
 """`model.kind: huggingface`: trained like any other network, exported to a folder that its own library loads."""
 
 import json
+import subprocess
+import sys
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from decoupled_pp.cli import main
 from decoupled_pp.contracts import DataInfo, UsageError
@@ -81,6 +85,40 @@ def test_tied_weights_are_exported_tied_by_choice(tmp_path, monkeypatch, capsys)
     assert command("train", "tiny.yaml", *untied) == 0
     assert command("export", "runs/tiny", "-o", "never", "--tied") == 2
     assert "no weight of a GPT2LMHeadModel was tied" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_network_that_no_rank_has_whole_is_the_network(tmp_path, monkeypatch, tied):
+    """On the meta device, two ranks from shards on disk, against one process with the whole pretrained model."""
+    monkeypatch.chdir(tmp_path)
+    whole = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=256, **GPT2))
+    whole.save_pretrained("pretrained", max_shard_size="20KB")
+    (tmp_path / "tiny.yaml").write_text(RUN.replace("type: gpt2", "path: pretrained"))
+    more = ["--tied"] if tied else []
+    assert command("train", "tiny.yaml", "--set", "training.steps=4", "--set", "name=whole") == 0
+    assert command("export", "runs/whole", "-o", "whole", *more) == 0
+    by_stage = ["train", "tiny.yaml", "--set", "model.meta=true", "--ranks", "2"]
+    for steps, *how in ((2,), (4, "--resume")):
+        arguments = [*by_stage, "--set", f"training.steps={steps}", *how]
+        subprocess.run([sys.executable, "-m", "decoupled_pp", *arguments], check=True, capture_output=True)
+    assert command("export", "runs/tiny", "-o", "shards", *more) == 0
+    assert not (tmp_path / "runs/tiny/model.safetensors").exists()
+    assert len(list(Path("shards").glob("*.safetensors"))) == 2
+    one, other = (transformers.GPT2LMHeadModel.from_pretrained(name) for name in ("whole", "shards"))
+    assert one.config.tie_word_embeddings == other.config.tie_word_embeddings == tied
+    ours, theirs = one.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert command("export", "runs/tiny", "-o", "file.safetensors") == 0
+    assert torch.equal(load_file("file.safetensors")["exit.model.lm_head.weight"], ours["lm_head.weight"])
+
+
+@pytest.mark.parametrize("given", [{"start_from": "x.safetensors"}, {"strategy": "1f1b"}, {"sample": {"prompt": "a"}}])
+def test_what_needs_the_whole_network_is_refused(tmp_path, monkeypatch, capsys, given):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(RUN)
+    ((key, value),) = given.items()
+    assert command("train", "tiny.yaml", "--set", "model.meta=true", "--set", f"{key}={json.dumps(value)}") == 2
+    assert f"{key} needs the whole network in one process" in capsys.readouterr().err
 
 
 def test_a_run_is_exported_for_its_own_library(tmp_path, monkeypatch):

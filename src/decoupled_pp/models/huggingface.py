@@ -127,7 +127,10 @@ def load_transformers(settings: HuggingFaceModel, info: DataInfo, *, weights: bo
     maker = getattr(transformers, _HEADS[head])
     config = _config(settings, info, head)
     try:
-        if settings.path is not None and settings.pretrained and weights:
+        if settings.meta:
+            with torch.device("meta"):
+                model = maker.from_config(config, dtype=torch.float32)
+        elif settings.path is not None and settings.pretrained and weights:
             model = maker.from_pretrained(settings.path, config=config, dtype=torch.float32)
         else:
             model = maker.from_config(config, dtype=torch.float32)
@@ -202,13 +205,26 @@ def build_from_transformers(settings: HuggingFaceModel, info: DataInfo) -> nn.Se
     Raises:
         UsageError: As `load_transformers` and `split_transformers`.
     """
-    return split_transformers(load_transformers(settings, info), sample_inputs(info)).layers
+    return _split(settings, load_transformers(settings, info), info).layers
+
+
+def _split(settings: HuggingFaceModel, model: PreTrainedModel, info: DataInfo) -> Split:
+    """Split the model of a run.
+
+    Raises:
+        UsageError: As `split_transformers`.
+    """
+    stored = settings.path if settings.meta and settings.pretrained else None
+    if stored is not None and not Path(stored).is_dir():
+        raise UsageError(f"model.path: with model.meta {stored} must be a folder with safetensors files")
+    return split_transformers(model, sample_inputs(info), stored)
 
 
 def export_transformers(
     settings: HuggingFaceModel,
     info: DataInfo,
     load: Callable[[nn.Module], None],
+    write: Callable[[Path, Mapping[str, str], Mapping[str, str]], object],
     output: Path,
     *,
     tied: bool = False,
@@ -222,6 +238,8 @@ def export_transformers(
         settings: The `model` section of the run.
         info: Its data.
         load: Puts the trained weights into the layers it is given.
+        write: For a model on the meta device: writes the trained weights to a folder, given the names of all tensors
+            and, for tied ones, name -> the one written instead.
         output: The folder.
         tied: Make one weight again of those that were: the later user's (the output projection).
 
@@ -229,25 +247,37 @@ def export_transformers(
         UsageError: Nothing was tied that could be again.
     """
     model = load_transformers(settings, info, weights=False)
-    found = split_transformers(model, sample_inputs(info))
-    load(found.layers)
-    if tied:
-        _tie(model, found.untied)
-    elif found.untied:
+    found = _split(settings, model, info)
+    if tied and not found.untied:
+        raise UsageError(f"--tied: no weight of a {type(model).__name__} was tied and is two now; leave it out")
+    if found.untied and not tied:
         model.config.tie_word_embeddings = False
-    model.save_pretrained(output)
+    if settings.meta:
+        owners = {first: later for later, first in found.untied.items()} if tied else {}
+        write(output, found.names, owners)
+        _save_configs(model, output)
+    else:
+        load(found.layers)
+        if tied:
+            _tie(model, found.untied)
+        model.save_pretrained(output)
     _copy_tokenizer(settings, output)
 
 
 def _tie(model: PreTrainedModel, untied: Mapping[str, str]) -> None:
     """Give the first user of every weight that was tied what the later one has, and let the library tie them."""
-    if not untied:
-        raise UsageError(f"--tied: no weight of a {type(model).__name__} was tied and is two now; leave it out")
     own = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for later, first in untied.items():
             own[first].copy_(own[later])
     model.tie_weights()
+
+
+def _save_configs(model: PreTrainedModel, output: Path) -> None:
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(output)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(output)
 
 
 def _copy_tokenizer(settings: HuggingFaceModel, output: Path) -> None:

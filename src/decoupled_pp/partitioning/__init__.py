@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from decoupled_pp.contracts import CriticBuilder, CriticContext, Loss, Payload, Plan, UsageError, count_parameters
 from decoupled_pp.partitioning.cut import Fits, listed_cut, minmax_cut, uniform_cut
-from decoupled_pp.partitioning.layers import as_sequential, critic_context, trace
+from decoupled_pp.partitioning.layers import as_sequential, critic_context, present, trace
 from decoupled_pp.partitioning.measure import (
     Objective,
     measure_critics,
@@ -211,7 +211,7 @@ def cut_network(  # noqa: PLR0917 - the plain facts, as `dpp.partition` takes th
     elif by == "time":
         if traced is None:
             raise UsageError("cut 'time' needs a sample to measure with; pass sample, or cut by 'uniform'")
-        objective = stand_in_objective(loss, traced[1].to(device), relearned=relearned)
+        objective = stand_in_objective(loss, present(traced[1]).to(device), relearned=relearned)
         boundaries, layer_seconds, critic_seconds = _cut_by_time(
             module, stages, traced, critic, objective=objective, device=device, devices=devices
         )

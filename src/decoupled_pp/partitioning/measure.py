@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, TypeAlias
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from decoupled_pp.contracts import CriticBuilder, CriticContext, Loss, Payload, UsageError, as_tuple, map_payload
 from decoupled_pp.device import cuda_devices
 from decoupled_pp.objective import Critic, View, local_loss
-from decoupled_pp.partitioning.layers import LAYER_FAULTS, misfit
+from decoupled_pp.partitioning.layers import LAYER_FAULTS, misfit, present
 
 WARM_UP = 2
 """Runs before the measured ones: allocator, lazy library initialisation, kernel choice."""
@@ -86,8 +87,21 @@ def _accepts(loss: Loss, output: Tensor, target: Tensor) -> bool:
         return False
 
 
+def runnable_copy(module: nn.Module, device: torch.device) -> nn.Module:
+    """A deep copy on a device; one of a module on the meta device gets storage, and small random weights."""
+    copied = copy.deepcopy(module)
+    if any(tensor.is_meta for tensor in chain(copied.parameters(), copied.buffers())):
+        copied.to_empty(device=device)
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                parameter.normal_(0, 0.02)
+            for buffer in copied.buffers():
+                buffer.zero_()
+    return copied.to(device)
+
+
 def _leaf(tensor: Tensor, device: torch.device) -> Tensor:
-    moved = tensor.detach().to(device, copy=True)
+    moved = present(tensor).detach().to(device, copy=True)
     return moved.requires_grad_(moved.is_floating_point() or moved.is_complex())
 
 
@@ -217,7 +231,7 @@ def measure_layers(
         for (name, layer), given in zip(layers, hiddens, strict=True):
             last = len(seconds) == len(layers) - 1
             try:
-                copied = copy.deepcopy(layer)
+                copied = runnable_copy(layer, device)
                 seconds.append(_seconds(copied, given, device, objective if last else None, repeats))
             except UsageError:
                 raise

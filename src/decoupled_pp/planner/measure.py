@@ -26,8 +26,8 @@ from decoupled_pp.device import cuda_devices
 from decoupled_pp.memory import SavedActivations
 from decoupled_pp.optim import OptimizerFactory, build_optimizers
 from decoupled_pp.partitioning import measure_passes, stand_in_objective, trace
-from decoupled_pp.partitioning.layers import LAYER_FAULTS, critic_context, misfit
-from decoupled_pp.partitioning.measure import Judged, Objective
+from decoupled_pp.partitioning.layers import LAYER_FAULTS, critic_context, misfit, present
+from decoupled_pp.partitioning.measure import Judged, Objective, runnable_copy
 from decoupled_pp.planner.profile import Piece, Profile
 from decoupled_pp.settings import OptimizerSettings
 
@@ -73,7 +73,7 @@ def measure_profile(
         UsageError: A layer fails in training mode.
     """
     hiddens, output = trace(module, sample)
-    objective = stand_in_objective(loss, output.to(device))
+    objective = stand_in_objective(loss, present(output).to(device))
     outputs = [*hiddens[1:], output]
     how = _How(device, objective, optimizer, repeats)
     kept, beside = _saved(module, sample, device, objective)
@@ -123,7 +123,7 @@ def _piece(
     objective: Objective | None,
 ) -> dict[str, Any]:
     """Times, parameters and optimizer state of a module, on a copy."""
-    copied = copy.deepcopy(module)
+    copied = runnable_copy(module, how.device)
     try:
         passes = measure_passes(copied, given, how.device, objective=objective, repeats=how.repeats)
     except UsageError:
@@ -173,6 +173,8 @@ def _saved(
     module: nn.Sequential, sample: Payload, device: torch.device, objective: Objective
 ) -> tuple[list[int], list[int]]:
     """Bytes that autograd keeps for every layer by itself, and beside what the layers before it keep."""
+    if any(parameter.is_meta for parameter in module.parameters()):  # shapes will do, and no machine may hold it
+        device = torch.device("meta")
     copied = copy.deepcopy(module).to(device).train()
     owned = [*copied.parameters(), *copied.buffers()]
     alone: list[int] = []
@@ -220,8 +222,8 @@ def _critic(
         return None
     built = built.to(how.device).train()
     kept = _kept(built, map_payload(lambda tensor: tensor.to(how.device), context.hidden), None)
-    below = copy.deepcopy(context.layers[context.boundary - 1]).to(how.device).train()
-    given = map_payload(lambda tensor: tensor.to(how.device), below_input)
+    below = runnable_copy(context.layers[context.boundary - 1], how.device).train()
+    given = map_payload(lambda tensor: present(tensor).to(how.device), below_input)
     both = _kept(nn.Sequential(below, built), given, None)
     beside = max(0, both - _kept(below, given, None))
     return Piece(**piece, saved_bytes=kept, saved_beside=beside)
