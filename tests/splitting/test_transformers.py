@@ -88,3 +88,16 @@ def test_critics_make_fresh_copies_of_blocks_by_the_librarys_own_rule():
         assert torch.equal(first, second) and bool((own == 7.0).all()) and not bool((first == 7.0).any())
     plan = dpp.partition(split_transformers(model_of("Llama"), inputs).layers, 2, "uniform", ids)
     dpp.Trainer(plan, critic={"kind": "auglocal", "depth": 2}, observer=lambda _: None).fit([(ids, ids)], 2)
+
+
+def test_the_models_own_head_judges_any_stage():
+    """`weights: network`: a copy of what comes after the blocks, behind a stage whose payload has sides as well."""
+    model, inputs = model_of("BERT, classifier"), inputs_of("BERT, classifier", padding=False)
+    layers = split_transformers(model, inputs).layers
+    given, target = as_payload(inputs), torch.tensor([0, 1])
+    plan = dpp.partition(layers, 3, "uniform", given)
+    trainer = dpp.Trainer(plan, critic={"kind": "head", "weights": "network"}, device="cpu", observer=lambda _: None)
+    trainer.build()
+    for stage in trainer.stages[:-1]:
+        assert type(stage.critic) is type(layers[-1]) and stage.critic is not layers[-1]
+    trainer.fit([(given, target)], 2)

@@ -60,8 +60,16 @@ def split_transformers(
             f"{type(model).__name__} is an encoder-decoder: every block of the decoder needs the encoder's output; "
             "take an encoder or a decoder alone (T5EncoderModel, say)"
         )
+    if "labels" in sample:
+        raise UsageError(
+            "sample: leave labels out, they would travel for nothing; the loss is the trainer's, and every "
+            "stage computes its own from the target"
+        )
+    _refuse_reentrant(model)
     takes = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
+    if "output_router_logits" in takes:  # of a mixture of experts, from all blocks: for its own loss only
+        options["output_router_logits"] = False
     if "return_dict" in takes or "kwargs" in takes:
         options["return_dict"] = True
     found = split_blocks(model, _padded(sample), options=options, output=_output)
@@ -73,6 +81,18 @@ def split_transformers(
         source = Path(weights) if weights is not None else None
         found.layers.weights = StoredWeights(source, found.names, found.untied, partial(_fresh, model))
     return found
+
+
+def _refuse_reentrant(model: nn.Module) -> None:
+    """The model's own checkpointing, of the older kind, loses gradients where nothing before asks for one."""
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        asked = isinstance(function, partial) and function.keywords.get("use_reentrant")
+        if getattr(module, "gradient_checkpointing", False) and asked:
+            raise UsageError(
+                "gradient checkpointing with use_reentrant=True would leave the first block of every stage untrained: "
+                "its input takes no gradient; enable it with use_reentrant=False, or use checkpoint_activations"
+            )
 
 
 def _fresh(model: PreTrainedModel, part: nn.Module) -> None:

@@ -79,7 +79,7 @@ def split_blocks(
         found: list[Tensor] = []
         watched = {part: Absent(part) if empty else part for part in (*blocks, *parts.values())}
         stand = copy_with(model, watched, {}) if empty else model
-        calls = observe(lambda: found.append(output(stand(**sample, **options))), watched.values())
+        calls = observe(lambda: found.append(picked(output, stand(**sample, **options))), watched.values())
         originals = {id(one): part for part, one in watched.items()}
         for call in calls:
             call.module = originals[id(call.module)]
@@ -95,6 +95,25 @@ def split_blocks(
     keys = {name: key for key, name in known.items()}
     layers.tied = {keys[copy]: keys[first] for copy, first in untied.items()}
     return Split(layers, known, untied)
+
+
+def picked(output: Callable[[Any], Tensor], result: Any) -> Tensor:
+    """What `output` picks of a model's result.
+
+    Raises:
+        UsageError: No tensor, or a scalar: the model's own loss.
+    """
+    found = output(result)
+    if not isinstance(found, Tensor):
+        raise UsageError(
+            f"output: picks {type(found).__name__} of the model's result, not a tensor; give a function that picks one"
+        )
+    if found.dim() == 0:
+        raise UsageError(
+            "output: picks a scalar of the model's result, its own loss, say; pick the logits and give the loss to the "
+            "trainer: every stage computes its own"
+        )
+    return found
 
 
 def _set_modes(layers: Layers, modes: Mapping[str, bool]) -> None:

@@ -173,8 +173,9 @@ class Exit(_End):
         self._last, self._output = last, output
 
     def forward(self, payload: Payload) -> Tensor:
-        """(hidden state, inputs) -> the network's output."""
-        hidden, *inputs = as_tuple(payload)
+        """(hidden state, inputs) -> the network's output; sides between them are let go (a copy judges any block)."""
+        hidden, *rest = as_tuple(payload)
+        inputs = rest[len(rest) - len(self._dtypes) :]
         bare = hidden.is_meta
         if bare:
             inputs = [torch.ones_like(tensor, device="cpu") for tensor in inputs]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 import torch
@@ -37,6 +37,15 @@ class Call:
     made_form: pytree.TreeSpec | None = None
 
 
+def _flatten(value: Any) -> tuple[list[Any], pytree.TreeSpec]:
+    """As pytree does, and into dataclasses, which it is told of the first time one is met."""
+    leaves, form = pytree.tree_flatten(value)
+    kinds = {type(leaf) for leaf in leaves if is_dataclass(leaf) and not isinstance(leaf, type)}
+    for kind in kinds:
+        pytree.register_dataclass(kind)
+    return _flatten(value) if kinds else (leaves, form)
+
+
 def observe(run: Callable[[], object], modules: Iterable[nn.Module]) -> list[Call]:
     """Every call of these modules while `run` runs, without gradients; the tensors of the calls are kept.
 
@@ -48,12 +57,12 @@ def observe(run: Callable[[], object], modules: Iterable[nn.Module]) -> list[Cal
     clock = iter(range(1_000_000_000))
 
     def begins(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        leaves, form = pytree.tree_flatten((args, dict(kwargs)))
+        leaves, form = _flatten((args, dict(kwargs)))
         calls.append(Call(module, next(clock), leaves, form))
 
     def ends(module: nn.Module, _args: object, _kwargs: object, result: object) -> None:
         call = next(call for call in reversed(calls) if call.module is module and call.end < 0)
-        call.made, call.made_form = pytree.tree_flatten(result)
+        call.made, call.made_form = _flatten(result)
         call.end = next(clock)
 
     with ExitStack() as hooks, torch.no_grad():

@@ -22,7 +22,7 @@ from torch.distributed.pipelining import Pipe, SplitPoint, pipeline
 
 from decoupled_pp.contracts import Layers, Payload, UsageError, as_tuple
 from decoupled_pp.device import untouched
-from decoupled_pp.splitting.blocks import Split
+from decoupled_pp.splitting.blocks import Split, picked
 
 Value: TypeAlias = tuple[int, int]
 """(part that makes it, place in its result); part -1 for the inputs."""
@@ -94,8 +94,8 @@ class _Whole(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         if self._names:
-            return self._output(self.model(**dict(zip(self._names, inputs, strict=True))))
-        return self._output(self.model(*inputs))
+            return picked(self._output, self.model(**dict(zip(self._names, inputs, strict=True))))
+        return picked(self._output, self.model(*inputs))
 
 
 def split_traced(
