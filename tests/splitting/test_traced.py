@@ -253,6 +253,22 @@ class Frozen(ResNet):
         return super().forward(image)
 
 
+class Scale(nn.Module):
+    def forward(self, image, share=1.0):
+        return image * torch.rand(len(image), 1, 1, 1) * share if self.training else image
+
+
+class Told(ResNet):
+    """A module that asks for its mode is told a number, which no trace of it tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = Scale()
+
+    def forward(self, image):
+        return super().forward(self.scale(image, share=0.5))
+
+
 class LengthOfBatch(ResNet):
     def forward(self, image):
         return super().forward(image) / len(image)
@@ -268,7 +284,8 @@ class LengthOfBatch(ResNet):
         (DropPath, ["layer1"], r"the model asks whether it trains \(self\.training\)"),
         (TwoInputs, ["layer1"], r"mixed asks whether it trains"),
         (Frozen, ["layer1"], r"torch\.export cannot trace Frozen"),
-        (LengthOfBatch, ["layer1"], "gives another output for 11 samples"),
+        (LengthOfBatch, ["layer1"], "gives another output for 11 samples in evaluation"),
+        (Told, ["layer1"], "gives another output for 13 samples in training"),
     ],
 )
 def test_what_cannot_be_traced_is_named(model, names, reason):

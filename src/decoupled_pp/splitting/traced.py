@@ -323,13 +323,17 @@ def _chain(parts: Sequence[_Part], inputs: int) -> Iterator[Traced]:
 
 
 def _check(layers: nn.Module, whole: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Raises UsageError unless the layers give the model's output for micro-batches of two sizes."""
-    layers.eval()
-    for rows in (_ROWS, _ROWS - 2):
+    """Raises UsageError unless the layers give the model's output, in both modes, for micro-batches of two sizes."""
+    for rows, training in ((_ROWS, False), (_ROWS, True), (_ROWS - 2, False)):
         given = tuple(_rows(tensor, rows) for tensor in inputs)
+        layers.train(training)
+        whole.train(training)
+        seed = torch.seed()  # the generators are the user's again afterwards
         try:
             with torch.no_grad(), _slow_attention():
-                found, expected = layers(given if len(given) > 1 else given[0]), whole(*given)
+                found = layers(given if len(given) > 1 else given[0])
+                torch.manual_seed(seed)
+                expected = whole(*given)
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
             raise UsageError(
@@ -337,7 +341,8 @@ def _check(layers: nn.Module, whole: nn.Module, inputs: tuple[Tensor, ...]) -> N
                 "write the size of the batch as tensor.shape[0] or -1 in it"
             ) from error
         if not torch.equal(found, expected):
-            raise UsageError(f"in parts, the model gives another output for {rows} samples than in one piece")
+            mode = "training" if training else "evaluation"
+            raise UsageError(f"in parts, the model gives another output for {rows} samples in {mode} than in one piece")
 
 
 @contextmanager
