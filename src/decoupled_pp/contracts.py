@@ -305,7 +305,7 @@ class DataInfo:
     Attributes:
         form: "image" (B, C, H, W float), "vector" (B, D float), "tokens" (B, T int64, next-token targets),
             "masked_tokens" (B, T int64, targets where tokens are masked, IGNORED elsewhere), "sentences" (ids (B, T),
-            mask (B, T), class targets) or "other".
+            bool mask (B, T), class targets) or "other".
         shape: Shape of one sample without the batch dimension; of sentences the longest.
         outputs: Number of classes or size of the vocabulary.
         encode: For text, string -> token ids.

@@ -8,7 +8,7 @@ from decoupled_pp.contracts import CriticContext, DataInfo, UsageError
 from decoupled_pp.critic_sections import AutoCritic, FactoryCritic, HeadCritic, MlpSrCritic
 from decoupled_pp.critics import build_critic, check_critic
 from decoupled_pp.critics.auglocal import AuglocalChain
-from decoupled_pp.critics.head import ImageHead, TokenHead
+from decoupled_pp.critics.head import ImageHead, TokenHead, matching_head
 from decoupled_pp.models import build_model
 from decoupled_pp.sections import GptModel, ResnetModel
 
@@ -177,3 +177,14 @@ def test_the_default_goes_by_the_form_of_the_output(context_of):
     assert isinstance(build_critic(AutoCritic())(context_of(gpt, torch.zeros(2, 6, dtype=torch.int64), 2)), TokenHead)
     own = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.LazyLinear(5))
     assert isinstance(build_critic(AutoCritic())(context_of(own, torch.randn(2, 3, 9, 9), 1)), ImageHead)
+
+
+def test_padding_is_left_out_of_the_mean_over_a_sequence():
+    """Judged alike whether a sequence stands alone or padded beside a longer one."""
+    head = matching_head(torch.zeros(1, 4, 8), torch.zeros(1, 3), 0)
+    rows = torch.randn(2, 6, 8)
+    mask = torch.arange(6) < torch.tensor([[4], [6]])
+    together = head((rows, mask, torch.zeros(2, 6)))
+    assert torch.allclose(together[:1], head(rows[:1, :4]), atol=1e-6)
+    assert torch.allclose(together[1:], head(rows[1:]), atol=1e-6)
+    assert torch.equal(head((rows, mask, mask)), head(rows))  # which of two is meant is not known

@@ -66,7 +66,7 @@ def test_sentences_are_padded_to_the_longest_of_their_batch(rows, tokenizer):
     seen, widths = 0, set()
     for (ids, mask), labels in data.validation.batches():
         assert ids.shape == mask.shape and ids.shape[1] == mask.sum(1).max() <= 8
-        assert torch.equal(ids == 0, mask == 0)  # id 0 is [PAD]
+        assert torch.equal(ids != 0, mask)  # id 0 is [PAD]
         assert (ids[:, 0] == 2).all()
         for row, length, label in zip(ids, mask.sum(1), labels, strict=True):
             assert row[length - 1] == 3  # a sentence that is cut keeps its end

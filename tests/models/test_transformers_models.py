@@ -220,3 +220,18 @@ def test_sentences_are_classified_and_the_classifier_exported(encoder_run):
         score.add(torch.nn.functional.cross_entropy(logits, labels), logits, labels)
     summary = json.loads((encoder_run / "runs" / "encoder" / "summary.json").read_text())
     assert summary["exits"][-1]["val_loss"] == pytest.approx(score.result()[0], rel=1e-6)
+
+
+def test_a_classifier_for_other_classes_is_made_anew(encoder_run):
+    """The rest of a pretrained model stays."""
+    config = transformers.BertConfig(
+        vocab_size=25, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_labels=7
+    )
+    whole = transformers.BertForSequenceClassification(config)
+    whole.save_pretrained("pretrained")
+    info = DataInfo("sentences", (12,), 3, vocabulary=25)
+    layers = build_model(model(path="pretrained"), info).eval()
+    state = layers.state_dict()
+    assert state["exit.model.classifier.weight"].shape == (3, 16)
+    query = "encoder.layer.0.attention.self.query.weight"
+    assert torch.equal(state["block0.block.attention.self.query.weight"], whole.bert.state_dict()[query])

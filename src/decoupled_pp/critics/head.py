@@ -5,9 +5,10 @@ Legend: B batch, T tokens, D width, C channels, H x W image, K classes, V vocabu
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from decoupled_pp.contracts import CriticContext, Payload, UsageError, first_tensor
+from decoupled_pp.contracts import CriticContext, Payload, UsageError, as_tuple, first_tensor
 from decoupled_pp.critic_sections import HeadCritic
 from decoupled_pp.critics.fresh import trainable_copy
 
@@ -53,7 +54,10 @@ class TokenHead(nn.Module):
 
 
 class SequenceHead(nn.Module):
-    """Norm, mean over the sequence, linear layer: (B, T, D) -> (B, K)."""
+    """Norm, mean over the sequence, linear layer: (B, T, D) -> (B, K).
+
+    A boolean mask (B, T) behind the hidden state, True where a token counts, leaves padding out of the mean.
+    """
 
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__()
@@ -62,8 +66,22 @@ class SequenceHead(nn.Module):
 
     def forward(self, hidden: Payload) -> Tensor:
         """Judge a stage's output."""
-        logits: Tensor = self.linear(self.norm(first_tensor(hidden)).mean(dim=1))
+        rows: Tensor = self.norm(first_tensor(hidden))
+        mask = padding_mask(hidden)
+        if mask is None:
+            mean = rows.mean(dim=1)
+        else:
+            weights = mask[..., None].to(rows.dtype)
+            mean = (rows * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+        logits: Tensor = self.linear(mean)
         return logits
+
+
+def padding_mask(payload: Payload) -> Tensor | None:
+    """The only boolean tensor (B, T) behind a hidden state (B, T, D); None if there is none, or several."""
+    first, *others = as_tuple(payload)
+    found = [tensor for tensor in others if tensor.dtype == torch.bool and tensor.shape == first.shape[:2]]
+    return found[0] if len(found) == 1 else None
 
 
 def matching_head(hidden: Payload, output: Tensor, stage: int) -> nn.Module:

@@ -17,7 +17,7 @@ from decoupled_pp.sections import HuggingFaceData
 
 
 def open_sentence_rows(settings: HuggingFaceData, seed: int, train: Rows, validation: Rows | None) -> Data:
-    """Sentence data: ((ids (B, T), mask (B, T)), class (B,)), T that of the longest sentence of the batch.
+    """Sentence data: ((ids (B, T), mask (B, T) bool), class (B,)), T that of the longest sentence of the batch.
 
     Sentences are tokenised when their batch is taken, with the tokenizer's special tokens, and cut to `context` tokens.
 
@@ -53,6 +53,6 @@ class _Sentences(Reader):
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Pad on the right."""
         ids, labels = zip(*samples, strict=True)
-        masks = [torch.ones_like(one) for one in ids]
+        masks = [torch.ones_like(one, dtype=torch.bool) for one in ids]
         padded = pad_sequence(list(ids), batch_first=True, padding_value=self._pad)
         return (padded, pad_sequence(masks, batch_first=True)), torch.stack(labels)

@@ -151,7 +151,10 @@ def load_transformers(settings: HuggingFaceModel, info: DataInfo, *, weights: bo
             with torch.device("meta"):
                 model = maker.from_config(config, dtype=torch.float32)
         elif settings.path is not None and settings.pretrained and weights:
-            model = maker.from_pretrained(settings.path, config=config, dtype=torch.float32)
+            other_classes = head.endswith("classification")  # a classifier for other classes is made anew
+            model = maker.from_pretrained(
+                settings.path, config=config, dtype=torch.float32, ignore_mismatched_sizes=other_classes
+            )
         else:
             model = maker.from_config(config, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -211,7 +214,9 @@ def sample_inputs(info: DataInfo) -> dict[str, Tensor]:
     vocabulary = _vocabulary_of(info)
     if vocabulary is not None:
         ids = torch.arange(2 * info.shape[0]).reshape(2, -1) % vocabulary
-        return {"input_ids": ids} | ({"attention_mask": torch.ones_like(ids)} if info.form == "sentences" else {})
+        return {"input_ids": ids} | (
+            {"attention_mask": torch.ones_like(ids, dtype=torch.bool)} if info.form == "sentences" else {}
+        )
     if info.form == "image":
         return {"pixel_values": torch.linspace(-1, 1, 2 * torch.Size(info.shape).numel()).reshape(2, *info.shape)}
     raise UsageError(
