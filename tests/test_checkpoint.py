@@ -13,6 +13,7 @@ from torch import nn
 
 from decoupled_pp import Trainer, checkpoint, partition
 from decoupled_pp.checkpoint import (
+    Keep,
     export_safetensors,
     latest_checkpoint,
     list_checkpoints,
@@ -157,10 +158,10 @@ def test_a_save_killed_half_way_leaves_the_last_good_one(folder, monkeypatch, st
     resumed = trainer()
     resumed.fit(batches(), 5, resume=latest_checkpoint(folder))
     for one in resumed.stages[:stage]:
-        assert not save_stage(folder, one, resumed.plan, 5, keep=2)
+        assert not save_stage(folder, one, resumed.plan, 5, keep=Keep(2))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(checkpoint, moment, die)
-        save_stage(folder, resumed.stages[stage], resumed.plan, 5, keep=2)
+        save_stage(folder, resumed.stages[stage], resumed.plan, 5, keep=Keep(2))
 
     assert latest_checkpoint(folder).step == 4
     remove_incomplete(folder)
@@ -172,7 +173,7 @@ def test_a_save_may_follow_a_killed_one(folder, monkeypatch):
     resumed.fit(batches(), 5, resume=latest_checkpoint(folder))
     (folder / "step-00000005.incomplete" / "stage-0").mkdir(parents=True)
     (folder / "step-00000005.incomplete" / "stage-0" / "rest.safetensors").write_bytes(b"half")
-    complete = [save_stage(folder, stage, resumed.plan, 5, keep=2) for stage in resumed.stages]
+    complete = [save_stage(folder, stage, resumed.plan, 5, keep=Keep(2)) for stage in resumed.stages]
     assert complete == [False, True]
     assert latest_checkpoint(folder).step == 5
 

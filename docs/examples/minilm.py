@@ -58,7 +58,7 @@ layers = trainer.export().cpu().eval()  # the model's own parameters, brought to
 for one in report.exits if trainer.rank == 0 else ():
     print(f"exit {one.stage}: held-out loss {one.val_loss:.4f}, accuracy {100 * one.val_accuracy:.2f} %")
 if trainer.rank == 0:
-    model.save_pretrained(output)
+    dpp.save_transformers(model, found, output)
     tokenizer.save_pretrained(output)
     loaded = AutoModelForSequenceClassification.from_pretrained(output).eval()
     with torch.no_grad():

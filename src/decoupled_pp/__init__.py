@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from decoupled_pp.models.huggingface import split_transformers
+    from decoupled_pp.models.transformers_export import save_transformers
     from decoupled_pp.objective import Critic, View
     from decoupled_pp.shards import write_shards
     from decoupled_pp.splitting import cut_after, flatten, split_blocks, untie
@@ -51,6 +52,7 @@ __all__ = [
     "cut_after",
     "flatten",
     "partition",
+    "save_transformers",
     "split_blocks",
     "split_traced",
     "split_transformers",
@@ -68,6 +70,7 @@ _HOMES = {
     "flatten": "splitting",
     "split_blocks": "splitting",
     "split_traced": "splitting.traced",
+    "save_transformers": "models.transformers_export",
     "split_transformers": "models.huggingface",
     "untie": "splitting",
     "write_shards": "shards",

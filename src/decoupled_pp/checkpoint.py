@@ -51,10 +51,34 @@ def name_of_critic(stage: Stage, plan: Plan) -> str:
     return critic_name(plan, stage.index) if stage.critic is not None else ""
 
 
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints are kept.
+
+    Attributes:
+        newest: So many of the newest.
+        every: And the newest whose step is a multiple of this, from which tied weights are taken; None: no more.
+    """
+
+    newest: int
+    every: int | None = None
+
+    def superfluous(self, paths: list[Path]) -> list[Path]:
+        """Those of the checkpoints, oldest first, that need not be kept."""
+        regular = [path for path in paths if self.every is not None and step_of(path) % self.every == 0]
+        kept = {*paths[-self.newest :], *regular[-1:]}
+        return [path for path in paths if path not in kept]
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.name.removeprefix("step-"))
+
+
 # --------------------------------------------------------------------------------------------------------- saving
 
 
-def save_stage(folder: Path, stage: Stage, plan: Plan, packet: int, *, keep: int) -> bool:
+def save_stage(folder: Path, stage: Stage, plan: Plan, packet: int, *, keep: Keep) -> bool:
     """Write one stage's part of the checkpoint after `packet` training packets; waits for no other stage.
 
     Args:
@@ -62,7 +86,7 @@ def save_stage(folder: Path, stage: Stage, plan: Plan, packet: int, *, keep: int
         stage: The stage.
         plan: The plan of the run.
         packet: Training packets done, the same for every stage of this checkpoint.
-        keep: Committed checkpoints to keep.
+        keep: Which committed checkpoints to keep.
 
     Returns:
         Whether this part completed the checkpoint.
@@ -102,7 +126,7 @@ def save_stage(folder: Path, stage: Stage, plan: Plan, packet: int, *, keep: int
     return _commit(folder, stage.updates, plan.stages, keep)
 
 
-def ensure_committed(folder: Path, step: int, stages: int, *, keep: int, timeout_seconds: float) -> bool:
+def ensure_committed(folder: Path, step: int, stages: int, *, keep: Keep, timeout_seconds: float) -> bool:
     """See to it that a checkpoint whose parts are all written is committed; returns whether this call did it.
 
     On a shared file system the last stage to write may not have seen the others' parts at once.
@@ -124,7 +148,7 @@ def ensure_committed(folder: Path, step: int, stages: int, *, keep: int, timeout
     return False
 
 
-def _commit(folder: Path, step: int, stages: int, keep: int) -> bool:
+def _commit(folder: Path, step: int, stages: int, keep: Keep) -> bool:
     """Commit a checkpoint if all its parts are there, and delete what need not be kept; returns whether it was done."""
     final = final_path(folder, step)
     partial = _partial(final)
@@ -138,7 +162,7 @@ def _commit(folder: Path, step: int, stages: int, keep: int) -> bool:
         if not partial.exists():  # another stage found all parts there at the same moment
             return False
         raise TrainingError(f"cannot commit the checkpoint {final}: {error.strerror or error}") from error
-    for old in list_checkpoints(folder)[:-keep]:
+    for old in keep.superfluous(list_checkpoints(folder)):
         shutil.rmtree(old, ignore_errors=True)
     return True
 

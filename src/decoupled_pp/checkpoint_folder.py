@@ -24,6 +24,7 @@ from decoupled_pp.channels import Control
 from decoupled_pp.checkpoint import (
     MOMENT_SECONDS,
     Checkpoint,
+    Keep,
     ensure_committed,
     final_path,
     list_checkpoints,
@@ -74,17 +75,10 @@ class CheckpointFolder:
             keep: Committed checkpoints to keep.
             timeout_seconds: Longest wait for another rank.
             tied: Weights to keep in step: key of the later one -> key of the earlier; None: none.
-
-        Raises:
-            UsageError: Tied weights are to be taken from checkpoints that are not kept.
         """
         self.path = path
         self._keep, self._timeout, self._owners = keep, timeout_seconds, _owners(tied or {})
         self._course: _Course | None = None
-        if tied and keep < 2:
-            raise UsageError(
-                f"refresh_tied takes weights from the checkpoint before the newest; keep at least 2, not {keep}"
-            )
 
     def newest(self, control: Control) -> Checkpoint | None:
         """The newest that rank 0 sees, on every rank: what others see of a shared folder may lag behind."""
@@ -127,11 +121,15 @@ class CheckpointFolder:
         """Refresh its copies of tied weights if that is asked for, and save a stage; see `save_stage`."""
         if self._course is not None:
             self._refresh(stage, self._course)
-        return save_stage(self.path, stage, plan, packet, keep=self._keep)
+        return save_stage(self.path, stage, plan, packet, keep=self._kept)
 
     def ensure_committed(self, step: int, stages: int) -> bool:
         """See to it that a checkpoint is complete; see `checkpoint.ensure_committed`."""
-        return ensure_committed(self.path, step, stages, keep=self._keep, timeout_seconds=self._timeout)
+        return ensure_committed(self.path, step, stages, keep=self._kept, timeout_seconds=self._timeout)
+
+    @property
+    def _kept(self) -> Keep:
+        return Keep(self._keep, self._course.every if self._course is not None else None)
 
     def _regular(self, step: int, every: int | None) -> int:
         if every is None:

@@ -311,6 +311,7 @@ class DataInfo:
         encode: For text, string -> token ids.
         decode: For text, token ids -> string.
         vocabulary: For sentences, the size of the vocabulary.
+        pad: For sentences, the id of padding.
     """
 
     form: str
@@ -319,15 +320,18 @@ class DataInfo:
     encode: Callable[[str], list[int]] | None = None
     decode: Callable[[list[int]], str] | None = None
     vocabulary: int | None = None
+    pad: int | None = None
 
     def known(self) -> dict[str, Any]:
         """All but the functions, as JSON."""
-        return {"form": self.form, "shape": list(self.shape), "outputs": self.outputs, "vocabulary": self.vocabulary}
+        known = {"form": self.form, "shape": list(self.shape), "outputs": self.outputs}
+        return {**known, "vocabulary": self.vocabulary, "pad": self.pad}
 
     @staticmethod
     def of(known: dict[str, Any]) -> DataInfo:
         """What `known` gave; it can neither encode nor decode."""
-        return DataInfo(known["form"], tuple(known["shape"]), known["outputs"], vocabulary=known.get("vocabulary"))
+        more = {key: known.get(key) for key in ("vocabulary", "pad")}
+        return DataInfo(known["form"], tuple(known["shape"]), known["outputs"], **more)
 
 
 @dataclass(frozen=True)

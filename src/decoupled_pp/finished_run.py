@@ -18,7 +18,7 @@ from decoupled_pp.exits import Evaluation, ensemble, exit_costs, progressive
 from decoupled_pp.gradient_probe import gradient_cosines
 from decoupled_pp.job import make_trainer, prepare
 from decoupled_pp.models import build_model
-from decoupled_pp.models.huggingface import export_transformers
+from decoupled_pp.models.transformers_export import export_transformers
 from decoupled_pp.resume import load_model
 from decoupled_pp.sections import HuggingFaceModel
 from decoupled_pp.settings import STAGES_ALONE, Settings

@@ -23,7 +23,7 @@ from decoupled_pp.checkpoint import (
     open_checkpoint,
 )
 from decoupled_pp.common_plan import partition
-from decoupled_pp.contracts import Data, DataInfo, Loss, Payload, Plan, Report, UsageError, map_payload
+from decoupled_pp.contracts import Data, DataInfo, Loss, Payload, Plan, Report, UsageError, as_tuple, map_payload
 from decoupled_pp.critics import build_critic
 from decoupled_pp.data import open_data
 from decoupled_pp.device import seeded
@@ -240,8 +240,9 @@ def prepare(settings: Settings, control: Control | None = None) -> tuple[Data | 
     def describe() -> dict[str, Any]:
         opened.append(open_data(settings.data, settings.seed))
         payload, _ = next(opened[0].train.batches())
-        sample = map_payload(torch.zeros_like, payload)
-        info = opened[0].info
+        sample, info = map_payload(torch.zeros_like, payload), opened[0].info
+        if info.form == "sentences":  # of any length; what is measured and predicted is for the longest
+            sample = tuple(torch.ones(len(tensor), *info.shape, dtype=tensor.dtype) for tensor in as_tuple(sample))
         if settings.sample is not None and (info.encode is None or info.decode is None):
             raise UsageError(f"sample: data.kind {settings.data.kind!r} is no text to go on from; leave sample out")
         return {"info": info.known(), "sample": _spec(sample)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from decoupled_pp.checkpoint import Checkpoint, latest_checkpoint
 from decoupled_pp.contracts import UsageError
 
 INDEX = "model.safetensors.index.json"
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def write_shards(
@@ -55,6 +57,9 @@ def write_shards(
             shards.append(shard)
             placed |= dict.fromkeys(tensors, shard.name)
             size += sum(tensor.nbytes for tensor in tensors.values())
+        for stale in output.glob("model*.safetensors*"):  # a reader takes the first of these that it finds
+            if _WEIGHTS.fullmatch(stale.name) and stale not in shards:
+                stale.unlink()
         if stages > 1:
             listed = {"metadata": {"total_size": size}, "weight_map": placed}
             (output / INDEX).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")

@@ -22,7 +22,7 @@ from decoupled_pp.critics import build_critic, check_critic
 from decoupled_pp.critics.lls import sinusoids
 from decoupled_pp.critics.predsim import pooling_kernel, similarities
 from decoupled_pp.losses import cross_entropy
-from decoupled_pp.objective import View, local_loss, rider_of
+from decoupled_pp.objective import IGNORED, View, local_loss, rider_of
 
 CLASSES = 5
 
@@ -277,6 +277,19 @@ def test_the_loss_on_some_tokens_is_right_on_average(tokens):
     some = torch.stack([local_loss(critic, view, cross_entropy).detach() for _ in range(600)])
     whole = F.cross_entropy(critic(view.hidden).flatten(0, 1), view.target.flatten())
     assert some.std() > 0.01 and some.mean().item() == pytest.approx(whole.item(), abs=4 * some.std().item() / 600**0.5)
+
+
+def test_ignored_tokens_are_not_drawn_where_others_are(tokens):
+    """Masked language models: few positions count, and a share without any of them would have no loss."""
+    critic = build_critic(VocabularyCritic(kind="vocabulary", tokens=0.2))(tokens)
+    hidden = torch.randn(4, *tokens.hidden.shape[1:])
+    target = torch.full(hidden.shape[:2], IGNORED)
+    target[2, 1] = 3
+    for seed in range(5):
+        torch.manual_seed(seed)
+        loss = critic.objective(View((), hidden, target, ()), cross_entropy)
+        assert torch.allclose(loss, cross_entropy(critic(hidden), target))
+
 
 
 def test_sampled_classes_estimate_the_normaliser(tokens):

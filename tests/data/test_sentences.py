@@ -148,6 +148,38 @@ def test_a_tokenizer_may_be_a_models_folder(tokenizer, tmp_path):
     assert ours.sentences(3)("w1 w7") == theirs.sentences(3)("w1 w7") == [2, 6, 3]
 
 
+def test_a_run_is_planned_for_the_longest_sentence(rows, tokenizer):
+    """Whatever the first micro-batch is like: cut and memory are judged by `context`."""
+    from decoupled_pp.job import prepare
+    from decoupled_pp.settings import Settings
+
+    data = {"kind": "huggingface", "path": "json", "data_files": {"train": rows}, "text_column": "said"}
+    data |= {"label_column": "kind", "tokenizer": tokenizer, "batch_size": 4, "context": 30}
+    bert = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = {"kind": "huggingface", "type": "bert", "config": bert}
+    _, info, plan = prepare(
+        Settings.model_validate({"name": "a", "cut": "uniform", "model": model, "data": data, "training": {"steps": 1}})
+    )
+    assert [tuple(tensor.shape) for tensor in plan.sample] == [(4, 30), (4, 30)] and info.pad == 0
+
+
+def test_labels_may_be_yes_and_no(tmp_path, tokenizer):
+    path = tmp_path / "flags.jsonl"
+    path.write_text("".join(json.dumps({"said": text, "flag": at % 2 == 0}) + "\n" for at, text in enumerate(TEXTS)))
+    _, labels = next(sentences(str(path), tokenizer, label_column="flag").train.batches())
+    assert labels.dtype == torch.int64 and set(labels.tolist()) <= {0, 1}
+
+
+def test_a_tokenizer_cuts_where_it_would(tokenizer, tmp_path):
+    left = tokenizers.Tokenizer.from_file(tokenizer)
+    left.enable_truncation(99, direction="left")
+    left.save(str(tmp_path / "left.json"))
+    assert open_vocabulary(str(tmp_path / "left.json")).sentences(4)("w1 w2 w3 w4") == [2, 8, 9, 3]
+    assert open_vocabulary(tokenizer).sentences(4)("w1 w2 w3 w4") == [2, 6, 7, 3]
+    with pytest.raises(UsageError, match="leaves no room beside the tokenizer's special tokens"):
+        open_vocabulary(tokenizer).sentences(2)
+
+
 def test_what_cannot_be_is_refused(rows, tokenizer, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="needs a tokenizer with a mask token"):
         open_data(PythonSourceData(kind="python_source", target="masked_tokens"), 0)

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.splitting.families import inputs_of, model_of
 
+import decoupled_pp as dpp
 from decoupled_pp.cli import main
 from decoupled_pp.contracts import DataInfo, UsageError
 from decoupled_pp.data import open_data
@@ -199,11 +201,73 @@ def encoder_run(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_masked_language_model_is_trained_and_exported(encoder_run):
-    assert command("train", "run.yaml", "--set", "data.target=masked_tokens") == 0
-    assert command("export", "runs/encoder", "-o", "exported") == 0
+@pytest.mark.parametrize("meta", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_masked_language_model_is_trained_and_exported(encoder_run, meta, tied):
+    """BERT's decoder has a bias under two names, which a config without ties would part."""
+    changed = ["--set", "data.target=masked_tokens", "--set", f"model.meta={str(meta).lower()}"]
+    assert command("train", "run.yaml", *changed, "--set", "optimizer.lr=0.1") == 0
+    Path("exported").mkdir()
+    (Path("exported") / "model.safetensors").write_bytes(b"an older export")
+    assert command("export", "runs/encoder", "-o", "exported", *(["--tied"] if tied else [])) == 0
     loaded = transformers.AutoModelForMaskedLM.from_pretrained("exported").eval()
-    assert loaded(torch.randint(5, 25, (2, 7))).logits.shape == (2, 7, 25)
+    trained = load_file("runs/encoder/model.safetensors")
+    for name in ("decoder.weight", "decoder.bias", "bias"):
+        ours = loaded.cls.predictions.get_parameter(name)
+        assert torch.equal(ours, trained[f"exit.model.cls.predictions.{name}"]) and bool(ours.any())
+    table = loaded.bert.embeddings.word_embeddings.weight
+    assert torch.equal(table, loaded.cls.predictions.decoder.weight) == tied
+
+
+@pytest.mark.parametrize("family", ["BERT", "RoBERTa", "DeBERTa v2, classifier", "T5 encoder", "GPT-2", "Gemma"])
+def test_a_split_model_is_saved_for_its_own_library(tmp_path, family):
+    split, inputs = model_of(family), inputs_of(family)
+    found = dpp.split_transformers(split, inputs)
+    with torch.no_grad():
+        for parameter in found.layers.parameters():  # as if trained: weights that were one are two now
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        expected = found.layers.eval()(tuple(inputs.values()))
+        dpp.save_transformers(split, found, tmp_path)
+        result = type(split).from_pretrained(tmp_path).eval()(**inputs)
+    logits = result.logits if "logits" in result else result.last_hidden_state
+    assert torch.equal(logits, expected)
+
+
+def test_padding_is_the_tokenizers(encoder_run):
+    """A classifier that looks for the last token must know what padding is."""
+    info = DataInfo("sentences", (12,), 3, vocabulary=256, pad=7)
+    sizes = {key: value for key, value in GPT2.items() if not key.endswith("id")}
+    layers = build_model(model(type="gpt2", config=sizes), info).eval()
+    ids = torch.randint(8, 256, (1, 9))
+    padded, mask = (torch.nn.functional.pad(one, (0, 3), value=fill) for one, fill in ((ids, 7), (ids > 0, False)))
+    with torch.no_grad():
+        alone, beside = layers((ids, ids > 0)), layers((padded, mask))
+    assert torch.allclose(alone, beside, atol=1e-6)
+    with pytest.raises(UsageError, match="pad_token_id 3 is not the tokenizer's, 7"):
+        build_model(model(type="gpt2", config={**sizes, "pad_token_id": 3}), info)
+    with pytest.raises(UsageError, match=r"fails on input_ids \(2, 100\)"):
+        build_model(model(type="gpt2", config=sizes), DataInfo("tokens", (100,), 256))
+
+
+def test_only_a_classifier_may_have_another_shape(encoder_run):
+    config = transformers.BertConfig(
+        vocab_size=25, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    transformers.BertForSequenceClassification(config).save_pretrained("pretrained")
+    info = DataInfo("sentences", (12,), 3, vocabulary=25, pad=0)
+    with pytest.raises(UsageError, match=r"model.config: .* with these changes"):
+        build_model(model(path="pretrained", config={"intermediate_size": 48}), info)
+
+
+@pytest.mark.parametrize("critic", [{"critic_overlap": 1}, {"critic": {"kind": "head", "weights": "network"}}])
+def test_critics_that_copy_weights_need_them(tmp_path, monkeypatch, capsys, critic):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(RUN)
+    changed = [word for key, value in critic.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    assert command("train", "tiny.yaml", "--set", "model.meta=true", *changed) == 2
+    assert "weights of a later stage, which are not here" in capsys.readouterr().err
+    fresh = ["--set", 'critic={"kind": "auglocal", "depth": 2}']
+    assert command("train", "tiny.yaml", "--set", "model.meta=true", *fresh) == 0
 
 
 def test_sentences_are_classified_and_the_classifier_exported(encoder_run):

@@ -269,6 +269,26 @@ class Told(ResNet):
         return super().forward(self.scale(image, share=0.5))
 
 
+class ScaledInTraining(ResNet):
+    """The operators are the same in both modes, a number is not; the gate hides it from any output."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, image):
+        return super().forward(image + self.gate * image * (0.5 if self.training else 1.0))
+
+
+class Idle(ResNet):
+    def __init__(self):
+        super().__init__()
+        self.idle = nn.Identity()
+
+    def forward(self, image):
+        return super().forward(self.idle(image))
+
+
 class LengthOfBatch(ResNet):
     def forward(self, image):
         return super().forward(image) / len(image)
@@ -285,7 +305,9 @@ class LengthOfBatch(ResNet):
         (TwoInputs, ["layer1"], r"mixed asks whether it trains"),
         (Frozen, ["layer1"], r"torch\.export cannot trace Frozen"),
         (LengthOfBatch, ["layer1"], "gives another output for 11 samples in evaluation"),
-        (Told, ["layer1"], "gives another output for 13 samples in training"),
+        (Told, ["layer1"], "scale asks whether it trains and is given more than a tensor"),
+        (ScaledInTraining, ["layer1"], r"the model asks whether it trains"),
+        (Idle, ["idle", "layer1"], "between two of the cuts nothing is computed"),
     ],
 )
 def test_what_cannot_be_traced_is_named(model, names, reason):

@@ -7,6 +7,7 @@ layer itself or on any module inside it, this method wins over looking further i
 from __future__ import annotations
 
 import copy
+from itertools import chain
 
 import torch
 from torch import nn
@@ -68,10 +69,24 @@ def _made_trainable(layer: nn.Module) -> nn.Module:
 
 
 def trainable_copy(layer: nn.Module) -> nn.Module:
-    """A deep copy of `layer` with the same weights, none of them frozen; `layer` is left as it is."""
+    """A deep copy of `layer` with the same weights, none of them frozen; `layer` is left as it is.
+
+    Raises:
+        UsageError: It has no weights here (it is on the meta device).
+    """
+    if _is_bare(layer):
+        raise UsageError(
+            "a critic is to copy weights of a later stage, which are not here while the network is on the meta device; "
+            "choose fresh ones, or critic.kind head, and leave critic_overlap out"
+        )
     return _made_trainable(copy.deepcopy(layer))
 
 
 def fresh_copy(layer: nn.Module, name: str) -> nn.Module:
     """A deep copy of `layer` with new weights; `layer` is left as it is. Arguments and errors as in `make_fresh`."""
-    return make_fresh(copy.deepcopy(layer), name)
+    copied = copy.deepcopy(layer)
+    return make_fresh(copied.to_empty(device="cpu") if _is_bare(copied) else copied, name)
+
+
+def _is_bare(layer: nn.Module) -> bool:
+    return any(tensor.is_meta for tensor in chain(layer.parameters(), layer.buffers()))

@@ -31,7 +31,7 @@ class _Cheap(Critic):
         return self.all_classes(self.norm(first_tensor(hidden)))
 
     def objective(self, view: View, loss: Loss) -> Tensor:
-        """The loss of a random share of the micro-batch's positions, drawn from the stage's own stream."""
+        """The loss of a random share of the positions (those that count first), drawn from the stage's own stream."""
         hidden, target = first_tensor(view.hidden), as_tuple(view.target)[0]
         if target.is_floating_point() or target.shape != hidden.shape[:-1]:
             raise UsageError(
@@ -41,7 +41,9 @@ class _Cheap(Critic):
         rows, wanted = hidden.flatten(0, -2), target.flatten()
         if self.tokens < 1:
             count = max(1, round(self.tokens * len(wanted)))
-            chosen = torch.randperm(len(wanted), device=wanted.device)[:count]
+            chosen = torch.randperm(len(wanted), device=wanted.device)
+            ignored = (wanted[chosen] == IGNORED).to(torch.uint8)
+            chosen = chosen[ignored.argsort(stable=True)][:count]  # those that count first, in their random order
             rows, wanted = rows[chosen], wanted[chosen]
         return self.cheap_loss(self.norm(rows), wanted, loss)
 

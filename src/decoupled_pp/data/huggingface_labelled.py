@@ -111,7 +111,7 @@ def _label(value: int, classes: int, column: str) -> Tensor:
         raise UsageError(
             f"data.label_column: {column!r} holds {value}, not a class of 0..{classes - 1}; use a split with labels"
         )
-    return torch.tensor(value)
+    return torch.tensor(int(value))
 
 
 def _count_classes(splits: list[Rows], settings: HuggingFaceData, column: str) -> int:

@@ -42,7 +42,7 @@ class _Sentences(Reader):
         self._encode = vocabulary.sentences(context)
 
     def info(self, classes: int) -> DataInfo:
-        return DataInfo("sentences", (self._context,), classes, vocabulary=self._vocabulary.size)
+        return DataInfo("sentences", (self._context,), classes, vocabulary=self._vocabulary.size, pad=self._pad)
 
     def read(self, value: Any) -> Tensor:
         """Text -> ids (T,), T at least 1 and at most `context`."""

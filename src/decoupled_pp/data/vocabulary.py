@@ -156,7 +156,9 @@ def _vocabulary(tokenizer: Any, mask: int | None = None, pad: int | None = None)
     def sentences(length: int) -> Callable[[str], list[int]]:
         own = type(tokenizer).from_str(text)
         own.no_padding()
-        own.enable_truncation(length)
+        own.enable_truncation(length, direction=(own.truncation or {}).get("direction", "right"))
+        if own.num_special_tokens_to_add(False) >= length:
+            raise UsageError(f"data.context {length} leaves no room beside the tokenizer's special tokens; raise it")
         return lambda sentence: list(own.encode(sentence).ids)
 
     def known(*names: str) -> int | None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,8 +78,16 @@ def split_transformers(
             layer.rule = rule
     if without_weights(model):
         source = Path(weights) if weights is not None else None
-        found.layers.weights = StoredWeights(source, found.names, found.untied, partial(_fresh, model))
+        found.layers.weights = StoredWeights(source, found.names, found.untied, partial(_fresh, model), _groups(found))
     return found
+
+
+def _groups(found: Split) -> list[list[str]]:
+    """Names in the model of what is one parameter."""
+    alike: dict[int, list[str]] = {}
+    for key, tensor in found.layers.state_dict(keep_vars=True).items():
+        alike.setdefault(id(tensor), []).append(found.names[key])
+    return [names for names in alike.values() if len(names) > 1]
 
 
 def _refuse_reentrant(model: nn.Module) -> None:
@@ -151,15 +158,28 @@ def load_transformers(settings: HuggingFaceModel, info: DataInfo, *, weights: bo
             with torch.device("meta"):
                 model = maker.from_config(config, dtype=torch.float32)
         elif settings.path is not None and settings.pretrained and weights:
-            other_classes = head.endswith("classification")  # a classifier for other classes is made anew
-            model = maker.from_pretrained(
-                settings.path, config=config, dtype=torch.float32, ignore_mismatched_sizes=other_classes
-            )
+            model = _pretrained(maker, settings.path, config)
         else:
             model = maker.from_config(config, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UsageError(f"model.path: {settings.path or settings.type!r} as {head}: {_line(error)}") from None
     _check_vocabulary(model, info)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _pretrained(maker: Any, path: str, config: PretrainedConfig) -> PreTrainedModel:
+    """A pretrained model; a classifier for other classes is made anew.
+
+    Raises:
+        UsageError: Another of its tensors has another shape.
+    """
+    model, found = maker.from_pretrained(
+        path, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    for name, stored, here in sorted(found["mismatched_keys"]):
+        if stored[1:] != here[1:] or here[0] != config.num_labels:
+            raise UsageError(f"model.config: {name} is {tuple(stored)} in {path} and {tuple(here)} with these changes")
     loaded: PreTrainedModel = model
     return loaded
 
@@ -171,6 +191,10 @@ def _config(settings: HuggingFaceModel, info: DataInfo, head: str) -> Pretrained
     if head.endswith("classification"):
         changes.setdefault("num_labels", info.outputs)
     fresh = settings.path is None or not settings.pretrained
+    if info.pad is not None and changes.setdefault("pad_token_id", info.pad) != info.pad:
+        raise UsageError(
+            f"model.config.pad_token_id {changes['pad_token_id']} is not the tokenizer's, {info.pad}; leave it out"
+        )
     vocabulary = _vocabulary_of(info)
     if fresh and vocabulary is not None:
         changes.setdefault("vocab_size", vocabulary)
@@ -230,10 +254,10 @@ def build_from_transformers(settings: HuggingFaceModel, info: DataInfo) -> nn.Se
     Raises:
         UsageError: As `load_transformers` and `split_transformers`.
     """
-    return _split(settings, load_transformers(settings, info), info).layers
+    return split_of_run(settings, load_transformers(settings, info), info).layers
 
 
-def _split(settings: HuggingFaceModel, model: PreTrainedModel, info: DataInfo) -> Split:
+def split_of_run(settings: HuggingFaceModel, model: PreTrainedModel, info: DataInfo) -> Split:
     """Split the model of a run.
 
     Raises:
@@ -243,73 +267,3 @@ def _split(settings: HuggingFaceModel, model: PreTrainedModel, info: DataInfo) -
     if stored is not None and not Path(stored).is_dir():
         raise UsageError(f"model.path: with model.meta {stored} must be a folder with safetensors files")
     return split_transformers(model, sample_inputs(info), stored)
-
-
-def export_transformers(
-    settings: HuggingFaceModel,
-    info: DataInfo,
-    load: Callable[[nn.Module], None],
-    write: Callable[[Path, Mapping[str, str], Mapping[str, str]], object],
-    output: Path,
-    *,
-    tied: bool = False,
-) -> None:
-    """Write a folder that `from_pretrained` loads, with the tokenizer of `settings.path` if it has one.
-
-    Where a weight was one with another's and has become its own (the output projection, mostly), the config says so
-    (`tie_word_embeddings: false`).
-
-    Args:
-        settings: The `model` section of the run.
-        info: Its data.
-        load: Puts the trained weights into the layers it is given.
-        write: For a model on the meta device: writes the trained weights to a folder, given the names of all tensors
-            and, for tied ones, name -> the one written instead.
-        output: The folder.
-        tied: Make one weight again of those that were: the later user's (the output projection).
-
-    Raises:
-        UsageError: Nothing was tied that could be again.
-    """
-    model = load_transformers(settings, info, weights=False)
-    found = _split(settings, model, info)
-    if tied and not found.untied:
-        raise UsageError(f"--tied: no weight of a {type(model).__name__} was tied and is two now; leave it out")
-    if found.untied and not tied:
-        model.config.tie_word_embeddings = False
-    if settings.meta:
-        owners = {first: later for later, first in found.untied.items()} if tied else {}
-        write(output, found.names, owners)
-        _save_configs(model, output)
-    else:
-        load(found.layers)
-        if tied:
-            _tie(model, found.untied)
-        model.save_pretrained(output)
-    _copy_tokenizer(settings, output)
-
-
-def _tie(model: PreTrainedModel, untied: Mapping[str, str]) -> None:
-    """Give the first user of every weight that was tied what the later one has, and let the library tie them."""
-    own = dict(model.named_parameters(remove_duplicate=False))
-    with torch.no_grad():
-        for later, first in untied.items():
-            own[first].copy_(own[later])
-    model.tie_weights()
-
-
-def _save_configs(model: PreTrainedModel, output: Path) -> None:
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(output)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(output)
-
-
-def _copy_tokenizer(settings: HuggingFaceModel, output: Path) -> None:
-    from transformers import AutoImageProcessor, AutoTokenizer
-
-    if settings.path is None:
-        return
-    for kind in (AutoTokenizer, AutoImageProcessor):
-        with suppress(OSError, ValueError, KeyError, ImportError):  # most models have one of the two
-            kind.from_pretrained(settings.path).save_pretrained(output)

@@ -140,6 +140,9 @@ def _piece(
         "step": step,
         "parameter_bytes": sum(p.numel() * p.element_size() for p in trainable),
         "state_bytes": state,
+        "frozen_bytes": payload_bytes(tuple(copied.parameters()))
+        - payload_bytes(tuple(trainable))
+        + payload_bytes(tuple(copied.buffers())),
     }
 
 

@@ -22,6 +22,7 @@ class Piece:
         weight_gradient: Seconds that the whole backward pass takes beyond that.
         step: Seconds of its optimizer step.
         parameter_bytes: Its trainable parameters; their gradients take as much again.
+        frozen_bytes: Its other parameters, and its buffers.
         state_bytes: What the optimizer keeps for them.
         saved_bytes: What autograd keeps between its forward and its backward.
         saved_beside: The same, without what the layer before it keeps anyway.
@@ -40,6 +41,7 @@ class Piece:
     saved_beside: int = 0
     output_bytes: int = 0
     gradient_bytes: int = 0
+    frozen_bytes: int = 0
 
     def __post_init__(self) -> None:
         """Raises ValueError for a cost that none can be."""
@@ -60,8 +62,8 @@ class Piece:
 
     @property
     def memory(self) -> int:
-        """Bytes of parameters, gradients and optimizer state."""
-        return 2 * self.parameter_bytes + self.state_bytes
+        """Bytes of parameters, gradients, optimizer state and buffers."""
+        return 2 * self.parameter_bytes + self.state_bytes + self.frozen_bytes
 
 
 @dataclass(frozen=True)

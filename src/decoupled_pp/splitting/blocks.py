@@ -79,7 +79,12 @@ def split_blocks(
         found: list[Tensor] = []
         watched = {part: Absent(part) if empty else part for part in (*blocks, *parts.values())}
         stand = copy_with(model, watched, {}) if empty else model
-        calls = observe(lambda: found.append(picked(output, stand(**sample, **options))), watched.values())
+        try:
+            calls = observe(lambda: found.append(picked(output, stand(**sample, **options))), watched.values())
+        except UsageError:
+            raise
+        except Exception as error:
+            raise _fails(model, sample, error, empty=empty) from error
         originals = {id(one): part for part, one in watched.items()}
         for call in calls:
             call.module = originals[id(call.module)]
@@ -95,6 +100,13 @@ def split_blocks(
     keys = {name: key for key, name in known.items()}
     layers.tied = {keys[copy]: keys[first] for copy, first in untied.items()}
     return Split(layers, known, untied)
+
+
+def _fails(model: nn.Module, sample: Mapping[str, Tensor], error: Exception, *, empty: bool) -> UsageError:
+    given = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sample.items())
+    reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
+    where = " by its shapes alone (it is on the meta device)" if empty else ""
+    return UsageError(f"{type(model).__name__} fails on {given}{where}: {reason}; correct one of the two")
 
 
 def picked(output: Callable[[Any], Tensor], result: Any) -> Tensor:

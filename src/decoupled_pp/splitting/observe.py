@@ -40,7 +40,11 @@ class Call:
 def _flatten(value: Any) -> tuple[list[Any], pytree.TreeSpec]:
     """As pytree does, and into dataclasses, which it is told of the first time one is met."""
     leaves, form = pytree.tree_flatten(value)
-    kinds = {type(leaf) for leaf in leaves if is_dataclass(leaf) and not isinstance(leaf, type)}
+    kinds = {
+        type(leaf)
+        for leaf in leaves
+        if is_dataclass(leaf) and any(isinstance(one, torch.Tensor) for one in vars(leaf).values())
+    }
     for kind in kinds:
         pytree.register_dataclass(kind)
     return _flatten(value) if kinds else (leaves, form)

@@ -24,6 +24,7 @@ def flatten(network: nn.Sequential) -> Layers:
             "pass them as a list, or split it at its blocks or by tracing"
         )
     flat = Layers(_leaves(network, ""))
+    flat.tied = network.tied if isinstance(network, Layers) else flat.tied
     flat.training = network.training  # the outermost flag alone: layers in evaluation mode stay so
     return flat
 

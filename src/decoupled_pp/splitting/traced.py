@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import operator
-import re
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -23,6 +22,7 @@ from torch.distributed.pipelining import Pipe, SplitPoint, pipeline
 from decoupled_pp.contracts import Layers, Payload, UsageError, as_tuple
 from decoupled_pp.device import untouched
 from decoupled_pp.splitting.blocks import Split, picked
+from decoupled_pp.splitting.modes import calls_of, module_of, moody, own_module, plain_name, refuse_told
 
 Value: TypeAlias = tuple[int, int]
 """(part that makes it, place in its result); part -1 for the inputs."""
@@ -30,7 +30,6 @@ Value: TypeAlias = tuple[int, int]
 _ROWS = 13
 """Samples of the micro-batch that is traced: a multiple of 13 among sizes can hardly be anything but the batch."""
 
-_FIXED_MODE = ("dropout", "batch_norm", "instance_norm", "rrelu")
 _SHAPED = (
     "view",
     "_unsafe_view",
@@ -131,76 +130,38 @@ def split_traced(
     modes = {id(part): part.training for part in model.modules()}
     with untouched(model, inputs[0].device):
         whole = _Whole(model, output, list(named))
-        calls = []
-        for training in (False, True):  # the last one is used: what does nothing in evaluation leaves no trace in it
-            whole.train(training)
-            pipe = _pipe(whole, inputs, cut_after)
-            modules = [pipe.get_stage_module(index) for index in range(pipe.num_stages)]
-            calls.append([_calls(module, whole) for module in modules])
+        whole.eval()
+        evaluation = calls_of(_stages(_pipe(whole, inputs, ())), whole)
+        whole.train()  # what does nothing in evaluation leaves no trace in it
+        pipe = _pipe(whole, inputs, cut_after)
+        modules = _stages(pipe)
         if len(modules) != len(cut_after) + 1:
             raise UsageError(
                 f"cut_after: {len(cut_after)} names give {len(modules)} parts; each must name a module that runs once"
             )
-        for module, here, there in zip(modules, *calls, strict=True):
-            _revive(module, whole, _moody(module, here, there, [m for m in modules if m is not module]))
+        kept = moody(modules, evaluation, calls_of(modules, whole))
+        refuse_told(whole, inputs, kept)
+        for module in modules:
+            _revive(module, whole, kept)
         parts = _parts(pipe.split_gm.graph, modules)
         layers = Layers([(f"part{index}", layer) for index, layer in enumerate(_chain(parts, len(inputs)))])
         _check(layers, whole, inputs)
     for part in layers.modules():
         part.training = modes.get(id(part), model.training)
-    names = {key: _plain(key.split(".part.model.", 1)[1]) for key in layers.state_dict()}
+    names = {key: plain_name(key.split(".part.model.", 1)[1]) for key in layers.state_dict()}
     return Split(layers, names, {})
 
 
-def _calls(module: nn.Module, whole: nn.Module) -> dict[str, list[str]]:
-    """What a part computes outside of modules of `torch.nn`, by the name of the module that does it."""
-    return {
-        name: [str(node.target) for node in graph.nodes if node.op == "call_function"]
-        for name, part in module.named_modules()
-        if isinstance(graph := getattr(part, "graph", None), fx.Graph) and _own(whole, name, ()) is None
-    }
-
-
-def _moody(
-    part: nn.Module, evaluation: Mapping[str, list[str]], training: Mapping[str, list[str]], others: Sequence[nn.Module]
-) -> set[str]:
-    """The modules that compute one thing in training and another in evaluation: a trace would keep one of the two.
-
-    They stay as they are, if the trace tells how they are called: with one tensor, for one tensor.
+def _stages(pipe: Pipe) -> list[nn.Module]:
+    """The parts of a trace.
 
     Raises:
-        UsageError: One that cannot stay.
+        UsageError: A part computes nothing.
     """
-    found = {name for name in {*evaluation, *training} if evaluation.get(name, []) != training.get(name, [])}
-    fixed = {name: op for name, ops in training.items() for op in ops if any(word in op for word in _FIXED_MODE)}
-    for name in sorted(found | set(fixed)):
-        if name not in {"", "model"} and _is_simple(part, name) and not any(_has(other, name) for other in others):
-            continue
-        place = name.removeprefix("model.") if name not in {"", "model"} else "the model"
-        what = f"calls {fixed[name]} itself" if name in fixed else "asks whether it trains (self.training)"
-        raise UsageError(
-            f"{place} {what}, and a trace would keep it in one mode for ever; use a module of torch.nn for it, or one "
-            "of your own that takes one tensor and gives one"
-        )
-    return found | set(fixed)
-
-
-def _has(part: nn.Module, name: str) -> bool:
-    return name in dict(part.named_modules())
-
-
-def _is_simple(part: nn.Module, name: str) -> bool:
-    """Whether a module takes one tensor and gives one, in a trace."""
-    if not _has(part, name):  # it does nothing in training
-        return False
-    nodes = list(part.get_submodule(name).graph.nodes)  # type: ignore[union-attr, arg-type]
-    result = next(node for node in nodes if node.op == "output").args[0]
-    return sum(node.op == "placeholder" for node in nodes) == 1 and isinstance(result, fx.Node)
-
-
-def _plain(name: str) -> str:
-    """The name of a module or parameter that the trace has numbered because it is used again."""
-    return re.sub(r"@\d+", "", name)
+    try:
+        return [pipe.get_stage_module(index) for index in range(pipe.num_stages)]
+    except AttributeError as error:
+        raise UsageError("cut_after: between two of the cuts nothing is computed; leave one out") from error
 
 
 def _pipe(whole: _Whole, inputs: tuple[Tensor, ...], cut_after: Sequence[str]) -> Pipe:
@@ -223,12 +184,12 @@ def _revive(part: nn.Module, whole: nn.Module, kept: Container[str]) -> None:
     The rest is made to take any batch.
     """
     for name, module in list(part.named_modules()):
-        own = _own(whole, name, kept)
+        own = own_module(whole, name, kept)
         if own is not None:
             holder, _, key = name.rpartition(".")
             part.get_submodule(holder).register_module(key, own)
         elif "@" in name:  # traced once more: its tensors are the same all the same
-            original = whole.get_submodule(_plain(name))
+            original = whole.get_submodule(plain_name(name))
             for tensors in (module._parameters, module._buffers):
                 tensors.update({key: getattr(original, key) for key, one in tensors.items() if one is not None})
     _forget_buffers(part, whole)
@@ -243,7 +204,7 @@ def _revive(part: nn.Module, whole: nn.Module, kept: Container[str]) -> None:
 def _forget_buffers(part: nn.Module, whole: nn.Module) -> None:
     """A trace would save buffers that the model does not."""
     for name, module in part.named_modules():
-        if (original := _module(whole, name)) is not None:
+        if (original := module_of(whole, name)) is not None:
             module._non_persistent_buffers_set |= original._non_persistent_buffers_set & module._buffers.keys()
 
 
@@ -274,22 +235,6 @@ def _at_hand(operator_name: str, *args: Any, **kwargs: Any) -> Any:
     if "device" in kwargs:
         kwargs = {**kwargs, "device": device}
     return _OPERATORS[operator_name](*sized, **kwargs)
-
-
-def _own(whole: nn.Module, name: str, kept: Container[str]) -> nn.Module | None:
-    """The model's own module under a name of its trace, if it is to be kept or one of torch's without parts."""
-    module = _module(whole, name)
-    if module is None or not name:
-        return None
-    plain = type(module).__module__.startswith("torch.nn.") and not list(module.children())
-    return module if plain or name in kept else None
-
-
-def _module(whole: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return whole.get_submodule(_plain(name))
-    except AttributeError:
-        return None
 
 
 def _parts(graph: fx.Graph, modules: Sequence[nn.Module]) -> list[_Part]:

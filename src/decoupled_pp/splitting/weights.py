@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ class StoredWeights(Weights):
         names: Mapping[str, str],
         untied: Mapping[str, str],
         prepare: Callable[[nn.Module], None],
+        shared: Iterable[Sequence[str]] = (),
     ) -> None:
         """Look up where every tensor is; none is read.
 
@@ -36,11 +37,13 @@ class StoredWeights(Weights):
             names: Key of the layers -> name in the model.
             untied: Name of a parameter that was another's in the model -> that one's.
             prepare: Fills a part that has storage and no content: buffers that are not saved, fresh weights.
+            shared: Names in the model of what is one parameter, group by group; a file may have one of a group.
 
         Raises:
             UsageError: The files cannot be read, or lack a tensor.
         """
         self._names, self._untied, self._prepare = names, untied, prepare
+        self._alike = {name: tuple(group) for group in shared for name in group}
         self._files = _files(source) if source is not None else {}
         if source is not None:
             for name in names.values():
@@ -53,7 +56,12 @@ class StoredWeights(Weights):
             part: Layers of the network under their names in it.
             device: Where to.
         """
+        shared = shared_parameters(part)
         part.to_empty(device=device)
+        for group in shared:  # each has become a parameter of its own
+            (module, key), *others = group
+            for other, name in others:
+                other._parameters[name] = module._parameters[key]
         with torch.no_grad():
             self._prepare(part)
             state = part.state_dict()
@@ -66,13 +74,23 @@ class StoredWeights(Weights):
                         state[key].copy_(tensors.get_tensor(self._found(self._names[key])))
 
     def _found(self, name: str, source: Path | None = None) -> str:
-        for one in (name, self._untied.get(name, name)):
+        for one in (name, *self._alike.get(name, ()), self._untied.get(name, name)):
             if one in self._files:
                 return one
         raise UsageError(
             f"{source} has no tensor {name!r}: it is of another model, or of one whose names its library converts when "
-            "it loads (mixtures of experts), which only from_pretrained can read"
+            "it loads (mixtures of experts, ViT), which only from_pretrained can read"
         )
+
+
+def shared_parameters(part: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """Places (module, key) of every parameter that has several, place by place."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in part.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((module, key))
+    return [group for group in places.values() if len(group) > 1]
 
 
 def _files(source: Path) -> dict[str, Path]:
