@@ -291,7 +291,6 @@ def test_ignored_tokens_are_not_drawn_where_others_are(tokens):
         assert torch.allclose(loss, cross_entropy(critic(hidden), target))
 
 
-
 def test_sampled_classes_estimate_the_normaliser(tokens):
     """exp(-loss) of one position is exp z_y / Z; the mean of the sampled Z over many draws is Z."""
     critic = build_critic(VocabularyCritic(kind="vocabulary", classes=10))(tokens)
