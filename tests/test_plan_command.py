@@ -111,7 +111,7 @@ def test_scaling_curves_are_a_table_and_a_picture(tmp_path, capsys):
     [
         ([], "either a configuration and --ranks, or --devices"),
         ([CONFIG, "--ranks=2", "--devices=8"], "either a configuration and --ranks, or --devices"),
-        ([CONFIG], "--ranks None must be a whole number of at least 1"),
+        ([CONFIG, "--ranks=0"], "--ranks 0 must be a whole number of at least 1"),
         ([CONFIG, "--ranks=0"], "--ranks 0 must be"),
         ([CONFIG, "--ranks=2", "--layers=3"], "--layers has no effect with a configuration"),
         ([CONFIG, "--ranks=2", "--micro-batches=0"], "micro_batches is 0; it must be at least 1"),

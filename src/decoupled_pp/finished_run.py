@@ -123,7 +123,8 @@ def export_folder(folder: Path, output: Path, *, tied: bool = False) -> None:
         return write_shards(checkpoint or folder / run_folder.CHECKPOINTS, target, names, instead)
 
     if isinstance(settings.model, HuggingFaceModel) and output.suffix != ".safetensors":
-        export_transformers(settings.model, info, load, write, output, tied=tied)
+        tokenizer = getattr(settings.data, "tokenizer", None)
+        export_transformers(settings.model, info, load, write, output, tied=tied, tokenizer=tokenizer)
         return
     if tied:
         raise UsageError("--tied: only the folder of a transformers model has a place that says so; leave it out")

@@ -60,7 +60,7 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
         "--picture", help="PNG file: of the decoupled cut, or with --devices of the curves (default: scaling.png)"
     )
     config = parser.add_argument_group("a configured network")
-    config.add_argument("--ranks", type=int, help="number of ranks")
+    config.add_argument("--ranks", type=int, help="number of ranks (default: the settings' stages)")
     config.add_argument(
         "--measure", action="store_true", help="measure the network here (the default without --profile)"
     )
@@ -130,11 +130,13 @@ def _link(chosen: argparse.Namespace) -> Link:
 def _plan(chosen: argparse.Namespace, strategies: Sequence[str], link: Link) -> tuple[str, dict[str, Any]]:
     from decoupled_pp.config import load_settings
 
-    if chosen.ranks is None or chosen.ranks < 1:
+    if chosen.ranks is not None and chosen.ranks < 1:
         raise UsageError(f"--ranks {chosen.ranks} must be a whole number of at least 1; give the number of ranks")
     if chosen.profile is not None and (chosen.measure or chosen.save_profile is not None):
         raise UsageError("--profile reads a profile; leave out --measure and --save-profile, or --profile")
     settings = load_settings(chosen.config, tuple(chosen.set))
+    if chosen.ranks is None:
+        chosen.ranks = settings.stages
     capacity = settings.links.capacity if chosen.capacity is None else chosen.capacity
     count = 2 * chosen.ranks if chosen.micro_batches is None else chosen.micro_batches
     accumulate = settings.training.accumulate

@@ -219,6 +219,30 @@ def test_a_masked_language_model_is_trained_and_exported(encoder_run, meta, tied
     assert torch.equal(table, loaded.cls.predictions.decoder.weight) == tied
 
 
+def test_the_datas_tokenizer_is_exported_with_a_fresh_model(encoder_run):
+    """Without it, the library would make up one of five tokens."""
+    assert command("train", "run.yaml", "--set", "data.label_column=kind") == 0
+    for name, tokenizer in (("folder", "tokenizer"), ("file", "tokenizer/tokenizer.json")):
+        changed = ["--set", "data.label_column=kind", "--set", f"data.tokenizer={tokenizer}", "--overwrite"]
+        assert command("train", "run.yaml", *changed) == 0
+        assert command("export", "runs/encoder", "-o", name) == 0
+        loaded = transformers.AutoTokenizer.from_pretrained(name)
+        assert loaded("w1 w7")["input_ids"] == [6, 12]
+
+
+def test_natural_mistakes_are_named():
+    with pytest.raises(UsageError, match=r"config\.hidden_sizee is no setting of a llama; did you mean 'hidden_size'"):
+        build_model(model(type="llama", config=SIZES | {"hidden_sizee": 3}), TEXT)
+    whole, ids = model_of("Llama"), torch.zeros(2, 8, dtype=torch.int64)
+    with pytest.raises(UsageError, match="by the names of their arguments"):
+        dpp.split_transformers(whole, ids)
+    found = dpp.split_transformers(whole, {"input_ids": ids})
+    with pytest.raises(UsageError, match="split for input_ids and is given 2 tensors"):
+        found.layers((ids, ids))
+    with pytest.raises(UsageError, match=r"pass the \.layers that dpp\.split_transformers"):
+        dpp.partition(found, 2, "uniform", ids)
+
+
 @pytest.mark.parametrize("family", ["BERT", "RoBERTa", "DeBERTa v2, classifier", "T5 encoder", "GPT-2", "Gemma"])
 def test_a_split_model_is_saved_for_its_own_library(tmp_path, family):
     split, inputs = model_of(family), inputs_of(family)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from decoupled_pp.config import did_you_mean
 from decoupled_pp.contracts import DataInfo, UsageError
 from decoupled_pp.sections import HuggingFaceModel
 from decoupled_pp.splitting import Split, split_blocks
@@ -59,6 +60,8 @@ def split_transformers(
             f"{type(model).__name__} is an encoder-decoder: every block of the decoder needs the encoder's output; "
             "take an encoder or a decoder alone (T5EncoderModel, say)"
         )
+    if not isinstance(sample, Mapping):
+        raise UsageError('sample: give the inputs by the names of their arguments, {"input_ids": ids}, say')
     if "labels" in sample:
         raise UsageError(
             "sample: leave labels out, they would travel for nothing; the loss is the trainer's, and every "
@@ -208,6 +211,12 @@ def _config(settings: HuggingFaceModel, info: DataInfo, head: str) -> Pretrained
             config = AutoConfig.for_model(settings.type or "", **changes)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"model: config of {settings.path or settings.type!r}: {_line(error)}") from None
+    known = type(config)()
+    for key in settings.config:
+        if not hasattr(known, key) and key != "attn_implementation":
+            raise UsageError(
+                f"model.config.{key} is no setting of a {config.model_type}{did_you_mean(key, known.to_dict())}"
+            )
     return config
 
 

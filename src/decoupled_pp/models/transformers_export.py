@@ -59,8 +59,9 @@ def export_transformers(
     output: Path,
     *,
     tied: bool = False,
+    tokenizer: str | None = None,
 ) -> None:
-    """Write a run's model as `save_transformers` does, with the tokenizer of `settings.path` if it has one.
+    """Write a run's model as `save_transformers` does, with the tokenizer of the data, or else of the pretrained model.
 
     Args:
         settings: The `model` section of the run.
@@ -70,6 +71,7 @@ def export_transformers(
             and, for tied ones, name -> the one written instead.
         output: The folder.
         tied: As for `save_transformers`.
+        tokenizer: The data's: a file, or the folder or name of a model.
 
     Raises:
         UsageError: Nothing was tied that could be again.
@@ -86,14 +88,16 @@ def export_transformers(
     else:
         load(found.layers)
         save_transformers(model, found, output, tied=tied)
-    _copy_tokenizer(settings, output)
+    _copy_tokenizer(tokenizer, settings.path, output)
 
 
-def _copy_tokenizer(settings: HuggingFaceModel, output: Path) -> None:
-    from transformers import AutoImageProcessor, AutoTokenizer
+def _copy_tokenizer(tokenizer: str | None, path: str | None, output: Path) -> None:
+    from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
-    if settings.path is None:
-        return
-    for kind in (AutoTokenizer, AutoImageProcessor):
+    if tokenizer is not None and Path(tokenizer).is_file():
+        PreTrainedTokenizerFast(tokenizer_file=tokenizer).save_pretrained(output)
+        tokenizer = None
+    for kind, source in ((AutoTokenizer, tokenizer or path), (AutoImageProcessor, path)):
         with suppress(OSError, ValueError, KeyError, ImportError):  # most models have one of the two
-            kind.from_pretrained(settings.path).save_pretrained(output)
+            if source is not None:
+                kind.from_pretrained(source).save_pretrained(output)

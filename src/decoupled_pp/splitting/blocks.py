@@ -106,7 +106,9 @@ def _fails(model: nn.Module, sample: Mapping[str, Tensor], error: Exception, *, 
     given = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sample.items())
     reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
     where = " by its shapes alone (it is on the meta device)" if empty else ""
-    return UsageError(f"{type(model).__name__} fails on {given}{where}: {reason}; correct one of the two")
+    return UsageError(
+        f"{type(model).__name__} fails on {given}{where}: {reason}; give other inputs (a smaller data.context, say), or change its config"
+    )
 
 
 def picked(output: Callable[[Any], Tensor], result: Any) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from decoupled_pp.contracts import Payload, as_tuple
+from decoupled_pp.contracts import Payload, UsageError, as_tuple
 from decoupled_pp.splitting.stubs import Noting, Passing, Reached, without_weights
 from decoupled_pp.splitting.wiring import BlockWiring, Constant, Hidden, Wiring
 
@@ -42,6 +42,11 @@ class _End(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _run(self, inputs: Sequence[Tensor]) -> Any:
         """The model's result; by shapes alone while it has no weights (the meta device)."""
+        if len(inputs) != len(self._dtypes):
+            raise UsageError(
+                f"the network was split for {', '.join(self._dtypes)} and is given {len(inputs)} tensors; split it "
+                "with a sample that has all of them"
+            )
         hollow = self.__dict__["_hollow"]
         model = hollow if hollow is not None and without_weights(self) else self.model
         return model(**dict(zip(self._dtypes, inputs, strict=True)), **self._options)
