@@ -39,8 +39,8 @@ def as_sequential(layers: object) -> nn.Sequential:
     else:
         raise UsageError(
             f"a network must be an nn.Sequential or a list of layers, not {type(layers).__name__}; list its layers in "
-            "the order in which they run, or pass the .layers that dpp.split_transformers, split_blocks or split_traced "
-            "make"
+            "the order in which they run, or pass the .layers that dpp.split_transformers, split_blocks or "
+            "split_traced make"
         )
     _refuse_duplicates(module)
     return module

@@ -107,7 +107,8 @@ def _fails(model: nn.Module, sample: Mapping[str, Tensor], error: Exception, *, 
     reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
     where = " by its shapes alone (it is on the meta device)" if empty else ""
     return UsageError(
-        f"{type(model).__name__} fails on {given}{where}: {reason}; give other inputs (a smaller data.context, say), or change its config"
+        f"{type(model).__name__} fails on {given}{where}: {reason}; give other "
+        "inputs (a smaller data.context, say), or change its config"
     )
 
 
