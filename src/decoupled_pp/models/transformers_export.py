@@ -95,7 +95,7 @@ def _copy_tokenizer(tokenizer: str | None, path: str | None, output: Path) -> No
     from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
     if tokenizer is not None and Path(tokenizer).is_file():
-        PreTrainedTokenizerFast(tokenizer_file=tokenizer).save_pretrained(output)
+        PreTrainedTokenizerFast(tokenizer_file=tokenizer).save_pretrained(output)  # type: ignore[no-untyped-call]
         tokenizer = None
     for kind, source in ((AutoTokenizer, tokenizer or path), (AutoImageProcessor, path)):
         with suppress(OSError, ValueError, KeyError, ImportError):  # most models have one of the two
