@@ -210,7 +210,7 @@ def _saying_how_to_go_on(chosen: argparse.Namespace, settings: Settings) -> Iter
 def _how_to_go_on(chosen: argparse.Namespace, settings: Settings, ranks: int) -> str:
     """The newest checkpoint of the run, and the command that goes on from it."""
     from decoupled_pp import environment
-    from decoupled_pp.checkpoint import list_checkpoints, remove_incomplete
+    from decoupled_pp.checkpoint import list_checkpoints, remove_incomplete, step_of
     from decoupled_pp.run_folder import CHECKPOINTS
 
     folder = settings.folder / CHECKPOINTS
@@ -219,8 +219,7 @@ def _how_to_go_on(chosen: argparse.Namespace, settings: Settings, ranks: int) ->
     found = list_checkpoints(folder)
     if not found:
         return "no checkpoint was saved"
-    step = int(found[-1].name.removeprefix("step-"))
-    return f"the checkpoint at step {step} is kept; go on with: {_again(chosen, ranks)}"
+    return f"the checkpoint at step {step_of(found[-1])} is kept; go on with: {_again(chosen, ranks)}"
 
 
 def _again(chosen: argparse.Namespace, ranks: int) -> str:

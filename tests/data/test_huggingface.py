@@ -13,15 +13,9 @@ from decoupled_pp.sections import HuggingFaceData
 
 datasets = pytest.importorskip("datasets")
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 TEXTS = [f"row {n}: " + "abcdefgh"[n % 8] * (n % 13) for n in range(60)]
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
 
 
 @pytest.fixture

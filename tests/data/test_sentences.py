@@ -17,16 +17,10 @@ from decoupled_pp.sections import HuggingFaceData, PythonSourceData, TextData
 datasets = pytest.importorskip("datasets")
 tokenizers = pytest.importorskip("tokenizers")
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 WORDS = [f"w{n}" for n in range(20)]
 TEXTS = [" ".join(WORDS[(n + k) % 20] for k in range(n % 9)) for n in range(50)]
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
 
 
 @pytest.fixture
