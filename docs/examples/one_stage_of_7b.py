@@ -1,9 +1,9 @@
 """Plan a Llama of 6.7 billion parameters for eight stages, and train one of them alone in this process's memory.
 
-    python docs/examples/one_stage_of_7b.py [STAGE]
+    MALLOC_MMAP_THRESHOLD_=1048576 python docs/examples/one_stage_of_7b.py [STAGE]
 
 The whole network exists on the meta device only (shapes, no storage); the stage gets fresh weights. Prints what every
-stage would need, and what the one was seen to need.
+stage would need, and what the one was seen to need. The variable makes glibc give back freed memory at once.
 """
 
 import resource
