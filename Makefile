@@ -20,7 +20,7 @@ lint: $(VENV)/.ready    ## style, layers, types
 	$(BIN)/mypy -p decoupled_pp
 
 docs: $(VENV)/.ready    ## regenerate the configuration reference
-	$(BIN)/python -m decoupled_pp.settings_reference > docs/configuration.md
+	$(BIN)/python -m decoupled_pp.settings.reference > docs/configuration.md
 
 bench: $(VENV)/.ready   ## share of ideal with emulated compute, 2, 4 and 8 ranks
 	for ranks in 2 4 8; do $(BIN)/dpp bench schedule --ranks $$ranks; done

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from decoupled_pp.links import leave_world
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["pytest", "torch._dynamo", "decoupled_pp.job", __name__])
+_processes.set_forkserver_preload(["pytest", "torch._dynamo", "decoupled_pp.training.job", __name__])
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from torch.nn.functional import interpolate
 
 import decoupled_pp as dpp
 from decoupled_pp.data import open_data
-from decoupled_pp.sections import CifarBinaryData
-from decoupled_pp.settings import ScheduleSettings
+from decoupled_pp.settings.run import ScheduleSettings
+from decoupled_pp.settings.sections import CifarBinaryData
 
 SIZE, STEPS = 96, 300
 folder, output = sys.argv[1:3]

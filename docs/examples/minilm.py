@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import decoupled_pp as dpp
-from decoupled_pp.settings import ScheduleSettings
+from decoupled_pp.settings.run import ScheduleSettings
 
 LENGTH, BATCH, STEPS = 64, 16, 300
 

@@ -15,12 +15,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import decoupled_pp as dpp
-from decoupled_pp.assemble import Recipe, build_stages, resolve_critic
-from decoupled_pp.contracts import Packet, PacketKind
-from decoupled_pp.losses import find_loss
-from decoupled_pp.planner.memory import predict_memory
-from decoupled_pp.settings import OptimizerSettings, ScheduleSettings
-from decoupled_pp.stage import StageOptions
+from decoupled_pp.core.contracts import Packet, PacketKind
+from decoupled_pp.pipeline.losses import find_loss
+from decoupled_pp.pipeline.stage import StageOptions
+from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings
+from decoupled_pp.training.build import Recipe, build_stages, resolve_critic
+from decoupled_pp.training.memory import predict_memory
 
 STAGES, TOKENS, GIB = 8, 512, 2**30
 CRITIC = {"kind": "vocabulary", "rank": 64, "tokens": 0.25}

@@ -18,9 +18,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import decoupled_pp as dpp
 from decoupled_pp.data import open_data
-from decoupled_pp.optim import rate_factor
-from decoupled_pp.sections import TextData
-from decoupled_pp.settings import ScheduleSettings
+from decoupled_pp.pipeline.optim import rate_factor
+from decoupled_pp.settings.run import ScheduleSettings
+from decoupled_pp.settings.sections import TextData
 
 VOCABULARY, CONTEXT, ROWS = 4096, 128, 16
 

@@ -10,8 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from decoupled_pp.common_plan import partition
-    from decoupled_pp.contracts import (
+    from decoupled_pp.core.contracts import (
         Batch,
         BatchSource,
         CriticContext,
@@ -25,13 +24,14 @@ if TYPE_CHECKING:
         TrainingError,
         UsageError,
     )
+    from decoupled_pp.core.objective import Critic, View
     from decoupled_pp.models.huggingface import split_transformers
+    from decoupled_pp.models.splitting import cut_after, flatten, split_blocks, untie
+    from decoupled_pp.models.splitting.traced import split_traced
     from decoupled_pp.models.transformers_export import save_transformers
-    from decoupled_pp.objective import Critic, View
-    from decoupled_pp.shards import write_shards
-    from decoupled_pp.splitting import cut_after, flatten, split_blocks, untie
-    from decoupled_pp.splitting.traced import split_traced
-    from decoupled_pp.trainer import Trainer
+    from decoupled_pp.run.checkpoints.shards import write_shards
+    from decoupled_pp.training.partition import partition
+    from decoupled_pp.training.trainer import Trainer
 
 __all__ = [
     "Batch",
@@ -62,27 +62,27 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Trainer": "trainer",
-    "partition": "common_plan",
-    "Critic": "objective",
-    "View": "objective",
-    "cut_after": "splitting",
-    "flatten": "splitting",
-    "split_blocks": "splitting",
-    "split_traced": "splitting.traced",
+    "Trainer": "training.trainer",
+    "partition": "training.partition",
+    "Critic": "core.objective",
+    "View": "core.objective",
+    "cut_after": "models.splitting",
+    "flatten": "models.splitting",
+    "split_blocks": "models.splitting",
+    "split_traced": "models.splitting.traced",
     "save_transformers": "models.transformers_export",
     "split_transformers": "models.huggingface",
-    "untie": "splitting",
-    "write_shards": "shards",
+    "untie": "models.splitting",
+    "write_shards": "run.checkpoints.shards",
 }
-"""Where a public name comes from, unless it is in `contracts`."""
+"""Where a public name comes from, unless it is in `core.contracts`."""
 
 
 def __getattr__(name: str) -> Any:
     """Load a public name; the next use finds it without coming here."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'contracts')}"), name)
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'core.contracts')}"), name)
     globals()[name] = value
     return value
 

@@ -1,5 +1,5 @@
 """`python -m decoupled_pp` is `dpp`."""
 
-from decoupled_pp.cli import main
+from decoupled_pp.commands.main import main
 
 main()

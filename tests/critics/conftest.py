@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from decoupled_pp.contracts import CriticContext, map_payload
+from decoupled_pp.core.contracts import CriticContext, map_payload
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from decoupled_pp.contracts import CriticContext, DataInfo, UsageError
-from decoupled_pp.critic_sections import AuglocalCritic, HeadCritic
+from decoupled_pp.core.contracts import CriticContext, DataInfo, UsageError
 from decoupled_pp.critics import build_critic, check_critic
 from decoupled_pp.critics.auglocal import pyramidal_depth, sampled_indices
 from decoupled_pp.models import build_model
-from decoupled_pp.sections import GptModel, ResnetModel, VggModel
+from decoupled_pp.settings.critics import AuglocalCritic, HeadCritic
+from decoupled_pp.settings.sections import GptModel, ResnetModel, VggModel
 
 
 def builder(depth, pyramid=0.5):

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from decoupled_pp.contracts import CriticContext, DataInfo, UsageError
-from decoupled_pp.critic_sections import AutoCritic, FactoryCritic, HeadCritic, MlpSrCritic
+from decoupled_pp.core.contracts import CriticContext, DataInfo, UsageError
 from decoupled_pp.critics import build_critic, check_critic
 from decoupled_pp.critics.auglocal import AuglocalChain
 from decoupled_pp.critics.head import ImageHead, TokenHead, matching_head
 from decoupled_pp.models import build_model
-from decoupled_pp.sections import GptModel, ResnetModel
+from decoupled_pp.settings.critics import AutoCritic, FactoryCritic, HeadCritic, MlpSrCritic
+from decoupled_pp.settings.sections import GptModel, ResnetModel
 
 
 def context(hidden, output, stage=0):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from decoupled_pp.contracts import DataInfo, UsageError
-from decoupled_pp.critic_sections import AuglocalCritic, HeadCritic, MlpSrCritic
+from decoupled_pp.core.contracts import DataInfo, UsageError
 from decoupled_pp.critics import build_critic, check_critic
 from decoupled_pp.models import build_model
-from decoupled_pp.sections import GptModel, MlpModel, ResnetModel, VggModel
+from decoupled_pp.settings.critics import AuglocalCritic, HeadCritic, MlpSrCritic
+from decoupled_pp.settings.sections import GptModel, MlpModel, ResnetModel, VggModel
 
 NETWORKS = {
     "resnet": (ResnetModel(kind="resnet", depth=14, width=4), DataInfo("image", (3, 16, 16), 10)),

@@ -5,13 +5,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from decoupled_pp.contracts import DataInfo, UsageError
-from decoupled_pp.critic_sections import HeadCritic, PredsimCritic, ReconstructCritic, SgrCritic
+from decoupled_pp.core.contracts import DataInfo, UsageError
+from decoupled_pp.core.objective import View
 from decoupled_pp.critics import build_critic
-from decoupled_pp.losses import cross_entropy
 from decoupled_pp.models import build_model
-from decoupled_pp.objective import View
-from decoupled_pp.sections import GptModel, ResnetModel
+from decoupled_pp.pipeline.losses import cross_entropy
+from decoupled_pp.settings.critics import HeadCritic, PredsimCritic, ReconstructCritic, SgrCritic
+from decoupled_pp.settings.sections import GptModel, ResnetModel
 
 TOKENS = DataInfo("tokens", (6,), 11)
 

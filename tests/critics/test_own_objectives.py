@@ -7,8 +7,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from decoupled_pp.contracts import UsageError
-from decoupled_pp.critic_sections import (
+from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.objective import IGNORED, View, local_loss, rider_of
+from decoupled_pp.critics import build_critic, check_critic
+from decoupled_pp.critics.lls import sinusoids
+from decoupled_pp.critics.predsim import pooling_kernel, similarities
+from decoupled_pp.pipeline.losses import cross_entropy
+from decoupled_pp.settings.critics import (
     CollaborativeCritic,
     InfoproCritic,
     LlsCritic,
@@ -18,11 +23,6 @@ from decoupled_pp.critic_sections import (
     SgrCritic,
     VocabularyCritic,
 )
-from decoupled_pp.critics import build_critic, check_critic
-from decoupled_pp.critics.lls import sinusoids
-from decoupled_pp.critics.predsim import pooling_kernel, similarities
-from decoupled_pp.losses import cross_entropy
-from decoupled_pp.objective import IGNORED, View, local_loss, rider_of
 
 CLASSES = 5
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from decoupled_pp.contracts import UsageError
+from decoupled_pp.core.contracts import UsageError
 from decoupled_pp.data import open_data
-from decoupled_pp.sections import CifarBinaryData
+from decoupled_pp.settings.sections import CifarBinaryData
 
 
 def record(label, red, green, blue):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from decoupled_pp.contracts import Data, DataInfo, UsageError
+from decoupled_pp.core.contracts import Data, DataInfo, UsageError
 from decoupled_pp.data import as_source, open_data
-from decoupled_pp.sections import FactoryData
+from decoupled_pp.settings.sections import FactoryData
 
 
 def make(settings, seed, width):

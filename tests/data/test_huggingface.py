@@ -7,9 +7,9 @@ from itertools import islice
 import pytest
 import torch
 
-from decoupled_pp.contracts import UsageError
+from decoupled_pp.core.contracts import UsageError
 from decoupled_pp.data import open_data
-from decoupled_pp.sections import HuggingFaceData
+from decoupled_pp.settings.sections import HuggingFaceData
 
 datasets = pytest.importorskip("datasets")
 

@@ -6,9 +6,9 @@ import struct
 import pytest
 import torch
 
-from decoupled_pp.contracts import UsageError
+from decoupled_pp.core.contracts import UsageError
 from decoupled_pp.data import open_data
-from decoupled_pp.sections import IdxData
+from decoupled_pp.settings.sections import IdxData
 
 TRAIN = [[[0, 255, 10], [20, 30, 40]], [[1, 2, 3], [4, 5, 6]], [[7, 7, 7], [9, 9, 9]]]
 TEST = [[[100, 0, 0], [0, 0, 200]]]

@@ -8,7 +8,7 @@ from decoupled_pp.data import open_data
 from decoupled_pp.data.images import channel_statistics, crop_and_flip
 from decoupled_pp.data.seeds import Purpose, generator
 from decoupled_pp.data.splits import stratified_split
-from decoupled_pp.sections import DigitsData
+from decoupled_pp.settings.sections import DigitsData
 
 
 def test_an_augmented_image_is_one_of_the_crops_and_flips_of_its_padding():

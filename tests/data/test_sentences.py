@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from decoupled_pp.contracts import UsageError
+from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.objective import IGNORED
 from decoupled_pp.data import open_data
 from decoupled_pp.data.masking import masked
 from decoupled_pp.data.vocabulary import open_vocabulary
-from decoupled_pp.objective import IGNORED
-from decoupled_pp.sections import HuggingFaceData, PythonSourceData, TextData
+from decoupled_pp.settings.sections import HuggingFaceData, PythonSourceData, TextData
 
 datasets = pytest.importorskip("datasets")
 tokenizers = pytest.importorskip("tokenizers")
@@ -144,8 +144,8 @@ def test_a_tokenizer_may_be_a_models_folder(tokenizer, tmp_path):
 
 def test_a_run_is_planned_for_the_longest_sentence(rows, tokenizer):
     """Whatever the first micro-batch is like: cut and memory are judged by `context`."""
-    from decoupled_pp.job import prepare
-    from decoupled_pp.settings import Settings
+    from decoupled_pp.settings.run import Settings
+    from decoupled_pp.training.job import prepare
 
     data = {"kind": "huggingface", "path": "json", "data_files": {"train": rows}, "text_column": "said"}
     data |= {"label_column": "kind", "tokenizer": tokenizer, "batch_size": 4, "context": 30}

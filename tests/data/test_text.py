@@ -7,10 +7,10 @@ from itertools import islice
 import pytest
 import torch
 
-from decoupled_pp.contracts import UsageError
+from decoupled_pp.core.contracts import UsageError
 from decoupled_pp.data import open_data, text
 from decoupled_pp.data.vocabulary import open_vocabulary
-from decoupled_pp.sections import PythonSourceData, TextData
+from decoupled_pp.settings.sections import PythonSourceData, TextData
 
 MIXED = "Grüße, 世界! 🙂 the then\n\n  the\t"
 

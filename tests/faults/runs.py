@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 from safetensors.torch import load_file
 
-from decoupled_pp.cli import main
+from decoupled_pp.commands.main import main
 
 SETTINGS = {
     "name": "run",

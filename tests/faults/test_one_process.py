@@ -12,7 +12,7 @@ import torch
 import yaml
 
 import decoupled_pp
-from decoupled_pp import job
+from decoupled_pp.training import job
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +82,7 @@ def test_ctrl_c_during_start_up_says_what_there_is(arguments, run, capsys, monke
 
     if not arguments:
         shutil.rmtree(run)
-    monkeypatch.setattr("decoupled_pp.job.run_rank", interrupted)
+    monkeypatch.setattr("decoupled_pp.training.job.run_rank", interrupted)
     assert runs.dpp("train", "run.yaml", *arguments) == 130
     kept = "the checkpoint at step 6 is kept; go on with: dpp train run.yaml --resume"
     _line(capsys, f"interrupted; {kept if arguments else 'no checkpoint was saved'}\n")
@@ -93,7 +93,7 @@ def test_under_torchrun_the_way_to_go_on_is_the_users_own_command(run, capsys, m
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("decoupled_pp.job.run_rank", interrupted)
+    monkeypatch.setattr("decoupled_pp.training.job.run_rank", interrupted)
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, value)
     assert runs.dpp("train", "run.yaml", "--overwrite") == 130

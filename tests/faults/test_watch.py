@@ -4,9 +4,9 @@ import threading
 
 import pytest
 
-from decoupled_pp.contracts import LinkError, PeerError, TrainingError, UsageError
+from decoupled_pp.core.contracts import LinkError, PeerError, TrainingError, UsageError
 from decoupled_pp.links import LocalControl
-from decoupled_pp.watch import Terminated, Watcher, explain_failure, is_termination
+from decoupled_pp.training.watch import Terminated, Watcher, explain_failure, is_termination
 
 
 def test_a_rank_that_is_told_to_end_waits_for_the_reason():
@@ -63,7 +63,7 @@ def test_bad_input_is_of_the_rank_that_reported_it_first():
 
 
 def test_who_asks_about_ctrl_c_finds_it_in_the_control_plane_at_once(monkeypatch):
-    monkeypatch.setattr("decoupled_pp.watch._PERIOD_SECONDS", 60.0)
+    monkeypatch.setattr("decoupled_pp.training.watch._PERIOD_SECONDS", 60.0)
     control, interrupted = LocalControl(), threading.Event()
     watcher = Watcher(control, None, interrupted)
     assert watcher.stop_requested() is None

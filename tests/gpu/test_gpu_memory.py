@@ -3,8 +3,8 @@
 import torch
 from on_gpu import CUDA_ONLY, DEVICE, GPU
 
-from decoupled_pp.memory import SavedActivations
 from decoupled_pp.models.gpt import Block
+from decoupled_pp.pipeline.activations import SavedActivations
 
 pytestmark = GPU
 

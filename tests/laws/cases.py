@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from decoupled_pp import Trainer, partition
-from decoupled_pp.contracts import DataInfo
-from decoupled_pp.device import seeded
+from decoupled_pp.core.contracts import DataInfo
+from decoupled_pp.core.device import seeded
 from decoupled_pp.models import build_model
-from decoupled_pp.sections import GptModel, MlpModel, ResnetModel
+from decoupled_pp.settings.sections import GptModel, MlpModel, ResnetModel
 
 TOKENS = DataInfo("tokens", (6,), 11)
 IMAGES = DataInfo("image", (3, 8, 8), 5)

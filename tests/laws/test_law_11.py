@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from decoupled_pp import partition
-from decoupled_pp.baselines import BASELINES, Training, build_baseline, stages_needed
 from decoupled_pp.links import join_world
-from decoupled_pp.losses import cross_entropy
-from decoupled_pp.settings import OptimizerSettings, ScheduleSettings
+from decoupled_pp.pipeline.losses import cross_entropy
+from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings
+from decoupled_pp.training.baselines import BASELINES, Training, build_baseline, stages_needed
 from ranks import launch
 
 CPU = torch.device("cpu")

@@ -10,10 +10,10 @@ from unittest.mock import patch
 import pytest
 from cases import CASES, differences, merged, states, train
 
-from decoupled_pp.feed import Feed
 from decoupled_pp.links import InProcessLink, ReceivingEnd, SendingEnd
 from decoupled_pp.links.messages import MessageReceiver, MessageSender
-from decoupled_pp.stage import Stage
+from decoupled_pp.pipeline.feed import Feed
+from decoupled_pp.pipeline.stage import Stage
 from ranks import launch, values
 
 STEPS = 8

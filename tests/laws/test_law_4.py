@@ -11,12 +11,12 @@ import torch
 from cases import CASES, LABEL_CRITICS, differences, merged, states
 from torch import nn
 
-from decoupled_pp import trainer as trainer_module
-from decoupled_pp.assemble import build_stages
-from decoupled_pp.contracts import as_tuple, payload_bytes
+from decoupled_pp.core.contracts import as_tuple, payload_bytes
 from decoupled_pp.critics import KINDS
 from decoupled_pp.links import InProcessLink, ReceivingEnd
-from decoupled_pp.stage import Stage
+from decoupled_pp.pipeline.stage import Stage
+from decoupled_pp.training import trainer as trainer_module
+from decoupled_pp.training.build import build_stages
 from ranks import launch, values
 
 STEPS, STAGES = 6, 3

@@ -9,10 +9,10 @@ from cases import ADAMW, CASES, MOMENTUM, MUON, differences, merged, states, tra
 from torch import nn
 
 from decoupled_pp import Trainer, partition
-from decoupled_pp.checkpoint import latest_checkpoint
-from decoupled_pp.contracts import UsageError
-from decoupled_pp.optimizer_state import group_entries
-from decoupled_pp.settings import ScheduleSettings
+from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.pipeline.optimizer_state import group_entries
+from decoupled_pp.run.checkpoints.parts import latest_checkpoint
+from decoupled_pp.settings.run import ScheduleSettings
 from ranks import launch, values
 
 STEPS, STOP_AFTER = 9, 4

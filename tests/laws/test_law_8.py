@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from decoupled_pp import Trainer, partition
-from decoupled_pp.checkpoint import export_safetensors
+from decoupled_pp.run.checkpoints.parts import export_safetensors
 from ranks import launch, values
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from cases import CASES
 
-from decoupled_pp.contracts import LinkError, Packet, PacketKind
+from decoupled_pp.core.contracts import LinkError, Packet, PacketKind
 from decoupled_pp.links import InProcessLink, join_world
-from decoupled_pp.stage import Stage
+from decoupled_pp.pipeline.stage import Stage
 from ranks import launch
 
 CPU = torch.device("cpu")

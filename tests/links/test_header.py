@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from decoupled_pp.contracts import LinkError, Packet, PacketKind, UsageError, as_tuple
+from decoupled_pp.core.contracts import LinkError, Packet, PacketKind, UsageError, as_tuple
 from decoupled_pp.links import header
 
 TENSORS = {

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from decoupled_pp.contracts import LinkError, Packet, PacketKind
+from decoupled_pp.core.contracts import LinkError, Packet, PacketKind
 from decoupled_pp.links import InProcessLink
 
 

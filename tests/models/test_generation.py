@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from decoupled_pp.contracts import DataInfo, UsageError
+from decoupled_pp.core.contracts import DataInfo, UsageError
 from decoupled_pp.models import build_model, generate
-from decoupled_pp.sections import GptModel
+from decoupled_pp.settings.sections import GptModel
 
 
 class Successor(nn.Module):

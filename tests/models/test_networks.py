@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from decoupled_pp.contracts import DataInfo, UsageError, count_parameters
+from decoupled_pp.core.contracts import DataInfo, UsageError, count_parameters
 from decoupled_pp.models import build_model
-from decoupled_pp.sections import FactoryModel, GptModel, MlpModel, ResnetModel, VggModel
+from decoupled_pp.settings.sections import FactoryModel, GptModel, MlpModel, ResnetModel, VggModel
 
 IMAGES = DataInfo("image", (3, 32, 32), 10)
 DIGITS = DataInfo("image", (1, 8, 8), 10)

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from tests.splitting.families import inputs_of, model_of
 
 import decoupled_pp as dpp
-from decoupled_pp.cli import main
-from decoupled_pp.contracts import DataInfo, UsageError
+from decoupled_pp.commands.evaluate.finished_run import open_run
+from decoupled_pp.commands.main import main
+from decoupled_pp.core.contracts import DataInfo, UsageError
 from decoupled_pp.data import open_data
-from decoupled_pp.finished_run import open_run
-from decoupled_pp.losses import ExitScore
 from decoupled_pp.models import build_model
-from decoupled_pp.sections import HuggingFaceModel
+from decoupled_pp.pipeline.losses import ExitScore
+from decoupled_pp.settings.sections import HuggingFaceModel
 
 transformers = pytest.importorskip("transformers")
 
@@ -131,7 +131,7 @@ def test_a_run_is_exported_for_its_own_library(tmp_path, monkeypatch):
     again = transformers.AutoModelForCausalLM.from_pretrained("exported").eval()
     settings, _ = open_run(tmp_path / "runs" / "tiny")
     layers = build_model(settings.model, TEXT).eval()
-    from decoupled_pp.run_folder import load_weights
+    from decoupled_pp.run.folder import load_weights
 
     load_weights(tmp_path / "runs" / "tiny", layers)
     tokens = torch.randint(0, 256, (2, 16))

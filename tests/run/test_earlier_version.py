@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from decoupled_pp.cli import main
+from decoupled_pp.commands.main import main
 
 WRITTEN = Path(__file__).parent / "earlier_version"
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
@@ -32,7 +32,7 @@ def run_folder(tmp_path, monkeypatch, name):
 
 def dpp(arguments):
     """Run a command that ends well."""
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main(arguments)
 
 

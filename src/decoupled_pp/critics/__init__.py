@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from decoupled_pp.contracts import CriticBuilder, CriticContext
-from decoupled_pp.critic_sections import CriticSettings, SgrCritic
+from decoupled_pp.core.contracts import CriticBuilder, CriticContext
+from decoupled_pp.core.objective import Critic
 from decoupled_pp.critics.auglocal import build_auglocal
 from decoupled_pp.critics.auto import build_auto
 from decoupled_pp.critics.check import check_critic
@@ -26,7 +26,7 @@ from decoupled_pp.critics.predsim import build_predsim
 from decoupled_pp.critics.reconstruct import build_reconstruct
 from decoupled_pp.critics.sgr import Closing, build_sgr
 from decoupled_pp.critics.vocabulary import build_vocabulary
-from decoupled_pp.objective import Critic
+from decoupled_pp.settings.critics import CriticSettings, SgrCritic
 
 __all__ = ["KINDS", "build_critic", "check_critic"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from decoupled_pp.contracts import (
+from decoupled_pp.core.contracts import (
     CriticContext,
     Payload,
     UsageError,
@@ -21,9 +21,9 @@ from decoupled_pp.contracts import (
     first_tensor,
     map_payload,
 )
-from decoupled_pp.critic_sections import AuglocalCritic
 from decoupled_pp.critics.fresh import fresh_copy, make_fresh, trainable_copy
 from decoupled_pp.critics.head import matching_head, own_head
+from decoupled_pp.settings.critics import AuglocalCritic
 
 
 def pyramidal_depth(depth: int, pyramid: float, stage: int, stages: int) -> int:

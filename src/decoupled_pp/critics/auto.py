@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from decoupled_pp.contracts import CriticContext, UsageError, first_tensor
-from decoupled_pp.critic_sections import AuglocalCritic, AutoCritic
+from decoupled_pp.core.contracts import CriticContext, UsageError, first_tensor
 from decoupled_pp.critics.auglocal import build_auglocal
 from decoupled_pp.critics.head import matching_head
+from decoupled_pp.settings.critics import AuglocalCritic, AutoCritic
 
 IMAGES = AuglocalCritic(kind="auglocal", depth=2, resolution=7)
 """Two of the layers above, on images of 7 x 7. For all other forms `head` is as good or better."""

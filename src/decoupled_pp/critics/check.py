@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from decoupled_pp.contracts import CriticContext, Payload, UsageError, as_tuple, first_tensor, map_payload
-from decoupled_pp.objective import has_exit
+from decoupled_pp.core.contracts import CriticContext, Payload, UsageError, as_tuple, first_tensor, map_payload
+from decoupled_pp.core.objective import has_exit
 
 
 def _refuse_changed(where: str, before: Payload, after: Payload) -> None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from decoupled_pp.contracts import CriticContext, Payload, first_tensor
-from decoupled_pp.critic_sections import ConvCritic
+from decoupled_pp.core.contracts import CriticContext, Payload, first_tensor
 from decoupled_pp.critics.labels import judged_tensor
+from decoupled_pp.settings.critics import ConvCritic
 
 
 class Convolutions(nn.Sequential):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from decoupled_pp.contracts import CriticContext, UsageError
-from decoupled_pp.critic_sections import FactoryCritic
-from decoupled_pp.factory import call_factory
+from decoupled_pp.core.contracts import CriticContext, UsageError
+from decoupled_pp.core.factory import call_factory
+from decoupled_pp.settings.critics import FactoryCritic
 
 
 def build_from_factory(settings: FactoryCritic, context: CriticContext) -> nn.Module:

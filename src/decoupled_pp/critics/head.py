@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from decoupled_pp.contracts import CriticContext, Payload, UsageError, as_tuple, first_tensor
-from decoupled_pp.critic_sections import HeadCritic
+from decoupled_pp.core.contracts import CriticContext, Payload, UsageError, as_tuple, first_tensor
 from decoupled_pp.critics.fresh import trainable_copy
+from decoupled_pp.settings.critics import HeadCritic
 
 
 class ImageHead(nn.Module):

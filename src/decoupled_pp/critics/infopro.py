@@ -8,10 +8,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from decoupled_pp.contracts import CriticContext, Loss, Payload, UsageError, first_tensor
-from decoupled_pp.critic_sections import InfoproCritic
+from decoupled_pp.core.contracts import CriticContext, Loss, Payload, UsageError, first_tensor
+from decoupled_pp.core.objective import Critic, View
 from decoupled_pp.critics.labels import judged_tensor
-from decoupled_pp.objective import Critic, View
+from decoupled_pp.settings.critics import InfoproCritic
 
 _EPSILON = 1e-8
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from decoupled_pp.contracts import CriticContext, Payload, first_tensor
-from decoupled_pp.critic_sections import LlsCritic
+from decoupled_pp.core.contracts import CriticContext, Payload, first_tensor
+from decoupled_pp.core.objective import Critic
 from decoupled_pp.critics.labels import judged_tensor
-from decoupled_pp.objective import Critic
+from decoupled_pp.settings.critics import LlsCritic
 
 LOWEST, HIGHEST = 50.0, 512.0
 """Frequencies of the first and of the last class."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decoupled_pp.contracts import CriticContext, Payload, UsageError, first_tensor
-from decoupled_pp.critic_sections import MlpSrCritic
+from decoupled_pp.core.contracts import CriticContext, Payload, UsageError, first_tensor
+from decoupled_pp.settings.critics import MlpSrCritic
 
 # Convolutions and linear layers followed by batch normalisation have no bias: the normalisation would cancel it.
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from decoupled_pp.contracts import CriticContext, Loss, Payload, UsageError, first_tensor
-from decoupled_pp.critic_sections import NeuronGroupsCritic
+from decoupled_pp.core.contracts import CriticContext, Loss, Payload, UsageError, first_tensor
+from decoupled_pp.core.objective import Critic, View
 from decoupled_pp.critics.labels import class_indices, judged_tensor
 from decoupled_pp.critics.several import build_bases
-from decoupled_pp.objective import Critic, View
+from decoupled_pp.settings.critics import NeuronGroupsCritic
 
 
 def wrong_classes(logits: Tensor, classes: Tensor, temperature: float) -> Tensor:

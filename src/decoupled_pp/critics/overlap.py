@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from decoupled_pp.contracts import CriticBuilder, CriticContext, Loss, Payload, UsageError
+from decoupled_pp.core.contracts import CriticBuilder, CriticContext, Loss, Payload, UsageError
+from decoupled_pp.core.objective import Critic, View, has_exit
 from decoupled_pp.critics.fresh import trainable_copy
-from decoupled_pp.objective import Critic, View, has_exit
 
 
 class PlainOverlap(nn.Module):

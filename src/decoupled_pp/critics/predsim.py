@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from decoupled_pp.contracts import CriticContext, Loss, Payload, first_tensor
-from decoupled_pp.critic_sections import PredsimCritic
+from decoupled_pp.core.contracts import CriticContext, Loss, Payload, first_tensor
+from decoupled_pp.core.objective import Critic, View
 from decoupled_pp.critics.labels import class_indices, judged_tensor
-from decoupled_pp.objective import Critic, View
+from decoupled_pp.settings.critics import PredsimCritic
 
 _EPSILON = 1e-8
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from decoupled_pp.contracts import CriticContext, Loss, Payload, UsageError, first_tensor
-from decoupled_pp.critic_sections import ReconstructCritic
-from decoupled_pp.objective import Critic, View
+from decoupled_pp.core.contracts import CriticContext, Loss, Payload, UsageError, first_tensor
+from decoupled_pp.core.objective import Critic, View
+from decoupled_pp.settings.critics import ReconstructCritic
 
 _GAIN = 0.1
 

@@ -6,10 +6,10 @@ from typing import Literal
 
 from torch import nn
 
-from decoupled_pp.contracts import CriticContext
-from decoupled_pp.critic_sections import MlpSrCritic
+from decoupled_pp.core.contracts import CriticContext
 from decoupled_pp.critics.head import matching_head
 from decoupled_pp.critics.mlp_sr import build_mlp_sr
+from decoupled_pp.settings.critics import MlpSrCritic
 
 
 def build_bases(kind: Literal["head", "mlp_sr"], count: int, context: CriticContext) -> list[nn.Module]:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from decoupled_pp.contracts import CriticContext, Loss, Payload, UsageError, as_tuple, first_tensor
-from decoupled_pp.critic_sections import VocabularyCritic
-from decoupled_pp.objective import IGNORED, Critic, View
+from decoupled_pp.core.contracts import CriticContext, Loss, Payload, UsageError, as_tuple, first_tensor
+from decoupled_pp.core.objective import IGNORED, Critic, View
+from decoupled_pp.settings.critics import VocabularyCritic
 
 
 class _Cheap(Critic):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from decoupled_pp.contracts import Data
+from decoupled_pp.core.contracts import Data
 from decoupled_pp.data.cifar_binary import open_cifar_binary
 from decoupled_pp.data.custom import open_custom
 from decoupled_pp.data.digits import open_digits
@@ -13,7 +13,7 @@ from decoupled_pp.data.huggingface import open_huggingface
 from decoupled_pp.data.idx import open_idx
 from decoupled_pp.data.iterables import ListedBatches, as_source
 from decoupled_pp.data.text import open_python_source, open_text
-from decoupled_pp.sections import DataSettings
+from decoupled_pp.settings.sections import DataSettings
 
 KINDS: dict[str, Callable[[Any, int], Data]] = {
     "digits": open_digits,

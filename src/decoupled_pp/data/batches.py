@@ -17,7 +17,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from decoupled_pp.contracts import Batch, BatchSource
+from decoupled_pp.core.contracts import Batch, BatchSource
 from decoupled_pp.data.seeds import Purpose, generator
 
 

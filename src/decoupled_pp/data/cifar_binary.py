@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from decoupled_pp.contracts import Data, UsageError
+from decoupled_pp.core.contracts import Data, UsageError
 from decoupled_pp.data.images import Pixels, image_info, open_pixels
-from decoupled_pp.sections import CifarBinaryData
+from decoupled_pp.settings.sections import CifarBinaryData
 
 SHAPE = (3, 32, 32)
 CLASSES = 10

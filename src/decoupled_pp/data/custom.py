@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from decoupled_pp.contracts import Data, UsageError
-from decoupled_pp.factory import call_factory
-from decoupled_pp.sections import FactoryData
+from decoupled_pp.core.contracts import Data, UsageError
+from decoupled_pp.core.factory import call_factory
+from decoupled_pp.settings.sections import FactoryData
 
 
 def open_custom(settings: FactoryData, seed: int) -> Data:

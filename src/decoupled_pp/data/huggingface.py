@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from decoupled_pp.contracts import Data, UsageError
+from decoupled_pp.core.contracts import Data, UsageError
 from decoupled_pp.data.huggingface_images import open_image_rows
 from decoupled_pp.data.huggingface_sentences import open_sentence_rows
 from decoupled_pp.data.huggingface_text import open_text_rows
 from decoupled_pp.data.streams import Rows
-from decoupled_pp.sections import HuggingFaceData
+from decoupled_pp.settings.sections import HuggingFaceData
 
 
 def open_huggingface(settings: HuggingFaceData, seed: int) -> Data:

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decoupled_pp.contracts import Data, DataInfo, UsageError
+from decoupled_pp.core.contracts import Data, DataInfo, UsageError
 from decoupled_pp.data.huggingface_labelled import Reader, open_labelled
 from decoupled_pp.data.images import image_info
 from decoupled_pp.data.streams import Rows
-from decoupled_pp.sections import HuggingFaceData
+from decoupled_pp.settings.sections import HuggingFaceData
 
 
 def open_image_rows(settings: HuggingFaceData, seed: int, train: Rows, validation: Rows | None) -> Data:

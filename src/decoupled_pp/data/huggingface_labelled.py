@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decoupled_pp.contracts import Batch, Data, DataInfo, UsageError
+from decoupled_pp.core.contracts import Batch, Data, DataInfo, UsageError
 from decoupled_pp.data.batches import Samples, TrainingBatches, ValidationBatches
 from decoupled_pp.data.splits import random_split
 from decoupled_pp.data.streams import Rows, Sample, shuffled, stacked, stream_sources
-from decoupled_pp.sections import HuggingFaceData
+from decoupled_pp.settings.sections import HuggingFaceData
 
 
 class Reader(ABC):

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from decoupled_pp.contracts import Batch, Data, DataInfo, UsageError
+from decoupled_pp.core.contracts import Batch, Data, DataInfo, UsageError
 from decoupled_pp.data.huggingface_labelled import Reader, open_labelled
 from decoupled_pp.data.streams import Rows, Sample
 from decoupled_pp.data.vocabulary import Vocabulary, open_vocabulary
-from decoupled_pp.sections import HuggingFaceData
+from decoupled_pp.settings.sections import HuggingFaceData
 
 
 def open_sentence_rows(settings: HuggingFaceData, seed: int, train: Rows, validation: Rows | None) -> Data:

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from decoupled_pp.contracts import Data, UsageError
+from decoupled_pp.core.contracts import Data, UsageError
 from decoupled_pp.data.masking import masking
 from decoupled_pp.data.seeds import Purpose, mixed_seed
 from decoupled_pp.data.streams import Rows, Sample, shuffled, stream_sources, windows
 from decoupled_pp.data.tokens import Corpus, open_tokens, split_corpus, token_info, whole
 from decoupled_pp.data.vocabulary import Vocabulary, open_vocabulary
-from decoupled_pp.sections import HuggingFaceData
+from decoupled_pp.settings.sections import HuggingFaceData
 
 _ROWS_AT_ONCE = 1000
 

@@ -11,9 +11,9 @@ from typing import IO, cast
 import torch
 from torch import Tensor
 
-from decoupled_pp.contracts import Data, UsageError
+from decoupled_pp.core.contracts import Data, UsageError
 from decoupled_pp.data.images import Pixels, image_info, open_pixels
-from decoupled_pp.sections import IdxData
+from decoupled_pp.settings.sections import IdxData
 
 _CHUNK = 1 << 20
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from decoupled_pp.contracts import Batch, Data, DataInfo, first_tensor
+from decoupled_pp.core.contracts import Batch, Data, DataInfo, first_tensor
 from decoupled_pp.data.batches import Samples, TrainingBatches, ValidationBatches
-from decoupled_pp.sections import BatchSettings
+from decoupled_pp.settings.sections import BatchSettings
 
 PADDING = 4
 

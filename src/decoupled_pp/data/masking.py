@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from decoupled_pp.contracts import Batch, UsageError, first_tensor
+from decoupled_pp.core.contracts import Batch, UsageError, first_tensor
+from decoupled_pp.core.objective import IGNORED
 from decoupled_pp.data.batches import Augmentation
 from decoupled_pp.data.vocabulary import Vocabulary
-from decoupled_pp.objective import IGNORED
-from decoupled_pp.sections import TokenSettings
+from decoupled_pp.settings.sections import TokenSettings
 
 
 def masking(settings: TokenSettings, vocabulary: Vocabulary) -> Augmentation | None:

@@ -9,10 +9,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from decoupled_pp.contracts import Batch, BatchSource, UsageError
+from decoupled_pp.core.contracts import Batch, BatchSource, UsageError
 from decoupled_pp.data.batches import Augmentation
 from decoupled_pp.data.seeds import Purpose, generator, mixed_seed
-from decoupled_pp.sections import HuggingFaceData
+from decoupled_pp.settings.sections import HuggingFaceData
 
 Sample: TypeAlias = tuple[Tensor, Tensor]
 """(input, target) without the batch dimension."""

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from decoupled_pp.contracts import Data, UsageError
+from decoupled_pp.core.contracts import Data, UsageError
 from decoupled_pp.data.tokens import Corpus, open_tokens, split_corpus
 from decoupled_pp.data.vocabulary import BYTES, Vocabulary, bytes_to_tokens, open_vocabulary
-from decoupled_pp.sections import PythonSourceData, TextData, TokenSettings
+from decoupled_pp.settings.sections import PythonSourceData, TextData, TokenSettings
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 """Third-party code, and tests and tables that are not like ordinary source."""

@@ -18,13 +18,13 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from decoupled_pp.contracts import Batch, Data, DataInfo, UsageError
+from decoupled_pp.core.contracts import Batch, Data, DataInfo, UsageError
 from decoupled_pp.data.batches import Samples, TrainingBatches, ValidationBatches
 from decoupled_pp.data.masking import masking
 from decoupled_pp.data.seeds import Purpose, mixed_seed
 from decoupled_pp.data.splits import random_split
 from decoupled_pp.data.vocabulary import Vocabulary
-from decoupled_pp.sections import TokenSettings
+from decoupled_pp.settings.sections import TokenSettings
 
 ReadTokens: TypeAlias = Callable[[], Tensor]
 """Reads the token ids (N,) of one part of the data."""

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from decoupled_pp.channels import Control
-from decoupled_pp.contracts import LAUNCHER_GONE, Fault, LinkError, PeerError, Record, UsageError
+from decoupled_pp.core.channels import Control
+from decoupled_pp.core.contracts import LAUNCHER_GONE, Fault, LinkError, PeerError, Record, UsageError
 
 
 class LocalControl(Control):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from decoupled_pp.contracts import LinkError, Packet, PacketKind, Payload, UsageError, as_tuple
+from decoupled_pp.core.contracts import LinkError, Packet, PacketKind, Payload, UsageError, as_tuple
 
 HEADER_WORDS = 128
 """int64 words of a header: 1 KiB, room for about twenty tensors of four dimensions."""

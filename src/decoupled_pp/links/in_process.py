@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from decoupled_pp.channels import Inlet, LinkCounters, LinkEnd, Outlet
-from decoupled_pp.contracts import LinkError, Packet, PacketKind, as_tuple, map_payload, payload_bytes
-from decoupled_pp.device import Fence
+from decoupled_pp.core.channels import Inlet, LinkCounters, LinkEnd, Outlet
+from decoupled_pp.core.contracts import LinkError, Packet, PacketKind, as_tuple, map_payload, payload_bytes
+from decoupled_pp.core.device import Fence
 
 
 def _carried(tensor: Tensor) -> Tensor:

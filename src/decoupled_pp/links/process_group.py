@@ -31,9 +31,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from decoupled_pp.channels import Inlet, LinkCounters, LinkEnd, Outlet
-from decoupled_pp.contracts import LinkError, Packet, PacketKind, TrainingError
-from decoupled_pp.device import Fence, own_stream
+from decoupled_pp.core.channels import Inlet, LinkCounters, LinkEnd, Outlet
+from decoupled_pp.core.contracts import LinkError, Packet, PacketKind, TrainingError
+from decoupled_pp.core.device import Fence, own_stream
 from decoupled_pp.links import header as headers
 from decoupled_pp.links import returns
 from decoupled_pp.links.header import Parcel

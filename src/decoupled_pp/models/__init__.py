@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from decoupled_pp.contracts import DataInfo
+from decoupled_pp.core.contracts import DataInfo
 from decoupled_pp.models.factory import build_from_factory
 from decoupled_pp.models.generation import generate
 from decoupled_pp.models.gpt import build_gpt
@@ -15,7 +15,7 @@ from decoupled_pp.models.huggingface import build_from_transformers
 from decoupled_pp.models.mlp import build_mlp
 from decoupled_pp.models.resnet import build_resnet
 from decoupled_pp.models.vgg import build_vgg
-from decoupled_pp.sections import ModelSettings
+from decoupled_pp.settings.sections import ModelSettings
 
 __all__ = ["KINDS", "build_model", "generate"]
 

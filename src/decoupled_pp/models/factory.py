@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from decoupled_pp.contracts import DataInfo, UsageError
-from decoupled_pp.factory import call_factory
-from decoupled_pp.sections import FactoryModel
+from decoupled_pp.core.contracts import DataInfo, UsageError
+from decoupled_pp.core.factory import call_factory
+from decoupled_pp.settings.sections import FactoryModel
 
 
 def build_from_factory(settings: FactoryModel, info: DataInfo) -> nn.Sequential:

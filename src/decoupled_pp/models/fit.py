@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from decoupled_pp.contracts import DataInfo, UsageError
+from decoupled_pp.core.contracts import DataInfo, UsageError
 
 _SHAPES = {"image": "(C, H, W)", "vector": "(D,)", "tokens": "(T,)"}
 

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decoupled_pp.contracts import DataInfo, UsageError
+from decoupled_pp.core.contracts import DataInfo, UsageError
 from decoupled_pp.models.fit import expect_form
-from decoupled_pp.sections import GptModel
+from decoupled_pp.settings.sections import GptModel
 
 INITIAL_STD = 0.02
 """Standard deviation of initial weights (GPT-2, Radford et al. 2019; the released code)."""

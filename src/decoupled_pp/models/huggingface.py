@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from decoupled_pp.config import did_you_mean
-from decoupled_pp.contracts import DataInfo, UsageError
-from decoupled_pp.sections import HuggingFaceModel
-from decoupled_pp.splitting import Split, split_blocks
-from decoupled_pp.splitting.layers import Block, Rule
-from decoupled_pp.splitting.stubs import Absent, Noting, Passing, without_weights
-from decoupled_pp.splitting.weights import StoredWeights
+from decoupled_pp.core.contracts import DataInfo, UsageError
+from decoupled_pp.core.suggestions import did_you_mean
+from decoupled_pp.models.splitting import Split, split_blocks
+from decoupled_pp.models.splitting.layers import Block, Rule
+from decoupled_pp.models.splitting.stubs import Absent, Noting, Passing, without_weights
+from decoupled_pp.models.splitting.weights import StoredWeights
+from decoupled_pp.settings.sections import HuggingFaceModel
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

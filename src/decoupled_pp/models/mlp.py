@@ -7,9 +7,9 @@ from collections import OrderedDict
 
 from torch import nn
 
-from decoupled_pp.contracts import DataInfo
+from decoupled_pp.core.contracts import DataInfo
 from decoupled_pp.models.fit import expect_form
-from decoupled_pp.sections import MlpModel
+from decoupled_pp.settings.sections import MlpModel
 
 
 def _hidden_layer(inputs: int, width: int, dropout: float, flatten: bool) -> nn.Sequential:

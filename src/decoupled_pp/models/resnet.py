@@ -11,9 +11,9 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decoupled_pp.contracts import DataInfo, UsageError
+from decoupled_pp.core.contracts import DataInfo, UsageError
 from decoupled_pp.models.fit import expect_form
-from decoupled_pp.sections import ResnetModel
+from decoupled_pp.settings.sections import ResnetModel
 
 
 def _convolution(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from decoupled_pp.contracts import DataInfo, UsageError
+from decoupled_pp.core.contracts import DataInfo, UsageError
 from decoupled_pp.models.huggingface import load_transformers, split_of_run
-from decoupled_pp.sections import HuggingFaceModel
-from decoupled_pp.splitting import Split
+from decoupled_pp.models.splitting import Split
+from decoupled_pp.settings.sections import HuggingFaceModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,9 +11,9 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decoupled_pp.contracts import DataInfo
+from decoupled_pp.core.contracts import DataInfo
 from decoupled_pp.models.fit import expect_form
-from decoupled_pp.sections import VggModel
+from decoupled_pp.settings.sections import VggModel
 
 GROUPS = (2, 3, 3, 3)
 """Convolutions per group; every group doubles the channels, and all but the first begin with stride 2."""

@@ -1,0 +1,1 @@
+"""The `dpp` command: one file or folder for each of its subcommands."""

@@ -1,0 +1,139 @@
+"""Who is compared: every strategy with its ranks, steps and updates, so that all train on the same samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import get_args
+
+from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.settings.run import STAGES_ALONE, Settings, Strategy
+
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
+"""What can be compared."""
+
+BOTH_UPDATES = {"decoupled": "decoupled_per_flush", "backprop": "backprop_per_micro_batch"}
+"""Strategies that can update at either pace, and the name of the second entry that the comparison adds for them."""
+
+EVALUATIONS = 10
+"""Held-out evaluations of a run whose settings name none."""
+
+SHARED = (
+    "name", "runs", "seed", "threads", "device", "training.precision", "model", "data", "validation", "loss",
+    "start_from",
+)  # fmt: skip
+"""Settings, or sections of them, that no contender may have to itself: what makes them comparable."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One entry of a comparison.
+
+    Attributes:
+        name: Its name in the report.
+        strategy: How it trains.
+        ranks: Processes.
+        accumulate: Micro-batches per optimizer update.
+        steps: Optimizer updates.
+        overrides: Settings in which it differs from the configuration, as `key=value`.
+        own: What the user has set for this entry alone, as `key=value`.
+    """
+
+    name: str
+    strategy: str
+    ranks: int
+    accumulate: int
+    steps: int
+    overrides: tuple[str, ...]
+    own: tuple[str, ...] = ()
+
+
+def contenders(settings: Settings, kinds: list[str], ranks: int, micro_batches: int) -> list[Contender]:
+    """The entries of a comparison.
+
+    All see the same micro-batches. A pipelined baseline updates once per flush of `micro_batches`. A decoupled stage
+    may update after every micro-batch, as configured, so `decoupled` appears twice: so, and with an update per flush.
+    `backprop` appears twice too, for each pace has its plain reference.
+
+    Args:
+        settings: The configuration; `training.steps` x `training.accumulate` micro-batches are trained on.
+        kinds: Strategies, of `STRATEGIES`.
+        ranks: Ranks of every strategy but `backprop`.
+        micro_batches: Micro-batches per flush.
+
+    Raises:
+        UsageError: An unknown strategy, or micro-batches that do not fit the configuration.
+    """
+    if unknown := [kind for kind in kinds if kind not in STRATEGIES]:
+        raise UsageError(f"--strategies: {unknown[0]!r} is not known; of {', '.join(STRATEGIES)}")
+    if len(set(kinds)) < len(kinds):
+        raise UsageError(f"--strategies: {', '.join(kinds)} names one twice; name each once")
+    if ranks < 2:
+        raise UsageError(f"--ranks {ranks} must be at least 2: a pipeline has several ranks (backprop always has one)")
+    own = settings.training.accumulate
+    if micro_batches < 1 or micro_batches % own:
+        raise UsageError(f"--micro-batches {micro_batches} must be a multiple of training.accumulate, {own}")
+    flushes = settings.training.steps * own // micro_batches
+    if flushes < EVALUATIONS:
+        packets = settings.training.steps * own
+        raise UsageError(
+            f"{packets} micro-batches (training.steps x accumulate) make {flushes} flushes of {micro_batches}, too few "
+            f"to compare; set training.steps to at least {EVALUATIONS * micro_batches // own}, or lower --micro-batches"
+        )
+    found = []
+    for kind in kinds:
+        configured = kind == "decoupled"
+        found.append(_contender(kind, kind, settings, ranks, own if configured else micro_batches, micro_batches))
+        if kind in BOTH_UPDATES and micro_batches != own:
+            pace = micro_batches if configured else own
+            found.append(_contender(BOTH_UPDATES[kind], kind, settings, ranks, pace, micro_batches))
+    return found
+
+
+def with_own_settings(entries: Sequence[Contender], given: Sequence[tuple[str, str]]) -> list[Contender]:
+    """The entries, some with settings of their own: a learning rate that suits one pace of updates, say.
+
+    Args:
+        entries: Of the comparison.
+        given: Pairs of an entry's name and `key=value`.
+
+    Raises:
+        UsageError: No entry has that name, or the setting is one that all share or that the comparison itself sets.
+    """
+    fixed = {entry.name: {*SHARED, *(one.split("=", 1)[0] for one in entry.overrides)} for entry in entries}
+    for name, override in given:
+        if name not in fixed:
+            raise UsageError(f"--set-for {name}: no such entry; of {', '.join(sorted(fixed))}")
+        key = override.split("=", 1)[0].strip()
+        if any(f"{key}.".startswith(f"{one}.") or one.startswith(f"{key}.") for one in fixed[name]):
+            raise UsageError(f"--set-for {name} {key}: all entries share it, or the comparison sets it for them")
+    return [replace(entry, own=tuple(one for name, one in given if name == entry.name)) for entry in entries]
+
+
+def _contender(  # noqa: PLR0917 - what an entry is made of, each once
+    name: str, kind: str, settings: Settings, ranks: int, accumulate: int, micro_batches: int
+) -> Contender:
+    own, schedule = settings.training.accumulate, settings.schedule
+    flushes = settings.training.steps * own // micro_batches
+    steps = flushes * micro_batches // accumulate
+    every = settings.validation.every
+    flushes_between = max(1, round(every * own / micro_batches) if every is not None else flushes // EVALUATIONS)
+    overrides = [
+        f"strategy={kind}",
+        f"stages={ranks}",
+        f"training.accumulate={accumulate}",
+        f"training.steps={steps}",
+        f"validation.every={flushes_between * micro_batches // accumulate}",
+        f"schedule.warmup={schedule.warmup * own // accumulate}",
+        f"schedule.milestones={[milestone * own // accumulate for milestone in schedule.milestones]}",
+        f"logging.trace_packets={max(settings.logging.trace_packets, 6 * micro_batches)}",
+        "checkpoint.every=null",
+        "logging.tensorboard=false",
+        "sample=null",
+    ]
+    if kind != "decoupled":
+        overrides += [f"{key}={json.dumps(value)}" for key, value in STAGES_ALONE.items()]
+    if not isinstance(settings.cut, str) and len(settings.cut) != ranks:
+        overrides.append("cut=time")
+    return Contender(name, kind, 1 if kind == "backprop" else ranks, accumulate, steps, tuple(overrides))

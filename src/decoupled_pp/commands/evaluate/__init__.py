@@ -1,0 +1,1 @@
+"""`dpp evaluate`: scores the exits of a finished run."""

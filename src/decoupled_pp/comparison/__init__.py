@@ -1,5 +1,0 @@
-"""`dpp compare`: strategies side by side on one configuration."""
-
-from decoupled_pp.comparison.command import add_arguments
-
-__all__ = ["add_arguments"]

@@ -1,0 +1,227 @@
+"""The one place that knows CPU from CUDA: device choice, streams, fences between streams, clocks, RNG state.
+
+And `untouched`, which leaves a module and the generators as they were after a trial run.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from decoupled_pp.core.contracts import UsageError
+
+Mark: TypeAlias = "float | torch.cuda.Event"
+"""A point in the device's work: seconds of the host's clock on the CPU, an event on CUDA."""
+
+
+def choose_device(setting: str, local_rank: int, local_ranks: int) -> torch.device:
+    """The device of one rank: its own GPU, or the CPU.
+
+    Args:
+        setting: "auto" (GPUs if every local rank can have one), "cpu" or "cuda".
+        local_rank: Rank on this machine.
+        local_ranks: Ranks on this machine.
+
+    Raises:
+        UsageError: "cuda" without enough GPUs, or another setting.
+    """
+    if setting not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"device {setting!r} must be 'auto', 'cpu' or 'cuda' (one GPU per rank, in their order)")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if setting == "cuda" and gpus < local_ranks:
+        raise UsageError(
+            f"device: cuda needs one GPU per rank, {local_ranks} here, found {gpus}; use device: cpu or auto"
+        )
+    if setting == "cpu" or gpus < local_ranks:
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest bytes so far: of tensors on a GPU (torch's allocator), on the CPU of the whole process (resident set)."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+class Fence:
+    """A point in the device's work that other streams, or a host thread, can wait for. Free on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Record the point on the current stream of `device`."""
+        self._device = device
+        self._event = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(blocking=True)  # a thread that waits for it sleeps, and spins on no core
+            self._event.record(torch.cuda.current_stream(device))
+
+    def wait(self, *tensors: Tensor) -> None:
+        """Make the current stream wait for the point; the host does not wait.
+
+        Args:
+            tensors: Made by another stream and used by this one from now on: their memory is not reused before.
+        """
+        if self._event is not None:
+            self._event.wait(torch.cuda.current_stream(self._device))
+            for tensor in tensors:
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
+    def synchronize(self) -> None:
+        """Make the calling host thread wait for the point (in a training loop only for one some packets ago)."""
+        if self._event is not None:
+            self._event.synchronize()
+
+
+def own_stream(device: torch.device) -> Any:
+    """A context in which work goes to a new stream of `device` (nothing on the CPU).
+
+    `device` becomes the calling thread's own. Otherwise every entry and exit would switch devices, and the exit's
+    switch back to device 0 would make each rank of a machine open a context there, at some 500 MB.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        return torch.cuda.stream(torch.cuda.Stream(device))
+    return nullcontext()
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`. The host does not wait: copies to CUDA leave from page-locked memory.
+
+    A copy from ordinary memory, `non_blocking` or not, may wait until the stream has come to it.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+class Clock:
+    """Time of a stage's work: host time on the CPU, device time by events on CUDA (the host never waits in `mark`)."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Anchor the clock to Unix time."""
+        self._device = device
+        self._origin: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            self._origin = torch.cuda.Event(enable_timing=True)
+            self._origin.record(torch.cuda.current_stream(device))
+            self._anchor = time.time()
+        else:
+            self._anchor = time.time() - time.perf_counter()
+
+    def mark(self) -> Mark:
+        """The present point of the current stream's work."""
+        if self._origin is None:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def seconds(self, marks: Sequence[Mark]) -> list[float]:
+        """Unix times of marks, in seconds. On CUDA this waits for the last mark: call it when flushing metrics only.
+
+        CUDA counts from one event to another in single-precision milliseconds: 0.25 ms apart after an hour, 4 ms after
+        ten. So the last mark becomes the origin of the next call, whose first mark it may be again.
+        """
+        if self._origin is None:
+            return [self._anchor + mark for mark in marks if isinstance(mark, float)]
+        events = [mark for mark in marks if not isinstance(mark, float)]
+        if not events:
+            return []
+        events[-1].synchronize()
+        origin, anchor = self._origin, self._anchor
+        times = [anchor + (origin.elapsed_time(event) / 1000 if event is not origin else 0.0) for event in events]
+        self._origin, self._anchor = events[-1], times[-1]
+        return times
+
+
+class RandomStream:
+    """A random stream of one's own: inside `with stream:` the default generators draw from it, after as if nothing was.
+
+    The generators are those a module on `device` draws from: the CPU's, and on CUDA the device's too.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        """Start the stream at `seed`."""
+        self._generators = [torch.default_generator]
+        if device.type == "cuda":
+            torch.cuda.init()
+            self._generators.append(torch.cuda.default_generators[device.index or 0])
+        self._own = [torch.Generator(g.device).manual_seed(seed).get_state() for g in self._generators]
+        self._outside: list[Tensor] = []
+
+    def __enter__(self) -> None:
+        self._outside = self._swap(self._own)
+
+    def __exit__(self, *_: object) -> None:
+        self._own = self._swap(self._outside)
+
+    @property
+    def state(self) -> Tensor:
+        """Where the stream is, as one uint8 tensor on the CPU."""
+        return torch.cat(self._own)
+
+    @state.setter
+    def state(self, state: Tensor) -> None:
+        self._own = list(state.split([own.numel() for own in self._own]))
+
+    def _swap(self, states: list[Tensor]) -> list[Tensor]:
+        """Give the generators these states; returns those they had."""
+        before = [generator.get_state() for generator in self._generators]
+        for generator, state in zip(self._generators, states, strict=True):
+            generator.set_state(state)
+        return before
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Run with the default generators seeded, and leave them as they were: the CPU's, and all GPUs' once in use.
+
+    Args:
+        seed: The seed.
+        device: A GPU that is used inside, if any.
+    """
+    if device is not None and device.type == "cuda":
+        torch.cuda.init()
+    # torch.manual_seed would seed all GPUs, unforked ones too, and those of a CUDA that is only started later.
+    gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=gpus, device_type="cuda"):
+        torch.default_generator.manual_seed(seed)
+        for gpu in gpus:
+            torch.cuda.default_generators[gpu].manual_seed(seed)
+        yield
+
+
+@contextmanager
+def untouched(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Restore train/eval flags, buffers and the random generators of the CPU and `device` at the end."""
+    flags = [(part, part.training) for part in module.modules()]
+    buffers = [
+        (part, name, buffer, buffer.clone())
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None
+    ]
+    with torch.random.fork_rng(devices=cuda_devices(device)):
+        try:
+            yield
+        finally:
+            for part, flag in flags:
+                part.training = flag
+            with torch.no_grad():
+                for part, name, buffer, content in buffers:
+                    buffer.copy_(content)
+                    part._buffers[name] = buffer
+
+
+def cuda_devices(device: torch.device) -> list[int]:
+    """The CUDA device index as `torch.random.fork_rng` wants it; none for other devices."""
+    if device.type != "cuda":
+        return []
+    return [device.index if device.index is not None else torch.cuda.current_device()]

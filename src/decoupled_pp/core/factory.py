@@ -1,0 +1,59 @@
+"""`package.module:function` -> the function, or what it makes, for everything a user may bring along."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from decoupled_pp.core.contracts import UsageError
+
+
+def import_factory(reference: str, key: str) -> Callable[..., Any]:
+    """Import what `reference` names; the working directory is searched too, as with `python -m`.
+
+    Args:
+        reference: `package.module:function`.
+        key: The setting it came from, for the error text.
+
+    Raises:
+        UsageError: It does not import, or is not callable.
+    """
+    module_name, colon, name = reference.partition(":")
+    if not (module_name and colon and name):
+        raise UsageError(f"{key}: {reference!r} must look like package.module:function")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        function = getattr(importlib.import_module(module_name), name, None)
+    except ImportError as error:
+        raise UsageError(f"{key}: cannot import {reference!r}: {error}; check the name and PYTHONPATH") from error
+    except Exception as error:  # whatever the module's own code does when it is run
+        raise UsageError(
+            f"{key}: cannot import {reference!r}: {type(error).__name__}: {error}; correct the module"
+        ) from error
+    if function is None:
+        raise UsageError(f"{key}: module {module_name!r} has no {name!r}; name a function of it")
+    if not callable(function):
+        raise UsageError(f"{key}: {reference!r} is a {type(function).__name__}, not a function")
+    return function  # type: ignore[no-any-return]
+
+
+def call_factory(reference: str, key: str, *given: object, **arguments: Any) -> Any:
+    """Call what `reference` names with what we give and the `arguments` of the settings.
+
+    Raises:
+        UsageError: It does not import, or does not take these arguments.
+    """
+    function = import_factory(reference, key)
+    try:
+        inspect.signature(function).bind(*given, **arguments)
+    except TypeError as error:
+        raise UsageError(f"{key}: {reference!r} does not take the arguments {arguments}: {error}") from None
+    except ValueError:  # some functions written in C do not say what they take
+        pass
+    return function(*given, **arguments)

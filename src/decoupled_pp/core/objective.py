@@ -1,0 +1,85 @@
+"""The local objective: what a critic is given of a training packet, and what it may make of it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from decoupled_pp.core.contracts import Loss, Payload, as_tuple
+
+IGNORED = -100
+"""Class index that counts for nothing, as in `torch.nn.functional.cross_entropy`."""
+
+
+@dataclass
+class View:
+    """One training packet, as the critic of a stage sees it.
+
+    Attributes:
+        inputs: What the stage was given; it takes no gradient, unless the critic asks for one (`follows_input`).
+        hidden: What the stage has made of it, with the graph of its layers.
+        target: The micro-batch's target.
+        rider: What an earlier critic has sent along with the packet; an empty tuple if nothing.
+        first: What the stage's first layer has made of its inputs, for a critic that asks for it (`needs_first`).
+        delta: Where an objective leaves its gradient for `hidden`, if its rider is to carry it.
+    """
+
+    inputs: Payload
+    hidden: Payload
+    target: Payload
+    rider: Payload = ()
+    first: Payload = ()
+    delta: Payload = ()
+
+
+class Critic(nn.Module):
+    """A critic that is more than logits and the run's loss; any other module that makes logits is a plain critic.
+
+    Attributes:
+        late: Whether its rider exists only once `objective` has run: then the packet leaves after that.
+        follows_input: Whether `objective` differentiates with respect to `View.inputs`.
+        needs_first: Whether it needs `View.first`.
+        exits: Whether its logits are an exit of the network; else `forward` is never called for evaluation.
+    """
+
+    late: ClassVar[bool] = False
+    follows_input: ClassVar[bool] = False
+    needs_first: ClassVar[bool] = False
+    exits: ClassVar[bool] = True
+
+    @abstractmethod
+    def forward(self, hidden: Payload) -> Tensor:
+        """Logits shaped like the network's output: what the exit after this stage says."""
+
+    def objective(self, view: View, loss: Loss) -> Tensor:
+        """The scalar that trunk and critic lower; by default the run's loss on the critic's logits.
+
+        Args:
+            view: The packet.
+            loss: The run's, loss(logits, target) -> scalar mean.
+        """
+        return loss(self(view.hidden), view.target)
+
+    def rider(self, view: View) -> Payload:
+        """What travels to the next stage beside the stage's output, for its critic; counted like all payload."""
+        return ()
+
+
+def local_loss(critic: nn.Module | None, view: View, loss: Loss) -> Tensor:
+    """What a stage lowers on one packet: its critic's objective; without a critic the loss of its own output."""
+    if isinstance(critic, Critic):
+        return critic.objective(view, loss)
+    return loss(as_tuple(view.hidden)[0] if critic is None else critic(view.hidden), view.target)
+
+
+def has_exit(critic: nn.Module | None) -> bool:
+    """Whether what leaves a stage here can be scored: all critics but those that make no logits."""
+    return not isinstance(critic, Critic) or critic.exits
+
+
+def rider_of(critic: nn.Module | None, view: View) -> Payload:
+    """What travels on beside the stage's output."""
+    return critic.rider(view) if isinstance(critic, Critic) else ()

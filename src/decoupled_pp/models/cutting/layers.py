@@ -1,0 +1,153 @@
+"""A network as a list of layers: what counts as one, and one pass through it to learn its shapes."""
+
+from __future__ import annotations
+
+from itertools import chain
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from decoupled_pp.core.contracts import CriticContext, Payload, UsageError, as_tuple, check_payload, map_payload
+from decoupled_pp.core.device import untouched
+
+LAYER_FAULTS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError)
+"""What a layer raises when its input does not fit."""
+
+
+def as_sequential(layers: object) -> nn.Sequential:
+    """The network as an `nn.Sequential` whose children are the layers; each gets exactly what the previous returned.
+
+    Args:
+        layers: An `nn.Sequential` (returned as it is), or a list or tuple of modules (named "0", "1", ...).
+
+    Raises:
+        UsageError: It is anything else, is empty, or holds one module twice.
+    """
+    if isinstance(layers, nn.Sequential):
+        if type(layers).forward is not nn.Sequential.forward:
+            raise UsageError(
+                f"{type(layers).__name__} is an nn.Sequential with a forward of its own, so its children are not its "
+                "layers; pass the layers as a list"
+            )
+        module = layers
+    elif isinstance(layers, list | tuple):
+        for index, layer in enumerate(layers):
+            if not isinstance(layer, nn.Module):
+                raise UsageError(f"layer {index} is a {type(layer).__name__}; every layer must be an nn.Module")
+        module = nn.Sequential(*layers)
+    else:
+        raise UsageError(
+            f"a network must be an nn.Sequential or a list of layers, not {type(layers).__name__}; list its layers in "
+            "the order in which they run, or pass the .layers that dpp.split_transformers, split_blocks or "
+            "split_traced make"
+        )
+    _refuse_duplicates(module)
+    return module
+
+
+def _refuse_duplicates(module: nn.Sequential) -> None:
+    if not len(module):
+        raise UsageError("the network has no layers; pass at least one")
+    seen: dict[int, str] = {}
+    for name, layer in module._modules.items():  # named_children() would skip the second one silently
+        if layer is None:
+            raise UsageError(f"layer {name!r} is None; leave it out or use nn.Identity()")
+        if id(layer) in seen:
+            raise UsageError(
+                f"layers {seen[id(layer)]!r} and {name!r} are one {type(layer).__name__} object, used twice; "
+                "make a second one (copy.deepcopy)"
+            )
+        seen[id(layer)] = name
+
+
+def describe(payload: Payload) -> str:
+    """Shapes and dtypes of a payload, for an error text."""
+    return ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in as_tuple(payload))
+
+
+def misfit(name: str, layer: nn.Module, given: Payload, error: Exception) -> UsageError:
+    """The error for a layer that fails on what it is given: one line."""
+    reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
+    return UsageError(
+        f"layer {name!r} ({type(layer).__name__}) does not fit its input {describe(given)}: {reason}; "
+        "each layer gets what the previous one returned, correct one of the two"
+    )
+
+
+def _copy_for(layer: nn.Module, payload: Payload) -> Payload:
+    """A copy on the layer's device; a copy, because the layer may work in place."""
+    own = next(chain(layer.parameters(), layer.buffers()), None)
+    return map_payload(lambda tensor: tensor.to(own.device if own is not None else tensor.device, copy=True), payload)
+
+
+@torch.no_grad()
+def trace(module: nn.Sequential, sample: Payload) -> tuple[list[Payload], Tensor]:
+    """Run a sample through the layers, in eval mode and without gradients; leaves no trace in module or generators.
+
+    Args:
+        module: The network.
+        sample: An input micro-batch; it follows the layers to their devices (those that trained may be on a GPU).
+
+    Returns:
+        The input of every layer, in order, and the network's output.
+
+    Raises:
+        UsageError: A layer does not fit what it is given, or the output is not one floating tensor.
+    """
+    hiddens: list[Payload] = []
+    current = check_payload(sample, "the sample")
+    with untouched(module, as_tuple(sample)[0].device):
+        module.eval()
+        for name, layer in module.named_children():
+            hiddens.append(current)
+            try:
+                result = layer(_copy_for(layer, current))
+            except UsageError:
+                raise
+            except LAYER_FAULTS as error:
+                raise misfit(name, layer, current, error) from error
+            current = check_payload(result, f"layer {name!r} ({type(layer).__name__})")
+    if not isinstance(current, Tensor) or not current.is_floating_point():
+        raise UsageError(f"the network returned {describe(current)}; its last layer must return one floating tensor")
+    return hiddens, current
+
+
+def critic_context(
+    module: nn.Sequential, hiddens: list[Payload], output: Tensor, *, boundary: int, stage: int, stages: int
+) -> CriticContext:
+    """What the critic of one stage may look at.
+
+    Args:
+        module: The network.
+        hiddens: Input of every layer, from `trace`.
+        output: Output of the network, from `trace`.
+        boundary: Index of the first layer above the stage.
+        stage: Index of the stage.
+        stages: Number of stages.
+    """
+    return CriticContext(
+        stage=stage,
+        stages=stages,
+        boundary=boundary,
+        hidden=map_payload(present, hiddens[boundary]),
+        output=present(output),
+        layers=tuple(module.children()),
+        hiddens=tuple(hiddens[boundary:]),
+        sample=map_payload(present, hiddens[0]),
+    )
+
+
+_zeros: WeakValueDictionary[object, Tensor] = WeakValueDictionary()
+"""Zeros that are in use, by shape and dtype: the contexts of many places share them."""
+
+
+def present(tensor: Tensor) -> Tensor:
+    """The tensor, or zeros of its shape if it is on the meta device (`Layers.weights`); they are not to be changed."""
+    if not tensor.is_meta:
+        return tensor
+    key = tensor.shape, tensor.dtype
+    zeros = _zeros.get(key)
+    if zeros is None:
+        _zeros[key] = zeros = torch.zeros_like(tensor, device="cpu")
+    return zeros

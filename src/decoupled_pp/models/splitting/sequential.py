@@ -1,0 +1,71 @@
+"""Networks of nested `nn.Sequential`: flattened, and marked where they may be cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from decoupled_pp.core.contracts import Layers, UsageError
+
+
+def flatten(network: nn.Sequential) -> Layers:
+    """The layers of nested `nn.Sequential`s in one list, under the names that they have in the network.
+
+    Args:
+        network: Its layers stay the same modules, so `state_dict()` has the same keys and tensors as before.
+
+    Raises:
+        UsageError: It is no `nn.Sequential`.
+    """
+    if not _is_plain(network):
+        raise UsageError(
+            f"a {type(network).__name__} is no nn.Sequential, so its layers do not simply follow one another; "
+            "pass them as a list, or split it at its blocks or by tracing"
+        )
+    flat = Layers(_leaves(network, ""))
+    flat.tied = network.tied if isinstance(network, Layers) else flat.tied
+    flat.training = network.training  # the outermost flag alone: layers in evaluation mode stay so
+    return flat
+
+
+def cut_after(network: nn.Sequential, names: Sequence[str]) -> Layers:
+    """Mark the layers after which a network may be cut; `partition` then chooses among these places.
+
+    With as many names as cuts, the cut is given: `partition(cut_after(model, ["layer2", "layer3.1"]), stages=3)`.
+
+    Args:
+        network: Nested `nn.Sequential`s; they are flattened.
+        names: Layers, or nested `nn.Sequential`s as a whole, by their dotted names, in order.
+
+    Raises:
+        UsageError: A name that is none of its layers, is the last one, or out of order.
+    """
+    flat = network if isinstance(network, Layers) else flatten(network)
+    keys = list(flat._modules)
+    places: list[int] = []
+    for name in names:
+        inside = [index for index, key in enumerate(keys) if key == name or key.startswith(f"{name}.")]
+        if not inside:
+            raise UsageError(f"cut_after: {name!r} is no layer of the network; its layers are {', '.join(keys)}")
+        if inside[-1] + 1 == len(keys):
+            raise UsageError(f"cut_after: {name!r} is the end of the network; name layers before it")
+        if places and inside[-1] + 1 <= places[-1]:
+            raise UsageError(f"cut_after: {name!r} does not come after the layer named before it; name them in order")
+        places.append(inside[-1] + 1)
+    flat.places = tuple(places)
+    return flat
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def _leaves(network: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in network._modules.items():
+        if child is None:
+            raise UsageError(f"layer {prefix}{name} is None; leave it out or use nn.Identity()")
+        if _is_plain(child) and len(child._modules):
+            yield from _leaves(child, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", child

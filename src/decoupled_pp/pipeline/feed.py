@@ -1,0 +1,116 @@
+"""Batches -> the packets of a run, in order: training, checkpoints, held-out evaluation, the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+
+import torch
+
+from decoupled_pp.core.channels import Inlet
+from decoupled_pp.core.contracts import Batch, BatchSource, Packet, PacketKind, UsageError, map_payload
+from decoupled_pp.core.device import on_device
+
+
+@dataclass(frozen=True)
+class Itinerary:
+    """What a run does when.
+
+    Attributes:
+        steps: Optimizer steps in all.
+        start: Optimizer steps already done (resume).
+        accumulate: Training packets per optimizer step.
+        validate_every: Optimizer steps between evaluations; None: only at the end.
+        validation_batches: Micro-batches per evaluation; None: all.
+        save_every: Optimizer steps between checkpoints; None: only at the end.
+        save: Whether there are checkpoints at all.
+    """
+
+    steps: int
+    start: int = 0
+    accumulate: int = 1
+    validate_every: int | None = None
+    validation_batches: int | None = None
+    save_every: int | None = None
+    save: bool = False
+
+
+class Feed(Inlet):
+    """The inlet of the first stage. A requested stop is honoured between optimizer steps: save, then end.
+
+    What was trained is saved before it is evaluated, and the first held-out batch is read before anything is trained:
+    a fault in the held-out data costs no training.
+    """
+
+    def __init__(
+        self,
+        train: BatchSource | None,
+        validation: BatchSource | None,
+        itinerary: Itinerary,
+        device: torch.device,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Make the stream; nothing is read before the first `receive`.
+
+        Args:
+            train: Training micro-batches; None for an evaluation only.
+            validation: Held-out micro-batches, or None.
+            itinerary: What to do when.
+            device: Where the first stage computes.
+            stop_requested: Asked between optimizer steps.
+        """
+        self._train, self._validation = train, validation
+        self._itinerary, self._device, self._stop_requested = itinerary, device, stop_requested
+        self._packets = self._stream()
+
+    def receive(self) -> Packet:
+        """The next packet of the run, on the device."""
+        return next(self._packets)
+
+    def _stream(self) -> Iterator[Packet]:
+        plan, held_out = self._itinerary, self._held_out()
+        number, step = plan.start * plan.accumulate, plan.start
+        batches = self._train.batches(number) if self._train is not None and step < plan.steps else iter(())
+        stopping = False
+        while step < plan.steps and not stopping:
+            for _ in range(plan.accumulate):
+                yield self._packet(PacketKind.TRAIN, number, next(batches))
+                number += 1
+            step += 1
+            last, stopping = step == plan.steps, self._stop_requested()
+            if plan.save and (last or stopping or _due(step, plan.save_every)):
+                yield Packet(PacketKind.SAVE, number)
+            if not stopping and (last or _due(step, plan.validate_every)):
+                yield from self._evaluation(number, held_out)
+                held_out = None
+        if plan.start >= plan.steps:
+            yield from self._evaluation(number, held_out)
+        yield Packet(PacketKind.END, number)
+
+    def _held_out(self) -> Iterator[Batch] | None:
+        """One pass over the held-out data, its first batch already read; None without such data."""
+        if self._validation is None:
+            return None
+        batches = islice(self._validation.batches(), self._itinerary.validation_batches)
+        first = next(batches, None)
+        if first is None:
+            raise UsageError("validate: there is no held-out batch; give at least one, or leave validation out")
+        return chain([first], batches)
+
+    def _evaluation(self, number: int, opened: Iterator[Batch] | None) -> Iterator[Packet]:
+        held_out = opened or self._held_out()
+        if held_out is None:
+            return
+        for batch in held_out:
+            yield self._packet(PacketKind.EVALUATE, number, batch)
+        yield Packet(PacketKind.EVALUATION_END, number)
+
+    def _packet(self, kind: PacketKind, number: int, batch: Batch) -> Packet:
+        # Detached: a graph behind a target would be one for all stages, and its backward pass goes through it once.
+        payload, target = (map_payload(lambda t: on_device(t.detach(), self._device), part) for part in batch)
+        return Packet(kind, number, payload, target)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

@@ -1,0 +1,124 @@
+"""The losses known by name, the user's own, and the accuracy that goes with class targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from decoupled_pp.core.contracts import Loss, Payload, UsageError, as_tuple
+from decoupled_pp.core.factory import import_factory
+from decoupled_pp.core.objective import IGNORED
+from decoupled_pp.core.suggestions import did_you_mean
+
+
+def cross_entropy(logits: Tensor, target: Payload) -> Tensor:
+    """Mean cross-entropy.
+
+    Args:
+        logits: (..., C), classes last, with targets of shape (...); else as `torch.nn.functional.cross_entropy`.
+        target: Class indices; IGNORED ones do not count.
+    """
+    classes = as_tuple(target)[0]
+    if classes.shape == logits.shape[:-1]:
+        return functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), classes.reshape(-1))
+    return functional.cross_entropy(logits, classes)
+
+
+def mse(logits: Tensor, target: Payload) -> Tensor:
+    """Mean squared error of the network's output against a target of the same shape."""
+    wanted = as_tuple(target)[0]
+    if wanted.shape != logits.shape:  # torch would broadcast, with a warning
+        raise UsageError(
+            f"loss: mse compares the network's output {tuple(logits.shape)} with a target {tuple(wanted.shape)}; "
+            "they must have one shape, or choose loss cross_entropy"
+        )
+    return functional.mse_loss(logits, wanted)
+
+
+def per_sample(loss: Loss) -> Callable[[Tensor, Payload], Tensor]:
+    """The same loss, sample by sample: (logits, target) -> (B,).
+
+    Raises:
+        UsageError: It is neither cross_entropy nor mse.
+    """
+    if loss is cross_entropy:
+        return _cross_entropies
+    if loss is mse:
+        return lambda logits, target: (logits - as_tuple(target)[0]).square().flatten(1).mean(dim=1)
+    raise UsageError("critic_target cascade needs the loss of every sample: set loss to cross_entropy or mse")
+
+
+def _cross_entropies(logits: Tensor, target: Payload) -> Tensor:
+    """Mean over the positions of each sample that count; 0 where none does."""
+    classes = as_tuple(target)[0]
+    last = classes.shape == logits.shape[:-1]
+    each = functional.cross_entropy(logits.movedim(-1, 1) if last else logits, classes, reduction="none")
+    counted = (classes != IGNORED).reshape(len(each), -1).sum(dim=1)
+    return each.reshape(len(each), -1).sum(dim=1) / counted.clamp(min=1)
+
+
+_NAMED: dict[str, Loss] = {"cross_entropy": cross_entropy, "mse": mse}
+
+
+def find_loss(choice: str | Loss) -> Loss:
+    """A loss by name, by `package.module:function`, or the user's own callable.
+
+    Raises:
+        UsageError: No such loss.
+    """
+    if not isinstance(choice, str):
+        return choice
+    if choice in _NAMED:
+        return _NAMED[choice]
+    if ":" in choice:
+        return cast(Loss, import_factory(choice, "loss"))
+    remedy = f"{did_you_mean(choice, _NAMED)}; one of {', '.join(_NAMED)}, or package.module:function"
+    raise UsageError(f"loss: {choice!r} is not known{remedy}")
+
+
+class ExitScore:
+    """Held-out loss and accuracy of one exit, summed on the device and read once at the end."""
+
+    def __init__(self) -> None:
+        """Start at nothing."""
+        self._loss: Tensor | float = 0.0
+        self._weight: Tensor | float = 0.0
+        self._correct: Tensor | float = 0.0
+        self._classes = True
+
+    def add(self, loss: Tensor, logits: Tensor, target: Payload) -> None:
+        """Add one micro-batch; its weight is its number of targets that count (else of samples)."""
+        classes = as_tuple(target)[0]
+        if torch.is_floating_point(classes) or classes.shape != logits.shape[:-1]:
+            self._classes, weight = False, logits.new_full((), float(logits.shape[0]), dtype=torch.float64)
+        else:
+            counted = classes != IGNORED
+            weight = counted.sum().double()
+            self._correct = self._correct + ((logits.argmax(-1) == classes) & counted).sum().double()
+        # A micro-batch without any counted target has loss NaN (0 / 0) and weight 0.
+        self._loss = self._loss + torch.where(weight > 0, loss.double() * weight, 0.0)
+        self._weight = self._weight + weight
+
+    def sums(self) -> list[float | None]:
+        """What has been summed (loss, weight, correct or None), to be joined with others' by `of_sums`."""
+        return [float(self._loss), float(self._weight), float(self._correct) if self._classes else None]
+
+    @staticmethod
+    def of_sums(parts: list[list[Any]]) -> tuple[float, float | None]:
+        """`result` of several scores, each given by its `sums`."""
+        whole = ExitScore()
+        whole._loss, whole._weight = sum(part[0] for part in parts), sum(part[1] for part in parts)
+        whole._classes = all(part[2] is not None for part in parts)
+        whole._correct = sum(part[2] or 0.0 for part in parts)
+        return whole.result()
+
+    def result(self) -> tuple[float, float | None]:
+        """Mean loss and, for class targets, the share classified right (None otherwise)."""
+        weight = float(self._weight)
+        if not weight:
+            return float("nan"), None
+        return float(self._loss) / weight, float(self._correct) / weight if self._classes else None

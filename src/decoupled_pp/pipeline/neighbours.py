@@ -1,0 +1,76 @@
+"""A probe: how well a stage's output tells classes apart without any critic, by its nearest training samples.
+
+Legend: B batch, D features, N samples kept, k neighbours.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from decoupled_pp.core.contracts import Payload, UsageError, as_tuple, first_tensor
+
+
+class Neighbours:
+    """The last training samples of a stage, and the score of held-out ones among them."""
+
+    def __init__(self, k: int, samples: int) -> None:
+        """Start empty.
+
+        Args:
+            k: Neighbours that vote.
+            samples: How many training samples are kept at most.
+        """
+        self._k, self._samples = k, samples
+        self._kept: deque[tuple[Tensor, Tensor]] = deque()
+        self._count = 0
+        self._correct: Tensor | int = 0
+        self._scored = 0
+
+    def remember(self, hidden: Payload, target: Payload) -> None:
+        """Keep a training micro-batch; the oldest leave for it.
+
+        Raises:
+            UsageError: Its target is not one class index per sample.
+        """
+        features, classes = _features(hidden), _classes(target)
+        self._kept.append((features, classes))
+        self._count += len(classes)
+        while self._count - len(self._kept[0][1]) >= self._samples:
+            self._count -= len(self._kept.popleft()[1])
+
+    def score(self, hidden: Payload, target: Payload) -> None:
+        """Classify a held-out micro-batch by a vote of the k most similar kept samples (cosine)."""
+        if not self._kept:
+            return
+        features, classes = (torch.cat(column)[-self._samples :] for column in zip(*self._kept, strict=True))
+        nearest = (_features(hidden) @ features.T).topk(min(self._k, len(classes)), dim=1).indices
+        wanted = _classes(target)
+        self._correct = self._correct + (classes[nearest].mode(dim=1).values == wanted).sum()
+        self._scored += len(wanted)
+
+    def accuracy(self) -> float | None:
+        """Share classified right since the last call; None if nothing was scored."""
+        found = float(self._correct) / self._scored if self._scored else None
+        self._correct, self._scored = 0, 0
+        return found
+
+
+def _features(hidden: Payload) -> Tensor:
+    """(B, D): the mean over space or sequence, of length 1."""
+    tensor = first_tensor(hidden).detach().float()
+    pooled = tensor.flatten(2).mean(dim=2) if tensor.dim() == 4 else tensor.mean(dim=1) if tensor.dim() == 3 else tensor
+    return functional.normalize(pooled.flatten(1), dim=1)
+
+
+def _classes(target: Payload) -> Tensor:
+    classes = as_tuple(target)[0]
+    if classes.dim() != 1 or classes.is_floating_point():
+        raise UsageError(
+            f"validation.knn needs one class index per sample, not targets {tuple(classes.shape)} {classes.dtype}; "
+            "leave it out"
+        )
+    return classes

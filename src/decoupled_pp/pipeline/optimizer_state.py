@@ -1,0 +1,128 @@
+"""What an optimizer carries from step to step, for checkpoints: state per parameter, and entries of `param_groups`.
+
+State per parameter is all that torch's own optimizers keep. Others (schedule-free ones, Prodigy) count and adapt in
+their `param_groups`, beside the settings. An entry is state if steps have changed it: settings that have stayed what
+they were are left to the run that resumes, which may change them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.device import seeded
+
+Groups: TypeAlias = list[list[dict[str, Any]]]
+"""Entries of every group of every optimizer, without the parameters."""
+
+
+def group_entries(optimizers: Sequence[Optimizer]) -> Groups:
+    """A copy of all entries of the groups."""
+    return [[_entries(group) for group in optimizer.param_groups] for optimizer in optimizers]
+
+
+def refuse_unsavable(groups: Groups) -> None:
+    """Raises UsageError if a group has an entry that could not be saved if it changed."""
+    for group in (group for groups_of_one in groups for group in groups_of_one):
+        for name, value in group.items():
+            if not _savable(value):
+                raise UsageError(
+                    f"optimizer: it keeps a {type(value).__name__} ({name!r}) in its param_groups, which a checkpoint "
+                    "cannot hold; keep numbers, strings or tensors there, or train without checkpoints"
+                )
+
+
+def changed_entries(optimizers: Sequence[Optimizer], before: Groups, scheduled: bool) -> dict[str, Any]:
+    """The entries that steps have changed, by `<optimizer>.<group>.<name>`; a scheduled rate is the schedule's."""
+    theirs = {"initial_lr", "lr"} if scheduled else {"initial_lr"}
+    return {
+        f"{i}.{j}.{name}": value
+        for i, (optimizer, groups) in enumerate(zip(optimizers, before, strict=True))
+        for j, (group, entries) in enumerate(zip(optimizer.param_groups, groups, strict=True))
+        for name, value in group.items()
+        if name not in theirs | {"params"} and not (name in entries and _equal(value, entries[name]))
+    }
+
+
+def reset_entries(optimizers: Sequence[Optimizer], groups: Groups, saved: Mapping[str, Any]) -> None:
+    """Give the groups these entries, with the saved changes."""
+    for optimizer, entries_of_one in zip(optimizers, groups, strict=True):
+        for group, entries in zip(optimizer.param_groups, entries_of_one, strict=True):
+            parameters = group["params"]
+            group.clear()
+            group.update(params=parameters, **_entries(entries))
+    for key, value in saved.items():
+        i, j, name = key.split(".", 2)
+        group = optimizers[int(i)].param_groups[int(j)]
+        group[name] = _like(group.get(name), value)
+
+
+def make_state(optimizers: Sequence[Optimizer], parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+    """Let the optimizers make the state they keep of these parameters, by a step with gradients of zero.
+
+    Which state that is, in which shapes, types and places, only the optimizer knows. The step may change parameters and
+    entries of the groups: these are to be restored afterwards.
+    """
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    with seeded(0, device):
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
+def named_state(optimizers: Sequence[Optimizer], names: Mapping[Tensor, str]) -> Iterator[tuple[str, str, Any]]:
+    """(parameter's name, field, value) of all state of the named parameters.
+
+    Raises:
+        UsageError: A value that a checkpoint cannot hold.
+    """
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            for field, value in state.items() if parameter in names else ():
+                if isinstance(value, Tensor | int | float):
+                    yield names[parameter], field, value
+                elif value is not None:
+                    raise UsageError(
+                        f"{type(optimizer).__name__} keeps a {type(value).__name__} ({field!r}): cannot be saved"
+                    )
+
+
+def owners(optimizers: Sequence[Optimizer], names: Mapping[Tensor, str]) -> dict[str, Optimizer]:
+    """Name of a parameter -> the optimizer that trains it."""
+    return {
+        names[parameter]: optimizer
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter in names
+    }
+
+
+def _like(first: object, value: Any) -> Any:
+    """The saved value in the form and place of the entry that it replaces."""
+    if isinstance(first, Tensor) and isinstance(value, Tensor):
+        return value.to(first.device)
+    return tuple(value) if isinstance(first, tuple) else value
+
+
+def _entries(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
+
+
+def _savable(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_savable(item) and not isinstance(item, Tensor) for item in value)
+    return value is None or isinstance(value, bool | int | float | str | Tensor)
+
+
+def _equal(a: object, b: object) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+    return a == b

@@ -1,0 +1,1 @@
+"""Training rules: what one stage does with a training packet."""

@@ -1,0 +1,1 @@
+"""Checkpoints: one consistent cut of all stages, saved, found, resumed and exported."""

@@ -1,0 +1,209 @@
+"""Bring a stage, or the plain network, to the state of a checkpoint: by names, whatever cut it was saved with."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from decoupled_pp.core.contracts import Payload, Plan, UsageError, first_tensor
+from decoupled_pp.pipeline.optimizer_state import make_state, named_state, owners, reset_entries
+from decoupled_pp.pipeline.rules.cascade import Lesson
+from decoupled_pp.pipeline.stage import Stage
+from decoupled_pp.run.checkpoints.parts import Checkpoint, name_of_critic
+
+
+def load_stage(checkpoint: Checkpoint, stage: Stage, plan: Plan) -> list[str]:
+    """Bring a stage to the state of the checkpoint, by parameter names, whatever cut it was saved with.
+
+    Returns:
+        What could not be taken over, in words (a critic whose place moved, the random stream of another cut).
+
+    Raises:
+        UsageError: A parameter of the stage is missing in the checkpoint, or has another shape.
+    """
+    _refuse_other_accumulation(checkpoint, stage)
+    notes: list[str] = []
+    name = name_of_critic(stage, plan)
+    wanted = {f"model.{key}": t for key, t in stage.trunk.state_dict().items()}
+    if stage.critic is not None:
+        critic = {f"critic.{name}.{key}": t for key, t in stage.critic.state_dict().items()}
+        if all(key in checkpoint.places and checkpoint.places[key][1] == t.shape for key, t in critic.items()):
+            wanted |= critic
+        else:
+            notes.append(f"stage {stage.index}: the checkpoint has no critic {name} like this one; it starts anew")
+    loaded = {key: p for key, p in stage.named_parameters(name).items() if key in wanted}
+    _load_optimizers(checkpoint, stage, loaded)
+    _load_groups(checkpoint, stage, same_cut=checkpoint.boundaries == plan.boundaries)
+    _load_into(checkpoint, wanted)
+    random_stream, state = f"rng.stage{stage.index}", stage.random.state
+    if checkpoint.boundaries != plan.boundaries:
+        notes.append(
+            f"stage {stage.index}: cut {checkpoint.boundaries} -> {plan.boundaries}; its random stream starts anew"
+        )
+    elif checkpoint.places[random_stream][1] != state.shape:
+        notes.append(f"stage {stage.index}: saved on another kind of device; its random stream starts anew")
+    else:
+        _load_into(checkpoint, {random_stream: state})
+        stage.random.state = state
+    if stage.cascade is not None:
+        lessons = _saved_lessons(checkpoint, stage) if checkpoint.boundaries == plan.boundaries else []
+        stage.cascade.lessons = deque(lessons)
+        if not lessons:
+            notes.append(
+                f"stage {stage.index}: the checkpoint has no losses of the next stage for this cut; the "
+                "critic goes on learning some packets later"
+            )
+    stage.updates = checkpoint.step
+    stage.samples = checkpoint.samples
+    return notes
+
+
+def _saved_lessons(checkpoint: Checkpoint, stage: Stage) -> list[Lesson]:
+    """What the critic of this stage was still to learn from."""
+    start, scalars = f"lesson.stage{stage.index}.", checkpoint.merged("scalars")
+    forms = {key.removeprefix(start): single for key, single in scalars.items() if key.startswith(start)}
+    places = {key: place for key, place in checkpoint.places.items() if key.startswith(start)}
+    tensors = {key: torch.empty(shape, dtype=dtype) for key, (_, shape, dtype) in places.items()}
+    checkpoint.fill(tensors)
+
+    def part(number: int, name: str, device: torch.device) -> Payload:
+        found = [t.to(device) for key, t in sorted(tensors.items()) if key.startswith(f"{start}{number}.{name}.")]
+        return found[0] if forms[f"{number}.{name}"] else tuple(found)
+
+    numbers = sorted({int(key.split(".")[0]) for key in forms})
+    return [
+        Lesson(
+            number,
+            part(number, "hidden", stage.device),
+            part(number, "target", stage.device),
+            first_tensor(part(number, "losses", torch.device("cpu"))),
+        )
+        for number in numbers
+    ]
+
+
+def _refuse_other_accumulation(checkpoint: Checkpoint, stage: Stage) -> None:
+    """Packets per step cannot change on the way: their numbers count on."""
+    saved = checkpoint.parts[0]["accumulate"]
+    if saved != stage.options.accumulate:
+        raise UsageError(
+            f"checkpoint {checkpoint.path} was made with accumulate {saved}, not {stage.options.accumulate}; keep it"
+        )
+
+
+def _load_into(checkpoint: Checkpoint, wanted: dict[str, Tensor]) -> None:
+    """Fill the tensors in place."""
+    for key, tensor in wanted.items():
+        if key not in checkpoint.places:
+            raise _of_another_plan(checkpoint, f"it has no {key}")
+        shape = checkpoint.places[key][1]
+        if shape != tensor.shape:
+            raise _of_another_plan(checkpoint, f"{key} is {tuple(shape)} there and {tuple(tensor.shape)} here")
+    checkpoint.fill(wanted)
+
+
+def _load_optimizers(checkpoint: Checkpoint, stage: Stage, loaded: dict[str, nn.Parameter]) -> None:
+    """Load the state of these parameters, which are to be loaded afterwards: making room for it changes them."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in loaded.items()}
+    here, kinds = owners(stage.all_optimizers, names), checkpoint.merged("owners")
+    for name, optimizer in here.items():
+        if kinds.get(name, type(optimizer).__name__) != type(optimizer).__name__:
+            raise _other_optimizer(checkpoint, f"was trained by {kinds[name]}", name, optimizer)
+    scalars, saved = checkpoint.merged("scalars"), _saved_fields(checkpoint, here)
+    make_state(stage.all_optimizers, [loaded[name] for name in saved], stage.device)
+    for name, field, _ in named_state(stage.all_optimizers, names):
+        if field not in saved[name]:
+            raise _other_optimizer(checkpoint, f"has no {field!r}", name, here[name])
+    tensors: dict[str, Tensor] = {}
+    for name, fields in saved.items():
+        state = here[name].state[loaded[name]]
+        for field in fields:
+            key = f"optimizer.{name}.{field}"
+            if key in scalars:
+                state[field] = scalars[key]
+                continue
+            if not isinstance(state.get(field), Tensor):  # made later than in the first step
+                _, shape, dtype = checkpoint.places[key]
+                state[field] = torch.empty(shape, dtype=dtype, device=loaded[name].device)
+            tensors[key] = state[field]
+    _load_into(checkpoint, tensors)
+
+
+def _saved_fields(checkpoint: Checkpoint, here: dict[str, Optimizer]) -> dict[str, set[str]]:
+    """Which state the checkpoint has of these parameters."""
+    saved: dict[str, set[str]] = {}
+    for key in (*checkpoint.places, *checkpoint.merged("scalars")):
+        name, _, field = key.removeprefix("optimizer.").rpartition(".")
+        if key.startswith("optimizer.") and name in here:
+            saved.setdefault(name, set()).add(field)
+    return saved
+
+
+def _load_groups(checkpoint: Checkpoint, stage: Stage, *, same_cut: bool) -> None:
+    """Load what steps have changed in the groups of the optimizers."""
+    scalars = checkpoint.merged("scalars")
+    keys = [key for key in (*checkpoint.places, *scalars) if key.startswith("groups.")]
+    if keys and not same_cut:
+        raise UsageError(
+            f"checkpoint {checkpoint.path}: its optimizers keep state of a whole stage ({keys[0].split('.')[-1]!r} in "
+            f"param_groups); go on with its cut, layers {list(checkpoint.boundaries)}"
+        )
+    start = f"groups.stage{stage.index}."
+    places = {key: place for key, place in checkpoint.places.items() if key.startswith(start)}
+    tensors = {key: torch.empty(shape, dtype=dtype) for key, (_, shape, dtype) in places.items()}
+    _load_into(checkpoint, tensors)
+    saved = {key.removeprefix(start): value for key, value in (scalars | tensors).items() if key.startswith(start)}
+    try:
+        reset_entries(stage.all_optimizers, stage.first_groups, saved)
+    except IndexError:
+        raise UsageError(
+            f"checkpoint {checkpoint.path} has more param_groups of stage {stage.index} than there are here; use the "
+            "optimizer it was made with"
+        ) from None
+
+
+def _other_optimizer(checkpoint: Checkpoint, what: str, name: str, optimizer: Optimizer) -> UsageError:
+    return UsageError(
+        f"checkpoint {checkpoint.path} is of another optimizer: {name} {what} there, and {type(optimizer).__name__} "
+        "with these settings trains it here; use the optimizer it was made with"
+    )
+
+
+def load_model(checkpoint: Checkpoint, module: torch.nn.Module) -> None:
+    """Fill the user's whole module with the checkpoint's weights and buffers, strictly by its own names.
+
+    Raises:
+        UsageError: The checkpoint is of another network.
+    """
+    refuse_other_network(checkpoint, module)
+    _load_into(checkpoint, {f"model.{name}": tensor for name, tensor in module.state_dict().items()})
+
+
+def refuse_other_network(checkpoint: Checkpoint, module: torch.nn.Module) -> None:
+    """Raises UsageError unless the checkpoint has exactly the weights and buffers of this network, in their shapes.
+
+    A stage alone cannot tell: what the checkpoint has and it has not may be another stage's.
+    """
+    here = {f"model.{name}": tensor.shape for name, tensor in module.state_dict().items()}
+    there = {key: shape for key, (_, shape, _) in checkpoint.places.items() if key.startswith("model.")}
+    for key in (*here, *there):
+        if key not in there:
+            raise _of_another_plan(checkpoint, f"it has no {key}")
+        if key not in here:
+            raise _of_another_plan(checkpoint, f"it has {key}, which this network has not")
+        if here[key] != there[key]:
+            raise _of_another_plan(checkpoint, f"{key} is {tuple(there[key])} there and {tuple(here[key])} here")
+
+
+def with_cut_of(checkpoint: Checkpoint, plan: Plan) -> Plan:
+    """The plan, cut as the checkpoint is if only a new measurement says otherwise (noise)."""
+    same = (len(checkpoint.boundaries), checkpoint.boundaries[-1]) == (len(plan.boundaries), plan.boundaries[-1])
+    return replace(plan, boundaries=checkpoint.boundaries) if plan.layer_seconds is not None and same else plan
+
+
+def _of_another_plan(checkpoint: Checkpoint, why: str) -> UsageError:
+    return UsageError(f"checkpoint {checkpoint.path} is of another plan: {why}; use the config it was made with")

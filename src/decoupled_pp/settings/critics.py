@@ -1,0 +1,221 @@
+"""The `critic` section of the settings: one class for every kind."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from decoupled_pp.settings.sections import Factory, Section
+
+
+class AutoCritic(Section):
+    """What has been measured to serve a kind of network best (docs/critics.md): by the form of a stage's output."""
+
+    kind: Literal["auto"] = "auto"
+
+
+class HeadCritic(Section):
+    """Pool + linear; for tokens norm + vocabulary projection. The cheapest critic."""
+
+    kind: Literal["head"] = "head"
+    weights: Literal["fresh", "network"] = "fresh"
+    """fresh; or network: a copy of the network's last layer with its weights, for one that is trained already."""
+
+
+class ConvCritic(Section):
+    """The critic of local critic training (Lee & Lee 2019): 3x3 convolutions and a linear layer; images."""
+
+    kind: Literal["conv"]
+    convolutions: int = Field(1, ge=1)
+    """3x3 convolutions, each with a ReLU (paper: 1; 3 to 5 were tried)."""
+    channels: int = Field(128, ge=1)
+    """Channels of each (paper: 128)."""
+
+
+class MlpSrCritic(Section):
+    """Spatially reduced MLP head of decoupled greedy learning (Belilovsky et al. 2020); images and vectors."""
+
+    kind: Literal["mlp_sr"]
+    convolutions: int = Field(3, ge=0)
+    """1x1 convolutions after the spatial reduction (paper: 3)."""
+    linears: int = Field(3, ge=0)
+    """Hidden linear layers before the output layer (paper: 3)."""
+
+
+class AuglocalCritic(Section):
+    """A fresh copy of layers sampled uniformly from those above the stage, then the head (AugLocal, Ma et al. 2024)."""
+
+    kind: Literal["auglocal"]
+    depth: int = Field(2, ge=1)
+    """Sampled layers of the critic of the first stage (d)."""
+    pyramid: float = Field(0.5, ge=0, le=1)
+    """Share of `depth` taken off linearly towards the last critic (c in the paper)."""
+    resolution: int | None = Field(None, ge=1)
+    """Images are average-pooled to at most this height and width first; default: they are not."""
+    width: float = Field(1.0, gt=0, le=1)
+    """Share of the channels (tokens: of the width) that the copies have, after a projection; paper: all."""
+    weights: Literal["fresh", "network"] = "fresh"
+    """fresh; or network: copies and head begin with the network's own weights, for one that is trained already."""
+
+
+class PredsimCritic(Section):
+    """Prediction and similarity matching (Nokland & Eidnes 2019): one label each; images and vectors."""
+
+    kind: Literal["predsim"]
+    similarity: float = Field(0.99, ge=0, le=1)
+    """Share of the similarity loss (b in the paper: 0.99)."""
+    features: int = Field(2048, ge=1)
+    """Largest number of features, after average pooling, that the linear prediction is given (paper: 2048 or 4096)."""
+
+
+class InfoproCritic(Section):
+    """Information propagation (Wang et al. 2021): also rebuild the input image, which travels in the packet."""
+
+    kind: Literal["infopro"]
+    reconstruction: list[float] = Field([5.0, 0.5], min_length=2, max_length=2)
+    """Weight of the reconstruction loss at the first and at the last critic, linear in between."""
+    prediction: list[float] = Field([0.5, 0.5], min_length=2, max_length=2)
+    """Weight of the run's loss at the first and at the last critic, linear in between."""
+    width: int = Field(12, ge=1)
+    """Channels inside the decoder (paper: 12)."""
+    features: int = Field(128, ge=1)
+    """Hidden units of the classifier (paper: 128)."""
+
+
+class LlsCritic(Section):
+    """Layer-wise learning with fixed sinusoids (Apolinario & Roy 2025): no trained parameters; one label each."""
+
+    kind: Literal["lls"]
+    pooled: int = Field(4, ge=1)
+    """Images are pooled to this height and width; vectors are taken as they are."""
+    temperature: float = Field(1.0, gt=0)
+    """T, by which the logits are divided."""
+
+
+class NeuronGroupsCritic(Section):
+    """Groups of channels with a critic each, made to differ (Patel et al. 2023, GN-DGL); one label each."""
+
+    kind: Literal["neuron_groups"]
+    groups: int = Field(2, ge=2)
+    """Groups, G; the channels of a stage's output must divide by it."""
+    base: Literal["head", "mlp_sr"] = "head"
+    """The critic of every group; it sees the other groups' channels too, without a gradient into them."""
+    diversity: float = Field(0.5, ge=0)
+    """Weight of the mean pairwise cosine between the groups' softened wrong-class distributions (paper: 0.5)."""
+    temperature: float = Field(3.0, gt=0)
+    """What softens them (paper: 3)."""
+
+
+class CollaborativeCritic(Section):
+    """Several heads that also learn from each other's consensus (Song & Chai 2018); their gradient is rescaled."""
+
+    kind: Literal["collaborative"]
+    heads: int = Field(2, ge=2)
+    """Heads, H; the gradient into the stage is that of all heads divided by H."""
+    base: Literal["head", "mlp_sr"] = "head"
+    """What every head is."""
+    label_share: float = Field(0.5, ge=0, le=1)
+    """Share of the labels' loss; the rest is that of the others' consensus (beta in the paper)."""
+    temperature: float = Field(2.0, gt=0)
+    """What softens the consensus (T in the paper)."""
+
+
+class SgrCritic(Section):
+    """Successive gradient reconciliation (Yang et al. 2024): the previous stage's delta travels forward."""
+
+    kind: Literal["sgr"]
+    base: Literal["head", "mlp_sr"] = "head"
+    """What makes the logits of a stage."""
+    weight: float = Field(0.1, ge=0)
+    """Weight of the distance between this stage's gradient for its input and the previous stage's delta (lambda)."""
+    distance: Literal["cosine", "l2"] = "cosine"
+    """Per sample: 1 - cosine, or the squared difference over the delta's own square."""
+
+
+class ReconstructCritic(Section):
+    """Local post-training (LoPT): rebuild what the stage was given, so that little of it is lost; for fine-tuning.
+
+    It makes no logits, so the stage has no exit.
+    """
+
+    kind: Literal["reconstruct"]
+    weight: float = Field(10.0, gt=0)
+    """Weight of the mean squared error (lambda; LoPT: 10)."""
+
+
+class VocabularyCritic(Section):
+    """A head for large vocabularies that is cheap to train: fewer tokens, a lower rank, fewer or hashed classes."""
+
+    kind: Literal["vocabulary"]
+    tokens: float = Field(1.0, gt=0, le=1)
+    """Share of a micro-batch's positions that the loss is computed on, drawn anew for every packet."""
+    rank: int | None = Field(None, ge=1)
+    """Rank of the projection to the vocabulary; default: full."""
+    classes: int | None = Field(None, ge=1)
+    """Sampled softmax: so many classes, drawn anew for every packet, stand for all that are not the target."""
+    buckets: int | None = Field(None, ge=2)
+    """Hashed softmax: `hashes` random hash functions map the classes to so many buckets, which are predicted."""
+    hashes: int = Field(2, ge=1)
+    """Hash functions, with `buckets`."""
+
+    @model_validator(mode="after")
+    def _one_softmax(self) -> VocabularyCritic:
+        if self.classes is not None and self.buckets is not None:
+            raise ValueError("give at most one of classes (sampled softmax) and buckets (hashed softmax)")
+        return self
+
+
+class FactoryCritic(Factory):
+    """Your own critic: `function(context, **arguments)` builds an `nn.Module` from stage output to logits."""
+
+
+CriticSettings = Annotated[
+    AutoCritic
+    | HeadCritic
+    | ConvCritic
+    | MlpSrCritic
+    | AuglocalCritic
+    | PredsimCritic
+    | InfoproCritic
+    | LlsCritic
+    | NeuronGroupsCritic
+    | CollaborativeCritic
+    | SgrCritic
+    | ReconstructCritic
+    | VocabularyCritic
+    | FactoryCritic,
+    Field(discriminator="kind"),
+]
+
+
+class LabelTarget(Section):
+    """A stage and its critic lower the critic's loss of the labels together. Nothing flows back."""
+
+    kind: Literal["label"] = "label"
+
+
+class CascadeTarget(Section):
+    """A critic learns to give the loss that the next stage has, sample by sample, and its stage lowers it (Lee & Lee).
+
+    One float per sample flows back over every link. For `loss` cross_entropy and mse.
+    """
+
+    kind: Literal["cascade"]
+    lag: int = Field(8, ge=2)
+    """Packets after which a critic learns from a packet; above `links.capacity`, so that no stage waits for losses."""
+    optimizer: str = "Adam"
+    """The critics' own optimizer, by its name in `torch.optim`; its rate is constant (paper: Adam)."""
+    lr: float = Field(1e-4, gt=0)
+    """Its learning rate (paper: 1e-4)."""
+
+
+class MixTarget(CascadeTarget):
+    """The cascade's target and the labels' own loss, weighted."""
+
+    kind: Literal["mix"]  # type: ignore[assignment]  # another tag of the same section
+    label_share: float = Field(0.5, gt=0, lt=1)
+    """Share of the labels' own loss in what a critic lowers."""
+
+
+CriticTargetSettings = Annotated[LabelTarget | CascadeTarget | MixTarget, Field(discriminator="kind")]

@@ -1,0 +1,311 @@
+"""Every setting of a run: typed, documented field by field, checked together; those with a `kind` in `sections.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.settings.critics import AutoCritic, CriticSettings, CriticTargetSettings, LabelTarget
+from decoupled_pp.settings.sections import DataSettings, HuggingFaceModel, ModelSettings, Section
+
+
+class OptimizerSettings(Section):
+    """The optimizer of every stage: a class of `torch.optim` by name, or a factory."""
+
+    kind: str = "AdamW"
+    """Class name in `torch.optim` (AdamW, SGD, Adam, Muon, ...), or `package.module:function` taking the parameters."""
+    lr: float = Field(1e-3, gt=0)
+    """Learning rate."""
+    lr_per_stage: list[float] | None = None
+    """Factors of `lr`, one for every stage (decoupled only); 0: it and its critic stay as they are. Default: 1."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Further keyword arguments of the class, e.g. `{weight_decay: 0.1, betas: [0.9, 0.95]}`; `lr` has its own key."""
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> OptimizerSettings:
+        if "lr" in self.arguments:
+            raise ValueError(f"arguments.lr {self.arguments['lr']} would override lr {self.lr}; give lr alone")
+        if any(factor < 0 for factor in self.lr_per_stage or ()):
+            raise ValueError(f"lr_per_stage {self.lr_per_stage} must not be negative; 0 freezes a stage")
+        return self
+
+    def freezes(self, index: int) -> bool:
+        """Whether a stage and its critic stay as they are."""
+        return self.lr_per_stage is not None and self.lr_per_stage[index] == 0
+
+    def of_stage(self, index: int) -> OptimizerSettings:
+        """The same with the rate of one stage that is not frozen."""
+        if self.lr_per_stage is None or self.freezes(index):
+            return self
+        return self.model_copy(update={"lr": self.lr * self.lr_per_stage[index], "lr_per_stage": None})
+
+
+class BalanceSettings(Section):
+    """What a cut by time or by parameters has to respect (decoupled only)."""
+
+    speeds: list[float] | None = None
+    """Of the devices of the stages, relative to each other, e.g. `[1, 1, 0.5, 1]`; default: all alike."""
+    memory: str | list[str] | None = None
+    """Of the devices: one size, such as `20GiB`, or one for every stage; no stage may need more. Default: no bound."""
+
+
+class ScheduleSettings(Section):
+    """Learning rate over the optimizer steps of a stage."""
+
+    kind: Literal["constant", "cosine", "linear", "steps"] = "constant"
+    """After the warm-up: constant; cosine or linear decay to `final`; or x `factor` at every milestone."""
+    warmup: int = Field(0, ge=0)
+    """Steps of linear warm-up from 0."""
+    final: float = Field(0.0, ge=0, le=1)
+    """Fraction of the learning rate at the last step (cosine, linear)."""
+    milestones: list[int] = Field(default_factory=list)
+    """Steps at which the rate is multiplied by `factor` (steps)."""
+    factor: float = Field(0.1, gt=0)
+    """Multiplier at each milestone (steps)."""
+
+
+class TrainingSettings(Section):
+    """How every stage trains."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps per stage; each takes `accumulate` packets."""
+    accumulate: int = Field(1, ge=1)
+    """Packets (micro-batches) whose gradients are averaged in one optimizer step."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Largest gradient norm of a stage (its critic included); default: no clipping."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32, or bf16 autocast (parameters and optimizer stay fp32)."""
+    checkpoint_activations: bool = False
+    """Recompute activations in backward instead of keeping them (each layer separately)."""
+    compile: bool = False
+    """`torch.compile` the stage and its critic."""
+    stagger: int = Field(0, ge=0)
+    """Optimizer steps by which each stage starts to learn after the one before it; till then it passes packets on."""
+    critic_warmup: int = Field(0, ge=0)
+    """Optimizer steps at the start in which stages with a critic train that alone: for networks that are trained
+    already (`start_from`), whose early layers a fresh critic would spoil."""
+
+
+class CorrectionSettings(Section):
+    """End-to-end steps now and then: true gradients flow back, as large as the activations, while every stage waits."""
+
+    every: int = Field(ge=1)
+    """Local optimizer steps before each round of end-to-end steps."""
+    steps: int = Field(1, ge=1)
+    """End-to-end optimizer steps in a round; critics do not learn in them."""
+
+    def covers(self, step: int) -> bool:
+        """Whether optimizer step `step` (from 0) is an end-to-end one."""
+        return step % (self.every + self.steps) >= self.every
+
+
+class LinkSettings(Section):
+    """The one-way links between stages."""
+
+    capacity: int = Field(4, ge=1)
+    """Packets a link may hold, so how far a stage may run ahead of the next; a full link makes its sender wait."""
+    timeout_seconds: float = Field(300.0, gt=0)
+    """Longest wait for a packet (stage k's first: k times this), for room, or for the other ranks at start and end."""
+
+
+class ValidationSettings(Section):
+    """Held-out evaluation of every exit, flowing forward between training packets."""
+
+    every: int | None = Field(None, ge=1)
+    """Optimizer steps between validations; default: only at the end."""
+    batches: int | None = Field(None, ge=1)
+    """Validation micro-batches per pass; default: all."""
+    knn: int | None = Field(None, ge=1)
+    """Also score every stage's output by a vote of this many nearest training samples; default: do not."""
+    knn_samples: int = Field(2000, ge=1)
+    """The last training samples that a stage keeps for it."""
+
+
+class CheckpointSettings(Section):
+    """Saving the run."""
+
+    every: int | None = Field(None, ge=1)
+    """Optimizer steps between checkpoints; default: only at the end (and on Ctrl-C)."""
+    keep: int = Field(2, ge=1)
+    """Checkpoints to keep."""
+    refresh_tied: bool = False
+    """At every checkpoint the first user of a weight that was tied (the token embedding) takes what the last one (the
+    output projection) had at the checkpoint before; default: they stay two."""
+
+    @model_validator(mode="after")
+    def _refreshed_from_checkpoints(self) -> CheckpointSettings:
+        if self.refresh_tied and self.every is None:
+            raise ValueError("refresh_tied takes weights from checkpoints: give checkpoint.every")
+        return self
+
+
+class LoggingSettings(Section):
+    """What is written and shown while training."""
+
+    every: int = Field(50, ge=1)
+    """Packets between two flushes of the metrics of a stage (non-finite losses are found then too)."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    trace_packets: int = Field(100, ge=1)
+    """Training packets per stage in `trace.json`, from the middle of the run."""
+
+
+class SampleSettings(Section):
+    """Text generated from the exported model at the end (token models)."""
+
+    prompt: str = "def "
+    """Text to continue."""
+    tokens: int = Field(200, ge=1)
+    """Tokens to generate."""
+    temperature: float = Field(0.8, ge=0)
+    """Softmax temperature; 0 takes the likeliest token."""
+
+
+Strategy = Literal[
+    "decoupled",
+    "backprop",
+    "gpipe",
+    "1f1b",
+    "interleaved_1f1b",
+    "zero_bubble",
+    "zbv",
+    "deepspeed",
+    "data_parallel",
+]
+
+
+STAGES_ALONE: dict[str, Any] = {
+    "optimizer.lr_per_stage": None,
+    "training.stagger": 0,
+    "training.critic_warmup": 0,
+    "balance.speeds": None,
+    "balance.memory": None,
+    "checkpoint.refresh_tied": False,
+    "validation.knn": None,
+    "global_correction": None,
+}
+"""What only decoupled stages can have, and the value with which they have not."""
+
+
+def refuse_lag(target: CriticTargetSettings, capacity: int) -> None:
+    """Raises UsageError if losses that flow back may not be there when they are due."""
+    if not isinstance(target, LabelTarget) and target.lag <= capacity:
+        raise UsageError(
+            f"critic_target: lag {target.lag} must be above links.capacity {capacity}, or a stage would wait for the "
+            "losses of the next"
+        )
+
+
+def refuse_pauses(correction: CorrectionSettings | None, stagger: int, target: CriticTargetSettings) -> None:
+    """Raises UsageError for steps without a critic under a cascade, whose critics learn from every packet."""
+    if isinstance(target, LabelTarget):
+        return
+    for name, given in (("global_correction", correction is not None), ("training.stagger", stagger > 0)):
+        if given:
+            raise UsageError(f"{name} needs critic_target label, not {target.kind}; leave one of the two out")
+
+
+def refuse_rates(optimizer: OptimizerSettings, stages: int) -> None:
+    """Raises UsageError unless each stage has one factor of the learning rate, or none has."""
+    factors = optimizer.lr_per_stage
+    if factors is not None and len(factors) != stages:
+        raise UsageError(f"optimizer.lr_per_stage has {len(factors)} factors for {stages} stages; give one for each")
+
+
+class Settings(Section):
+    """A run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run; its folder is `<runs>/<name>`."""
+    runs: str = "runs"
+    """Folder of all runs."""
+    seed: int = Field(0, ge=0)
+    """Seed of everything: weights, critics, data order, augmentation, dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: one GPU per rank and NCCL where there are GPUs, else the CPU and gloo."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads per rank inside torch operators; default: cores of the machine divided by its ranks."""
+    strategy: Strategy = "decoupled"
+    """How to train: decoupled, or by backpropagation as a baseline (pipelines with `training.accumulate` micro-batches
+    per flush: torch's gpipe, 1f1b, interleaved_1f1b, zero_bubble and zbv, DeepSpeed's; data_parallel; or all in one
+    process: backprop)."""
+    stages: int = Field(2, ge=1)
+    """Stages the network is cut into; one per rank (decoupled: or all in one process)."""
+    cut: Literal["time", "parameters", "uniform"] | list[int] = "time"
+    """Balance stages by measured time, by parameters, by number of layers, or give the layers per stage."""
+    balance: BalanceSettings = BalanceSettings()
+    """Uneven devices, and how much memory they have."""
+    model: ModelSettings
+    """The network."""
+    start_from: str | None = None
+    """Folder of a finished run, or a safetensors file, whose weights the network starts with; default: fresh ones."""
+    data: DataSettings
+    """The data set."""
+    loss: str = "cross_entropy"
+    """`cross_entropy`, `mse`, or `package.module:function` called as `function(logits, target)`."""
+    critic: CriticSettings = AutoCritic()
+    """The critic of every stage before the last."""
+    critic_target: CriticTargetSettings = LabelTarget()
+    """What critics learn from: labels, or the next stage's losses."""
+    critic_overlap: int = Field(0, ge=0)
+    """First layers of the next stage that every stage trains copies of, below its critic; no byte more is sent."""
+    global_correction: CorrectionSettings | None = None
+    """End-to-end steps between local ones; default: none."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """The optimizer of every stage."""
+    schedule: ScheduleSettings = ScheduleSettings()
+    """The learning-rate schedule of every stage."""
+    training: TrainingSettings
+    """How every stage trains."""
+    links: LinkSettings = LinkSettings()
+    """The links between stages."""
+    validation: ValidationSettings = ValidationSettings()
+    """Held-out evaluation."""
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    """Saving the run."""
+    logging: LoggingSettings = LoggingSettings()
+    """Metrics."""
+    sample: SampleSettings | None = None
+    """Generate text at the end; default: do not."""
+
+    @model_validator(mode="after")
+    def _together(self) -> Settings:
+        refuse_lag(self.critic_target, self.links.capacity)
+        refuse_rates(self.optimizer, self.stages)
+        refuse_pauses(self.global_correction, self.training.stagger, self.critic_target)
+        if isinstance(self.cut, list) and (len(self.cut) != self.stages or min(self.cut, default=0) < 1):
+            raise ValueError(
+                f"cut {self.cut} must have {self.stages} entries (stages), each at least 1; list the layers per stage"
+            )
+        if isinstance(self.model, HuggingFaceModel) and self.model.meta:
+            whole = {"strategy": self.strategy != "decoupled", "sample": self.sample, "start_from": self.start_from}
+            if given := next((key for key, value in whole.items() if value), None):
+                raise ValueError(f"{given} needs the whole network in one process; leave model.meta out, or {given}")
+        if self.schedule.warmup >= self.training.steps:
+            raise ValueError(
+                f"schedule.warmup {self.schedule.warmup} leaves none of training.steps {self.training.steps}; "
+                "lower the one or raise the other"
+            )
+        if (self.validation.every or 0) > self.training.steps:
+            raise ValueError(
+                f"validation.every {self.validation.every} is more than training.steps {self.training.steps}; "
+                "lower it, or leave it out (null) to validate only at the end"
+            )
+        if self.schedule.kind == "steps" and not self.schedule.milestones:
+            raise ValueError("schedule.kind 'steps' needs schedule.milestones; give a list of steps")
+        for key, kinds in (("factor", ("steps",)), ("milestones", ("steps",)), ("final", ("cosine", "linear"))):
+            changed = getattr(self.schedule, key) != getattr(ScheduleSettings(), key)
+            if changed and self.schedule.kind not in kinds:
+                raise ValueError(
+                    f"schedule.{key} has no effect with schedule.kind {self.schedule.kind!r}; "
+                    f"leave it out, or use kind {' or '.join(kinds)}"
+                )
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.runs) / self.name

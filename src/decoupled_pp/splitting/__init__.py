@@ -1,7 +1,0 @@
-"""Any model as a list of layers."""
-
-from decoupled_pp.splitting.blocks import Split, split_blocks
-from decoupled_pp.splitting.sequential import cut_after, flatten
-from decoupled_pp.splitting.tying import untie
-
-__all__ = ["Split", "cut_after", "flatten", "split_blocks", "untie"]

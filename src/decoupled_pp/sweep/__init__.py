@@ -1,5 +1,0 @@
-"""`dpp sweep`: variants of one configuration, over seeds, in one table."""
-
-from decoupled_pp.sweep.command import add_arguments
-
-__all__ = ["add_arguments"]

@@ -1,0 +1,1 @@
+"""Trains a plan: the public `Trainer` and `partition`, runs from settings, and the baselines by backpropagation."""

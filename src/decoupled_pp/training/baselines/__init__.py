@@ -1,0 +1,56 @@
+"""What a decoupled run is compared with: the same network trained by backpropagation, in one process and pipelined."""
+
+from __future__ import annotations
+
+import torch
+
+from decoupled_pp.core.contracts import Plan, UsageError
+from decoupled_pp.training.baselines.deepspeed_pipeline import DeepSpeedPipeline
+from decoupled_pp.training.baselines.strategy import Strategy, Training
+from decoupled_pp.training.baselines.torch_pipeline import SCHEDULES, TorchPipeline
+from decoupled_pp.training.baselines.whole import Backprop, DataParallel
+
+BASELINES = ("backprop", *SCHEDULES, "deepspeed", "data_parallel")
+"""Names of all baselines."""
+
+__all__ = ["BASELINES", "Strategy", "Training", "build_baseline", "stages_needed"]
+
+
+def stages_needed(kind: str, ranks: int) -> int | None:
+    """Stages that a plan must have for a baseline on so many ranks; None if any plan will do."""
+    if kind == "deepspeed":
+        return ranks
+    return ranks * SCHEDULES[kind].stages_per_rank if kind in SCHEDULES else None
+
+
+def build_baseline(
+    kind: str, plan: Plan, training: Training, device: torch.device, *, rank: int, ranks: int
+) -> Strategy:
+    """One rank of a baseline; more than one rank must have joined the default process group.
+
+    Args:
+        kind: One of `BASELINES`.
+        plan: The network; with `stages_needed` stages.
+        training: How it trains.
+        device: Where this rank computes.
+        rank: This rank.
+        ranks: Number of ranks.
+
+    Raises:
+        UsageError: An unknown kind, one that does not fit the plan or the ranks, or one whose package is missing.
+    """
+    if kind not in BASELINES:
+        raise UsageError(f"strategy {kind!r} is not known; one of {', '.join(BASELINES)}")
+    if kind == "backprop" and ranks > 1:
+        raise UsageError(
+            f"backprop is the whole network in one process; start 1 rank, not {ranks}, or use data_parallel"
+        )
+    if kind == "backprop":
+        return Backprop(plan, training, device)
+    if kind == "data_parallel":
+        return DataParallel(plan, training, device, rank=rank, ranks=ranks)
+    if kind == "deepspeed":
+        if ranks < 2:
+            raise UsageError(f"deepspeed is a pipeline over at least 2 ranks, not {ranks}; use backprop")
+        return DeepSpeedPipeline(plan, training, device, rank=rank, ranks=ranks)
+    return TorchPipeline(kind, plan, training, device, rank=rank, ranks=ranks)

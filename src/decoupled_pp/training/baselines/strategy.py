@@ -1,0 +1,198 @@
+"""What all baselines share: one rank's part in one optimizer step of the whole network, trained by backpropagation."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from decoupled_pp.core.channels import LinkCounters
+from decoupled_pp.core.contracts import Batch, Loss, Payload, Plan
+from decoupled_pp.pipeline.activations import SavedActivations
+from decoupled_pp.pipeline.optim import OptimizerFactory, build_optimizers, build_schedules
+from decoupled_pp.pipeline.recompute import checkpointed
+from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings
+
+
+class Recorder(Protocol):
+    """Takes the phases of a rank (`contracts.PHASES`) as they end; `metrics.StageMeter` is one."""
+
+    def begin(self, packet: int) -> None:
+        """The laps from here on belong to this micro-batch."""
+
+    def lap(self, phase: str) -> None:
+        """The time since the last lap was `phase`."""
+
+
+class Unrecorded(Recorder):
+    """Takes no notice."""
+
+    def begin(self, packet: int) -> None:
+        """Nothing."""
+
+    def lap(self, phase: str) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a baseline trains; the same fields that a decoupled run takes.
+
+    Attributes:
+        loss: loss(logits, target) -> scalar, the mean over a micro-batch.
+        optimizer: Of every part of the network.
+        schedule: Learning-rate schedule.
+        steps: Optimizer steps that the schedule spans.
+        clip_norm: Largest norm of the whole network's gradient, or None.
+        precision: "fp32" or "bf16" (autocast).
+        checkpoint_activations: Recompute activations in backward.
+        compile: `torch.compile` every part.
+    """
+
+    loss: Loss
+    optimizer: OptimizerSettings | OptimizerFactory
+    schedule: ScheduleSettings
+    steps: int
+    clip_norm: float | None = None
+    precision: str = "fp32"
+    checkpoint_activations: bool = False
+    compile: bool = False
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        """The context that forward and loss run in."""
+        return torch.autocast(device.type, dtype=torch.bfloat16) if self.precision == "bf16" else nullcontext()
+
+
+class Part(nn.Module):
+    """A run of layers as torch's wrappers call it: a payload of several tensors comes as several arguments."""
+
+    def __init__(self, layers: nn.Module, training: Training, device: torch.device) -> None:
+        """Take over the layers, already on `device`."""
+        super().__init__()
+        self.layers = layers
+        self._training, self._device = training, device
+        self._run: Callable[[Payload], Payload] = checkpointed(layers) if training.checkpoint_activations else layers
+        if training.compile:
+            self._run = cast(Any, torch.compile(self._run))
+
+    def forward(self, *payload: Tensor) -> Payload:
+        """The layers' own output; they take a payload as one argument."""
+        with self._training.autocast(self._device):
+            return self._run(payload[0] if len(payload) == 1 else payload)
+
+
+class Strategy(ABC):
+    """One rank of a baseline.
+
+    Every rank is given the same micro-batches and uses what it needs of them. The gradients are those of the mean loss
+    over all micro-batches, as plain PyTorch computes them (law 11).
+
+    Attributes:
+        parts: The stages that this rank trains.
+        optimizers: Over their parameters.
+        recorder: Told of the phases of every micro-batch; `first` + its place in the step is its number.
+        first: Number of the first micro-batch of the present step.
+        links: What this rank has sent, by (rank that sends activations, rank that receives them); gradients count as
+            backward. Empty where ranks exchange no activations.
+        saved_activation_bytes_peak: Most bytes that autograd held for backward passes at any moment of the first step,
+            all micro-batches in flight together; None before it. Measured as in `stage.Stage`.
+    """
+
+    def __init__(self, plan: Plan, stages: Sequence[int], training: Training, device: torch.device) -> None:
+        """Take over some stages of a plan (their layers move to `device`).
+
+        Args:
+            plan: The plan.
+            stages: The stages that this rank trains.
+            training: How.
+            device: Where.
+
+        Raises:
+            UsageError: The optimizer does not fit.
+        """
+        self.parts = {k: Part(plan.stage_module(k).to(device).train(), training, device) for k in stages}
+        self.training, self.device = training, device
+        self.recorder: Recorder = Unrecorded()
+        self.first = 0
+        self.links: dict[tuple[int, int], LinkCounters] = {}
+        self.saved_activation_bytes_peak: int | None = None
+        self.optimizers: list[Optimizer] = []
+        for k, part in self.parts.items():
+            built = build_optimizers(training.optimizer, part.layers, None, owns_head=k == plan.stages - 1)
+            self.optimizers += built
+        self._schedules = build_schedules(training.schedule, self.optimizers, training.steps)
+
+    @abstractmethod
+    def gradients(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Add the gradient of the mean loss over the micro-batches to `.grad` of this rank's parameters.
+
+        Returns:
+            The losses of the micro-batches that this rank has judged (0-dim), in order; none on most ranks.
+
+        Raises:
+            UsageError: The strategy cannot run with so many, or such, micro-batches.
+        """
+
+    def owner(self, stage: int) -> int | None:
+        """The rank that trains a stage; None if every rank does."""
+        return None
+
+    def share(self, count: int) -> range:
+        """Which of a step's `count` micro-batches this rank works on."""
+        return range(count)
+
+    def step(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """One optimizer step on the micro-batches; returns what `gradients` does."""
+        with self._probe() if self.saved_activation_bytes_peak is None else nullcontext():
+            losses = self.gradients(batches)
+        self.recorder.lap("wait_in")
+        self._update()
+        self.recorder.lap("step")
+        self.first += len(batches)
+        return losses
+
+    def _update(self) -> None:
+        """Clip and use up the gradients, and move the learning rates on."""
+        if self.training.clip_norm is not None:
+            self._clip(self.training.clip_norm)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        for schedule in self._schedules:
+            schedule.step()
+
+    @contextmanager
+    def _probe(self) -> Iterator[None]:
+        """Count the activations that a step saves for its backward passes."""
+        kept = [tensor for part in self.parts.values() for tensor in (*part.parameters(), *part.buffers())]
+        with SavedActivations(kept) as saved:
+            yield
+        self.saved_activation_bytes_peak = saved.peak
+
+    def _sent(self, sender: int, receiver: int, tensor_bytes: int, *, backward: bool = False) -> None:
+        """Count a message over the link on which activations go from rank `sender` to rank `receiver`."""
+        counters = self.links.setdefault((sender, receiver), LinkCounters())
+        if backward:
+            counters.payload_bytes_backward += tensor_bytes
+        else:
+            counters.payload_bytes_forward += tensor_bytes
+            counters.training_bytes_forward += tensor_bytes
+            counters.packets += 1
+
+    def _clip(self, limit: float) -> None:
+        """Scale the gradients down if the norm over the whole network is above the limit."""
+        parameters = [p for part in self.parts.values() for p in part.parameters() if p.grad is not None]
+        own = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = self._sum_over_ranks(own**2) ** 0.5
+        self.recorder.lap("wait_in")  # for the last rank to be done with the flush
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        """The sum of a 0-dim tensor over the ranks that hold different parameters."""
+        return value

@@ -1,0 +1,209 @@
+"""Baselines that are `torch.distributed.pipelining`'s own schedules: what each demands, and one step of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, schedules
+
+from decoupled_pp.core.contracts import Batch, Payload, Plan, UsageError, as_tuple, map_payload
+from decoupled_pp.core.device import on_device
+from decoupled_pp.training.baselines.strategy import Strategy, Training
+
+
+@dataclass(frozen=True)
+class ScheduleKind:
+    """One of torch's schedules.
+
+    Attributes:
+        make: Its class.
+        stages_per_rank: Stages on every rank.
+        folded: Whether the stages go up the ranks and down again (V), instead of starting over at rank 0.
+        splits_backward: Whether a backward pass is done in two parts, first for inputs, later for weights.
+    """
+
+    make: Any
+    stages_per_rank: int = 1
+    folded: bool = False
+    splits_backward: bool = False
+
+    def stages_of(self, rank: int, ranks: int) -> list[int]:
+        """The stages that a rank trains."""
+        rounds = range(self.stages_per_rank)
+        return [r * ranks + (ranks - 1 - rank if self.folded and r % 2 else rank) for r in rounds]
+
+
+SCHEDULES = {
+    "gpipe": ScheduleKind(schedules.ScheduleGPipe),
+    "1f1b": ScheduleKind(schedules.Schedule1F1B),
+    "interleaved_1f1b": ScheduleKind(schedules.ScheduleInterleaved1F1B, 2),
+    "zero_bubble": ScheduleKind(schedules.ScheduleInterleavedZeroBubble, 2, splits_backward=True),
+    "zbv": ScheduleKind(schedules.ScheduleZBVZeroBubble, 2, folded=True, splits_backward=True),
+}
+"""GPipe (Huang et al. 2019), 1F1B (PipeDream-flush, Narayanan et al. 2021), interleaved 1F1B (Megatron-LM, 2104.04473),
+and zero-bubble schedules, interleaved and ZBV (Qi et al. 2024, 2401.10241)."""
+
+
+class _RecordedStage(PipelineStage):
+    """torch's stage, which tells its strategy of every forward and backward, and counts what it sends."""
+
+    def __init__(self, part: nn.Module, index: int, pipeline: TorchPipeline) -> None:
+        super().__init__(part, index, pipeline.plan.stages, pipeline.device, group=pipeline.group)
+        self._pipeline = pipeline
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *arguments: Any, **keywords: Any) -> Any:
+        return self._recorded("forward", fwd_chunk_id, super().forward_one_chunk, *arguments, **keywords)
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **keywords: Any) -> Any:
+        return self._recorded("backward", bwd_chunk_id, super().backward_one_chunk, *arguments, **keywords)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **keywords: Any) -> Any:
+        return self._recorded("backward", bwd_chunk_id, super().backward_weight_one_chunk, *arguments, **keywords)
+
+    def _compute_outputs(self, *arguments: Any, module: nn.Module, **keywords: Any) -> Any:
+        """Torch's trial run for shapes before the first step, on memory that nobody has written: it leaves no trace.
+
+        Buffers are put back (BatchNorm's running statistics would stay NaN), past autograd, whose backward trial is to
+        come. What is saved for that is no step's, so no probe sees it.
+        """
+        before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+        with torch.autograd.graph.saved_tensors_hooks(_as_is, _as_is):
+            outputs = super()._compute_outputs(*arguments, module=module, **keywords)
+        for buffer, value in before:
+            buffer.data.copy_(value)
+        return outputs
+
+    def _prepare_backward_infra(self, *arguments: Any, **keywords: Any) -> Any:
+        """The second half of the trial run; its loss is no micro-batch's, and nobody is told of it."""
+        if keywords.get("loss_fn") is not None:
+            keywords["loss_fn"] = self._pipeline.judge
+        return super()._prepare_backward_infra(*arguments, **keywords)
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._counted(super().get_fwd_send_ops(fwd_chunk_id), backward=False)
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._counted(super().get_bwd_send_ops(bwd_chunk_id), backward=True)
+
+    def _recorded(self, phase: str, chunk: int, call: Any, *arguments: Any, **keywords: Any) -> Any:
+        recorder = self._pipeline.recorder
+        recorder.begin(self._pipeline.first + chunk)
+        recorder.lap("wait_in")
+        result = call(chunk, *arguments, **keywords)
+        recorder.lap(phase)
+        return result
+
+    def _counted(self, sends: list[dist.P2POp], *, backward: bool) -> list[dist.P2POp]:
+        self._pipeline.count([(op.peer, op.tensor.nbytes) for op in sends], backward=backward)
+        return sends
+
+
+def _as_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+class TorchPipeline(Strategy):
+    """Pipelined backpropagation with a flush per optimizer step."""
+
+    def __init__(
+        self,
+        kind: str,
+        plan: Plan,
+        training: Training,
+        device: torch.device,
+        *,
+        rank: int,
+        ranks: int,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Take over this rank's stages; activations and gradients travel in a group of all ranks (GPUs: NCCL).
+
+        Args:
+            kind: A key of `SCHEDULES`.
+            plan: With as many stages as the schedule has on all ranks.
+            training: How.
+            device: Where.
+            rank: This rank.
+            ranks: Number of ranks.
+            group: These ranks; default: all.
+
+        Raises:
+            UsageError: The plan does not fit the schedule.
+        """
+        self.kind, self._schedule_kind = kind, SCHEDULES[kind]
+        wanted = ranks * self._schedule_kind.stages_per_rank
+        if plan.stages != wanted:
+            raise UsageError(f"{kind} on {ranks} ranks needs a plan of {wanted} stages, not {plan.stages}")
+        if training.compile and self._schedule_kind.splits_backward:
+            raise UsageError(
+                f"{kind}: torch's split backward does not work with torch.compile; set training.compile: false"
+            )
+        mine = self._schedule_kind.stages_of(rank, ranks)
+        super().__init__(plan, mine, training, device)
+        self.plan, self._rank, self._ranks = plan, rank, ranks
+        self.group = dist.new_group(backend="nccl") if device.type == "cuda" and group is None else group
+        self._stages = [_RecordedStage(part, k, self) for k, part in self.parts.items()]
+        self._first, self._last = 0 in mine, plan.stages - 1 in mine
+        self._schedules_by_count: dict[int, Any] = {}
+        self._targets: list[Payload] = []
+
+    def gradients(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """See `Strategy`; rank 0 uses the inputs, the rank of the last stage the targets and returns the losses."""
+        shapes = {tuple(tensor.shape for tensor in as_tuple(inputs)) for inputs, _ in batches}
+        if len(shapes) > 1:
+            raise UsageError(f"{self.kind}: micro-batches of one step must have one shape, not {sorted(shapes)}")
+        schedule = self._schedule(len(batches))
+        self._targets = [map_payload(self._here, target) for _, target in batches] if self._last else []
+        inputs = [as_tuple(payload) for payload, _ in batches] if self._first else []
+        whole = [self._here(torch.cat(tensors)) for tensors in zip(*inputs, strict=True)]
+        numbers = torch.arange(len(batches)) if self._last else None
+        losses: list[Tensor] = []
+        schedule.step(*whole, target=numbers, losses=losses, return_outputs=False)
+        return [loss.detach() for loss in losses]
+
+    def owner(self, stage: int) -> int | None:
+        """See `Strategy`."""
+        return next(r for r in range(self._ranks) if stage in self._schedule_kind.stages_of(r, self._ranks))
+
+    def count(self, sent: Sequence[tuple[int, int]], *, backward: bool) -> None:
+        """Count messages (peer rank, bytes) of one micro-batch; tensors of one payload are one packet."""
+        for peer in dict.fromkeys(peer for peer, _ in sent):
+            ends = (peer, self._rank) if backward else (self._rank, peer)
+            self._sent(*ends, sum(size for to, size in sent if to == peer), backward=backward)
+
+    def _schedule(self, count: int) -> Any:
+        """The schedule for so many micro-batches per step.
+
+        Raises:
+            UsageError: torch refuses the number.
+        """
+        if count not in self._schedules_by_count:
+            make, alone = self._schedule_kind.make, self._schedule_kind.stages_per_rank == 1
+            stages: Any = self._stages[0] if alone else self._stages
+            try:
+                self._schedules_by_count[count] = make(stages, n_microbatches=count, loss_fn=self._loss)
+            except (ValueError, AssertionError) as error:
+                raise UsageError(f"{self.kind} cannot run with {count} micro-batches per step: {error}") from error
+        return self._schedules_by_count[count]
+
+    def judge(self, output: Payload, number: Tensor) -> Tensor:
+        """The loss of a micro-batch, given by number: torch can chunk a tensor of numbers, but no tuple of targets."""
+        with self.training.autocast(self.device):
+            return self.training.loss(as_tuple(output)[0], self._targets[int(number)])
+
+    def _loss(self, output: Payload, number: Tensor) -> Tensor:
+        loss = self.judge(output, number)
+        self.recorder.lap("critic")
+        return loss
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        return on_device(tensor, self.device)
+
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        dist.all_reduce(value, group=self.group)
+        return value

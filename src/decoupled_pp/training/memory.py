@@ -1,0 +1,255 @@
+"""What every stage of a plan needs in memory while it trains; a network on the meta device is measured without any."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from decoupled_pp.core import units
+from decoupled_pp.core.contracts import (
+    CriticBuilder,
+    Loss,
+    Payload,
+    Plan,
+    UsageError,
+    as_tuple,
+    map_payload,
+    payload_bytes,
+)
+from decoupled_pp.core.device import cuda_devices
+from decoupled_pp.models.cutting import critic_context, stand_in_objective, trace
+from decoupled_pp.models.cutting.layers import present
+from decoupled_pp.models.cutting.measure import Judged, Objective, look_of
+from decoupled_pp.pipeline.activations import SavedActivations
+from decoupled_pp.pipeline.optim import OptimizerFactory, build_optimizers
+from decoupled_pp.settings.run import OptimizerSettings
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of a stage and its critic.
+
+    Attributes:
+        weights: Parameters and buffers.
+        gradients: Of the trainable parameters.
+        optimizer: What the optimizer keeps for them.
+        activations: What autograd keeps between forward and backward of a micro-batch.
+        accumulates: Whether gradients are there from one micro-batch to the next.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    accumulates: bool = False
+
+    @property
+    def peak(self) -> int:
+        """The most that is there at once.
+
+        With an update per micro-batch activations are let go of while gradients are made, and gradients are gone before
+        the next forward pass: of the two the larger counts. What operators need for a moment is not in it.
+        """
+        both = (self.activations, self.gradients)
+        return self.weights + self.optimizer + (sum(both) if self.accumulates else max(both))
+
+
+def predict_memory(
+    plan: Plan,
+    critic: CriticBuilder | None,
+    *,
+    loss: Loss,
+    optimizer: OptimizerSettings | OptimizerFactory,
+    accumulate: int = 1,
+) -> tuple[StageMemory, ...]:
+    """The memory of every stage of a decoupled run; a network on the meta device needs none for this.
+
+    Args:
+        plan: Its sample is the micro-batch.
+        critic: Builds the critics; None: there are none.
+        loss: Of the last stage and of every critic, with a made-up target.
+        optimizer: Its state is counted by a step along zeros.
+        accumulate: Micro-batches per optimizer step.
+    """
+    hiddens, output = trace(plan.module, plan.sample)
+    found = []
+    for stage in range(plan.stages):
+        last = stage == plan.stages - 1
+        trunk = _copy(plan.stage_module(stage))
+        bare = any(parameter.is_meta for parameter in trunk.parameters())
+        place = torch.device("meta") if bare else as_tuple(hiddens[plan.boundaries[stage]])[0].device
+        judge: nn.Module | None = None
+        if not last and critic is not None:
+            context = critic_context(
+                plan.module, hiddens, output, boundary=plan.boundaries[stage + 1], stage=stage, stages=plan.stages
+            )
+            objective = stand_in_objective(loss, context.output)
+            judge = Judged(critic(context), context, objective).to(place)
+        else:
+            objective = stand_in_objective(loss, output)
+        given = hiddens[plan.boundaries[stage]]
+        one = _of_stage(trunk, judge, given, optimizer, place, objective if last else None)
+        found.append(replace(one, accumulates=accumulate > 1))
+    return tuple(found)
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module).train()
+
+
+def _of_stage(  # noqa: PLR0917 - a stage, and how to run it
+    trunk: nn.Module,
+    judge: nn.Module | None,
+    given: Payload,
+    optimizer: OptimizerSettings | OptimizerFactory,
+    place: torch.device,
+    objective: Objective | None,
+) -> StageMemory:
+    """One forward pass with its local loss, and one step of the optimizer."""
+    whole = nn.ModuleList([trunk] if judge is None else [trunk, judge]).to(place)
+    owned: list[Tensor] = [*whole.parameters(), *whole.buffers()]
+    trainable = [parameter for parameter in whole.parameters() if parameter.requires_grad]
+    with torch.enable_grad(), torch.random.fork_rng(devices=cuda_devices(place)), SavedActivations(owned) as saved:
+        hidden = trunk(map_payload(lambda tensor: tensor.detach().to(place), given))
+        made = judge(hidden) if judge is not None else hidden
+        kept = objective(as_tuple(made)[0]) if objective is not None else made
+        activations = saved.peak
+        del hidden, made, kept
+    _, state = optimizer_cost(whole, optimizer)
+    return StageMemory(payload_bytes(tuple(owned)), payload_bytes(tuple(trainable)), state, activations)
+
+
+class Room:
+    """Which stages fit the memory of their devices, layer by layer: an upper bound of what `predict_memory` says.
+
+    What two neighbours both keep is counted twice, so a stage that fits does fit.
+    """
+
+    def __init__(
+        self,
+        module: nn.Sequential,
+        sample: Payload,
+        critic: CriticBuilder | None,
+        *,
+        limits: Sequence[int],
+        loss: Loss,
+        optimizer: OptimizerSettings | OptimizerFactory,
+        accumulate: int = 1,
+    ) -> None:
+        """Measure every layer; critics are measured when they are asked for.
+
+        Args:
+            module: The network.
+            sample: An input micro-batch.
+            critic: Builds the critics; None: there are none.
+            limits: Bytes of the device of every stage.
+            loss: As for `predict_memory`.
+            optimizer: As for `predict_memory`.
+            accumulate: As for `predict_memory`.
+        """
+        self._module, self._critic, self._optimizer = module, critic, optimizer
+        self._limits, self._accumulates = list(limits), accumulate > 1
+        hiddens, output = trace(module, sample)
+        self._hiddens, self._output = [map_payload(present, hidden) for hidden in hiddens], present(output)
+        self._objective = objective = stand_in_objective(loss, self._output)
+        self._layers = [
+            self._alone(layer, hidden, objective if index == len(module) - 1 else None)
+            for index, (layer, hidden) in enumerate(zip(module, self._hiddens, strict=True))
+        ]
+        self._critics: dict[tuple[int, int], StageMemory] = {}
+        self._alike: dict[object, StageMemory] = {}
+
+    def __call__(self, stage: int, first: int, end: int) -> bool:
+        """Whether layers first..end-1 and the critic behind them fit as this stage."""
+        parts = list(self._layers[first:end])
+        if self._critic is not None and end < len(self._layers):
+            parts.append(self._critic_at(stage, end))
+        together = StageMemory(
+            sum(part.weights for part in parts),
+            sum(part.gradients for part in parts),
+            sum(part.optimizer for part in parts),
+            sum(part.activations for part in parts),
+            self._accumulates,
+        )
+        return together.peak <= self._limits[stage]
+
+    def _critic_at(self, stage: int, boundary: int) -> StageMemory:
+        if (stage, boundary) not in self._critics:
+            assert self._critic is not None
+            context = critic_context(
+                self._module, self._hiddens, self._output, boundary=boundary, stage=stage, stages=len(self._limits)
+            )
+            critic = self._critic(context)
+            look = boundary, look_of(critic)
+            if look not in self._alike:
+                self._alike[look] = self._alone(Judged(critic, context, self._objective), context.hidden, None)
+            self._critics[stage, boundary] = self._alike[look]
+        return self._critics[stage, boundary]
+
+    def _alone(self, module: nn.Module, given: Payload, objective: Objective | None) -> StageMemory:
+        bare = any(parameter.is_meta for parameter in module.parameters())
+        place = torch.device("meta") if bare else as_tuple(given)[0].device
+        return _of_stage(_copy(module), None, given, self._optimizer, place, objective)
+
+
+_STEPS = 5  # after a first one, which makes the state
+
+
+def optimizer_cost(module: nn.Module, choice: OptimizerSettings | OptimizerFactory) -> tuple[float, int]:
+    """Seconds of a step and bytes of the state it leaves, by taking steps along gradients of zeros."""
+    optimizers = build_optimizers(choice, nn.Sequential(module), None, owns_head=False)
+    if not optimizers:
+        return 0.0, 0
+    seconds = []
+    for _ in range(1 + _STEPS):  # the first one makes the state
+        for parameter in module.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        start = time.perf_counter()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if next(module.parameters()).is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    tensors = [
+        value
+        for optimizer in optimizers
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    return statistics.median(seconds[1:]), sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def limits_of(memory: str | int | Sequence[str | int], stages: int) -> list[int]:
+    """Bytes of the device of every stage, from "20GiB", a number of bytes, or a list of them.
+
+    Raises:
+        UsageError: It is no size, or there is not one for each stage.
+    """
+    listed = [memory] * stages if isinstance(memory, str | int) else list(memory)
+    if len(listed) != stages:
+        raise UsageError(f"memory has {len(listed)} sizes for {stages} stages; give one for all, or one for each")
+    try:
+        found = [units.size(one) if isinstance(one, str) else float(one) for one in listed]
+    except ValueError as error:
+        raise UsageError(f"memory: {error}") from None
+    if any(one <= 0 for one in found):
+        raise UsageError(f"memory {memory!r} must be above 0")
+    return [int(one) for one in found]
+
+
+def refuse_overflow(predicted: Sequence[StageMemory], limits: Sequence[int]) -> None:
+    """Raises UsageError if a stage needs more than its device has."""
+    for stage, (one, limit) in enumerate(zip(predicted, limits, strict=True)):
+        if one.peak > limit:
+            raise UsageError(
+                f"stage {stage} needs {one.peak / 2**30:.3g} GiB and its device has {limit / 2**30:.3g}; use more "
+                "stages, a smaller micro-batch, or cut by 'time'"
+            )

@@ -1,0 +1,189 @@
+"""The side thread of a run (records, stop requests), signals, and what a failure on one rank means for all."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from decoupled_pp.core.channels import Control
+from decoupled_pp.core.contracts import Fault, LinkError, PeerError, Record, TrainingError, UsageError
+
+_PERIOD_SECONDS = 0.2
+_GRACE_SECONDS = 1.0
+_GRACE_PER_STAGE_SECONDS = 0.25
+_failing = threading.Event()
+"""This process ends because of a failure: a SIGTERM (the launcher sends one soon) must not cut its last words short."""
+
+
+class Terminated(TrainingError):
+    """This process got SIGTERM."""
+
+
+def is_termination(fault: Fault) -> bool:
+    """Whether a run ends because a rank got SIGTERM."""
+    return fault.text == str(_terminated(fault.rank))
+
+
+def _terminated(rank: int) -> Terminated:
+    return Terminated(f"rank {rank} got SIGTERM")
+
+
+class Watcher:
+    """Forwards an interrupt of this process to the run, and on rank 0 hands out records and notices stop requests."""
+
+    def __init__(
+        self, control: Control, observer: Callable[[list[Record]], None] | None, interrupted: threading.Event
+    ) -> None:
+        """Start watching.
+
+        Args:
+            control: The run's control plane.
+            observer: Takes all records (rank 0), or None.
+            interrupted: Set by a signal handler: the run is to save and end.
+        """
+        self._control, self._observer, self._interrupted = control, observer, interrupted
+        self._stop_reason: str | None = None
+        self._ending = threading.Event()
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._loop, name="dpp-watch", daemon=True)
+        self._thread.start()
+
+    def stop_requested(self) -> str | None:
+        """Why the run is to end early, or None; who is told here will find it in the control plane as well."""
+        self._pass_on_interrupt()
+        return self._stop_reason
+
+    def close(self) -> None:
+        """Stop watching; hands out the last records.
+
+        Raises:
+            Exception: What the observer raised, if it did.
+        """
+        if not self._ending.is_set():
+            self._ending.set()
+            self._thread.join()
+            self._look()
+            if self._error is not None:
+                raise self._error
+
+    def _loop(self) -> None:
+        while not self._ending.wait(_PERIOD_SECONDS):
+            self._look()
+
+    def _pass_on_interrupt(self) -> None:
+        if self._interrupted.is_set() and self._stop_reason is None:
+            self._control.request_stop("interrupted")
+            self._stop_reason = "interrupted"
+
+    def _look(self) -> None:
+        self._pass_on_interrupt()
+        if self._observer is None or self._error is not None:
+            return
+        self._stop_reason = self._stop_reason or self._control.stop_requested()
+        try:
+            if records := self._control.collect():
+                self._observer(records)
+        except Exception as error:  # a full disk under the log must end the run, not this thread alone
+            self._error = error
+            self._stop_reason = f"the run log failed: {error}"
+            self._control.request_stop(self._stop_reason)
+
+
+def explain_failure(error: Exception, control: Control, rank: int) -> Exception:
+    """Tell the other ranks, and return what this rank should raise: its own error, or the fault behind it.
+
+    A broken link, a SIGTERM from the launcher, or a loss that is not finite behind another stage is usually the echo of
+    a fault elsewhere, so those wait a moment for a rank that knows more.
+    """
+    _failing.set()
+    if isinstance(error, PeerError):
+        return error
+    told_by_itself = isinstance(error, Terminated) and control.fault() is None
+    deadline = time.monotonic() + _grace(error, rank)
+    while control.fault() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    known = isinstance(error, UsageError | TrainingError)
+    text = str(error) if known else f"rank {rank}: {type(error).__name__}: {error}"
+    if control.report_fault(text, usage=isinstance(error, UsageError)):
+        return error
+    fault = control.fault()
+    if fault is None or (told_by_itself and is_termination(fault)):  # all ranks were told to end; none is at fault
+        return error
+    return _behind(error, fault, rank)
+
+
+def _grace(error: Exception, rank: int) -> float:
+    """Seconds to wait for the reason behind an error; a later stage lets an earlier one speak first."""
+    if isinstance(error, LinkError | Terminated):
+        return _GRACE_SECONDS
+    return rank * _GRACE_PER_STAGE_SECONDS if isinstance(error, TrainingError) else 0.0
+
+
+def _behind(error: Exception, fault: Fault, rank: int) -> Exception:
+    """What this rank should raise for `error`, given the fault that the run ends for."""
+    if fault.rank == rank:  # a thread of this rank saw its link break before the launcher's SIGTERM came
+        return LinkError(fault.text) if isinstance(error, Terminated) else error
+    found_by_all = isinstance(error, UsageError)
+    came_from_before = isinstance(error, TrainingError) and fault.rank < rank  # what is not finite travels forward
+    echo = isinstance(error, LinkError | Terminated)
+    return PeerError(fault) if found_by_all or came_from_before or echo else error
+
+
+@contextmanager
+def told_to_all(control: Control, rank: int) -> Iterator[None]:
+    """What fails in here is told to the other ranks, as `explain_failure` does."""
+    try:
+        yield
+    except Exception as error:
+        cause = explain_failure(error, control, rank)
+        if cause is error:
+            raise
+        raise cause from error
+
+
+@contextmanager
+def sigterm_ends(rank: int) -> Iterator[None]:
+    """SIGTERM raises `Terminated` in the main thread, unless this process is already ending because of a failure."""
+
+    def terminate(_number: int, _frame: FrameType | None) -> None:
+        if not _failing.is_set():
+            raise _terminated(rank)
+
+    _failing.clear()
+    with _handler(signal.SIGTERM, terminate):
+        yield
+
+
+@contextmanager
+def sigterm_kills() -> Iterator[None]:
+    """SIGTERM ends the process at once: for calls that wait outside of Python, where no handler of Python's runs."""
+    with _handler(signal.SIGTERM, signal.SIG_DFL):
+        yield
+
+
+@contextmanager
+def sigint_stops(interrupted: threading.Event) -> Iterator[None]:
+    """Ctrl-C asks for an orderly end; a second one ends at once."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        interrupted.set()
+
+    with _handler(signal.SIGINT, interrupt):
+        yield
+
+
+@contextmanager
+def _handler(
+    number: signal.Signals, handle: Callable[[int, FrameType | None], None] | signal.Handlers
+) -> Iterator[None]:
+    before = signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)

@@ -1,0 +1,28 @@
+"""The report of runs that did not all go well."""
+
+import json
+
+import pytest
+from compared import contender, run, stage
+
+from decoupled_pp.commands.compare.pages import Comparison, write_pages
+
+
+def test_a_contender_that_diverged_is_in_the_report(tmp_path):
+    runs = [run("1f1b", losses=(3.0, None, None)), run("zbv", losses=(3.0, 1.5, 1.25))]
+    entries = [contender("1f1b"), contender("zbv")]
+    write_pages(tmp_path, Comparison("x.yaml", "dpp compare x.yaml", 2, 2, 4, None, 1, entries, runs, []))
+    found = json.loads((tmp_path / "compare.json").read_text(), parse_constant=pytest.fail)
+    assert found["targets"] == {"0": 1.25}
+    assert found["strategies"]["1f1b"]["val_loss"]["median"] is None
+    text = (tmp_path / "compare.md").read_text()
+    assert "| 1f1b | inf |" in text and "| not reached | 0 of 1 |" in text
+    assert "inf" in (tmp_path / "report.html").read_text()
+
+
+def test_runs_too_short_for_a_rate_have_a_report(tmp_path):
+    rows = [stage(critic_parameters=5), stage()]
+    runs = [run("decoupled", mean=None, stages=rows), run("1f1b", mean=None)]
+    entries = [contender("decoupled"), contender("1f1b")]
+    write_pages(tmp_path, Comparison("x.yaml", "dpp compare x.yaml", 2, 2, 4, None, 1, entries, runs, []))
+    assert "measured: -." in (tmp_path / "compare.md").read_text()

@@ -1,0 +1,120 @@
+"""`dpp sweep` end to end, and its differences by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from decoupled_pp.commands.main import main
+from decoupled_pp.commands.sweep.command import load_sweep
+from decoupled_pp.commands.sweep.figures import figures
+from decoupled_pp.commands.sweep.runs import Outcome, Trial
+from decoupled_pp.settings.load import load_settings
+
+ROOT = Path(__file__).parents[3]
+CONFIG = """
+name: tiny
+data: {kind: digits, batch_size: 64}
+model: {kind: mlp, width: 16, depth: 3}
+stages: 2
+training: {steps: 20}
+"""
+SWEEP = """
+config: tiny.yaml
+seeds: [3]
+reference: plain
+also: {more: {data.validation_fraction: 0.5}}
+variants:
+  plain: {strategy: backprop}
+  head: {critic: {kind: head}, optimizer.lr: 0.002}
+  broken: {optimizer.lr: 1.0e+30, optimizer.kind: SGD}
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    (tmp_path / "few.yaml").write_text(SWEEP)
+    return tmp_path
+
+
+def sweep(*arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(["sweep", "few.yaml", *arguments])
+    return ended.value.code
+
+
+@pytest.mark.timeout(240)
+def test_variants_over_seeds(here, capsys):
+    assert sweep("--jobs=2") == 0
+    found = json.loads((here / "runs" / "few" / "sweep.json").read_text(), parse_constant=pytest.fail)
+    assert found["variants"].keys() == {"plain", "head"}
+    assert found["variants"]["plain"]["loss_change"] == {"median": 0, "min": 0, "max": 0}
+    assert len(found["variants"]["plain"]["exits"]) == 1 and len(found["variants"]["head"]["exits"]) == 2
+    failed = [one for one in found["runs"] if one["failure"]]
+    assert [(one["variant"], one["seed"]) for one in failed] == [("broken", 3)]
+    other = found["variants"]["head"]["also"]["more"]
+    assert other["loss"]["median"] != found["variants"]["head"]["loss"]["median"] and other["loss_change"] is not None
+    assert found["variants"]["plain"]["also"]["more"]["loss_change"] == {"median": 0, "min": 0, "max": 0}
+    text = (here / "runs" / "few" / "sweep.md").read_text()
+    assert "| head | 1 |" in text and "- broken-3 failed: " in text
+    assert (here / "runs" / "few" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    before = (here / "runs" / "few" / "head-3" / "summary.json").stat().st_mtime_ns
+    assert sweep("--jobs=2") == 2 and "--overwrite" in capsys.readouterr().err
+    assert sweep("--resume") == 0
+    assert (here / "runs" / "few" / "head-3" / "summary.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (SWEEP.replace("reference: plain", "reference: plane"), "reference 'plane' is no variant; of plain, head"),
+        (SWEEP.replace("critic: {kind: head}", "critic: {kind: hat}"), "'hat' is not known"),
+        (SWEEP.replace("seeds", "sedes"), "sedes: Extra inputs are not permitted"),
+        ("config: [", "is not YAML"),
+    ],
+)
+def test_bad_input(text, line, here, capsys):
+    (here / "few.yaml").write_text(text)
+    assert sweep() == 2
+    assert line in capsys.readouterr().err
+    assert not (here / "runs").exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_published_sweeps_are_sound(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    sweep = load_sweep(path)
+    for variant in sweep.variants.values():
+        load_settings(sweep.config, tuple(f"{key}={json.dumps(value)}" for key, value in variant.items()))
+
+
+def outcome(variant, seed, loss, accuracy):
+    final = {"val_loss": loss, "val_accuracy": accuracy}
+    seconds = {"wait_in": 9, "forward": 4, "wait_out": 9, "critic": 2, "backward": 3, "step": 1}
+    rows = [
+        {"critic_time_fraction": 0.2, "critic_parameters": 7, "parameters": 13, "phase_seconds": seconds},
+        {"critic_time_fraction": 0.0, "critic_parameters": 0, "parameters": 13, "phase_seconds": seconds},
+    ]
+    summary = {"final": final, "exits": [final], "per_stage": rows, "training_seconds": 2.0}
+    return Outcome(Trial(variant, seed, "x.yaml", (), None, 1), summary)
+
+
+def test_differences_are_taken_seed_by_seed():
+    runs = [
+        outcome("a", 0, 1.0, 0.90),
+        outcome("a", 1, 2.0, 0.80),
+        outcome("b", 0, 1.1, 0.91),
+        outcome("b", 1, 2.4, 0.77),
+    ]
+    row = figures(runs, "a")["variants"]["b"]
+    assert row["loss_change"] == pytest.approx({"median": 15, "min": 10, "max": 20})
+    assert row["accuracy_change"] == pytest.approx({"median": -1, "min": -3, "max": 1})
+    assert (row["critic_share"], row["critic_parameters"]) == (pytest.approx(0.235), 7)  # (2 + 1 x 7/20) of 10
+
+
+def test_a_seed_without_the_reference_has_no_difference():
+    runs = [outcome("a", 0, 1.0, None), outcome("b", 1, 2.0, None)]
+    row = figures(runs, "a")["variants"]["b"]
+    assert row["loss_change"] is None and row["accuracy_change"] is None and row["accuracy"] is None

@@ -1,0 +1,145 @@
+"""Layer lists and the trace."""
+
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.models.cutting import as_sequential, trace
+
+
+class Counter(nn.Module):
+    """Counts its calls in buffers even in eval mode: once in place, once by assignment; draws random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("assigned", torch.zeros(()))
+
+    def forward(self, hidden):
+        self.calls += 1
+        self.assigned = self.assigned + 1
+        return hidden + 0 * torch.rand_like(hidden)
+
+
+def test_sequential_is_returned_as_it_is():
+    module = nn.Sequential(OrderedDict(first=nn.Linear(2, 2), second=nn.ReLU()))
+    assert as_sequential(module) is module
+
+
+def test_list_becomes_a_sequential():
+    layers = [nn.Linear(2, 2), nn.ReLU()]
+    module = as_sequential(layers)
+    assert list(module) == layers
+    assert [name for name, _ in module.named_children()] == ["0", "1"]
+
+
+def test_refusals():
+    class Own(nn.Sequential):
+        def forward(self, hidden):
+            return super().forward(hidden) + 1
+
+    relu = nn.ReLU()
+    for layers, text in [
+        (nn.Linear(2, 2), "not Linear"),
+        ([], "no layers"),
+        (nn.Sequential(), "no layers"),
+        ([nn.ReLU(), 3], "layer 1 is a int"),
+        ([relu, nn.Linear(2, 2), relu], "'0' and '2' are one ReLU"),
+        (nn.Sequential(OrderedDict(a=relu, b=relu)), "'a' and 'b' are one ReLU"),
+        (Own(nn.ReLU()), "forward of its own"),
+    ]:
+        with pytest.raises(UsageError, match=text):
+            as_sequential(layers)
+
+
+def test_trace_returns_inputs_and_output():
+    module = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)).eval()
+    sample = torch.randn(5, 3)
+    hiddens, output = trace(module, sample)
+    first = module[0](sample)
+    assert [tuple(hidden.shape) for hidden in hiddens] == [(5, 3), (5, 4), (5, 4)]
+    assert torch.equal(hiddens[1], first)  # the in-place layer after it did not change it
+    assert torch.equal(hiddens[2], first.relu())
+    assert torch.equal(output, module(sample))
+    assert not any(tensor.requires_grad for tensor in (*hiddens, output))
+
+
+def test_trace_runs_in_eval_mode():
+    module = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.BatchNorm1d(4)).train()
+    sample = torch.randn(5, 3)
+    assert torch.equal(trace(module, sample)[1], module.eval()(sample))
+
+
+def test_trace_passes_tuples_as_one_argument():
+    class Split(nn.Module):
+        def forward(self, hidden):
+            return hidden, hidden.argmax(1)
+
+    class Join(nn.Module):
+        def forward(self, pair):
+            return pair[0] * pair[1].unsqueeze(1)
+
+    hiddens, output = trace(nn.Sequential(Split(), Join()), torch.randn(5, 3))
+    assert isinstance(hiddens[1], tuple)
+    assert output.shape == (5, 3)
+
+
+def test_trace_leaves_no_trace():
+    module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), Counter(), nn.Dropout(0.5), nn.ReLU(inplace=True))
+    module.train()
+    module[1].eval()
+    sample = torch.randn(5, 3)
+    kept, state, rng = sample.clone(), {k: v.clone() for k, v in module.state_dict().items()}, torch.get_rng_state()
+    buffer = module[2].assigned
+    flags = [part.training for part in module.modules()]
+    trace(module, sample)
+    assert torch.equal(sample, kept)
+    assert all(torch.equal(value, module.state_dict()[key]) for key, value in state.items())
+    assert module[2].assigned is buffer
+    assert torch.equal(rng, torch.get_rng_state())
+    assert flags == [part.training for part in module.modules()]
+
+
+def test_trace_is_without_trace_after_a_failure_too():
+    module = nn.Sequential(Counter(), nn.Linear(4, 2)).train()
+    with pytest.raises(UsageError):
+        trace(module, torch.randn(5, 3))
+    assert module[0].calls == 0
+    assert module.training
+    assert module[1].training
+
+
+def test_the_sample_follows_the_layers_to_their_devices():
+    """Some of them may be on a GPU since a plan was trained; here another device is stood in for by meta."""
+    hiddens, output = trace(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2, device="meta"), nn.ReLU()), torch.ones(5, 3))
+    assert [hidden.device.type for hidden in hiddens] == ["cpu", "cpu", "meta"]
+    assert (output.device.type, tuple(output.shape)) == ("meta", (5, 2))
+
+
+def test_misfit_is_named():
+    module = nn.Sequential(OrderedDict(first=nn.Linear(3, 4), second=nn.Linear(5, 2)))
+    with pytest.raises(UsageError) as caught:
+        trace(module, torch.randn(6, 3))
+    assert str(caught.value) == (
+        "layer 'second' (Linear) does not fit its input (6, 4) torch.float32: mat1 and mat2 shapes cannot be "
+        "multiplied (6x4 and 5x2); each layer gets what the previous one returned, correct one of the two"
+    )
+
+
+def test_bad_returns():
+    class Returns(nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.value = value
+
+        def forward(self, hidden):
+            return self.value
+
+    with pytest.raises(UsageError, match=r"layer '0' \(Returns\) returned dict"):
+        trace(nn.Sequential(Returns({})), torch.randn(2, 3))
+    for value in (torch.zeros(2, dtype=torch.int64), (torch.zeros(2), torch.zeros(2))):
+        with pytest.raises(UsageError, match="must return one floating tensor"):
+            trace(nn.Sequential(Returns(value)), torch.randn(2, 3))

@@ -1,0 +1,164 @@
+"""End-to-end steps between local ones: plain backpropagation while they last, over ranks and whatever the timing."""
+
+import copy
+import time
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from decoupled_pp import Trainer, partition
+from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.pipeline.stage import Stage
+from ranks import launch, values
+
+B, WIDTH, CLASSES = 4, 6, 3
+EVERY, STEPS = 2, 3
+LOCAL = [0, 1, 5, 6, 10]
+"""Optimizer steps that are local ones, of the first eleven."""
+
+
+def ignore(records):
+    pass
+
+
+def batches(count):
+    generator = torch.Generator().manual_seed(2)
+    return [
+        (torch.randn(B, WIDTH, generator=generator), torch.randint(CLASSES, (B,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+class Pair(nn.Module):
+    """A tensor -> two, of which one is no float; so links carry back a gradient for the first alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden):
+        return self.linear(hidden).tanh(), torch.arange(len(hidden))
+
+
+class Join(nn.Module):
+    """The two -> one."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, pair):
+        return self.linear(pair[0]).tanh() + pair[1][:, None]
+
+
+def network():
+    torch.manual_seed(1)
+    first = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Tanh())
+    return nn.Sequential(first, Pair(), Join(), nn.Linear(WIDTH, CLASSES))
+
+
+def trainer(stages=4, **options):
+    plan = partition(network(), stages, "uniform", batches(1)[0][0])
+    defaults = {"optimizer": {"kind": "SGD", "lr": 0.1, "arguments": {"momentum": 0.9}}, "capacity": 2}
+    defaults |= {"timeout_seconds": 30, "global_correction": {"every": EVERY, "steps": STEPS}}
+    return Trainer(plan, device="cpu", observer=ignore, **(defaults | options))
+
+
+def weights(trained):
+    return {
+        f"{stage.index}.{part}.{name}": tensor.clone()
+        for stage in trained.stages
+        for part, module in (("trunk", stage.trunk), ("critic", stage.critic))
+        if module is not None
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def differ(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    return [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_end_to_end_steps_are_plain_backpropagation(accumulate):
+    """Step 0 is local, all others are not: from its end on, plain PyTorch comes to the same weights, bit for bit."""
+    correction = {"every": 1, "steps": 9}
+    trained = trainer(global_correction=correction, accumulate=accumulate, optimizer={"kind": "SGD", "lr": 0.1})
+    given = batches(4 * accumulate)
+    trained.fit(given, 1)
+    plain = copy.deepcopy(trained.plan.module).train()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    trained.fit(given, 3)
+    for number, (inputs, target) in enumerate(given[accumulate:]):
+        (F.cross_entropy(plain(inputs), target) / accumulate).backward()
+        if (number + 1) % accumulate == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert differ(dict(trained.plan.module.state_dict()), dict(plain.state_dict())) == []
+
+
+def test_critics_do_not_learn_in_them():
+    trained = trainer()
+    trained.fit(batches(9), EVERY)
+    before = weights(trained)
+    trained.fit(batches(9), STEPS)
+    changed = differ(weights(trained), before)
+    assert any("trunk" in name for name in changed)
+    assert not any("critic" in name for name in changed)
+
+
+def test_a_second_fit_goes_on_where_the_first_ended():
+    once, twice = trainer(), trainer()
+    once.fit(batches(10), 10)
+    twice.fit(batches(10), 4)
+    twice.fit(batches(10), 6)
+    assert differ(weights(once), weights(twice)) == []
+
+
+def _train(steps, delays):
+    trained = trainer()
+
+    def slow(method):
+        def run(stage, *arguments):
+            time.sleep(delays.get(stage.index, 0.0))
+            return method(stage, *arguments)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("step", "begin_end_to_end", "finish_end_to_end"):
+            patch.setattr(Stage, name, slow(getattr(Stage, name)))
+        report = trained.fit(batches(steps), steps, validate=batches(2), validate_every=2)
+    return weights(trained), report.links
+
+
+def test_ranks_equal_one_process_whatever_the_timing(tmp_path):
+    """Laws 2 and 3, and what is counted: in end-to-end steps every activation has a gradient that comes back."""
+    together, links = _train(11, {})
+    expected = [(11 - len(LOCAL)) * B * WIDTH * 4] * 3
+    assert [link["payload_bytes_backward"] for link in links] == expected
+    for name, delays in {"slow last": {3: 0.01}, "slow first": {0: 0.01}}.items():
+        found = values(launch(_train, 11, delays, size=4, folder=tmp_path / name))
+        apart = {key: tensor for part, _ in found for key, tensor in part.items()}
+        assert differ(together, apart) == [], name
+        assert [link["payload_bytes_backward"] for link in found[0][1]] == expected
+
+
+def test_none_is_end_to_end_while_critics_warm_up():
+    one = trainer(critic_warmup=4, global_correction={"every": 1, "steps": 1})
+    one.build()
+    before = weights(one)
+    one.fit(batches(4), 4)
+    after = weights(one)
+    own = [key for key in before if "trunk" in key and key[0] != "3" and key.endswith(("weight", "bias"))]
+    assert own and all(torch.equal(before[key], after[key]) for key in own)
+
+
+def test_a_cascade_is_refused():
+    """Its critics learn from every packet; stages that wait at first, too, would leave some out."""
+    with pytest.raises(UsageError, match="global_correction needs critic_target label, not cascade"):
+        trainer(critic_target={"kind": "cascade"})
+    with pytest.raises(UsageError, match=r"training\.stagger needs critic_target label, not mix"):
+        trainer(critic_target={"kind": "mix"}, global_correction=None, stagger=3)

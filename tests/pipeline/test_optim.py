@@ -1,0 +1,153 @@
+"""Optimizers by name and by factory, Muon's split, and schedules against their closed forms."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.pipeline.optim import build_optimizers, build_schedules, find_optimizer, rate_factor
+from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings
+
+STEPS = 10
+
+
+def trunk():
+    return nn.Sequential(nn.Embedding(5, 4), nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)), nn.Linear(4, 5))
+
+
+def build(kind="AdamW", *, critic=None, owns_head=True, network=None, **arguments):
+    settings = OptimizerSettings(kind=kind, lr=0.1, arguments=arguments)
+    return build_optimizers(settings, network or trunk(), critic, owns_head=owns_head)
+
+
+def parameters(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "Adam", "SGD", "RMSprop", "Adagrad", "NAdam", "Adafactor"])
+def test_by_name(kind):
+    network, critic = trunk(), nn.Linear(4, 5)
+    (optimizer,) = build(kind, network=network, critic=critic)
+    assert type(optimizer) is getattr(torch.optim, kind)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert {id(p) for p in parameters(optimizer)} == {id(p) for m in (network, critic) for p in m.parameters()}
+
+
+def test_arguments_reach_the_optimizer():
+    (optimizer,) = build("SGD", momentum=0.9, weight_decay=0.01)
+    assert (optimizer.param_groups[0]["momentum"], optimizer.param_groups[0]["weight_decay"]) == (0.9, 0.01)
+
+
+def test_frozen_parameters_are_left_out_and_a_frozen_stage_has_no_optimizer():
+    network = trunk()
+    network[0].requires_grad_(False)
+    assert len(parameters(build(network=network)[0])) == len(list(network.parameters())) - 1
+    assert build(network=network.requires_grad_(False)) == []
+
+
+@pytest.mark.parametrize("name", ["AdamV", "LBFGS", "SparseAdam", "Optimizer", "lr_scheduler"])
+def test_unusable_names_are_refused_with_the_usable_ones(name):
+    with pytest.raises(UsageError, match=f"torch.optim has no usable '{name}' here.*; one of .*AdamW.*SGD") as caught:
+        find_optimizer(name)
+    assert "LBFGS," not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "reason"),
+    [
+        ("AdamW", {"betas": [2.0, 0.9]}, "Invalid beta parameter at index 0: 2.0"),
+        ("AdamW", {"foreach": True, "fused": True}, "`fused` and `foreach` cannot be `True` together"),
+        ("SGD", {"weight_decay": -1.0}, "Invalid weight_decay value: -1.0"),
+    ],
+)
+def test_bad_arguments_are_refused_with_torchs_reason(kind, arguments, reason):
+    with pytest.raises(UsageError, match=f"optimizer: torch.optim.{kind} refuses .*{reason}"):
+        build(kind, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"momentum": 0.9}, "momentum: torch.optim.AdamW has no such argument; one of betas, eps, weight_decay"),
+        ({"weight_dcay": 0.1}, "weight_dcay: torch.optim.AdamW has no such argument; did you mean 'weight_decay'?"),
+        ({"betas": 5}, "betas: torch.optim.AdamW takes a list of 2 like [0.9, 0.999], not 5"),
+        ({"weight_decay": "much"}, "weight_decay: torch.optim.AdamW takes a number like 0.01, not 'much'"),
+    ],
+)
+def test_arguments_that_torch_does_not_explain(arguments, text):
+    with pytest.raises(UsageError) as caught:
+        build("AdamW", **arguments)
+    assert str(caught.value).startswith(f"optimizer.arguments.{text}")
+
+
+def test_a_misspelt_name_gets_a_suggestion():
+    with pytest.raises(UsageError, match=r"'AdmW' here; did you mean 'AdamW'\?"):
+        find_optimizer("AdmW")
+
+
+def test_a_factory():
+    network = trunk()
+    (optimizer,) = build_optimizers(lambda ps: torch.optim.SGD(ps, lr=0.5), network, None, owns_head=True)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    with pytest.raises(UsageError, match=r"the optimizer factory returned int, not a torch.optim.Optimizer"):
+        build_optimizers(lambda ps: 3, network, None, owns_head=True)
+
+
+def test_muon_takes_hidden_matrices_and_adamw_the_rest():
+    network, critic = trunk(), nn.Linear(4, 5)
+    muon, adamw = build("Muon", network=network, critic=critic, weight_decay=0.2)
+    assert [id(p) for p in parameters(muon)] == [id(network[1][1].weight)]
+    assert len(parameters(adamw)) == len([*network.parameters(), *critic.parameters()]) - 1
+    assert type(muon) is torch.optim.Muon
+    assert type(adamw) is torch.optim.AdamW
+    assert [one.param_groups[0]["weight_decay"] for one in (muon, adamw)] == [0.2, 0.2]
+    assert [one.param_groups[0]["lr"] for one in (muon, adamw)] == [0.1, 0.1]
+
+
+def test_muon_takes_the_last_matrix_where_it_is_not_the_head():
+    network = trunk()
+    muon, _ = build("Muon", network=network, owns_head=False)
+    assert {id(p) for p in parameters(muon)} == {id(network[1][1].weight), id(network[2].weight)}
+
+
+def test_muon_without_hidden_matrices_is_adamw():
+    (only,) = build("Muon", network=nn.Sequential(nn.Embedding(5, 4)))
+    assert type(only) is torch.optim.AdamW
+
+
+@pytest.mark.parametrize(
+    ("settings", "closed_form"),
+    [
+        ({"kind": "constant"}, lambda step: 1.0),
+        ({"kind": "constant", "warmup": 4}, lambda step: min(1.0, (step + 1) / 5)),
+        ({"kind": "linear"}, lambda step: 1 - step / STEPS),
+        ({"kind": "linear", "final": 0.2}, lambda step: 1 - 0.8 * step / STEPS),
+        ({"kind": "cosine"}, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / STEPS)),
+        ({"kind": "cosine", "final": 0.2}, lambda step: 0.6 + 0.4 * math.cos(math.pi * step / STEPS)),
+        (
+            {"kind": "cosine", "warmup": 2},
+            lambda step: (step + 1) / 3 if step < 2 else 0.5 + 0.5 * math.cos(math.pi * (step - 2) / 8),
+        ),
+        ({"kind": "steps", "milestones": [3, 6], "factor": 0.5}, lambda step: 0.5 ** ((step >= 3) + (step >= 6))),
+    ],
+)
+def test_schedules_against_their_closed_forms(settings, closed_form):
+    schedule = ScheduleSettings(**settings)
+    rates = [rate_factor(schedule, step, STEPS) for step in range(STEPS + 1)]
+    assert rates == pytest.approx([closed_form(step) for step in range(STEPS + 1)])
+
+
+def test_beyond_the_last_step_the_final_rate_stays():
+    assert rate_factor(ScheduleSettings(kind="cosine", final=0.25), 99, STEPS) == pytest.approx(0.25)
+
+
+def test_a_schedule_moves_every_optimizer():
+    optimizers = build("Muon")
+    schedules = build_schedules(ScheduleSettings(kind="linear"), optimizers, STEPS)
+    for optimizer, schedule in zip(optimizers, schedules, strict=True):
+        optimizer.step()
+        schedule.step()
+    assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == pytest.approx([0.09, 0.09])
+    assert build_schedules(ScheduleSettings(), optimizers, STEPS) == []
