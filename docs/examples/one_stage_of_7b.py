@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import decoupled_pp as dpp
-from decoupled_pp.core.contracts import Packet, PacketKind
+from decoupled_pp.core.packets import Packet, PacketKind
 from decoupled_pp.pipeline.losses import find_loss
 from decoupled_pp.pipeline.stage import StageOptions
 from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings

@@ -10,21 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from decoupled_pp.core.contracts import (
-        Batch,
-        BatchSource,
-        CriticContext,
-        Data,
-        DataInfo,
-        Exit,
-        LinkError,
-        Payload,
-        Plan,
-        Report,
-        TrainingError,
-        UsageError,
-    )
-    from decoupled_pp.core.objective import Critic, View
+    from decoupled_pp.core.datasets import BatchSource, Data, DataInfo
+    from decoupled_pp.core.errors import LinkError, TrainingError, UsageError
+    from decoupled_pp.core.objective import Critic, CriticContext, View
+    from decoupled_pp.core.packets import Batch, Payload
+    from decoupled_pp.core.plans import Plan
+    from decoupled_pp.core.reports import Exit, Report
     from decoupled_pp.models.huggingface import split_transformers
     from decoupled_pp.models.splitting import cut_after, flatten, split_blocks, untie
     from decoupled_pp.models.splitting.traced import split_traced
@@ -62,27 +53,39 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Trainer": "training.trainer",
-    "partition": "training.partition",
+    "Batch": "core.packets",
+    "BatchSource": "core.datasets",
     "Critic": "core.objective",
+    "CriticContext": "core.objective",
+    "Data": "core.datasets",
+    "DataInfo": "core.datasets",
+    "Exit": "core.reports",
+    "LinkError": "core.errors",
+    "Payload": "core.packets",
+    "Plan": "core.plans",
+    "Report": "core.reports",
+    "Trainer": "training.trainer",
+    "TrainingError": "core.errors",
+    "UsageError": "core.errors",
     "View": "core.objective",
     "cut_after": "models.splitting",
     "flatten": "models.splitting",
+    "partition": "training.partition",
+    "save_transformers": "models.transformers_export",
     "split_blocks": "models.splitting",
     "split_traced": "models.splitting.traced",
-    "save_transformers": "models.transformers_export",
     "split_transformers": "models.huggingface",
     "untie": "models.splitting",
     "write_shards": "run.checkpoints.shards",
 }
-"""Where a public name comes from, unless it is in `core.contracts`."""
+"""The file that each public name comes from."""
 
 
 def __getattr__(name: str) -> Any:
     """Load a public name; the next use finds it without coming here."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'core.contracts')}"), name)
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
 

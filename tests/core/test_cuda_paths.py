@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from decoupled_pp.core import device as device_module
-from decoupled_pp.core.contracts import LinkError, Packet, PacketKind
 from decoupled_pp.core.device import Clock
+from decoupled_pp.core.errors import LinkError
+from decoupled_pp.core.packets import Packet, PacketKind
 from decoupled_pp.links import InProcessLink, SendingEnd, in_process, process_group
 from decoupled_pp.links.wire import Wire
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from decoupled_pp.core.contracts import CriticContext, map_payload
+from decoupled_pp.core.objective import CriticContext
+from decoupled_pp.core.packets import map_payload
 
 
 @pytest.fixture

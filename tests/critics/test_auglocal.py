@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from decoupled_pp.core.contracts import CriticContext, DataInfo, UsageError
+from decoupled_pp.core.datasets import DataInfo
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.objective import CriticContext
 from decoupled_pp.critics import build_critic, check_critic
 from decoupled_pp.critics.auglocal import pyramidal_depth, sampled_indices
 from decoupled_pp.models import build_model

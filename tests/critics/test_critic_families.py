@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from decoupled_pp.core.contracts import CriticContext, DataInfo, UsageError
+from decoupled_pp.core.datasets import DataInfo
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.objective import CriticContext
 from decoupled_pp.critics import build_critic, check_critic
 from decoupled_pp.critics.auglocal import AuglocalChain
 from decoupled_pp.critics.head import ImageHead, TokenHead, matching_head

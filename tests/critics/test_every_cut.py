@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from decoupled_pp.core.contracts import DataInfo, UsageError
+from decoupled_pp.core.datasets import DataInfo
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.critics import build_critic, check_critic
 from decoupled_pp.models import build_model
 from decoupled_pp.settings.critics import AuglocalCritic, HeadCritic, MlpSrCritic

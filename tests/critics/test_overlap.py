@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from decoupled_pp.core.contracts import DataInfo, UsageError
+from decoupled_pp.core.datasets import DataInfo
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import View
 from decoupled_pp.critics import build_critic
 from decoupled_pp.models import build_model

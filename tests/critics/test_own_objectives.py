@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import IGNORED, View, local_loss, rider_of
 from decoupled_pp.critics import build_critic, check_critic
 from decoupled_pp.critics.lls import sinusoids

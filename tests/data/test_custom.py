@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from decoupled_pp.core.contracts import Data, DataInfo, UsageError
+from decoupled_pp.core.datasets import Data, DataInfo
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.data import as_source, open_data
 from decoupled_pp.settings.sections import FactoryData
 

@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 import torch
 
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.data import open_data
 from decoupled_pp.settings.sections import HuggingFaceData
 

@@ -6,7 +6,7 @@ import struct
 import pytest
 import torch
 
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.data import open_data
 from decoupled_pp.settings.sections import IdxData
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import IGNORED
 from decoupled_pp.data import open_data
 from decoupled_pp.data.masking import masked

@@ -5,7 +5,7 @@ from itertools import islice
 import pytest
 import torch
 
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.data.streams import StreamedBatches, windows
 
 

@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 import torch
 
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.data import open_data, text
 from decoupled_pp.data.vocabulary import open_vocabulary
 from decoupled_pp.settings.sections import PythonSourceData, TextData

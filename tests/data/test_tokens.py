@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.data.splits import random_split
 from decoupled_pp.data.tokens import TokenWindows
 

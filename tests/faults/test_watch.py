@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from decoupled_pp.core.contracts import LinkError, PeerError, TrainingError, UsageError
+from decoupled_pp.core.errors import LinkError, PeerError, TrainingError, UsageError
 from decoupled_pp.links import LocalControl
 from decoupled_pp.training.watch import Terminated, Watcher, explain_failure, is_termination
 

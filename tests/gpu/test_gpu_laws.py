@@ -18,7 +18,7 @@ from on_gpu import DEVICE, GPU, ON_CUDA, assert_states_close, busy
 from torch import nn
 from torch.nn import functional
 
-from decoupled_pp.core.contracts import map_payload
+from decoupled_pp.core.packets import map_payload
 from decoupled_pp.links import InProcessLink
 from decoupled_pp.pipeline import runtime
 from decoupled_pp.pipeline.stage import Stage

@@ -8,8 +8,8 @@ import torch
 from on_gpu import CUDA_ONLY, DEVICE, GPU, ON_CUDA, busy
 
 from decoupled_pp.commands.bench.gpu_measure import Shape, steps_without_waiting, waiting_forbidden
-from decoupled_pp.core.contracts import Packet, PacketKind
 from decoupled_pp.core.device import Clock, Fence, RandomStream, on_device, own_stream, seeded
+from decoupled_pp.core.packets import Packet, PacketKind
 from decoupled_pp.links import InProcessLink
 
 pytestmark = GPU

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from decoupled_pp import Trainer, partition
-from decoupled_pp.core.contracts import DataInfo
+from decoupled_pp.core.datasets import DataInfo
 from decoupled_pp.core.device import seeded
 from decoupled_pp.models import build_model
 from decoupled_pp.settings.sections import GptModel, MlpModel, ResnetModel

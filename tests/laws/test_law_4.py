@@ -11,7 +11,7 @@ import torch
 from cases import CASES, LABEL_CRITICS, differences, merged, states
 from torch import nn
 
-from decoupled_pp.core.contracts import as_tuple, payload_bytes
+from decoupled_pp.core.packets import as_tuple, payload_bytes
 from decoupled_pp.critics import KINDS
 from decoupled_pp.links import InProcessLink, ReceivingEnd
 from decoupled_pp.pipeline.stage import Stage

@@ -9,7 +9,7 @@ from cases import ADAMW, CASES, MOMENTUM, MUON, differences, merged, states, tra
 from torch import nn
 
 from decoupled_pp import Trainer, partition
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.pipeline.optimizer_state import group_entries
 from decoupled_pp.run.checkpoints.parts import latest_checkpoint
 from decoupled_pp.settings.run import ScheduleSettings

@@ -13,7 +13,8 @@ import pytest
 import torch
 from cases import CASES
 
-from decoupled_pp.core.contracts import LinkError, Packet, PacketKind
+from decoupled_pp.core.errors import LinkError
+from decoupled_pp.core.packets import Packet, PacketKind
 from decoupled_pp.links import InProcessLink, join_world
 from decoupled_pp.pipeline.stage import Stage
 from ranks import launch

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from decoupled_pp.core.contracts import Fault, LinkError, PeerError, UsageError
+from decoupled_pp.core.errors import Fault, LinkError, PeerError, UsageError
 from decoupled_pp.links import LocalControl, join_world
 from ranks import launch, values
 

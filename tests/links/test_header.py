@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from decoupled_pp.core.contracts import LinkError, Packet, PacketKind, UsageError, as_tuple
+from decoupled_pp.core.errors import LinkError, UsageError
+from decoupled_pp.core.packets import Packet, PacketKind, as_tuple
 from decoupled_pp.links import header
 
 TENSORS = {

@@ -5,7 +5,8 @@ import threading
 import pytest
 import torch
 
-from decoupled_pp.core.contracts import LinkError, Packet, PacketKind
+from decoupled_pp.core.errors import LinkError
+from decoupled_pp.core.packets import Packet, PacketKind
 from decoupled_pp.links import InProcessLink
 
 

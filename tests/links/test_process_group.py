@@ -6,7 +6,8 @@ import time
 import pytest
 import torch
 
-from decoupled_pp.core.contracts import LinkError, Packet, PacketKind, as_tuple, payload_bytes
+from decoupled_pp.core.errors import LinkError
+from decoupled_pp.core.packets import Packet, PacketKind, as_tuple, payload_bytes
 from decoupled_pp.links import join_world
 from ranks import launch
 

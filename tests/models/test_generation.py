@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from decoupled_pp.core.contracts import DataInfo, UsageError
+from decoupled_pp.core.datasets import DataInfo
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.models import build_model, generate
 from decoupled_pp.settings.sections import GptModel
 

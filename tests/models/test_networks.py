@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from decoupled_pp.core.contracts import DataInfo, UsageError, count_parameters
+from decoupled_pp.core.datasets import DataInfo
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.plans import count_parameters
 from decoupled_pp.models import build_model
 from decoupled_pp.settings.sections import FactoryModel, GptModel, MlpModel, ResnetModel, VggModel
 

@@ -14,7 +14,8 @@ from tests.splitting.families import inputs_of, model_of
 import decoupled_pp as dpp
 from decoupled_pp.commands.evaluate.finished_run import open_run
 from decoupled_pp.commands.main import main
-from decoupled_pp.core.contracts import DataInfo, UsageError
+from decoupled_pp.core.datasets import DataInfo
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.data import open_data
 from decoupled_pp.models import build_model
 from decoupled_pp.pipeline.losses import ExitScore

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from decoupled_pp import Trainer, partition
-from decoupled_pp.core.contracts import TrainingError
+from decoupled_pp.core.errors import TrainingError
 from decoupled_pp.pipeline.compiled import compiled
 from ranks import launch, values
 

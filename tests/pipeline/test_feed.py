@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from decoupled_pp.core.contracts import BatchSource, PacketKind, UsageError
+from decoupled_pp.core.datasets import BatchSource
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.packets import PacketKind
 from decoupled_pp.data import as_source
 from decoupled_pp.pipeline.feed import Feed, Itinerary
 

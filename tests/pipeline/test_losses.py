@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.pipeline.losses import ExitScore, cross_entropy, find_loss, mse
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from decoupled_pp import Trainer, partition
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.pipeline.neighbours import Neighbours
 
 

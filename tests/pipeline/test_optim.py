@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.pipeline.optim import build_optimizers, build_schedules, find_optimizer, rate_factor
 from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from decoupled_pp import Trainer, partition
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.pipeline.optimizer_state import changed_entries, group_entries, make_state, named_state, reset_entries
 
 CPU = torch.device("cpu")

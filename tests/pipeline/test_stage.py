@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from decoupled_pp.core.contracts import PHASES, Packet, PacketKind, UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import Critic
+from decoupled_pp.core.packets import Packet, PacketKind
+from decoupled_pp.core.reports import PHASES
 from decoupled_pp.pipeline.losses import cross_entropy
 from decoupled_pp.pipeline.stage import Stage, StageOptions
 

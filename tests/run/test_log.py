@@ -7,7 +7,7 @@ import threading
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.run.log import METRICS_FILE, TENSORBOARD_FOLDER, RunLog, read_records
 
 

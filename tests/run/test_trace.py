@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from decoupled_pp.core.contracts import PHASES, UsageError
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.reports import PHASES
 from decoupled_pp.run.trace import read_trace, write_trace
 
 START = 1_790_000_000.25

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.settings.load import check_settings, load_settings
 
 GOOD = {

@@ -2,7 +2,7 @@
 
 import pytest
 
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.training.build import resolve_critic, resolve_optimizer
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import decoupled_pp as dpp
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.models.cutting import minmax_cut
 
 SAMPLE = torch.randn(4, 16)

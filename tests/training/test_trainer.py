@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from decoupled_pp import Trainer, partition
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.settings.run import ScheduleSettings
 
 BATCHES = [(torch.randn(4, 3), torch.randint(2, (4,)))]

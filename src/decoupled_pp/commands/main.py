@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from decoupled_pp import __version__
-from decoupled_pp.core.contracts import LAUNCHER_GONE, PeerError, TrainingError, UsageError
+from decoupled_pp.core.errors import LAUNCHER_GONE, PeerError, TrainingError, UsageError
 
 if TYPE_CHECKING:
     from decoupled_pp.settings.run import Settings

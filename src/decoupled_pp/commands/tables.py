@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from decoupled_pp.commands.evaluate.exits import Evaluation
-from decoupled_pp.core.contracts import Exit
+from decoupled_pp.core.reports import Exit
 from decoupled_pp.run.folder import WEIGHTS_FILE
 from decoupled_pp.training.job import Outcome
 

@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from decoupled_pp.core.contracts import Fault, Packet, Record
+from decoupled_pp.core.errors import Fault
+from decoupled_pp.core.packets import Packet
+from decoupled_pp.core.reports import Record
 
 
 class Inlet(ABC):

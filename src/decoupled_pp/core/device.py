@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 
 Mark: TypeAlias = "float | torch.cuda.Event"
 """A point in the device's work: seconds of the host's clock on the CPU, an event on CUDA."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 from torch import Tensor, nn
 
-from decoupled_pp.core.contracts import Loss, Payload, as_tuple
+from decoupled_pp.core.packets import Loss, Payload, as_tuple
 
 IGNORED = -100
 """Class index that counts for nothing, as in `torch.nn.functional.cross_entropy`."""
@@ -83,3 +84,33 @@ def has_exit(critic: nn.Module | None) -> bool:
 def rider_of(critic: nn.Module | None, view: View) -> Payload:
     """What travels on beside the stage's output."""
     return critic.rider(view) if isinstance(critic, Critic) else ()
+
+
+@dataclass(frozen=True)
+class CriticContext:
+    """What a critic builder may look at.
+
+    Attributes:
+        stage: Index of the stage the critic judges.
+        stages: Number of stages; only stages before the last have a critic.
+        boundary: Index of the first layer above the stage.
+        hidden: A sample of the stage's output (no gradient).
+        output: A sample of the whole network's output (logits; no gradient).
+        layers: All layers of the network; builders may deep-copy layers from `boundary` on, never use them directly.
+        hiddens: For every layer above, a sample of its input: `hiddens[j]` goes into `layers[boundary + j]`
+            (so `hiddens[0]` is `hidden`).
+        sample: A sample of the network's own input.
+    """
+
+    stage: int
+    stages: int
+    boundary: int
+    hidden: Payload
+    output: Tensor
+    layers: tuple[nn.Module, ...]
+    hiddens: tuple[Payload, ...] = ()
+    sample: Payload = ()
+
+
+CriticBuilder: TypeAlias = Callable[[CriticContext], nn.Module]
+"""Builds the critic of one stage: a module from the stage's output to logits shaped like the network's output."""

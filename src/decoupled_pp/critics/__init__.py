@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from decoupled_pp.core.contracts import CriticBuilder, CriticContext
-from decoupled_pp.core.objective import Critic
+from decoupled_pp.core.objective import Critic, CriticBuilder, CriticContext
 from decoupled_pp.critics.auglocal import build_auglocal
 from decoupled_pp.critics.auto import build_auto
 from decoupled_pp.critics.check import check_critic

@@ -12,15 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from decoupled_pp.core.contracts import (
-    CriticContext,
-    Payload,
-    UsageError,
-    as_tuple,
-    check_payload,
-    first_tensor,
-    map_payload,
-)
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.objective import CriticContext
+from decoupled_pp.core.packets import Payload, as_tuple, check_payload, first_tensor, map_payload
 from decoupled_pp.critics.fresh import fresh_copy, make_fresh, trainable_copy
 from decoupled_pp.critics.head import matching_head, own_head
 from decoupled_pp.settings.critics import AuglocalCritic

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from decoupled_pp.core.contracts import CriticContext, UsageError, first_tensor
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.objective import CriticContext
+from decoupled_pp.core.packets import first_tensor
 from decoupled_pp.critics.auglocal import build_auglocal
 from decoupled_pp.critics.head import matching_head
 from decoupled_pp.settings.critics import AuglocalCritic, AutoCritic

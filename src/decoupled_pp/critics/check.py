@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from decoupled_pp.core.contracts import CriticContext, Payload, UsageError, as_tuple, first_tensor, map_payload
-from decoupled_pp.core.objective import has_exit
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.objective import CriticContext, has_exit
+from decoupled_pp.core.packets import Payload, as_tuple, first_tensor, map_payload
 
 
 def _refuse_changed(where: str, before: Payload, after: Payload) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from decoupled_pp.core.contracts import CriticContext, Loss, Payload, map_payload
-from decoupled_pp.core.objective import Critic, View
+from decoupled_pp.core.objective import Critic, CriticContext, View
+from decoupled_pp.core.packets import Loss, Payload, map_payload
 from decoupled_pp.critics.several import build_bases
 from decoupled_pp.settings.critics import CollaborativeCritic
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from decoupled_pp.core.contracts import CriticContext, Payload, first_tensor
+from decoupled_pp.core.objective import CriticContext
+from decoupled_pp.core.packets import Payload, first_tensor
 from decoupled_pp.critics.labels import judged_tensor
 from decoupled_pp.settings.critics import ConvCritic
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from decoupled_pp.core.contracts import CriticContext, UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.factory import call_factory
+from decoupled_pp.core.objective import CriticContext
 from decoupled_pp.settings.critics import FactoryCritic
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from decoupled_pp.core.contracts import CriticContext, Payload, UsageError, as_tuple, first_tensor
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.objective import CriticContext
+from decoupled_pp.core.packets import Payload, as_tuple, first_tensor
 from decoupled_pp.critics.fresh import trainable_copy
 from decoupled_pp.settings.critics import HeadCritic
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from decoupled_pp.core.contracts import CriticContext, Loss, Payload, UsageError, first_tensor
-from decoupled_pp.core.objective import Critic, View
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.objective import Critic, CriticContext, View
+from decoupled_pp.core.packets import Loss, Payload, first_tensor
 from decoupled_pp.critics.labels import judged_tensor
 from decoupled_pp.settings.critics import InfoproCritic
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from decoupled_pp.core.contracts import CriticContext, Payload, UsageError, as_tuple, first_tensor
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.objective import CriticContext
+from decoupled_pp.core.packets import Payload, as_tuple, first_tensor
 
 
 def judged_tensor(kind: str, context: CriticContext, dims: tuple[int, ...] = (2, 4)) -> Tensor:

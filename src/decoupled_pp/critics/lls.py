@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from decoupled_pp.core.contracts import CriticContext, Payload, first_tensor
-from decoupled_pp.core.objective import Critic
+from decoupled_pp.core.objective import Critic, CriticContext
+from decoupled_pp.core.packets import Payload, first_tensor
 from decoupled_pp.critics.labels import judged_tensor
 from decoupled_pp.settings.critics import LlsCritic
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decoupled_pp.core.contracts import CriticContext, Payload, UsageError, first_tensor
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.objective import CriticContext
+from decoupled_pp.core.packets import Payload, first_tensor
 from decoupled_pp.settings.critics import MlpSrCritic
 
 # Convolutions and linear layers followed by batch normalisation have no bias: the normalisation would cancel it.

@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from decoupled_pp.core.contracts import CriticBuilder, CriticContext, Loss, Payload, UsageError
-from decoupled_pp.core.objective import Critic, View, has_exit
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.objective import Critic, CriticBuilder, CriticContext, View, has_exit
+from decoupled_pp.core.packets import Loss, Payload
 from decoupled_pp.critics.fresh import trainable_copy
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from decoupled_pp.core.contracts import CriticContext, Loss, Payload, first_tensor
-from decoupled_pp.core.objective import Critic, View
+from decoupled_pp.core.objective import Critic, CriticContext, View
+from decoupled_pp.core.packets import Loss, Payload, first_tensor
 from decoupled_pp.critics.labels import class_indices, judged_tensor
 from decoupled_pp.settings.critics import PredsimCritic
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from decoupled_pp.core.contracts import CriticContext, Loss, Payload, UsageError, first_tensor
-from decoupled_pp.core.objective import Critic, View
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.objective import Critic, CriticContext, View
+from decoupled_pp.core.packets import Loss, Payload, first_tensor
 from decoupled_pp.settings.critics import ReconstructCritic
 
 _GAIN = 0.1

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import nn
 
-from decoupled_pp.core.contracts import CriticContext
+from decoupled_pp.core.objective import CriticContext
 from decoupled_pp.critics.head import matching_head
 from decoupled_pp.critics.mlp_sr import build_mlp_sr
 from decoupled_pp.settings.critics import MlpSrCritic

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from decoupled_pp.core.contracts import CriticContext, Loss, Payload, as_tuple, first_tensor
-from decoupled_pp.core.objective import Critic, View
+from decoupled_pp.core.objective import Critic, CriticContext, View
+from decoupled_pp.core.packets import Loss, Payload, as_tuple, first_tensor
 from decoupled_pp.critics.labels import judged_tensor
 from decoupled_pp.critics.several import build_bases
 from decoupled_pp.settings.critics import SgrCritic

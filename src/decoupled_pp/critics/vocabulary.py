@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from decoupled_pp.core.contracts import CriticContext, Loss, Payload, UsageError, as_tuple, first_tensor
-from decoupled_pp.core.objective import IGNORED, Critic, View
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.objective import IGNORED, Critic, CriticContext, View
+from decoupled_pp.core.packets import Loss, Payload, as_tuple, first_tensor
 from decoupled_pp.settings.critics import VocabularyCritic
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from decoupled_pp.core.contracts import Data
+from decoupled_pp.core.datasets import Data
 from decoupled_pp.data.cifar_binary import open_cifar_binary
 from decoupled_pp.data.custom import open_custom
 from decoupled_pp.data.digits import open_digits

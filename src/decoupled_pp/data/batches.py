@@ -17,7 +17,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from decoupled_pp.core.contracts import Batch, BatchSource
+from decoupled_pp.core.datasets import BatchSource
+from decoupled_pp.core.packets import Batch
 from decoupled_pp.data.seeds import Purpose, generator
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from decoupled_pp.core.contracts import Data, UsageError
+from decoupled_pp.core.datasets import Data
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.data.images import Pixels, image_info, open_pixels
 from decoupled_pp.settings.sections import CifarBinaryData
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from decoupled_pp.core.contracts import Data, UsageError
+from decoupled_pp.core.datasets import Data
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.factory import call_factory
 from decoupled_pp.settings.sections import FactoryData
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from decoupled_pp.core.contracts import Data
+from decoupled_pp.core.datasets import Data
 from decoupled_pp.data.images import Pixels, image_info, open_pixels
 from decoupled_pp.data.splits import stratified_split
 from decoupled_pp.settings.sections import DigitsData

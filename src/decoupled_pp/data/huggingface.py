@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from decoupled_pp.core.contracts import Data, UsageError
+from decoupled_pp.core.datasets import Data
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.data.huggingface_images import open_image_rows
 from decoupled_pp.data.huggingface_sentences import open_sentence_rows
 from decoupled_pp.data.huggingface_text import open_text_rows

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decoupled_pp.core.contracts import Data, DataInfo, UsageError
+from decoupled_pp.core.datasets import Data, DataInfo
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.data.huggingface_labelled import Reader, open_labelled
 from decoupled_pp.data.images import image_info
 from decoupled_pp.data.streams import Rows

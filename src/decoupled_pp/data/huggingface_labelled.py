@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decoupled_pp.core.contracts import Batch, Data, DataInfo, UsageError
+from decoupled_pp.core.datasets import Data, DataInfo
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.packets import Batch
 from decoupled_pp.data.batches import Samples, TrainingBatches, ValidationBatches
 from decoupled_pp.data.splits import random_split
 from decoupled_pp.data.streams import Rows, Sample, shuffled, stacked, stream_sources

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from decoupled_pp.core.contracts import Batch, Data, DataInfo, UsageError
+from decoupled_pp.core.datasets import Data, DataInfo
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.packets import Batch
 from decoupled_pp.data.huggingface_labelled import Reader, open_labelled
 from decoupled_pp.data.streams import Rows, Sample
 from decoupled_pp.data.vocabulary import Vocabulary, open_vocabulary

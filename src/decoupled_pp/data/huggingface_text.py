@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from decoupled_pp.core.contracts import Data, UsageError
+from decoupled_pp.core.datasets import Data
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.data.masking import masking
 from decoupled_pp.data.seeds import Purpose, mixed_seed
 from decoupled_pp.data.streams import Rows, Sample, shuffled, stream_sources, windows

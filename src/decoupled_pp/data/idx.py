@@ -11,7 +11,8 @@ from typing import IO, cast
 import torch
 from torch import Tensor
 
-from decoupled_pp.core.contracts import Data, UsageError
+from decoupled_pp.core.datasets import Data
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.data.images import Pixels, image_info, open_pixels
 from decoupled_pp.settings.sections import IdxData
 

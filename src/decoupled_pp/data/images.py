@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from decoupled_pp.core.contracts import Batch, Data, DataInfo, first_tensor
+from decoupled_pp.core.datasets import Data, DataInfo
+from decoupled_pp.core.packets import Batch, first_tensor
 from decoupled_pp.data.batches import Samples, TrainingBatches, ValidationBatches
 from decoupled_pp.settings.sections import BatchSettings
 

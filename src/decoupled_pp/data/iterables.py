@@ -8,7 +8,9 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from decoupled_pp.core.contracts import Batch, BatchSource, Payload, UsageError
+from decoupled_pp.core.datasets import BatchSource
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.packets import Batch, Payload
 
 Batches: TypeAlias = Iterable[Any] | Callable[[], Iterable[Any]]
 """An iterable of (input, target) pairs, or a function without arguments that returns a fresh one."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from decoupled_pp.core.contracts import Batch, UsageError, first_tensor
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import IGNORED
+from decoupled_pp.core.packets import Batch, first_tensor
 from decoupled_pp.data.batches import Augmentation
 from decoupled_pp.data.vocabulary import Vocabulary
 from decoupled_pp.settings.sections import TokenSettings

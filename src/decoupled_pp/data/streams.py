@@ -9,7 +9,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from decoupled_pp.core.contracts import Batch, BatchSource, UsageError
+from decoupled_pp.core.datasets import BatchSource
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.packets import Batch
 from decoupled_pp.data.batches import Augmentation
 from decoupled_pp.data.seeds import Purpose, generator, mixed_seed
 from decoupled_pp.settings.sections import HuggingFaceData

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from decoupled_pp.core.contracts import Data, UsageError
+from decoupled_pp.core.datasets import Data
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.data.tokens import Corpus, open_tokens, split_corpus
 from decoupled_pp.data.vocabulary import BYTES, Vocabulary, bytes_to_tokens, open_vocabulary
 from decoupled_pp.settings.sections import PythonSourceData, TextData, TokenSettings

@@ -18,7 +18,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from decoupled_pp.core.contracts import Batch, Data, DataInfo, UsageError
+from decoupled_pp.core.datasets import Data, DataInfo
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.packets import Batch
 from decoupled_pp.data.batches import Samples, TrainingBatches, ValidationBatches
 from decoupled_pp.data.masking import masking
 from decoupled_pp.data.seeds import Purpose, mixed_seed

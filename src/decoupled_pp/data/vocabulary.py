@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _MODEL_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")

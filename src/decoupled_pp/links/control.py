@@ -12,7 +12,8 @@ from typing import Any
 import torch.distributed as dist
 
 from decoupled_pp.core.channels import Control
-from decoupled_pp.core.contracts import LAUNCHER_GONE, Fault, LinkError, PeerError, Record, UsageError
+from decoupled_pp.core.errors import LAUNCHER_GONE, Fault, LinkError, PeerError, UsageError
+from decoupled_pp.core.reports import Record
 
 
 class LocalControl(Control):

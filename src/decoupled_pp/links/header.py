@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from decoupled_pp.core.contracts import LinkError, Packet, PacketKind, Payload, UsageError, as_tuple
+from decoupled_pp.core.errors import LinkError, UsageError
+from decoupled_pp.core.packets import Packet, PacketKind, Payload, as_tuple
 
 HEADER_WORDS = 128
 """int64 words of a header: 1 KiB, room for about twenty tensors of four dimensions."""

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from decoupled_pp.core.channels import Inlet, LinkCounters, LinkEnd, Outlet
-from decoupled_pp.core.contracts import LinkError, Packet, PacketKind, as_tuple, map_payload, payload_bytes
 from decoupled_pp.core.device import Fence
+from decoupled_pp.core.errors import LinkError
+from decoupled_pp.core.packets import Packet, PacketKind, as_tuple, map_payload, payload_bytes
 
 
 def _carried(tensor: Tensor) -> Tensor:

@@ -32,8 +32,9 @@ import torch
 from torch import Tensor
 
 from decoupled_pp.core.channels import Inlet, LinkCounters, LinkEnd, Outlet
-from decoupled_pp.core.contracts import LinkError, Packet, PacketKind, TrainingError
 from decoupled_pp.core.device import Fence, own_stream
+from decoupled_pp.core.errors import LinkError, TrainingError
+from decoupled_pp.core.packets import Packet, PacketKind
 from decoupled_pp.links import header as headers
 from decoupled_pp.links import returns
 from decoupled_pp.links.header import Parcel

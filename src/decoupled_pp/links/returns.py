@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 
 GOODBYE, LOSSES, CREDIT = 0, 2, 0x0101_0101_0101_0101
 """First word of a message."""

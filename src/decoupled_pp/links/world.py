@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from decoupled_pp.core import environment
-from decoupled_pp.core.contracts import LinkError, UsageError
+from decoupled_pp.core.errors import LinkError, UsageError
 from decoupled_pp.links.control import StoreControl
 from decoupled_pp.links.header import HEADER_BYTES
 from decoupled_pp.links.lane import Lane

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from decoupled_pp.core.contracts import DataInfo
+from decoupled_pp.core.datasets import DataInfo
 from decoupled_pp.models.factory import build_from_factory
 from decoupled_pp.models.generation import generate
 from decoupled_pp.models.gpt import build_gpt

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from decoupled_pp.core.contracts import DataInfo, UsageError
+from decoupled_pp.core.datasets import DataInfo
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.factory import call_factory
 from decoupled_pp.settings.sections import FactoryModel
 

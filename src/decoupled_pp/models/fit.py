@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from decoupled_pp.core.contracts import DataInfo, UsageError
+from decoupled_pp.core.datasets import DataInfo
+from decoupled_pp.core.errors import UsageError
 
 _SHAPES = {"image": "(C, H, W)", "vector": "(D,)", "tokens": "(T,)"}
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from decoupled_pp.core.contracts import DataInfo, UsageError
+from decoupled_pp.core.datasets import DataInfo
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.suggestions import did_you_mean
 from decoupled_pp.models.splitting import Split, split_blocks
 from decoupled_pp.models.splitting.layers import Block, Rule

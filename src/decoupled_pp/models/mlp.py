@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from decoupled_pp.core.contracts import DataInfo
+from decoupled_pp.core.datasets import DataInfo
 from decoupled_pp.models.fit import expect_form
 from decoupled_pp.settings.sections import MlpModel
 

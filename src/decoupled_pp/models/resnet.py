@@ -11,7 +11,8 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decoupled_pp.core.contracts import DataInfo, UsageError
+from decoupled_pp.core.datasets import DataInfo
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.models.fit import expect_form
 from decoupled_pp.settings.sections import ResnetModel
 

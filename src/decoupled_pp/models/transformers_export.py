@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from decoupled_pp.core.contracts import DataInfo, UsageError
+from decoupled_pp.core.datasets import DataInfo
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.models.huggingface import load_transformers, split_of_run
 from decoupled_pp.models.splitting import Split
 from decoupled_pp.settings.sections import HuggingFaceModel

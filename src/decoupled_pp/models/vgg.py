@@ -11,7 +11,7 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decoupled_pp.core.contracts import DataInfo
+from decoupled_pp.core.datasets import DataInfo
 from decoupled_pp.models.fit import expect_form
 from decoupled_pp.settings.sections import VggModel
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from decoupled_pp.core.contracts import TrainingError
+from decoupled_pp.core.errors import TrainingError
 
 
 def compiled(function: Callable[[Any], Any], name: str) -> Callable[[Any], Any]:

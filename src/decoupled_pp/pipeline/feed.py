@@ -9,8 +9,10 @@ from itertools import chain, islice
 import torch
 
 from decoupled_pp.core.channels import Inlet
-from decoupled_pp.core.contracts import Batch, BatchSource, Packet, PacketKind, UsageError, map_payload
+from decoupled_pp.core.datasets import BatchSource
 from decoupled_pp.core.device import on_device
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.packets import Batch, Packet, PacketKind, map_payload
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from decoupled_pp.core.contracts import Loss, Payload, UsageError, as_tuple
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.factory import import_factory
 from decoupled_pp.core.objective import IGNORED
+from decoupled_pp.core.packets import Loss, Payload, as_tuple
 from decoupled_pp.core.suggestions import did_you_mean
 
 

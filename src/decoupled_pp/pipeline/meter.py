@@ -11,8 +11,9 @@ import numpy
 import torch
 from torch import Tensor
 
-from decoupled_pp.core.contracts import PHASES, Record, TrainingError
 from decoupled_pp.core.device import Clock, Mark
+from decoupled_pp.core.errors import TrainingError
+from decoupled_pp.core.reports import PHASES, Record
 
 BUSY = ("forward", "critic", "backward", "step")
 """Phases in which a stage computes."""

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from decoupled_pp.core.contracts import Payload, UsageError, as_tuple, first_tensor
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.packets import Payload, as_tuple, first_tensor
 
 
 class Neighbours:

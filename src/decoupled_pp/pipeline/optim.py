@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.factory import call_factory
 from decoupled_pp.core.suggestions import did_you_mean
 from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings

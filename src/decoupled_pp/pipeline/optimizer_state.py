@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from decoupled_pp.core.contracts import UsageError
 from decoupled_pp.core.device import seeded
+from decoupled_pp.core.errors import UsageError
 
 Groups: TypeAlias = list[list[dict[str, Any]]]
 """Entries of every group of every optimizer, without the parameters."""

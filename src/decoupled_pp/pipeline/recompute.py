@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from decoupled_pp.core.contracts import Payload
+from decoupled_pp.core.packets import Payload
 
 
 def checkpointed(trunk: nn.Module) -> Callable[[Payload], Payload]:

@@ -19,8 +19,10 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from decoupled_pp.core.channels import Inlet, Outlet
-from decoupled_pp.core.contracts import Packet, PacketKind, Record, TrainingError, UsageError
 from decoupled_pp.core.device import own_stream
+from decoupled_pp.core.errors import TrainingError, UsageError
+from decoupled_pp.core.packets import Packet, PacketKind
+from decoupled_pp.core.reports import Record
 from decoupled_pp.pipeline.meter import StageMeter
 from decoupled_pp.pipeline.stage import EndToEnd, Stage, floating
 

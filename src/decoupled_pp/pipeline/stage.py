@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from decoupled_pp.core.contracts import Loss, Packet, Payload, as_tuple, check_payload, map_payload
 from decoupled_pp.core.device import RandomStream
 from decoupled_pp.core.objective import Critic, View, has_exit, local_loss, rider_of
+from decoupled_pp.core.packets import Loss, Packet, Payload, as_tuple, check_payload, map_payload
 from decoupled_pp.pipeline.activations import SavedActivations
 from decoupled_pp.pipeline.compiled import compiled
 from decoupled_pp.pipeline.losses import ExitScore
@@ -25,7 +25,7 @@ from decoupled_pp.settings.run import CorrectionSettings
 
 Send = Callable[[Packet], None]
 Lap = Callable[[str], None]
-"""Called at the end of each phase of a packet with the phase's name (`contracts.PHASES`)."""
+"""Called at the end of each phase of a packet with the phase's name (`reports.PHASES`)."""
 
 _NOTHING = nullcontext()
 

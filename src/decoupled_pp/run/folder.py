@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from decoupled_pp.core import environment
-from decoupled_pp.core.contracts import DataInfo, Record, Report, UsageError
+from decoupled_pp.core.datasets import DataInfo
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.reports import Record, Report
 from decoupled_pp.run.checkpoints.parts import list_checkpoints, remove_incomplete, write_atomically
 from decoupled_pp.run.log import METRICS_FILE, finite, read_records
 from decoupled_pp.run.plots import plot_losses, plot_timeline

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from decoupled_pp.core.contracts import Record
+from decoupled_pp.core.reports import Record
 
 TERMINAL_SECONDS = 0.25
 PLAIN_SECONDS = 5.0

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from decoupled_pp.core.contracts import Record, UsageError
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.reports import Record
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from decoupled_pp.core.contracts import Record
+from decoupled_pp.core.reports import Record
 from decoupled_pp.run.live import LiveView
 from decoupled_pp.run.log import RunLog
 from decoupled_pp.settings.run import Settings

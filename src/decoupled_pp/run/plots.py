@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from decoupled_pp.core.contracts import Record
+from decoupled_pp.core.reports import Record
 
 Span: TypeAlias = Sequence[Any]
 """(phase, start in seconds, duration in seconds, packet number)."""

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from decoupled_pp.core.channels import LinkEnd
-from decoupled_pp.core.contracts import Exit, Plan, Record, Report, count_parameters
 from decoupled_pp.core.device import peak_memory
+from decoupled_pp.core.plans import Plan, count_parameters
+from decoupled_pp.core.reports import Exit, Record, Report
 from decoupled_pp.pipeline.meter import StageMeter
 from decoupled_pp.pipeline.stage import Stage
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 
 Span: TypeAlias = Sequence[Any]
-"""(phase, start in seconds, duration in seconds, packet number); the phases are `contracts.PHASES`."""
+"""(phase, start in seconds, duration in seconds, packet number); the phases are `reports.PHASES`."""
 
 _COLOURS = {
     "wait_in": "grey",

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.suggestions import did_you_mean
 from decoupled_pp.settings.critics import CriticSettings
 from decoupled_pp.settings.run import Settings

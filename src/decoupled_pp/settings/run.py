@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.settings.critics import AutoCritic, CriticSettings, CriticTargetSettings, LabelTarget
 from decoupled_pp.settings.sections import DataSettings, HuggingFaceModel, ModelSettings, Section
 

@@ -15,9 +15,12 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from decoupled_pp.core.channels import Inlet, Outlet
-from decoupled_pp.core.contracts import CriticBuilder, CriticContext, Layers, Loss, Plan, Record, UsageError
 from decoupled_pp.core.device import Clock, seeded
-from decoupled_pp.core.objective import Critic
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.objective import Critic, CriticBuilder, CriticContext
+from decoupled_pp.core.packets import Loss
+from decoupled_pp.core.plans import Layers, Plan
+from decoupled_pp.core.reports import Record
 from decoupled_pp.critics import build_critic, check_critic
 from decoupled_pp.links import InProcessLink, StoreControl, World
 from decoupled_pp.models.cutting.layers import critic_context, trace

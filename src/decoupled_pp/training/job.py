@@ -13,8 +13,12 @@ from safetensors.torch import load_file
 
 from decoupled_pp.core import environment
 from decoupled_pp.core.channels import Control
-from decoupled_pp.core.contracts import Data, DataInfo, Loss, Payload, Plan, Report, UsageError, as_tuple, map_payload
+from decoupled_pp.core.datasets import Data, DataInfo
 from decoupled_pp.core.device import seeded
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.packets import Loss, Payload, as_tuple, map_payload
+from decoupled_pp.core.plans import Plan
+from decoupled_pp.core.reports import Report
 from decoupled_pp.critics import build_critic
 from decoupled_pp.data import open_data
 from decoupled_pp.links import LocalControl, StoreControl, join_world

@@ -12,17 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from decoupled_pp.core import units
-from decoupled_pp.core.contracts import (
-    CriticBuilder,
-    Loss,
-    Payload,
-    Plan,
-    UsageError,
-    as_tuple,
-    map_payload,
-    payload_bytes,
-)
 from decoupled_pp.core.device import cuda_devices
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.objective import CriticBuilder
+from decoupled_pp.core.packets import Loss, Payload, as_tuple, map_payload, payload_bytes
+from decoupled_pp.core.plans import Plan
 from decoupled_pp.models.cutting import critic_context, stand_in_objective, trace
 from decoupled_pp.models.cutting.layers import present
 from decoupled_pp.models.cutting.measure import Judged, Objective, look_of

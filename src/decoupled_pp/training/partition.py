@@ -9,8 +9,10 @@ from typing import Any
 from torch import nn
 
 from decoupled_pp.core import environment
-from decoupled_pp.core.contracts import Loss, Payload, Plan, UsageError
 from decoupled_pp.core.device import choose_device
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.packets import Loss, Payload
+from decoupled_pp.core.plans import Plan
 from decoupled_pp.links import join_world
 from decoupled_pp.models.cutting import By, Fits, as_sequential, cut_network
 from decoupled_pp.pipeline.losses import find_loss

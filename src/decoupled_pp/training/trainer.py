@@ -13,8 +13,12 @@ from torch import nn
 
 from decoupled_pp.core import environment
 from decoupled_pp.core.channels import Control
-from decoupled_pp.core.contracts import BatchSource, Exit, Loss, Plan, Record, Report, UsageError, as_tuple
+from decoupled_pp.core.datasets import BatchSource
 from decoupled_pp.core.device import choose_device
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.packets import Loss, as_tuple
+from decoupled_pp.core.plans import Plan
+from decoupled_pp.core.reports import Exit, Record, Report
 from decoupled_pp.data.iterables import Batches, as_source
 from decoupled_pp.links import LocalControl, StoreControl, World, join_world
 from decoupled_pp.pipeline.feed import Feed, Itinerary

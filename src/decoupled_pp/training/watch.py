@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 from decoupled_pp.core.channels import Control
-from decoupled_pp.core.contracts import Fault, LinkError, PeerError, Record, TrainingError, UsageError
+from decoupled_pp.core.errors import Fault, LinkError, PeerError, TrainingError, UsageError
+from decoupled_pp.core.reports import Record
 
 _PERIOD_SECONDS = 0.2
 _GRACE_SECONDS = 1.0

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from decoupled_pp.commands.bench import gpu, gpu_measure
 from decoupled_pp.commands.bench.gpu_measure import Shape, make_packets, make_stage, model_flops, stage_figures
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.pipeline.runtime import Nowhere
 
 TINY = Shape(width=16, blocks=2, heads=2, sequence=12, batch=3, vocabulary=29)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from decoupled_pp.commands.compare.contenders import STRATEGIES, contenders, with_own_settings
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.settings.load import check_settings
 from decoupled_pp.settings.run import STAGES_ALONE
 from decoupled_pp.training.baselines import BASELINES

@@ -12,7 +12,7 @@ from decoupled_pp.commands.evaluate.exits import ensemble, exit_costs, progressi
 from decoupled_pp.commands.evaluate.finished_run import evaluate_run, exit_module
 from decoupled_pp.commands.evaluate.gradient_probe import gradient_cosines
 from decoupled_pp.commands.main import main
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 
 CLASSES, WIDTH, BATCHES = 3, 6, 5
 

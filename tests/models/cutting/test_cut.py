@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.models.cutting.cut import listed_cut, minmax_cut, uniform_cut
 
 

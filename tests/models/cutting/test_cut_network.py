@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from decoupled_pp.core.contracts import UsageError, count_parameters
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.plans import count_parameters
 from decoupled_pp.critics import build_critic
 from decoupled_pp.models.cutting import critic_context, cut_network, measure_critics, trace
 from decoupled_pp.models.cutting.measure import measure_layers, stand_in_objective

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.models.cutting import as_sequential, trace
 
 

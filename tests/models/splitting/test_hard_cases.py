@@ -8,7 +8,7 @@ from tests.splitting.families import inputs_of, model_of
 from torch import Tensor, nn
 
 import decoupled_pp as dpp
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.models.huggingface import split_transformers
 
 X = torch.randn(4, 4)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from decoupled_pp import Trainer, partition
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.models.splitting import split_blocks
 
 V, D, B, T = 17, 8, 3, 5

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import decoupled_pp as dpp
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.run.checkpoints.parts import latest_checkpoint, list_checkpoints, open_checkpoint
 from ranks import launch, values
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import decoupled_pp as dpp
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 
 
 class Residual(nn.Module):

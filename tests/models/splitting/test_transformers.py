@@ -6,7 +6,7 @@ from tests.splitting.families import FAMILIES, TABLE, inputs_of, model_of, table
 from torch import nn
 
 import decoupled_pp as dpp
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.critics.fresh import fresh_copy
 from decoupled_pp.models.huggingface import split_transformers
 

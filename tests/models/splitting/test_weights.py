@@ -5,7 +5,7 @@ import torch
 from tests.splitting.families import inputs_of, model_of
 
 import decoupled_pp as dpp
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 
 transformers = pytest.importorskip("transformers")
 

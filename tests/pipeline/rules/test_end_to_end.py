@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from decoupled_pp import Trainer, partition
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.pipeline.stage import Stage
 from ranks import launch, values
 

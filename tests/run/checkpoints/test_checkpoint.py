@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from decoupled_pp import Trainer, partition
-from decoupled_pp.core.contracts import TrainingError, UsageError
+from decoupled_pp.core.errors import TrainingError, UsageError
 from decoupled_pp.run.checkpoints import parts as checkpoint
 from decoupled_pp.run.checkpoints.parts import (
     Keep,

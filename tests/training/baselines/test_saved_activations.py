@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from decoupled_pp import partition
-from decoupled_pp.core.contracts import DataInfo
+from decoupled_pp.core.datasets import DataInfo
 from decoupled_pp.core.device import seeded
 from decoupled_pp.links import join_world
 from decoupled_pp.models import build_model

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from decoupled_pp.commands.bench.durations import Durations
 from decoupled_pp.commands.bench.emulated import EmulatedLayer
 from decoupled_pp.commands.plan.orders import SPLIT
-from decoupled_pp.core.contracts import Plan, Record
+from decoupled_pp.core.plans import Plan
+from decoupled_pp.core.reports import Record
 from decoupled_pp.links import World
 from decoupled_pp.pipeline.losses import cross_entropy
 from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings

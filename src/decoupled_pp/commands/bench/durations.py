@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 
 JITTERS = ("none", "exponential")
 _REPEAT = 10**6  # micro-batch numbers from one repeat to the next

@@ -29,7 +29,7 @@ from decoupled_pp.commands.bench.gpu_measure import (
     stage_figures,
     steps_without_waiting,
 )
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 
 TOLERANCE = 1e-2
 """Largest difference between two stages through the pipeline and in plain PyTorch, relative to what training changed.

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from decoupled_pp.core.channels import Inlet
-from decoupled_pp.core.contracts import CriticContext, Packet, PacketKind, Record, as_tuple
 from decoupled_pp.core.device import Clock, own_stream, seeded
+from decoupled_pp.core.objective import CriticContext
+from decoupled_pp.core.packets import Packet, PacketKind, as_tuple
+from decoupled_pp.core.reports import Record
 from decoupled_pp.critics import build_critic
 from decoupled_pp.models.gpt import Block, Head
 from decoupled_pp.pipeline.losses import cross_entropy

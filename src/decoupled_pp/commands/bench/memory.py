@@ -15,8 +15,11 @@ from decoupled_pp.commands.bench.memory_report import draw, table
 from decoupled_pp.commands.bench.schedule import STRATEGIES
 from decoupled_pp.commands.launcher import launch
 from decoupled_pp.core import environment
-from decoupled_pp.core.contracts import Batch, DataInfo, Plan, UsageError
+from decoupled_pp.core.datasets import DataInfo
 from decoupled_pp.core.device import seeded
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.packets import Batch
+from decoupled_pp.core.plans import Plan
 from decoupled_pp.links import World, join_world
 from decoupled_pp.models import build_model
 from decoupled_pp.pipeline.activations import SavedActivations

@@ -18,7 +18,7 @@ from decoupled_pp.commands.bench import durations, predicted
 from decoupled_pp.commands.bench.contestants import TIMEOUT, Contestant, Work, contestant
 from decoupled_pp.commands.launcher import launch
 from decoupled_pp.core import environment
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.links import StoreControl, World, join_world
 from decoupled_pp.training.baselines import BASELINES, stages_needed
 from decoupled_pp.training.baselines.alone import MessageSeconds, message_seconds

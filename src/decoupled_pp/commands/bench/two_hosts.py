@@ -17,7 +17,7 @@ from typing import IO
 
 from decoupled_pp.commands.bench import delay_line
 from decoupled_pp.core import environment
-from decoupled_pp.core.contracts import TrainingError
+from decoupled_pp.core.errors import TrainingError
 
 ADDRESSES = ("10.99.0.1", "10.99.0.2")
 DEVICE = "dpp0"

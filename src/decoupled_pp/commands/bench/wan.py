@@ -27,7 +27,7 @@ from decoupled_pp.commands.bench.two_hosts import (
 )
 from decoupled_pp.commands.bench.wan_report import Condition
 from decoupled_pp.core import environment
-from decoupled_pp.core.contracts import TrainingError, UsageError
+from decoupled_pp.core.errors import TrainingError, UsageError
 
 _RANKS, _PORT = 2, 29500
 _STRATEGIES = "decoupled,1f1b,gpipe,zero_bubble,zbv,interleaved_1f1b"

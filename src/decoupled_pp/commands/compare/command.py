@@ -11,7 +11,7 @@ from decoupled_pp.commands.compare.contenders import STRATEGIES, contenders, wit
 from decoupled_pp.commands.compare.pages import Comparison, write_pages
 from decoupled_pp.commands.compare.runs import run_all
 from decoupled_pp.core import environment
-from decoupled_pp.core.contracts import TrainingError, UsageError
+from decoupled_pp.core.errors import TrainingError, UsageError
 from decoupled_pp.run import folder as run_folder
 from decoupled_pp.settings.load import load_settings
 

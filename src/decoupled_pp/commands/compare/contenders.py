@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.settings.run import STAGES_ALONE, Settings, Strategy
 
 STRATEGIES: tuple[str, ...] = get_args(Strategy)

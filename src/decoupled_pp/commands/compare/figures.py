@@ -11,7 +11,7 @@ from typing import Any
 
 from decoupled_pp.commands.compare.contenders import Contender
 from decoupled_pp.commands.compare.runs import Run
-from decoupled_pp.core.contracts import Record
+from decoupled_pp.core.reports import Record
 from decoupled_pp.pipeline.meter import BUSY, PAUSES
 
 TARGET_TOLERANCE = 1e-3

@@ -15,7 +15,7 @@ from matplotlib.ticker import EngFormatter
 
 from decoupled_pp.commands.compare.contenders import Contender
 from decoupled_pp.commands.compare.runs import Run
-from decoupled_pp.core.contracts import Record
+from decoupled_pp.core.reports import Record
 from decoupled_pp.pipeline.meter import PAUSES
 from decoupled_pp.run.plots import STYLE, add_legend, draw_row
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from decoupled_pp.commands.compare.contenders import Contender
-from decoupled_pp.core.contracts import Record
+from decoupled_pp.core.reports import Record
 from decoupled_pp.run.folder import SUMMARY_FILE, failure_in
 from decoupled_pp.run.log import METRICS_FILE, read_records
 from decoupled_pp.run.trace import read_trace

@@ -11,17 +11,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from decoupled_pp.commands.evaluate.gradient_probe import GradientCosine
-from decoupled_pp.core.contracts import (
-    Batch,
-    Exit,
-    Payload,
-    UsageError,
-    as_tuple,
-    count_parameters,
-    is_classification,
-    map_payload,
-)
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import has_exit
+from decoupled_pp.core.packets import Batch, Payload, as_tuple, is_classification, map_payload
+from decoupled_pp.core.plans import count_parameters
+from decoupled_pp.core.reports import Exit
 from decoupled_pp.pipeline.losses import ExitScore
 from decoupled_pp.pipeline.stage import Stage
 

@@ -13,7 +13,9 @@ from torch import nn
 from decoupled_pp.commands.evaluate.exits import Evaluation, ensemble, exit_costs, progressive
 from decoupled_pp.commands.evaluate.gradient_probe import gradient_cosines
 from decoupled_pp.core import environment
-from decoupled_pp.core.contracts import Layers, Record, UsageError
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.plans import Layers
+from decoupled_pp.core.reports import Record
 from decoupled_pp.models import build_model
 from decoupled_pp.models.transformers_export import export_transformers
 from decoupled_pp.run import folder as run_folder

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from decoupled_pp.core.contracts import Batch, Payload, as_tuple, map_payload
 from decoupled_pp.core.device import untouched
 from decoupled_pp.core.objective import Critic, View, local_loss, rider_of
+from decoupled_pp.core.packets import Batch, Payload, as_tuple, map_payload
 from decoupled_pp.pipeline.stage import Stage
 
 

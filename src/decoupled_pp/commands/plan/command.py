@@ -19,7 +19,7 @@ from decoupled_pp.commands.plan.stages import cut_stages
 from decoupled_pp.commands.plan.text import describe_curves, describe_plan
 from decoupled_pp.commands.plan.transformer import Transformer
 from decoupled_pp.core import units
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 
 if TYPE_CHECKING:
     from decoupled_pp.commands.plan.predict import Cut

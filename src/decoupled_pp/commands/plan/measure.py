@@ -12,17 +12,10 @@ import torch
 from torch import nn
 
 from decoupled_pp.commands.plan.profile import Piece, Profile
-from decoupled_pp.core.contracts import (
-    CriticBuilder,
-    CriticContext,
-    Loss,
-    Payload,
-    UsageError,
-    as_tuple,
-    map_payload,
-    payload_bytes,
-)
 from decoupled_pp.core.device import cuda_devices
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.objective import CriticBuilder, CriticContext
+from decoupled_pp.core.packets import Loss, Payload, as_tuple, map_payload, payload_bytes
 from decoupled_pp.models.cutting import measure_passes, stand_in_objective, trace
 from decoupled_pp.models.cutting.layers import LAYER_FAULTS, critic_context, misfit, present
 from decoupled_pp.models.cutting.measure import Judged, Objective, runnable_copy

@@ -16,7 +16,7 @@ from decoupled_pp.commands.sweep.figures import figures, table
 from decoupled_pp.commands.sweep.picture import draw
 from decoupled_pp.commands.sweep.runs import Trial, run_trials
 from decoupled_pp.core import environment
-from decoupled_pp.core.contracts import TrainingError, UsageError
+from decoupled_pp.core.errors import TrainingError, UsageError
 from decoupled_pp.run.log import finite
 from decoupled_pp.settings.load import load_settings
 from decoupled_pp.settings.sections import Section

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from decoupled_pp.commands.sweep.runs import Outcome
-from decoupled_pp.core.contracts import Record
+from decoupled_pp.core.reports import Record
 from decoupled_pp.pipeline.meter import BUSY
 
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from decoupled_pp.core.contracts import Record
+from decoupled_pp.core.reports import Record
 from decoupled_pp.run.folder import SUMMARY_FILE, failure_in
 
 

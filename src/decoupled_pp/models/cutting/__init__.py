@@ -13,7 +13,10 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from decoupled_pp.core.contracts import CriticBuilder, CriticContext, Loss, Payload, Plan, UsageError, count_parameters
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.objective import CriticBuilder, CriticContext
+from decoupled_pp.core.packets import Loss, Payload
+from decoupled_pp.core.plans import Plan, count_parameters
 from decoupled_pp.models.cutting.cut import Fits, listed_cut, minmax_cut, uniform_cut
 from decoupled_pp.models.cutting.layers import as_sequential, critic_context, present, trace
 from decoupled_pp.models.cutting.measure import (

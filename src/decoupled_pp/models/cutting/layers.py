@@ -8,8 +8,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from decoupled_pp.core.contracts import CriticContext, Payload, UsageError, as_tuple, check_payload, map_payload
 from decoupled_pp.core.device import untouched
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.objective import CriticContext
+from decoupled_pp.core.packets import Payload, as_tuple, check_payload, map_payload
 
 LAYER_FAULTS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError)
 """What a layer raises when its input does not fit."""

@@ -14,9 +14,10 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from decoupled_pp.core.contracts import CriticBuilder, CriticContext, Loss, Payload, UsageError, as_tuple, map_payload
 from decoupled_pp.core.device import cuda_devices
-from decoupled_pp.core.objective import Critic, View, local_loss
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.objective import Critic, CriticBuilder, CriticContext, View, local_loss
+from decoupled_pp.core.packets import Loss, Payload, as_tuple, map_payload
 from decoupled_pp.models.cutting.layers import LAYER_FAULTS, misfit, present
 
 WARM_UP = 2

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from decoupled_pp.core.contracts import Layers, UsageError
 from decoupled_pp.core.device import untouched
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.plans import Layers
 from decoupled_pp.models.splitting.layers import Block, Entry, Exit
 from decoupled_pp.models.splitting.observe import Call, find_blocks, observe, units
 from decoupled_pp.models.splitting.stubs import Absent, Noting, Passing, copy_with, made_up, without_weights

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from decoupled_pp.core.contracts import Payload, UsageError, as_tuple
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.packets import Payload, as_tuple
 from decoupled_pp.models.splitting.stubs import Noting, Passing, Reached, without_weights
 from decoupled_pp.models.splitting.wiring import BlockWiring, Constant, Hidden, Wiring
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 
 _UNPACK = str(operator.getitem)
 _FIXED_MODE = ("dropout", "batch_norm", "instance_norm", "rrelu")

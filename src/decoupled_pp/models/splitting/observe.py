@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 
 
 @dataclass

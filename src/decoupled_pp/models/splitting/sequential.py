@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from decoupled_pp.core.contracts import Layers, UsageError
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.plans import Layers
 
 
 def flatten(network: nn.Sequential) -> Layers:

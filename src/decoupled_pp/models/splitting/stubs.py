@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.models.splitting.wiring import BlockWiring, Constant
 
 

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.distributed.pipelining import Pipe, SplitPoint, pipeline
 
-from decoupled_pp.core.contracts import Layers, Payload, UsageError, as_tuple
 from decoupled_pp.core.device import untouched
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.packets import Payload, as_tuple
+from decoupled_pp.core.plans import Layers
 from decoupled_pp.models.splitting.blocks import Split, picked
 from decoupled_pp.models.splitting.modes import calls_of, module_of, moody, own_module, plain_name, refuse_told
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from decoupled_pp.core.contracts import Layers
+from decoupled_pp.core.plans import Layers
 
 
 def untie(network: nn.Sequential | Sequence[nn.Module]) -> Layers:

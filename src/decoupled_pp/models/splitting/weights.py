@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from decoupled_pp.core.contracts import UsageError, Weights
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.plans import Weights
 
 INDEX = "model.safetensors.index.json"
 """File beside the shards of a model that says which tensor is in which."""

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.models.splitting.observe import Call
 
 

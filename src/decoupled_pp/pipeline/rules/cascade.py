@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.optim import Optimizer
 
-from decoupled_pp.core.contracts import Payload
+from decoupled_pp.core.packets import Payload
 
 PerSample = Callable[[Tensor, Payload], Tensor]
 """(logits, target) -> the loss of every sample, (B,)."""

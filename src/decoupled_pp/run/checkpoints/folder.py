@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from decoupled_pp.core.channels import Control
-from decoupled_pp.core.contracts import Layers, LinkError, PeerError, Plan, UsageError
+from decoupled_pp.core.errors import LinkError, PeerError, UsageError
+from decoupled_pp.core.plans import Layers, Plan
 from decoupled_pp.pipeline.stage import Stage
 from decoupled_pp.run.checkpoints.parts import (
     MOMENT_SECONDS,

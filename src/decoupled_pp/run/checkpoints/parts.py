@@ -31,7 +31,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from decoupled_pp.core.contracts import Plan, TrainingError, UsageError, as_tuple
+from decoupled_pp.core.errors import TrainingError, UsageError
+from decoupled_pp.core.packets import as_tuple
+from decoupled_pp.core.plans import Plan
 from decoupled_pp.pipeline.optimizer_state import changed_entries, named_state, owners
 from decoupled_pp.pipeline.stage import Stage
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from decoupled_pp.core.contracts import Payload, Plan, UsageError, first_tensor
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.packets import Payload, first_tensor
+from decoupled_pp.core.plans import Plan
 from decoupled_pp.pipeline.optimizer_state import make_state, named_state, owners, reset_entries
 from decoupled_pp.pipeline.rules.cascade import Lesson
 from decoupled_pp.pipeline.stage import Stage

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from decoupled_pp.core.contracts import UsageError
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.run.checkpoints.parts import Checkpoint, latest_checkpoint
 
 INDEX = "model.safetensors.index.json"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from decoupled_pp.core.contracts import Plan, UsageError
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.plans import Plan
 from decoupled_pp.training.baselines.deepspeed_pipeline import DeepSpeedPipeline
 from decoupled_pp.training.baselines.strategy import Strategy, Training
 from decoupled_pp.training.baselines.torch_pipeline import SCHEDULES, TorchPipeline

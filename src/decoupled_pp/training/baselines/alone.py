@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.distributed.pipelining import schedules
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
-from decoupled_pp.core.contracts import Loss, Payload, Plan
+from decoupled_pp.core.packets import Loss, Payload
+from decoupled_pp.core.plans import Plan
 from decoupled_pp.training.baselines.deepspeed_pipeline import DeepSpeedPipeline
 from decoupled_pp.training.baselines.strategy import Part, Strategy, Training
 from decoupled_pp.training.baselines.torch_pipeline import TorchPipeline

@@ -15,7 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from decoupled_pp.core import environment
-from decoupled_pp.core.contracts import Batch, Payload, Plan, UsageError, as_tuple, map_payload
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.packets import Batch, Payload, as_tuple, map_payload
+from decoupled_pp.core.plans import Plan
 from decoupled_pp.pipeline.optim import build_optimizers
 from decoupled_pp.training.baselines.strategy import Part, Strategy, Training
 

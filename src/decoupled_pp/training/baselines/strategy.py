@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from decoupled_pp.core.channels import LinkCounters
-from decoupled_pp.core.contracts import Batch, Loss, Payload, Plan
+from decoupled_pp.core.packets import Batch, Loss, Payload
+from decoupled_pp.core.plans import Plan
 from decoupled_pp.pipeline.activations import SavedActivations
 from decoupled_pp.pipeline.optim import OptimizerFactory, build_optimizers, build_schedules
 from decoupled_pp.pipeline.recompute import checkpointed
@@ -21,7 +22,7 @@ from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings
 
 
 class Recorder(Protocol):
-    """Takes the phases of a rank (`contracts.PHASES`) as they end; `metrics.StageMeter` is one."""
+    """Takes the phases of a rank (`reports.PHASES`) as they end; `meter.StageMeter` is one."""
 
     def begin(self, packet: int) -> None:
         """The laps from here on belong to this micro-batch."""

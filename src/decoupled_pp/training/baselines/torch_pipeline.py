@@ -11,8 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, schedules
 
-from decoupled_pp.core.contracts import Batch, Payload, Plan, UsageError, as_tuple, map_payload
 from decoupled_pp.core.device import on_device
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.packets import Batch, Payload, as_tuple, map_payload
+from decoupled_pp.core.plans import Plan
 from decoupled_pp.training.baselines.strategy import Strategy, Training
 
 

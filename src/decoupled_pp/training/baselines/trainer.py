@@ -11,19 +11,12 @@ from torch import Tensor, nn
 
 from decoupled_pp.core import environment
 from decoupled_pp.core.channels import Control
-from decoupled_pp.core.contracts import (
-    Batch,
-    BatchSource,
-    Exit,
-    LinkError,
-    Plan,
-    Record,
-    Report,
-    as_tuple,
-    count_parameters,
-    map_payload,
-)
+from decoupled_pp.core.datasets import BatchSource
 from decoupled_pp.core.device import Clock, RandomStream, choose_device, on_device, peak_memory
+from decoupled_pp.core.errors import LinkError
+from decoupled_pp.core.packets import Batch, as_tuple, map_payload
+from decoupled_pp.core.plans import Plan, count_parameters
+from decoupled_pp.core.reports import Exit, Record, Report
 from decoupled_pp.links import LocalControl, World, join_world
 from decoupled_pp.pipeline.losses import ExitScore
 from decoupled_pp.pipeline.meter import StageMeter

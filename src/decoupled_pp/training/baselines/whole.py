@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from decoupled_pp.core.contracts import Batch, Payload, Plan, UsageError, as_tuple, map_payload
 from decoupled_pp.core.device import on_device
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.packets import Batch, Payload, as_tuple, map_payload
+from decoupled_pp.core.plans import Plan
 from decoupled_pp.training.baselines.strategy import Part, Strategy, Training
 
 

@@ -1,0 +1,79 @@
+"""The errors that a user reads, and how one rank tells the others why the run ends.
+
+A text writes a setting as its key in the settings file between backticks: "lower `optimizer.lr`". Whoever shows the
+error may translate the keys into the words that its user typed (`speak`): a script says `clip_norm`, a settings file
+says `training.clip_norm`. Tests and tools compare `code`, which stays; texts may change.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+_KEY = re.compile(r"`([a-z_]+(?:\.[a-z_]+)*)`")
+
+
+class ReportedError(Exception):
+    """An error that is shown as one line, without a traceback.
+
+    Attributes:
+        code: Stable name of this kind of fault, such as `checkpoint-corrupt`.
+        key: Key of the setting at fault in the settings file, such as `training.clip_norm`; None if it is no setting.
+    """
+
+    def __init__(self, text: str, *, code: str = "unspecified", key: str | None = None) -> None:
+        """Keep text, code and key; see the module's docstring for how a text names settings."""
+        super().__init__(text)
+        self.text, self.code, self.key = text, code, key
+        self._names: Mapping[str, str] = {}
+
+    def speak(self, names: Mapping[str, str]) -> None:
+        """From now on, `str` shows these names in place of the keys of settings."""
+        self._names = names
+
+    def __str__(self) -> str:
+        """The text in the words of whoever shows it."""
+        return _KEY.sub(lambda found: f"`{self._names.get(found[1], found[1])}`", self.text)
+
+
+class UsageError(ReportedError, ValueError):
+    """The user's input is at fault: one line that names the fault, the value and the remedy (exit code 2)."""
+
+
+class TrainingError(ReportedError, RuntimeError):
+    """Training cannot go on: a non-finite loss, a failed peer, a signal (one line, exit code 1)."""
+
+
+class LinkError(TrainingError):
+    """A link broke, or a bounded wait on it expired; the text says who waited for whom, for what, how long."""
+
+
+LAUNCHER_GONE = "the launcher is gone: its store does not answer"
+"""What a rank says whose launcher was killed: nobody else can say how to go on."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a run ends early, as one rank tells it to all.
+
+    Attributes:
+        text: One line.
+        rank: The rank that found it.
+        usage: Whether the user's input is at fault (exit code 2) rather than the training (1).
+        code: As of the error that the rank raised.
+    """
+
+    text: str
+    rank: int
+    usage: bool = False
+    code: str = "unspecified"
+
+
+class PeerError(TrainingError):
+    """This rank ends because another one reported a fault."""
+
+    def __init__(self, fault: Fault) -> None:
+        """Take over the text and the code of the fault."""
+        super().__init__(fault.text, code=fault.code)
+        self.fault = fault
