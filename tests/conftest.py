@@ -9,6 +9,26 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import kit
+
+
+def pytest_addoption(parser):
+    parser.addoption("--update-texts", action="store_true", help="write the texts of faults into the golden file")
+
+
+@pytest.fixture(autouse=True)
+def _texts_of_faults(request):
+    """Every fault text that a test has seen is one of the golden file."""
+    kit.SEEN.clear()
+    yield
+    if request.config.getoption("--update-texts"):
+        kit.write_texts({code: texts | kit.written_texts().get(code, set()) for code, texts in kit.SEEN.items()})
+        return
+    golden = kit.written_texts()
+    new = [f"{code}: {text}" for code, texts in kit.SEEN.items() for text in texts - golden.get(code, set())]
+    if new:
+        pytest.fail(f"not in {kit.TEXTS.name} (pytest --update-texts adds them): {'; '.join(new)}", pytrace=False)
+
 
 @pytest.fixture(autouse=True)
 def _same_start():
