@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from decoupled_pp.core import device as device_module
+from decoupled_pp.core.channels import LinkTerms
 from decoupled_pp.core.device import Clock
 from decoupled_pp.core.errors import LinkError
 from decoupled_pp.core.packets import Packet, PacketKind
@@ -97,7 +98,7 @@ def test_the_host_runs_no_further_ahead_than_the_link_holds(monkeypatch):
     """Fences: 0, 2, 4, .. of packets sent, 1, 3, 5, .. of packets taken."""
     log = Log()
     monkeypatch.setattr(in_process, "Fence", log.fence())
-    link = InProcessLink(0, capacity=2, timeout_seconds=1, device=CPU)
+    link = InProcessLink(0, LinkTerms(2, 1), CPU)
     for number in range(5):
         link.send(marker(PacketKind.TRAIN, number))
         link.receive()

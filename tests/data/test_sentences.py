@@ -145,7 +145,7 @@ def test_a_tokenizer_may_be_a_models_folder(tokenizer, tmp_path):
 def test_a_run_is_planned_for_the_longest_sentence(rows, tokenizer):
     """Whatever the first micro-batch is like: cut and memory are judged by `context`."""
     from decoupled_pp.settings.run import Settings
-    from decoupled_pp.training.job import prepare
+    from decoupled_pp.training.prepare import prepare
 
     data = {"kind": "huggingface", "path": "json", "data_files": {"train": rows}, "text_column": "said"}
     data |= {"label_column": "kind", "tokenizer": tokenizer, "batch_size": 4, "context": 30}

@@ -21,7 +21,9 @@ from torch.nn import functional
 from decoupled_pp.core.packets import map_payload
 from decoupled_pp.links import InProcessLink
 from decoupled_pp.pipeline import runtime
+from decoupled_pp.pipeline.rules.local import Local
 from decoupled_pp.pipeline.stage import Stage
+from decoupled_pp.pipeline.updates.update import Update
 from ranks import launch, values
 
 pytestmark = GPU
@@ -112,9 +114,9 @@ def test_law_3_delays_on_streams_change_nothing(capacity):
         return slow
 
     places = [
-        (Stage, "step"),
-        (Stage, "_learn"),
-        (Stage, "_update"),
+        (Stage, "train"),
+        (Local, "learn"),
+        (Update, "step"),
         (InProcessLink, "send"),
         (InProcessLink, "receive"),
     ]

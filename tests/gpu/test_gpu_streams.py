@@ -8,6 +8,7 @@ import torch
 from on_gpu import CUDA_ONLY, DEVICE, GPU, ON_CUDA, busy
 
 from decoupled_pp.commands.bench.gpu_measure import Shape, steps_without_waiting, waiting_forbidden
+from decoupled_pp.core.channels import LinkTerms
 from decoupled_pp.core.device import Clock, Fence, RandomStream, on_device, own_stream, seeded
 from decoupled_pp.core.packets import Packet, PacketKind
 from decoupled_pp.links import InProcessLink
@@ -57,7 +58,7 @@ class Consumer:
 
 @pytest.mark.parametrize("capacity", [1, 3])
 def test_a_link_between_streams_of_one_thread(capacity):
-    link = InProcessLink(0, capacity=capacity, timeout_seconds=30, device=DEVICE)
+    link = InProcessLink(0, LinkTerms(capacity, 30), DEVICE)
     producer, consumer = Producer(link), Consumer(link)
     for number in range(PACKETS):
         producer.send(number)
@@ -67,7 +68,7 @@ def test_a_link_between_streams_of_one_thread(capacity):
 
 @pytest.mark.parametrize("capacity", [1, 3])
 def test_a_link_between_streams_of_two_threads(capacity):
-    link = InProcessLink(0, capacity=capacity, timeout_seconds=30, device=DEVICE)
+    link = InProcessLink(0, LinkTerms(capacity, 30), DEVICE)
     failures = []
 
     def produce():

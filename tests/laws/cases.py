@@ -124,7 +124,7 @@ def state(stage) -> dict[str, torch.Tensor]:
                 for key, value in values.items()
                 if value is not None
             }
-    found["random stream"] = stage.random.state
+    found["random stream"] = stage.body.random.state
     return {name: tensor.detach().clone() for name, tensor in found.items()}
 
 

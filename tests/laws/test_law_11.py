@@ -10,7 +10,7 @@ from torch import nn
 from decoupled_pp import partition
 from decoupled_pp.links import join_world
 from decoupled_pp.pipeline.losses import cross_entropy
-from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings
+from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings, StageSettings
 from decoupled_pp.training.baselines import BASELINES, Training, build_baseline, stages_needed
 from ranks import launch
 
@@ -101,8 +101,7 @@ def baseline(kind, rank, ranks, *, count, pairs, dtype):
         OptimizerSettings(kind="SGD", lr=RATE, arguments={"momentum": 0.9}),
         ScheduleSettings(kind="linear"),
         STEPS,
-        clip_norm=CLIP,
-        precision="bf16" if dtype is torch.bfloat16 else "fp32",
+        StageSettings(clip_norm=CLIP, precision="bf16" if dtype is torch.bfloat16 else "fp32"),
     )
     strategy = build_baseline(kind, plan, training, CPU, rank=rank, ranks=ranks)
     named = {name: p for part in strategy.parts.values() for name, p in part.layers.named_parameters()}

@@ -13,14 +13,15 @@ from cases import CASES, differences, merged, states, train
 from decoupled_pp.links import InProcessLink, ReceivingEnd, SendingEnd
 from decoupled_pp.links.messages import MessageReceiver, MessageSender
 from decoupled_pp.pipeline.feed import Feed
+from decoupled_pp.pipeline.rules.local import Local
 from decoupled_pp.pipeline.stage import Stage
 from ranks import launch, values
 
 STEPS = 8
 
 SHAKEN = [
-    (Stage, "step"),
-    (Stage, "_learn"),
+    (Stage, "train"),
+    (Local, "learn"),
     (MessageSender, "send"),
     (MessageReceiver, "receive"),
     (Feed, "receive"),

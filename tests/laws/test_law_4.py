@@ -11,11 +11,12 @@ import torch
 from cases import CASES, LABEL_CRITICS, differences, merged, states
 from torch import nn
 
+from decoupled_pp.core.objective import judge_of
 from decoupled_pp.core.packets import as_tuple, payload_bytes
 from decoupled_pp.critics import KINDS
 from decoupled_pp.links import InProcessLink, ReceivingEnd
 from decoupled_pp.pipeline.stage import Stage
-from decoupled_pp.training import trainer as trainer_module
+from decoupled_pp.training import decoupled
 from decoupled_pp.training.build import build_stages
 from ranks import launch, values
 
@@ -35,28 +36,27 @@ def change_critic(stage):
 
 
 def change_loss(stage):
-    stage.loss = lambda logits, target: logits.square().mean()
+    stage.body.loss = lambda logits, target: logits.square().mean()
 
 
 def change_learning_rate(stage):
-    for optimizer in stage.optimizers:
+    for optimizer in stage.update.optimizers:
         optimizer.param_groups[0]["lr"] = 1.0
 
 
 def change_architecture(stage):
-    critic = stage.critic
-    stage.critic = nn.Sequential(nn.Dropout(0.5), critic)
-    stage._run_critic = stage.critic
+    stage.body.critic = nn.Sequential(nn.Dropout(0.5), stage.critic)
+    stage.body.judge = judge_of(stage.body.critic)
 
 
 def change_speed(stage):
-    step = stage.step
+    train = stage.train
 
     def slow(*arguments):
         time.sleep(0.01)
-        return step(*arguments)
+        return train(*arguments)
 
-    stage.step = slow
+    stage.train = slow
 
 
 CHANGES = [change_weights, change_critic, change_loss, change_learning_rate, change_architecture]
@@ -149,7 +149,7 @@ def _train(case, change, **options):
         return stages
 
     trainer = CASES[case].trainer(STAGES, **options)
-    with patch.object(trainer_module, "build_stages", build):
+    with patch.object(decoupled, "build_stages", build):
         trainer.fit(CASES[case].batches(STEPS), STEPS)
     return states(trainer)
 
@@ -183,19 +183,19 @@ def _link_record(case):
 def _smuggle():
     """Rank 1 sends 8 bytes back with the first packet (rank 0 takes them for a credit)."""
     trainer = CASES["mlp"].trainer(2)
-    step, join = Stage.step, trainer._join
+    train, join = Stage.train, trainer._join
     ends = []
 
     def joined(*arguments):
         (worker,) = join(*arguments)
-        ends.append(worker.outlet if worker.stage.index == 0 else worker.inlet)
+        ends.append(worker.ends.outlet if worker.stage.index == 0 else worker.ends.inlet)
         return [worker]
 
     def step_and_smuggle(stage, packet, *arguments):
-        loss = step(stage, packet, *arguments)
+        done = train(stage, packet, *arguments)
         if packet.number == 0 and stage.index == 1:
             ends[0]._wire.out.send(torch.ones(8, dtype=torch.uint8))
-        return loss
+        return done
 
-    with patch.object(trainer, "_join", joined), patch.object(Stage, "step", step_and_smuggle):
+    with patch.object(trainer, "_join", joined), patch.object(Stage, "train", step_and_smuggle):
         return trainer.fit(CASES["mlp"].batches(2), 2).links[0]

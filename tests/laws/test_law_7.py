@@ -75,7 +75,7 @@ def test_optimizers_that_keep_state_of_their_own(optimizer, tmp_path):
     resumed.fit(case.batches(13), STEPS, resume=latest_checkpoint(tmp_path))
     assert differences(states(resumed), states(never_stopped)) == []
     for ours, theirs in zip(resumed.stages, never_stopped.stages, strict=True):
-        assert group_entries(ours.optimizers) == group_entries(theirs.optimizers)
+        assert group_entries(ours.update.optimizers) == group_entries(theirs.update.optimizers)
 
 
 def _sharing(folder=None):

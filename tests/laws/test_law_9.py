@@ -13,8 +13,10 @@ import pytest
 import torch
 from cases import CASES
 
+from decoupled_pp.core.channels import LinkTerms
 from decoupled_pp.core.errors import LinkError
 from decoupled_pp.core.packets import Packet, PacketKind
+from decoupled_pp.core.topology import Topology
 from decoupled_pp.links import InProcessLink, join_world
 from decoupled_pp.pipeline.stage import Stage
 from ranks import launch
@@ -31,7 +33,7 @@ LAST_PACKET = 6
 @pytest.mark.parametrize("capacity", [1, 3])
 def test_order_of_events_in_one_process(capacity, tmp_path):
     log = tmp_path / "log"
-    link = InProcessLink(0, capacity=capacity, timeout_seconds=30, device=CPU)
+    link = InProcessLink(0, LinkTerms(capacity, 30), CPU)
     producer = threading.Thread(target=_produce, args=(link, log))
     producer.start()
     _consume(link, log, capacity)
@@ -46,7 +48,7 @@ def test_order_of_events_between_ranks(capacity, tmp_path):
 
 
 def test_capacity_is_a_bound_in_one_process():
-    link = InProcessLink(0, capacity=3, timeout_seconds=0.05, device=CPU)
+    link = InProcessLink(0, LinkTerms(3, 0.05), CPU)
     assert _send_until_refused(link) == 3
     link.receive()
     link.receive()
@@ -124,7 +126,7 @@ def _send_until_refused(outlet):
 
 def _connect(capacity, seconds):
     world = join_world(30)
-    return world.connect(world.channel(), CPU, "one plan", capacity=capacity, timeout_seconds=seconds)
+    return world.connect(world.channel(), Topology(2, 2), CPU, "one plan", LinkTerms(capacity, seconds))
 
 
 def _note(log: Path, event):
@@ -204,13 +206,13 @@ def _launch_with(end, victim, bound, **options):
 
 def _train_until(end, victim, bound):
     """Train; at packet `LAST_PACKET` rank `victim` meets its `end`."""
-    step = Stage.step
+    train = Stage.train
 
     def stepped(stage, packet, *arguments):
         if stage.index == victim and packet.number == LAST_PACKET:
             end(stage, packet)
-        return step(stage, packet, *arguments)
+        return train(stage, packet, *arguments)
 
     trainer = CASES["mlp"].trainer(int(os.environ["WORLD_SIZE"]), timeout_seconds=bound)
-    with patch.object(Stage, "step", stepped):
+    with patch.object(Stage, "train", stepped):
         trainer.fit(CASES["mlp"].batches(12), 500)

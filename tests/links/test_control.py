@@ -16,7 +16,7 @@ def test_in_one_process():
     assert control.collect() == [{"kind": "note", "stage": 0}]
     assert control.collect() == []
     assert (control.report_fault("first"), control.report_fault("second", usage=True)) == (True, False)
-    assert control.fault() == Fault("first", 0, usage=False)
+    assert control.fault() == Fault("first", 0, usage=False, code="link-broken")
     assert control.stop_requested() is None
     control.request_stop("enough")
     control.request_stop("really")

@@ -5,13 +5,14 @@ import threading
 import pytest
 import torch
 
+from decoupled_pp.core.channels import LinkTerms
 from decoupled_pp.core.errors import LinkError
 from decoupled_pp.core.packets import Packet, PacketKind
 from decoupled_pp.links import InProcessLink
 
 
 def link(capacity=4, seconds=20):
-    return InProcessLink(2, capacity=capacity, timeout_seconds=seconds, device=torch.device("cpu"))
+    return InProcessLink(2, LinkTerms(capacity, seconds), torch.device("cpu"))
 
 
 def packet(number, payload=None):

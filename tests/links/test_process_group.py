@@ -6,8 +6,10 @@ import time
 import pytest
 import torch
 
+from decoupled_pp.core.channels import LinkTerms
 from decoupled_pp.core.errors import LinkError
 from decoupled_pp.core.packets import Packet, PacketKind, as_tuple, payload_bytes
+from decoupled_pp.core.topology import Topology
 from decoupled_pp.links import join_world
 from ranks import launch
 
@@ -73,12 +75,13 @@ def test_a_packet_of_another_size_waits_one_bound_for_each_packet_before_it(tmp_
 def test_different_plans_are_refused_on_both_ranks(tmp_path):
     for result in launch(_disagree, size=2, folder=tmp_path, may_fail=True):
         assert result.error.startswith("UsageError: ")
-        assert "run different plans or settings: start all ranks alike" in result.error
+        assert "run different plans or settings; start all ranks alike" in result.error
 
 
 def _connect(seconds=30, plan="one plan", capacity=2):
     world = join_world(30)
-    return world, *world.connect(world.channel(), CPU, plan, capacity=capacity, timeout_seconds=seconds)
+    topology = Topology(world.size, world.size)
+    return world, *world.connect(world.channel(), topology, CPU, plan, LinkTerms(capacity, seconds))
 
 
 def _exchange():
@@ -162,4 +165,4 @@ def _wait_in_vain():
 
 def _disagree():
     world = join_world(30)
-    world.connect(world.channel(), CPU, f"plan of rank {world.rank}", capacity=2, timeout_seconds=5)
+    world.connect(world.channel(), Topology(2, 2), CPU, f"plan of rank {world.rank}", LinkTerms(2, 5))

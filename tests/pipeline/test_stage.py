@@ -7,23 +7,40 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from decoupled_pp.core.channels import Ends, Outlet
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import Critic
 from decoupled_pp.core.packets import Packet, PacketKind
 from decoupled_pp.core.reports import PHASES
+from decoupled_pp.pipeline.body import Body
+from decoupled_pp.pipeline.feed import Feed, Itinerary
 from decoupled_pp.pipeline.losses import cross_entropy
-from decoupled_pp.pipeline.stage import Stage, StageOptions
+from decoupled_pp.settings.run import StageSettings
+from decoupled_pp.training.build import assemble_stage
+from decoupled_pp.training.recipe import Recipe
 
 CPU = torch.device("cpu")
 B = 4
+
+
+class Collector(Outlet):
+    """Hands every packet to a function."""
+
+    def __init__(self, take):
+        self._take = take
+
+    def send(self, packet):
+        self._take(packet)
 
 
 def make(trunk=None, critic=None, *, learning_rate=0.1, loss=cross_entropy, schedule=None, **options):
     trunk = trunk or nn.Sequential(nn.Linear(3, 5), nn.Tanh())
     parameters = [p for module in (trunk, critic) if module is not None for p in module.parameters()]
     optimizers = [torch.optim.SGD(parameters, lr=learning_rate)] if parameters else []
-    stage = Stage(3, trunk, critic, loss, optimizers, device=CPU, seed=7, options=StageOptions(**options))
-    stage.schedules = [LambdaLR(optimizer, schedule) for optimizer in optimizers] if schedule else []
+    recipe = Recipe(loss, lambda context: critic, "unused", training=StageSettings(**options))
+    body = Body(3, trunk, critic, loss, device=CPU, seed=7, training=recipe.training)
+    stage = assemble_stage(3, 5, body, optimizers, recipe)
+    stage.update.schedules = [LambdaLR(optimizer, schedule) for optimizer in optimizers] if schedule else []
     return stage
 
 
@@ -37,7 +54,7 @@ def packet(number=0, payload=None, kind=PacketKind.TRAIN):
 
 
 def step(stage, given, send=lambda sent: None, lap=lambda phase: None):
-    return stage.step(given, send, lap)
+    return stage.train(given, Ends(Feed(None, None, Itinerary(0), CPU), Collector(send)), lap).loss
 
 
 def weights(stage):
@@ -139,7 +156,7 @@ def test_gradients_of_all_optimizers_are_clipped_as_one():
     """Muon's half and AdamW's half of a stage have one norm."""
     stage = with_critic(clip_norm=0.01)
     halves = stage.trunk.parameters(), stage.critic.parameters()
-    stage.optimizers = [torch.optim.SGD(parameters, lr=1.0) for parameters in halves]
+    stage.update.optimizers = [torch.optim.SGD(parameters, lr=1.0) for parameters in halves]
     before = weights(stage)
     step(stage, packet())
     moved = [a - b for a, b in zip(weights(stage), before, strict=True)]
@@ -226,9 +243,9 @@ def test_evaluation_ends_in_training_mode_with_a_fresh_score():
 def test_evaluation_leaves_frozen_parts_frozen():
     frozen = nn.BatchNorm1d(5).eval()
     stage = make(nn.Sequential(nn.Linear(3, 5), frozen), nn.Sequential(nn.Linear(5, 2), nn.Dropout(0.5).eval()))
-    before = {name: part.training for module in stage._modules for name, part in module.named_modules()}
+    before = {name: part.training for module in stage.body.modules for name, part in module.named_modules()}
     stage.evaluate(packet(kind=PacketKind.EVALUATE), lambda sent: None)
-    assert {name: part.training for module in stage._modules for name, part in module.named_modules()} == before
+    assert {name: part.training for module in stage.body.modules for name, part in module.named_modules()} == before
     step(stage, packet())
     assert torch.equal(frozen.running_mean, torch.zeros(5))
 
@@ -236,10 +253,10 @@ def test_evaluation_leaves_frozen_parts_frozen():
 def test_the_random_numbers_of_others_are_left_alone():
     stage = make(nn.Sequential(nn.Linear(3, 5), nn.Dropout(0.5)), nn.Linear(5, 2))
     given, outside = packet(), torch.get_rng_state()
-    own = stage.random.state
+    own = stage.body.random.state
     step(stage, given)
     assert torch.equal(torch.get_rng_state(), outside)
-    assert not torch.equal(stage.random.state, own)
+    assert not torch.equal(stage.body.random.state, own)
 
 
 def test_saved_activations_are_counted_in_the_first_step():
@@ -268,11 +285,11 @@ def test_an_evaluation_that_draws_random_numbers_changes_no_training():
             return x + torch.rand_like(x)
 
     stage = make(nn.Sequential(nn.Linear(3, 5), Noise()), nn.Linear(5, 2))
-    before, scores = stage.random.state, []
+    before, scores = stage.body.random.state, []
     for _ in range(2):
         stage.evaluate(packet(kind=PacketKind.EVALUATE, payload=torch.ones(B, 3)), lambda sent: None)
         scores.append(stage.finish_evaluation())
-    assert torch.equal(stage.random.state, before)
+    assert torch.equal(stage.body.random.state, before)
     assert scores[0] == scores[1]
 
 

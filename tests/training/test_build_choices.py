@@ -3,24 +3,24 @@
 import pytest
 
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.training.build import resolve_critic, resolve_optimizer
+from decoupled_pp.training.choices import choose_critic, choose_optimizer
 
 
 @pytest.mark.parametrize(
     ("resolve", "choice", "text"),
     [
         (
-            resolve_optimizer,
+            choose_optimizer,
             {"kind": "AdamW", "learning_rate": 1e-3},
             "optimizer.learning_rate: unknown key, given 0.001; use one of arguments, kind, lr",
         ),
-        (resolve_optimizer, {"kind": "AdamW", "lr": 0}, "optimizer.lr: Input should be greater than 0, not 0"),
+        (choose_optimizer, {"kind": "AdamW", "lr": 0}, "optimizer.lr: Input should be greater than 0, not 0"),
         (
-            resolve_critic,
+            choose_critic,
             {"kind": "mlp_sr", "linear": 2},
             "critic.linear: unknown key, given 2; did you mean 'linears'?",
         ),
-        (resolve_critic, {"kind": "haed"}, "critic.kind: 'haed' is not known; did you mean 'head'?"),
+        (choose_critic, {"kind": "haed"}, "critic.kind: 'haed' is not known; did you mean 'head'?"),
     ],
 )
 def test_a_bad_section_is_one_line(resolve, choice, text):

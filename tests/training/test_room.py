@@ -101,7 +101,7 @@ def test_bad_devices_are_named(given, reason):
 def test_a_settings_file_says_it():
     """The slow device gets fewer layers."""
     from decoupled_pp.settings.load import load_settings
-    from decoupled_pp.training.job import prepare
+    from decoupled_pp.training.prepare import prepare
 
     overrides = ("stages=2", "cut=parameters", "critic={kind: head}")
     even = prepare(load_settings("configs/small/digits.yaml", overrides))[2].sizes

@@ -7,7 +7,7 @@ from torch import nn
 import decoupled_pp as dpp
 from decoupled_pp.pipeline.losses import cross_entropy
 from decoupled_pp.settings.run import OptimizerSettings
-from decoupled_pp.training.build import resolve_critic
+from decoupled_pp.training.choices import choose_critic
 from decoupled_pp.training.memory import predict_memory
 
 SAMPLE, TARGET = torch.randn(16, 12), torch.randint(0, 5, (16,))
@@ -21,7 +21,7 @@ def layers():
 
 def predict(plan, **changes):
     optimizer = OptimizerSettings(kind=changes.pop("kind", "AdamW"))
-    return predict_memory(plan, resolve_critic(CRITIC), loss=cross_entropy, optimizer=optimizer, **changes)
+    return predict_memory(plan, choose_critic(CRITIC), loss=cross_entropy, optimizer=optimizer, **changes)
 
 
 def test_activations_are_those_that_a_run_measures():

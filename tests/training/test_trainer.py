@@ -7,6 +7,7 @@ from torch import nn
 from decoupled_pp import Trainer, partition
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.settings.run import ScheduleSettings
+from kit import refused
 
 BATCHES = [(torch.randn(4, 3), torch.randint(2, (4,)))]
 
@@ -19,14 +20,14 @@ def trainer(**options):
 @pytest.mark.parametrize("name", ["capacity", "accumulate", "log_every", "keep_checkpoints"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, True])
 def test_counts_of_a_trainer_are_whole_numbers_above_0(name, value):
-    with pytest.raises(UsageError, match=f"^{name} {value} must be a whole number above 0$"):
+    with refused("unusable-value", UsageError, f"`{name}`: ", f"not {value!r}"):
         trainer(**{name: value})
 
 
 @pytest.mark.parametrize("name", ["clip_norm", "timeout_seconds"])
 @pytest.mark.parametrize("value", [0, -1.5, float("nan")])
 def test_bounds_of_a_trainer_are_above_0(name, value):
-    with pytest.raises(UsageError, match=f"^{name} {value} must be above 0$"):
+    with refused("unusable-value", UsageError, f"`{name}`: ", f"not {value!r}"):
         trainer(**{name: value})
 
 
@@ -34,7 +35,7 @@ def test_bounds_of_a_trainer_are_above_0(name, value):
 @pytest.mark.parametrize("value", [0, -3, 2.5, True])
 def test_counts_of_fit_are_whole_numbers_above_0(name, value, tmp_path):
     one = trainer(checkpoints=tmp_path / "checkpoints")
-    with pytest.raises(UsageError, match=f"^{name} {value} must be a whole number above 0$"):
+    with refused("unusable-value", UsageError, f"`{name}`: ", f"not {value!r}"):
         one.fit(BATCHES, **{"steps": 2, "validate": BATCHES, name: value})
     assert one.stages == ()
     assert not any(tmp_path.iterdir())
@@ -42,7 +43,7 @@ def test_counts_of_fit_are_whole_numbers_above_0(name, value, tmp_path):
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:1", ""])
 def test_a_device_is_one_that_is_known(device):
-    with pytest.raises(UsageError, match=f"^device '{device}' must be 'auto', 'cpu' or 'cuda'"):
+    with refused("unknown-device", UsageError, repr(device)):
         trainer(device=device)
 
 
@@ -119,5 +120,5 @@ def _of(critic):
 
 
 def test_rates_for_other_stages_are_refused():
-    with pytest.raises(UsageError, match=r"optimizer\.lr_per_stage has 3 factors for 2 stages; give one for each"):
+    with refused("one-rate-per-stage"):
         trainer(optimizer={"kind": "SGD", "lr_per_stage": [1, 1, 1]})

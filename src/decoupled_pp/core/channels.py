@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,41 @@ from torch import Tensor
 from decoupled_pp.core.errors import Fault
 from decoupled_pp.core.packets import Packet
 from decoupled_pp.core.reports import Record
+
+
+@dataclass(frozen=True)
+class Returns:
+    """What a training rule sends back over a link for a training packet; nothing unless a rule says so.
+
+    Attributes:
+        per_sample: A float for every sample. They travel beside the credits, and the earlier stage takes them later:
+            nobody waits.
+        per_activation: A tensor for every floating-point activation of the packet. The earlier stage waits for them.
+    """
+
+    per_sample: bool = False
+    per_activation: bool = False
+
+    def __bool__(self) -> bool:
+        """True if anything comes back."""
+        return self.per_sample or self.per_activation
+
+
+@dataclass(frozen=True)
+class LinkTerms:
+    """What the two ends of a link agree on.
+
+    Attributes:
+        capacity: Packets the link may hold.
+        timeout_seconds: Longest wait for a packet, for room, or for what comes back.
+        returns: What comes back for a training packet.
+        samples: Samples of the largest packet; sizes what comes back per sample.
+    """
+
+    capacity: int
+    timeout_seconds: float
+    returns: Returns = Returns()
+    samples: int = 0
 
 
 class Inlet(ABC):
@@ -26,15 +61,11 @@ class Inlet(ABC):
         """
 
     def depth(self) -> int:
-        """Packets that are here and not yet taken."""
+        """Return the number of packets that are here and not yet taken."""
         return 0
 
-    def give_back(self, number: int, losses: Tensor) -> None:
-        """Send the losses of a packet's samples, (B,), to the stage that it came from (cascade targets)."""
-        raise AssertionError("there is no stage before this one")
-
-    def give_gradient(self, number: int, gradient: Sequence[Tensor]) -> None:
-        """Send the gradients for a packet's activations to the stage that they came from (end-to-end steps)."""
+    def give_back(self, number: int, tensors: Sequence[Tensor]) -> None:
+        """Send tensors back to the stage that training packet `number` came from; see `Returns`."""
         raise AssertionError("there is no stage before this one")
 
     def close(self) -> None:  # noqa: B027 - nothing to release unless a subclass holds something
@@ -52,16 +83,15 @@ class Outlet(ABC):
             LinkError: The bound expired or the peer is gone.
         """
 
-    def losses_of(self, number: int) -> Tensor:
-        """What the next stage has given back of a packet, (B,) on the CPU; wait for it no longer than the bound.
+    def returned(self, number: int, like: Sequence[Tensor] = ()) -> list[Tensor]:
+        """Return what the next stage gave back for packet `number`; wait for it no longer than the bound.
 
-        Raises:
-            LinkError: The bound expired or the peer is gone.
-        """
-        raise AssertionError("there is no stage after this one")
+        Args:
+            number: Of a training packet that was sent.
+            like: For `Returns.per_activation`, tensors of the shapes, types and device of what comes back.
 
-    def gradient_of(self, number: int, sent: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients for the floating tensors of a packet that was sent; wait for them no longer than the bound.
+        Returns:
+            The tensors; for `Returns.per_sample` one of shape (B,), fp32, on the CPU.
 
         Raises:
             LinkError: The bound expired or the peer is gone.
@@ -70,6 +100,26 @@ class Outlet(ABC):
 
     def close(self) -> None:  # noqa: B027 - nothing to release unless a subclass holds something
         """Release what the outlet holds; safe to call twice and after a failure."""
+
+
+class Nowhere(Outlet):
+    """The outlet of the last stage."""
+
+    def send(self, packet: Packet) -> None:
+        """Drop the packet."""
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The two ends that one stage stands between.
+
+    Attributes:
+        inlet: Where its packets come from.
+        outlet: Where they go.
+    """
+
+    inlet: Inlet
+    outlet: Outlet
 
 
 @dataclass
@@ -113,7 +163,7 @@ class Control(ABC):
         """All records posted since the last call, in order per stage. Only rank 0 calls this."""
 
     @abstractmethod
-    def report_fault(self, text: str, *, usage: bool = False) -> bool:
+    def report_fault(self, text: str, *, usage: bool = False, code: str = "link-broken") -> bool:
         """Tell every rank why this one stops; the first report of a run wins. Returns whether it was this one."""
 
     @abstractmethod
@@ -135,4 +185,13 @@ class Control(ABC):
         Raises:
             LinkError: A rank did not give it within the bound.
             PeerError: A rank reported a fault meanwhile.
+        """
+
+    @abstractmethod
+    def from_rank_0(self, name: str, make: Callable[[], Any], timeout_seconds: float) -> Any:
+        """Let rank 0 make a JSON-able value and give it to every rank; what fails there fails everywhere.
+
+        Raises:
+            LinkError: Nothing was heard of rank 0 within the bound.
+            PeerError: Rank 0 could not make it (rank 0 itself raises its own error).
         """

@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, Protocol, TypeAlias
 
 from torch import Tensor, nn
 
-from decoupled_pp.core.packets import Loss, Payload, as_tuple
+from decoupled_pp.core.packets import Loss, Payload, first_tensor
 
 IGNORED = -100
 """Class index that counts for nothing, as in `torch.nn.functional.cross_entropy`."""
@@ -69,21 +69,65 @@ class Critic(nn.Module):
         return ()
 
 
-def local_loss(critic: nn.Module | None, view: View, loss: Loss) -> Tensor:
-    """What a stage lowers on one packet: its critic's objective; without a critic the loss of its own output."""
+class Judge(Protocol):
+    """Whatever judges the output of a stage: a `Critic`, or one of the two adapters that `judge_of` chooses.
+
+    The members are those of `Critic`.
+    """
+
+    @property
+    def late(self) -> bool: ...  # noqa: D102
+    @property
+    def follows_input(self) -> bool: ...  # noqa: D102
+    @property
+    def needs_first(self) -> bool: ...  # noqa: D102
+    @property
+    def exits(self) -> bool: ...  # noqa: D102
+    def __call__(self, hidden: Payload, /) -> Tensor: ...  # noqa: D102
+    def objective(self, view: View, loss: Loss) -> Tensor: ...  # noqa: D102
+    def rider(self, view: View) -> Payload: ...  # noqa: D102
+
+
+class _LogitsJudge:
+    """Judges a stage by the run's loss on some logits, and sends nothing along."""
+
+    late = False
+    follows_input = False
+    needs_first = False
+    exits = True
+
+    def __init__(self, logits: Callable[[Payload], Tensor]) -> None:
+        self._logits = logits
+
+    def __call__(self, hidden: Payload) -> Tensor:
+        return self._logits(hidden)
+
+    def objective(self, view: View, loss: Loss) -> Tensor:
+        return loss(self._logits(view.hidden), view.target)
+
+    def rider(self, view: View) -> Payload:
+        return ()
+
+
+def judge_of(critic: nn.Module | None) -> Judge:
+    """Return what judges a stage with this critic, so that all stages are judged in one way.
+
+    Args:
+        critic: A `Critic`; any other module that makes logits; or None for a stage whose output is the logits.
+    """
     if isinstance(critic, Critic):
-        return critic.objective(view, loss)
-    return loss(as_tuple(view.hidden)[0] if critic is None else critic(view.hidden), view.target)
+        return critic
+    return _LogitsJudge(first_tensor if critic is None else critic)
+
+
+def local_loss(critic: nn.Module | None, view: View, loss: Loss) -> Tensor:
+    """Return what a stage with this critic lowers on one packet."""
+    return judge_of(critic).objective(view, loss)
 
 
 def has_exit(critic: nn.Module | None) -> bool:
-    """Whether what leaves a stage here can be scored: all critics but those that make no logits."""
-    return not isinstance(critic, Critic) or critic.exits
-
-
-def rider_of(critic: nn.Module | None, view: View) -> Payload:
-    """What travels on beside the stage's output."""
-    return critic.rider(view) if isinstance(critic, Critic) else ()
+    """Return whether the network can be left after a stage with this critic: whether its critic makes logits."""
+    return judge_of(critic).exits
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from decoupled_pp.core.channels import Control
-from decoupled_pp.core.errors import LAUNCHER_GONE, Fault, LinkError, PeerError, UsageError
+from decoupled_pp.core.errors import LAUNCHER_GONE, Fault, LinkError, PeerError, ReportedError, UsageError
 from decoupled_pp.core.reports import Record
 
 
@@ -37,10 +37,10 @@ class LocalControl(Control):
             records, self._records = self._records, []
         return records
 
-    def report_fault(self, text: str, *, usage: bool = False) -> bool:
+    def report_fault(self, text: str, *, usage: bool = False, code: str = "link-broken") -> bool:
         """Keep the first fault."""
         first = self._fault is None
-        self._fault = self._fault or Fault(text, 0, usage)
+        self._fault = self._fault or Fault(text, 0, usage, code)
         return first
 
     def fault(self) -> Fault | None:
@@ -56,8 +56,12 @@ class LocalControl(Control):
         return self._stop
 
     def gather(self, name: str, value: Any, timeout_seconds: float) -> list[Any]:
-        """There is one process."""
+        """Return the one value: there is one process."""
         return [value]
+
+    def from_rank_0(self, name: str, make: Callable[[], Any], timeout_seconds: float) -> Any:
+        """Make the value: this process is rank 0."""
+        return make()
 
 
 class StoreControl(Control):
@@ -92,9 +96,9 @@ class StoreControl(Control):
                 self._collected[rank] += 1
         return records
 
-    def report_fault(self, text: str, *, usage: bool = False) -> bool:
+    def report_fault(self, text: str, *, usage: bool = False, code: str = "link-broken") -> bool:
         """Set the fault if there is none yet."""
-        mine = json.dumps([text, self._rank, usage])
+        mine = json.dumps([text, self._rank, usage, code])
         kept = self._try(lambda: self._store.compare_set("fault", "", mine))
         return kept is None or _text(kept) == mine
 
@@ -132,7 +136,8 @@ class StoreControl(Control):
             with self._showing_life(f"alive/{name}", timeout_seconds / 10):
                 value = make()
         except Exception as error:
-            self.report_fault(str(error), usage=isinstance(error, UsageError))
+            reported = error if isinstance(error, ReportedError) else ReportedError(str(error), code="unexpected-error")
+            self.report_fault(reported.text, usage=isinstance(error, UsageError), code=reported.code)
             raise
         self._try(lambda: self._store.set(f"share/{name}", json.dumps(value)))
         return value

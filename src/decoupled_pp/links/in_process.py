@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from decoupled_pp.core.channels import Inlet, LinkCounters, LinkEnd, Outlet
+from decoupled_pp.core.channels import Inlet, LinkCounters, LinkEnd, LinkTerms, Outlet
 from decoupled_pp.core.device import Fence
 from decoupled_pp.core.errors import LinkError
 from decoupled_pp.core.packets import Packet, PacketKind, as_tuple, map_payload, payload_bytes
@@ -27,22 +27,23 @@ def _carried(tensor: Tensor) -> Tensor:
 class InProcessLink(Inlet, Outlet, LinkEnd):
     """Both ends of a link. `send` copies the tensors, as a wire would, so neither side can alter the other's."""
 
-    def __init__(self, sender: int, *, capacity: int, timeout_seconds: float, device: torch.device) -> None:
+    def __init__(self, sender: int, terms: LinkTerms, device: torch.device) -> None:
         """Make the link from stage `sender` to the next.
 
         Args:
             sender: Index of the sending stage.
-            capacity: Packets the link may hold.
-            timeout_seconds: Longest wait for a packet or for room.
+            terms: Capacity, time-out, and what comes back.
             device: Device of both stages.
         """
         self._sender = sender
         self._names = (f"stage {sender}", f"stage {sender + 1}")
-        self._capacity, self._timeout, self._device = capacity, timeout_seconds, device
+        self._capacity = terms.capacity
+        self._timeout = terms.timeout_seconds
+        self._returns = terms.returns
+        self._device = device
         self._packets: deque[tuple[Packet, Fence]] = deque()
         self._taken: deque[Fence] = deque()
-        self._losses: dict[int, Tensor] = {}
-        self._gradients: dict[int, tuple[list[Tensor], Fence]] = {}
+        self._returned: dict[int, tuple[list[Tensor], Fence]] = {}
         self._changed = threading.Condition()
         self._closed = False
         self._last: int | None = None
@@ -93,35 +94,27 @@ class InProcessLink(Inlet, Outlet, LinkEnd):
         self._taken.append(Fence(self._device))
         return packet
 
-    def give_back(self, number: int, losses: Tensor) -> None:
-        """Leave a copy for the sending stage."""
-        copied = losses.detach().to("cpu", torch.float32, copy=True)
+    def give_back(self, number: int, tensors: Sequence[Tensor]) -> None:
+        """Leave copies for the sending stage, in the form in which a wire would carry them."""
+        copies = [self._as_carried_back(tensor) for tensor in tensors]
+        fence = Fence(self._device)
         with self._changed:
-            self._losses[number] = copied
-            self._counters.payload_bytes_backward += copied.nbytes
-            self._changed.notify_all()
-
-    def losses_of(self, number: int) -> Tensor:
-        """Take what the receiving stage has left."""
-        with self._changed:
-            self._wait(lambda: number in self._losses, 0, f"the losses of packet {number} from")
-            return self._losses.pop(number)
-
-    def give_gradient(self, number: int, gradient: Sequence[Tensor]) -> None:
-        """Leave copies for the sending stage."""
-        copies, fence = [_carried(tensor) for tensor in gradient], Fence(self._device)
-        with self._changed:
-            self._gradients[number] = (copies, fence)
+            self._returned[number] = (copies, fence)
             self._counters.payload_bytes_backward += payload_bytes(tuple(copies))
             self._changed.notify_all()
 
-    def gradient_of(self, number: int, sent: Sequence[Tensor]) -> list[Tensor]:
+    def returned(self, number: int, like: Sequence[Tensor] = ()) -> list[Tensor]:
         """Take what the receiving stage has left."""
         with self._changed:
-            self._wait(lambda: number in self._gradients, 0, f"the gradient of packet {number} from")
-            gradient, made = self._gradients.pop(number)
-        made.wait(*gradient)
-        return gradient
+            self._wait(lambda: number in self._returned, 0, f"what comes back for packet {number} from")
+            tensors, made = self._returned.pop(number)
+        made.wait(*(tensor for tensor in tensors if tensor.is_cuda))
+        return tensors
+
+    def _as_carried_back(self, tensor: Tensor) -> Tensor:
+        if self._returns.per_sample:
+            return tensor.detach().to("cpu", torch.float32, copy=True)
+        return _carried(tensor)
 
     def depth(self) -> int:
         """Packets in the link."""

@@ -38,6 +38,7 @@ from decoupled_pp.core.packets import Packet, PacketKind
 from decoupled_pp.links import header as headers
 from decoupled_pp.links import returns
 from decoupled_pp.links.header import Parcel
+from decoupled_pp.links.lane import Lane
 from decoupled_pp.links.wire import Wire
 
 _ROOMY_PACKETS = 8
@@ -90,7 +91,7 @@ class _End(LinkEnd):
             first, self._error = self._error is None, self._error or self._explain(error)
             self._changed.notify_all()
         if first and not self._closing:
-            self._wire.failed(str(self._error))
+            self._wire.failed(self._error.text)
             if self._wire.payload is not None:
                 self._wire.payload.break_off()
         return self._error
@@ -160,7 +161,7 @@ class SendingEnd(_End, Outlet):
         self._training_bytes = 0
         self._roomy = 0  # packets in a row that filled less than half of their message
         self._ended = False
-        self._losses: dict[int, Tensor] = {}
+        self._returned: dict[int, Tensor] = {}
         self._start(self._credit_loop, *([self._send_loop] if wire.payload is not None else []))
 
     def send(self, packet: Packet) -> None:
@@ -181,17 +182,19 @@ class SendingEnd(_End, Outlet):
         message = headers.pack(parcel, size)
         self._transport(lambda: self._wire.out.send(message, control_bytes=size - parcel.payload_bytes))
 
-    def losses_of(self, number: int) -> Tensor:
-        """Take what the receiving stage has given back of a packet."""
+    def returned(self, number: int, like: Sequence[Tensor] = ()) -> list[Tensor]:
+        """Return what the receiving stage gave back; tensors as large as activations are received in this thread."""
+        if self._wire.back is not None:
+            return self._receive_back(self._wire.back, like)
         with self._changed:
-            self._wait(lambda: number in self._losses, f"the losses of packet {number} from")
-            return self._losses.pop(number)
+            self._wait(lambda: number in self._returned, f"what comes back for packet {number} from")
+            return [self._returned.pop(number)]
 
-    def gradient_of(self, number: int, sent: Sequence[Tensor]) -> list[Tensor]:
-        """Receive the gradients, in the stage's own thread: it has nothing else to do."""
-        received = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in sent]
+    def _receive_back(self, lane: Lane, like: Sequence[Tensor]) -> list[Tensor]:
+        """Receive in the stage's own thread, which has nothing else to do until the tensors are there."""
+        received = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in like]
         for tensor in received:
-            self._transport(lambda tensor=tensor: self._wire.backward_lane.receive(tensor))  # type: ignore[misc]
+            self._transport(lambda tensor=tensor: lane.receive(tensor))  # type: ignore[misc]
         return received
 
     @property
@@ -251,9 +254,9 @@ class SendingEnd(_End, Outlet):
         while (kind := returns.kind_of(message := self._wire.into.receive())) != returns.GOODBYE:
             self._wire.into.post()
             with self._changed:
-                if kind == returns.LOSSES:
-                    number, losses = returns.losses_in(message)
-                    self._losses[number] = losses
+                if kind == returns.FLOATS:
+                    number, floats = returns.floats_in(message)
+                    self._returned[number] = floats
                 else:
                     self._credits += 1
                     self._taken += 1
@@ -293,17 +296,18 @@ class ReceivingEnd(_End, Inlet):
         self._return_credit(packet)
         return packet
 
-    def give_back(self, number: int, losses: Tensor) -> None:
-        """Send the losses of a packet to the stage that it came from; before its next credit."""
+    def give_back(self, number: int, tensors: Sequence[Tensor]) -> None:
+        """Send tensors to the stage that a packet came from: large ones at once, floats before its next credit."""
+        lane = self._wire.back
+        if lane is not None:
+            for tensor in tensors:
+                self._transport(lambda tensor=tensor: lane.send(tensor))  # type: ignore[misc]
+            return
+        (floats,) = tensors
         if self._wire.payload is None:
-            self._transport(lambda: self._send_losses(number, losses))
+            self._transport(lambda: self._send_floats(number, floats))
         else:
-            self._returns.put((Fence(self._wire.device), losses, (number, losses)))
-
-    def give_gradient(self, number: int, gradient: Sequence[Tensor]) -> None:
-        """Send the gradients; the stage before waits for them."""
-        for tensor in gradient:
-            self._transport(lambda tensor=tensor: self._wire.backward_lane.send(tensor))  # type: ignore[misc]
+            self._returns.put((Fence(self._wire.device), floats, (number, floats)))
 
     def depth(self) -> int:
         """Packets that have arrived and wait."""
@@ -311,7 +315,7 @@ class ReceivingEnd(_End, Inlet):
 
     @property
     def counters(self) -> LinkCounters:
-        """What this end has sent: credits, and the losses that a cascade asks for."""
+        """What this end has sent: credits, and what a rule sends back."""
         control = self._wire.out.control_bytes
         return LinkCounters(payload_bytes_backward=self._wire.payload_bytes, control_bytes_backward=control)
 
@@ -341,19 +345,19 @@ class ReceivingEnd(_End, Inlet):
         size = self._wire.out.size
         self._wire.out.send(returns.word(size, returns.GOODBYE), control_bytes=size)
 
-    def _send_losses(self, number: int, losses: Tensor) -> None:
-        message = returns.losses_message(self._wire.out.size, number, losses.detach())
-        self._wire.out.send(message, control_bytes=message.numel() - 4 * losses.numel())
+    def _send_floats(self, number: int, floats: Tensor) -> None:
+        message = returns.floats_message(self._wire.out.size, number, floats.detach())
+        self._wire.out.send(message, control_bytes=message.numel() - 4 * floats.numel())
 
     def _return_loop(self) -> None:
         while (item := self._returns.get()) is not None:
-            fence, _, losses = item
+            fence, _, floats = item
             fence.synchronize()
-            if losses is not None:
-                self._send_losses(*losses)
+            if floats is not None:
+                self._send_floats(*floats)
             else:
                 self._wire.out.send(self._credit, control_bytes=self._wire.out.size)
-            del item, losses
+            del item, floats
         if self._ended:
             self._say_goodbye()
 

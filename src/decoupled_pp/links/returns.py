@@ -1,4 +1,4 @@
-"""What goes back over a link between ranks: credits, one goodbye, and the losses that a cascade asks for."""
+"""Messages that go back over a link between ranks: credits, one goodbye, and floats that a training rule sends back."""
 
 from __future__ import annotations
 
@@ -7,48 +7,49 @@ from torch import Tensor
 
 from decoupled_pp.core.errors import UsageError
 
-GOODBYE, LOSSES, CREDIT = 0, 2, 0x0101_0101_0101_0101
+GOODBYE, FLOATS, CREDIT = 0, 2, 0x0101_0101_0101_0101
 """First word of a message."""
 
 _WORD = 8
 _HEADER = 3 * _WORD
 
 
-def backward_bytes(losses: int) -> int:
-    """Size of the messages that go back, with room for so many losses (0: none are ever sent)."""
-    return _WORD if losses == 0 else _HEADER + 4 * losses
+def backward_bytes(floats: int) -> int:
+    """Return the size of the messages that go back, with room for so many floats (0: none are ever sent)."""
+    return _WORD if floats == 0 else _HEADER + 4 * floats
 
 
 def word(size: int, value: int) -> Tensor:
-    """A message of so many bytes that begins with a word."""
+    """Return a message of `size` bytes that begins with a word."""
     message = torch.zeros(size, dtype=torch.uint8)
     message[:_WORD].view(torch.int64)[0] = value
     return message
 
 
-def losses_message(size: int, number: int, losses: Tensor) -> Tensor:
-    """Kind, number of the packet, number of losses, the losses.
+def floats_message(size: int, number: int, floats: Tensor) -> Tensor:
+    """Return a message of the kind, the number of the packet, the number of floats, and the floats.
 
     Raises:
         UsageError: There are more than the messages have room for.
     """
-    if _HEADER + 4 * losses.numel() > size:
+    if _HEADER + 4 * floats.numel() > size:
         raise UsageError(
-            f"packet {number} has {losses.numel()} samples, more than the plan's sample, which sets the size of what "
-            "goes back (critic_target); give partition a sample as large as the largest micro-batch"
+            f"packet {number} has {floats.numel()} samples, more than the plan's sample, which sets the size of what "
+            "comes back (`critic_target`); give partition a sample as large as the largest micro-batch",
+            code="packet-larger-than-sample",
         )
     message = torch.zeros(size, dtype=torch.uint8)
-    message[:_HEADER].view(torch.int64).copy_(torch.tensor([LOSSES, number, losses.numel()]))
-    message[_HEADER : _HEADER + 4 * losses.numel()].view(torch.float32).copy_(losses.float())
+    message[:_HEADER].view(torch.int64).copy_(torch.tensor([FLOATS, number, floats.numel()]))
+    message[_HEADER : _HEADER + 4 * floats.numel()].view(torch.float32).copy_(floats.float())
     return message
 
 
 def kind_of(message: Tensor) -> int:
-    """The first word of a message."""
+    """Return the first word of a message."""
     return int(message[:_WORD].view(torch.int64).item())
 
 
-def losses_in(message: Tensor) -> tuple[int, Tensor]:
-    """Number of the packet, and its losses, (B,), in the message's memory."""
+def floats_in(message: Tensor) -> tuple[int, Tensor]:
+    """Return the number of the packet and its floats, (B,), in the message's memory."""
     number, count = message[_WORD:_HEADER].view(torch.int64).tolist()
     return number, message[_HEADER : _HEADER + 4 * count].view(torch.float32)

@@ -24,7 +24,7 @@ class Wire:
         here: Name of this end, e.g. "stage 0 (rank 0)".
         there: Name of the other end.
         failed: Called once with the text, from whichever thread finds the link broken.
-        gradients: The lane on which gradients come back in end-to-end steps; None between GPUs that take none.
+        back: The lane on which tensors as large as activations come back; None if none do.
     """
 
     sender: int
@@ -35,23 +35,12 @@ class Wire:
     here: str
     there: str
     failed: Callable[[str], object]
-    gradients: Lane | None = None
+    back: Lane | None = None
 
     @property
     def payload_bytes(self) -> int:
         """Bytes of tensors that this end has sent."""
         return self.out.payload_bytes + sum(lane.bytes_sent for lane in self._lanes)
-
-    @property
-    def backward_lane(self) -> Lane:
-        """The lane of the gradients.
-
-        Raises:
-            AssertionError: The link was made without.
-        """
-        if self.gradients is None:
-            raise AssertionError("this link carries no gradients")
-        return self.gradients
 
     def break_off(self) -> None:
         """Close the connection now; wakes whoever waits at either end."""
@@ -62,4 +51,4 @@ class Wire:
 
     @property
     def _lanes(self) -> list[Lane]:
-        return [lane for lane in (self.payload, self.gradients) if lane is not None]
+        return [lane for lane in (self.payload, self.back) if lane is not None]

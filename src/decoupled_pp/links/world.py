@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import hashlib
 import itertools
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeAlias
 
@@ -14,7 +15,9 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from decoupled_pp.core import environment
+from decoupled_pp.core.channels import LinkTerms
 from decoupled_pp.core.errors import LinkError, UsageError
+from decoupled_pp.core.topology import Topology
 from decoupled_pp.links.control import StoreControl
 from decoupled_pp.links.header import HEADER_BYTES
 from decoupled_pp.links.lane import Lane
@@ -25,8 +28,8 @@ from decoupled_pp.links.wire import Wire
 
 Group: TypeAlias = dist.ProcessGroup
 _world: list[World] = []
-_GRADIENTS = 3
-"""Tag of the gradients between CPUs; packets have 1 and credits 2."""
+_BACK = 3
+"""Tag of large tensors that come back between CPUs; packets have 1 and credits 2."""
 
 
 def join_world(timeout_seconds: float) -> World:
@@ -68,7 +71,7 @@ def leave_world() -> None:
 
 
 class World:
-    """This rank among the ranks of a launch. Stage k lives on rank k.
+    """This rank among the ranks of a launch. `Topology` says which stages it holds.
 
     A process has one (`join_world`), because a process has one default process group.
     """
@@ -108,30 +111,20 @@ class World:
         return StoreControl(dist.PrefixStore(prefix, self._store), self.rank, self.size)
 
     def connect(
-        self,
-        control: StoreControl,
-        device: torch.device,
-        plan_digest: str,
-        *,
-        capacity: int,
-        timeout_seconds: float,
-        losses: int = 0,
-        gradients: bool = False,
+        self, control: StoreControl, topology: Topology, device: torch.device, plan_digest: str, terms: LinkTerms
     ) -> tuple[ReceivingEnd | None, SendingEnd | None]:
-        """Build all links (every rank must call this), return this rank's two ends; breaks are reported to `control`.
+        """Build all links (every rank must call this); return this rank's two ends.
 
         Every link gets a two-rank gloo group (messages forward, credits backward), and between GPUs one of NCCL for
-        the tensors, made in the same order on all ranks. Each is used once here, so that connections exist before
-        training and a mismatch of plans is found at once.
+        the tensors. All ranks make all groups in the same order, because `new_group` is collective. Each group is
+        used once here, so that connections exist before training, and a mismatch of plans is found at once.
 
         Args:
-            control: Takes what breaks.
+            control: Is told when a link breaks.
+            topology: Which rank holds which stage.
             device: Where the stages compute.
-            plan_digest: What both ends must agree on.
-            capacity: Packets a link may hold.
-            timeout_seconds: Longest wait for a packet or for room.
-            losses: Samples of the largest packet, if their losses go back (cascade targets).
-            gradients: Whether gradients will go back (end-to-end steps).
+            plan_digest: What both ends of a link must agree on.
+            terms: Capacity, time-out, and what comes back.
 
         Raises:
             UsageError: The neighbour runs another plan or configuration.
@@ -139,24 +132,22 @@ class World:
         """
         inlet: ReceivingEnd | None = None
         outlet: SendingEnd | None = None
-        for sender in range(self.size - 1):
-            host = self._group(sender, "gloo", timeout_seconds)
-            payload = self._group(sender, "nccl", timeout_seconds) if device.type == "cuda" else None
-            # A communicator of its own: NCCL orders what one carries, and the link's sender thread uses the other.
-            back = self._group(sender, "nccl", timeout_seconds) if payload is not None and gradients else None
-            if self.rank not in (sender, sender + 1):
+        for sender, receiver in topology.links():
+            edge = _Edge(
+                sender.stage,
+                (topology.rank_of(sender.stage), topology.rank_of(receiver.stage)),
+                (topology.name(sender), topology.name(receiver)),
+            )
+            groups = self._groups_of(edge, device, terms)
+            if self.rank not in edge.ranks:
                 continue
-            there = sender + 1 if self.rank == sender else sender
-            lane = Lane(payload, there - sender) if payload is not None else None
-            self._greet(Lane(host, there - sender), lane, there, device, plan_digest)
-            backward = Lane(host, there - sender, _GRADIENTS) if payload is None else None
-            if back is not None:
-                backward = Lane(back, there - sender)
-            wire = self._wire(control, sender, host, (lane, backward), device, (capacity, timeout_seconds, losses))
-            if self.rank == sender:
-                outlet = SendingEnd(wire, capacity=capacity, timeout_seconds=timeout_seconds)
+            payload = Lane(groups.payload, 1 - edge.end_of(self.rank)) if groups.payload is not None else None
+            self._greet(edge, groups.host, payload, device, plan_digest)
+            wire = self._wire(control, edge, groups, payload, device, terms)
+            if edge.end_of(self.rank) == 0:
+                outlet = SendingEnd(wire, capacity=terms.capacity, timeout_seconds=terms.timeout_seconds)
             else:
-                inlet = ReceivingEnd(wire, capacity=capacity, timeout_seconds=timeout_seconds)
+                inlet = ReceivingEnd(wire, capacity=terms.capacity, timeout_seconds=terms.timeout_seconds)
         return inlet, outlet
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
@@ -189,85 +180,135 @@ class World:
         if self._joined and dist.is_initialized():
             dist.destroy_process_group()
 
-    def _group(self, sender: int, backend: str, timeout_seconds: float) -> Group:
+    def _groups_of(self, edge: _Edge, device: torch.device, terms: LinkTerms) -> _Groups:
+        """Make the groups of one link; this rank keeps those that it is in."""
+        host = self._group(edge, "gloo", terms.timeout_seconds)
+        if device.type != "cuda":
+            return _Groups(host)
+        payload = self._group(edge, "nccl", terms.timeout_seconds)
+        if not terms.returns.per_activation:
+            return _Groups(host, payload)
+        # A communicator of its own: NCCL orders what one carries, and the link's sender thread uses the other.
+        return _Groups(host, payload, self._group(edge, "nccl", terms.timeout_seconds))
+
+    def _group(self, edge: _Edge, backend: str, timeout_seconds: float) -> Group:
         try:
             # The bound is for meeting and greeting; receives that are posted ahead are waited for with their own.
             bound = timedelta(seconds=timeout_seconds)
-            group: Group = dist.new_group([sender, sender + 1], backend=backend, timeout=bound)
+            group: Group = dist.new_group(list(edge.ranks), backend=backend, timeout=bound)
         except (RuntimeError, ValueError) as error:
-            ends = f"{_name(sender)} and {_name(sender + 1)}"
             cause = self.control.lost() or str(error).splitlines()[0]  # ranks find each other through the store
-            raise LinkError(f"{ends} could not be connected: {cause}, seen by rank {self.rank}") from error
-        if self.rank in (sender, sender + 1):
+            raise LinkError(
+                f"{edge.names[0]} and {edge.names[1]} could not be connected: {cause}, seen by rank {self.rank}; look "
+                "at the log of the rank that did not come",
+                code="ranks-not-connected",
+            ) from error
+        if self.rank in edge.ranks:
             self._groups.append(group)
         return group
 
     def _wire(  # noqa: PLR0917 - what an end is made of, each once
         self,
         control: StoreControl,
-        sender: int,
-        host: Group,
-        lanes: tuple[Lane | None, Lane | None],
+        edge: _Edge,
+        groups: _Groups,
+        payload: Lane | None,
         device: torch.device,
-        bounds: tuple[int, float, int],
+        terms: LinkTerms,
     ) -> Wire:
-        """This end's transport; posts its first receives."""
-        upstream, (capacity, seconds, losses) = self.rank == sender, bounds
-        peer, packets, credits = (1 if upstream else 0), 1, 2
-        credit_size, header_size = backward_bytes(losses), HEADER_BYTES
-        backward = 2 * capacity if losses else capacity
+        """Return this end's transport, its first receives posted."""
+        here = edge.end_of(self.rank)
+        packets, credits = 1, 2  # tags
+        floats = terms.samples if terms.returns.per_sample else 0
+        credit_size = backward_bytes(floats)
+        # A credit for every packet, and as many messages again if floats come back beside them.
+        backward = 2 * terms.capacity if floats else terms.capacity
         out = MessageSender(
-            host,
-            peer,
-            packets if upstream else credits,
-            size=header_size if upstream else credit_size,
-            ahead=capacity if upstream else backward,
-            timeout_seconds=seconds,
+            groups.host,
+            1 - here,
+            packets if here == 0 else credits,
+            size=HEADER_BYTES if here == 0 else credit_size,
+            ahead=terms.capacity if here == 0 else backward,
+            timeout_seconds=terms.timeout_seconds,
         )
         into = MessageReceiver(
-            host,
-            peer,
-            credits if upstream else packets,
-            size=credit_size if upstream else header_size,
-            ahead=backward + 1 if upstream else capacity,  # upstream: every credit (and losses), and the goodbye
+            groups.host,
+            1 - here,
+            credits if here == 0 else packets,
+            size=credit_size if here == 0 else HEADER_BYTES,
+            ahead=backward + 1 if here == 0 else terms.capacity,  # upstream: every message, and the goodbye
         )
         return Wire(
-            sender=sender,
+            sender=edge.sender,
             out=out,
             into=into,
-            payload=lanes[0],
-            gradients=lanes[1],
+            payload=payload,
+            back=self._lane_back(groups, 1 - here, terms),
             device=device,
-            here=_name(self.rank),
-            there=_name(sender + peer),
+            here=edge.names[here],
+            there=edge.names[1 - here],
             failed=control.report_fault,
         )
 
-    def _greet(self, host: Lane, payload: Lane | None, there: int, device: torch.device, plan_digest: str) -> None:
+    def _lane_back(self, groups: _Groups, peer: int, terms: LinkTerms) -> Lane | None:
+        if not terms.returns.per_activation:
+            return None
+        return Lane(groups.back, peer) if groups.back is not None else Lane(groups.host, peer, _BACK)
+
+    def _greet(self, edge: _Edge, host: Group, payload: Lane | None, device: torch.device, plan_digest: str) -> None:
         """Use the connections once; both ends must have the same digest."""
+        here = edge.end_of(self.rank)
         digest = torch.frombuffer(bytearray(hashlib.sha256(plan_digest.encode()).digest()), dtype=torch.uint8)
-        theirs, probe = torch.zeros_like(digest), torch.zeros(1, device=device)
+        theirs = torch.zeros_like(digest)
+        probe = torch.zeros(1, device=device)
         try:
-            for lane, sent, received in ((host, digest, theirs), (payload, probe, probe)):
+            for lane, sent, received in ((Lane(host, 1 - here), digest, theirs), (payload, probe, probe)):
                 if lane is None:
                     continue
-                if self.rank < there:
+                if here == 0:  # one end sends first, the other receives first: no end waits for the other's receive
                     lane.send(sent)
                     lane.receive(received)
                 else:
                     lane.receive(received)
                     lane.send(sent)
         except RuntimeError as error:
+            cause = str(error).splitlines()[0]
             raise LinkError(
-                f"{_name(self.rank)} could not connect to {_name(there)}: {str(error).splitlines()[0]}"
+                f"{edge.names[here]} could not connect to {edge.names[1 - here]}: {cause}; look at that rank's log",
+                code="ranks-not-connected",
             ) from error
         if not torch.equal(digest, theirs):
             raise UsageError(
-                f"{_name(self.rank)} and {_name(there)} run different plans or settings: start all ranks alike"
+                f"{edge.names[0]} and {edge.names[1]} run different plans or settings; start all ranks alike",
+                code="ranks-run-different-plans",
             )
         if payload is not None:
             payload.bytes_sent = 0
 
 
-def _name(rank: int) -> str:
-    return f"stage {rank} (rank {rank})"
+@dataclass(frozen=True)
+class _Edge:
+    """One link: the index of its sending stage, and rank and name of both ends, the sending one first."""
+
+    sender: int
+    ranks: tuple[int, int]
+    names: tuple[str, str]
+
+    def end_of(self, rank: int) -> int:
+        """Return 0 for the sending end, 1 for the receiving one: also the rank within the two-rank groups."""
+        return self.ranks.index(rank)
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """The process groups of one link.
+
+    Attributes:
+        host: gloo: messages forward, credits back, and between CPUs all else.
+        payload: NCCL: tensors forward, between GPUs.
+        back: NCCL: tensors that come back, between GPUs, if any do.
+    """
+
+    host: Group
+    payload: Group | None = None
+    back: Group | None = None

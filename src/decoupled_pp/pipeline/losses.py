@@ -50,7 +50,11 @@ def per_sample(loss: Loss) -> Callable[[Tensor, Payload], Tensor]:
         return _cross_entropies
     if loss is mse:
         return lambda logits, target: (logits - as_tuple(target)[0]).square().flatten(1).mean(dim=1)
-    raise UsageError("critic_target cascade needs the loss of every sample: set loss to cross_entropy or mse")
+    raise UsageError(
+        "this `critic_target` needs the loss of every sample: set `loss` to cross_entropy or mse",
+        code="loss-without-samples",
+        key="loss",
+    )
 
 
 def _cross_entropies(logits: Tensor, target: Payload) -> Tensor:

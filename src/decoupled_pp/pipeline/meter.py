@@ -25,8 +25,13 @@ PAUSES = ("evaluate", "save")
 class StageProgress(Protocol):
     """How far a stage is; `Stage` is one."""
 
-    updates: int
-    samples: int
+    @property
+    def updates(self) -> int:
+        """Optimizer steps done."""
+
+    @property
+    def samples(self) -> int:
+        """Training samples done."""
 
     @property
     def learning_rate(self) -> float:

@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.objective import View
 from decoupled_pp.core.packets import Payload, as_tuple, first_tensor
+from decoupled_pp.pipeline.probes import Probe
 
 
-class Neighbours:
+class Neighbours(Probe):
     """The last training samples of a stage, and the score of held-out ones among them."""
 
     def __init__(self, k: int, samples: int) -> None:
@@ -31,19 +33,20 @@ class Neighbours:
         self._correct: Tensor | int = 0
         self._scored = 0
 
-    def remember(self, hidden: Payload, target: Payload) -> None:
-        """Keep a training micro-batch; the oldest leave for it.
+    def trained(self, view: View) -> None:
+        """Keep a training micro-batch; the oldest ones leave for it.
 
         Raises:
             UsageError: Its target is not one class index per sample.
         """
-        features, classes = _features(hidden), _classes(target)
+        features = _features(view.hidden)
+        classes = _classes(view.target)
         self._kept.append((features, classes))
         self._count += len(classes)
         while self._count - len(self._kept[0][1]) >= self._samples:
             self._count -= len(self._kept.popleft()[1])
 
-    def score(self, hidden: Payload, target: Payload) -> None:
+    def evaluated(self, hidden: Payload, target: Payload) -> None:
         """Classify a held-out micro-batch by a vote of the k most similar kept samples (cosine)."""
         if not self._kept:
             return
@@ -53,11 +56,12 @@ class Neighbours:
         self._correct = self._correct + (classes[nearest].mode(dim=1).values == wanted).sum()
         self._scored += len(wanted)
 
-    def accuracy(self) -> float | None:
-        """Share classified right since the last call; None if nothing was scored."""
+    def results(self) -> dict[str, float | None]:
+        """Return the share classified right since the last call as `knn_accuracy`; None if nothing was scored."""
         found = float(self._correct) / self._scored if self._scored else None
-        self._correct, self._scored = 0, 0
-        return found
+        self._correct = 0
+        self._scored = 0
+        return {"knn_accuracy": found}
 
 
 def _features(hidden: Payload) -> Tensor:

@@ -23,7 +23,7 @@ def stage_record(stage: Stage, meter: StageMeter) -> Record:
         "parameters": count_parameters(stage.trunk),
         "critic_parameters": count_parameters(stage.critic),
         "saved_activation_bytes_peak": stage.saved_activation_bytes_peak,
-        "memory_bytes_peak": peak_memory(stage.device),
+        "memory_bytes_peak": peak_memory(stage.body.device),
         **summary,
         "steps": stage.updates,
         "train_loss": meter.last_loss,

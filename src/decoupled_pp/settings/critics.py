@@ -187,35 +187,3 @@ CriticSettings = Annotated[
     | FactoryCritic,
     Field(discriminator="kind"),
 ]
-
-
-class LabelTarget(Section):
-    """A stage and its critic lower the critic's loss of the labels together. Nothing flows back."""
-
-    kind: Literal["label"] = "label"
-
-
-class CascadeTarget(Section):
-    """A critic learns to give the loss that the next stage has, sample by sample, and its stage lowers it (Lee & Lee).
-
-    One float per sample flows back over every link. For `loss` cross_entropy and mse.
-    """
-
-    kind: Literal["cascade"]
-    lag: int = Field(8, ge=2)
-    """Packets after which a critic learns from a packet; above `links.capacity`, so that no stage waits for losses."""
-    optimizer: str = "Adam"
-    """The critics' own optimizer, by its name in `torch.optim`; its rate is constant (paper: Adam)."""
-    lr: float = Field(1e-4, gt=0)
-    """Its learning rate (paper: 1e-4)."""
-
-
-class MixTarget(CascadeTarget):
-    """The cascade's target and the labels' own loss, weighted."""
-
-    kind: Literal["mix"]  # type: ignore[assignment]  # another tag of the same section
-    label_share: float = Field(0.5, gt=0, lt=1)
-    """Share of the labels' own loss in what a critic lowers."""
-
-
-CriticTargetSettings = Annotated[LabelTarget | CascadeTarget | MixTarget, Field(discriminator="kind")]

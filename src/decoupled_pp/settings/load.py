@@ -1,4 +1,4 @@
-"""YAML -> checked, typed `Settings`, or one line that says what is wrong with it."""
+"""Reads a YAML file into checked, typed `Settings`, or says in one line what is wrong with it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.suggestions import did_you_mean
 from decoupled_pp.settings.critics import CriticSettings
+from decoupled_pp.settings.rules import CriticTargetSettings
 from decoupled_pp.settings.run import Settings
 from decoupled_pp.settings.sections import DataSettings, ModelSettings, Section
 from decoupled_pp.settings.yaml_text import read_yaml
@@ -28,36 +29,50 @@ def load_settings(path: str | Path, overrides: tuple[str, ...] = ()) -> Settings
         raw = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(
-            f"cannot read the configuration {path}: {error.strerror}; give the path of a YAML file"
+            f"cannot read the configuration {path}: {error.strerror}; give the path of a YAML file",
+            code="configuration-unreadable",
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UsageError(
+            f"{path} is not YAML: {' '.join(str(error).split())}; correct it there", code="configuration-is-no-yaml"
+        ) from None
     if not isinstance(raw, dict):
-        raise UsageError(f"{path} must hold a mapping of settings, not {type(raw).__name__}")
+        raise UsageError(
+            f"{path} must hold a mapping of settings, not {type(raw).__name__}; write `key: value` lines",
+            code="configuration-is-no-mapping",
+        )
     for override in overrides:
         _apply(raw, override)
+    return check_settings(raw, str(path), overrides)
+
+
+def check_settings(raw: dict[str, Any], source: str = "settings", overrides: tuple[str, ...] = ()) -> Settings:
+    """Check a mapping of settings.
+
+    Args:
+        raw: The settings.
+        source: Where they come from, for messages.
+        overrides: Overrides that are in them already, for messages.
+
+    Raises:
+        UsageError: The first fault, in one line.
+    """
     try:
         return Settings.model_validate(raw)
     except ValidationError as error:
-        text = explain(error)
-        raise UsageError(f"{_source(text, str(path), overrides)}: {text}") from None
+        fault = usage_error(error)
+        source = _source(fault, source, overrides)
+        raise UsageError(f"{source}: {fault.text}", code=fault.code, key=fault.key) from None
 
 
-def check_settings(raw: dict[str, Any], source: str = "settings") -> Settings:
-    """Check a mapping of settings; `source` names it in errors."""
-    try:
-        return Settings.model_validate(raw)
-    except ValidationError as error:
-        raise UsageError(f"{source}: {explain(error)}") from None
-
-
-def _source(text: str, path: str, overrides: tuple[str, ...]) -> str:
-    """Where the key of a fault was given: the last override whose key the text names, else the file."""
+def _source(fault: UsageError, path: str, overrides: tuple[str, ...]) -> str:
+    """Return where the key of a fault was given: the last override that the fault names, else the file."""
     for override in reversed(overrides):
         key, _, _ = override.partition("=")
         section, _, last = key.rpartition(".")
-        inside = rf"{re.escape(section)}: .*(?<![\w.]){re.escape(last)}(?!\w)"  # "model: width 10 is not ..."
-        if re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", text) or re.match(inside, text):
+        named = rf"(?<![\w.]){re.escape(key)}(?!\w)"
+        in_section = rf"(?<![\w.]){re.escape(last)}(?!\w)"  # "`model`: width 10 is not a multiple of heads 4"
+        if re.search(named, fault.text) or (fault.key == section and re.search(in_section, fault.text)):
             return f"--set {override}"
     return path
 
@@ -65,71 +80,114 @@ def _source(text: str, path: str, overrides: tuple[str, ...]) -> str:
 def _apply(raw: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not all(key.split(".")):
-        raise UsageError(f"override {override!r} must look like key.sub=value")
+        raise UsageError(f"override {override!r} must look like key.sub=value", code="override-unreadable")
     *path, last = key.split(".")
     section = raw
     for name in path:
         section = section.setdefault(name, {})
         if not isinstance(section, dict):
-            raise UsageError(f"override {override!r}: {name!r} is not a section")
+            raise UsageError(
+                f"override {override!r}: {name!r} holds a value, so it has no keys; give `{name}` as a section first",
+                code="override-unreadable",
+            )
     try:
         section[last] = read_yaml(value)
     except yaml.YAMLError:
-        raise UsageError(f"override {override!r}: {value!r} is not YAML; quote it or correct it") from None
+        raise UsageError(
+            f"override {override!r}: {value!r} is not YAML; quote it or correct it", code="override-unreadable"
+        ) from None
 
 
-def explain(error: ValidationError, section: str | None = None) -> str:
-    """The first fault of a failed check, in one line: where, what, which value, what would be right.
+def usage_error(error: ValidationError, section: str | None = None) -> UsageError:
+    """Return the first fault of a failed check as an error of one line: where, what, which value, what would be right.
 
     Args:
-        error: What the check of `Settings`, or of a section alone, raised.
+        error: Raised by the check of `Settings`, or of a section alone.
         section: The key of that section.
     """
-    paths = [[*([section] if section else []), *map(str, fault["loc"])] for fault in error.errors()]
-    fault, path, shown = error.errors()[0], paths[0], _shown(paths[0])
-    more = len({_shown(path) for path in paths}) - 1
-    others = f" (and {more} more)" if more else ""
-    value = fault.get("input")
-    if fault["type"] == "extra_forbidden":
+    faults = [_with_field(fault) for fault in error.errors()]
+    paths = [[*([section] if section else []), *map(str, fault["loc"])] for fault in faults]
+    keys = [_shown(path) for path in paths]
+    code, text = _explained(faults[0], paths[0], keys[0])
+    more = len(set(keys)) - 1
+    key = f"{keys[0]}.kind".removeprefix(".") if code == "unknown-kind" else keys[0]
+    return UsageError(text + (f" (and {more} more)" if more else ""), code=code, key=key or None)
+
+
+def _with_field(fault: Any) -> Any:
+    """Return the fault with the field that a check of the whole section found, and its value."""
+    if fault["type"] != "yes_no":
+        return fault
+    found = fault["ctx"]
+    return {**fault, "loc": (*fault["loc"], found["field"]), "input": found["value"]}
+
+
+def _explained(fault: Any, path: list[str], key: str) -> tuple[str, str]:
+    """Return code and text of one fault that pydantic found.
+
+    Args:
+        fault: From `ValidationError.errors`.
+        path: Where, with the tags of unions.
+        key: Where, as a user writes it.
+    """
+    kind, value = fault["type"], fault.get("input")
+    if kind == "extra_forbidden":
         known = _keys_at(path[:-1])
         remedy = did_you_mean(path[-1], known) or f"; use one of {', '.join(known)}"
-        return f"{shown}: unknown key, given {value!r}{remedy}{others}"
-    if fault["type"] == "missing":
-        return f"{shown}: required key is missing; give it a value{others}"
-    if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        kinds = [tag.strip("' ") for tag in fault.get("ctx", {}).get("expected_tags", "").split(",") if tag]
-        kind = value.get("kind") if isinstance(value, dict) else value
-        choice = f"; one of {', '.join(kinds)}" if kinds else "; a section with a `kind` is needed"
-        return f"{shown}.kind: {kind!r} is not known{did_you_mean(str(kind), kinds)}{choice}{others}"
+        return "unknown-setting", f"`{key}`: unknown key, given {value!r}{remedy}"
+    if kind == "missing":
+        return "missing-setting", f"`{key}`: required key is missing; give it a value"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        return "unknown-kind", _explained_kind(fault, key)
+    if kind == "value_error":
+        return _explained_check(fault, key)
+    message = fault["msg"]
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']*)'", fault["ctx"]["expected"])
+        remedy = did_you_mean(str(value), choices)
+        if key == "cut":
+            remedy += "; or give the layers per stage, e.g. [3, 2]"
+        return "not-one-of-the-choices", f"`{key}`: {message}, not {value!r}{remedy}"
+    return "unusable-value", f"`{key}`: {message}, not {value!r}"
+
+
+def _explained_check(fault: Any, key: str) -> tuple[str, str]:
+    """Return code and text of a fault that a validator of ours raised."""
+    cause = fault.get("ctx", {}).get("error")
+    if isinstance(cause, UsageError):
+        return cause.code, cause.text
     message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "value_error":  # of a section as a whole; of all settings, the message begins with the key
-        return f"{shown}: {message}{others}" if shown else f"{message}{others}"
-    if fault["type"] == "literal_error":
-        remedy = did_you_mean(str(value), re.findall(r"'([^']*)'", fault["ctx"]["expected"]))
-        remedy += "; or give the layers per stage, e.g. [3, 2]" if shown == "cut" else ""
-        return f"{shown}: {message}, not {value!r}{remedy}{others}"
-    return f"{shown}: {message}, not {value!r}{others}"
+    return "contradictory-settings", f"`{key}`: {message}" if key else message
+
+
+def _explained_kind(fault: Any, key: str) -> str:
+    value = fault.get("input")
+    expected = fault.get("ctx", {}).get("expected_tags", "")
+    kinds = [tag.strip("' ") for tag in expected.split(",") if tag]
+    given = value.get("kind") if isinstance(value, dict) else value
+    choice = f"; one of {', '.join(kinds)}" if kinds else "; a section with a `kind` is needed"
+    return f"`{key}.kind`: {given!r} is not known{did_you_mean(str(given), kinds)}{choice}"
 
 
 def _shown(path: list[str]) -> str:
-    """A path as a user writes it: without the tags that tell which member of a union was tried."""
+    """Return a path as a user writes it: without the tags that tell which member of a union was tried."""
     tags = _kinds()
     return ".".join(part for at, part in enumerate(path) if not (part in tags and at > 0 and path[at - 1] in _UNIONS))
 
 
-_UNIONS = {"model", "data", "critic", "cut"}
+_UNIONS = {"model", "data", "critic", "critic_target", "cut"}
 
 
 def _kinds() -> set[str]:
     tags = {"literal['time','parameters','uniform']", "list[int]"}
-    for union in (ModelSettings, DataSettings, CriticSettings):
+    for union in (ModelSettings, DataSettings, CriticSettings, CriticTargetSettings):
         for section in get_args(get_args(union)[0]):
             tags.update(get_args(section.model_fields["kind"].annotation))
     return tags
 
 
 def _keys_at(path: list[str]) -> list[str]:
-    """The keys of the section at `path` (which holds a union's tag after the union's key)."""
+    """Return the keys of the section at `path` (which holds a union's tag after the union's key)."""
     sections: list[type[Section]] = [Settings]
     for part in path:
         for section in sections:

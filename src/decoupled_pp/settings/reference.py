@@ -76,7 +76,9 @@ def _docstring(section: type[Section]) -> str:
 
 
 def _table(section: type[Section], *, without_kind: bool = False) -> str:
-    rows = [_row(name, f) for name, f in section.model_fields.items() if not (without_kind and name == "kind")]
+    fields = {key: field for key, field in section.model_fields.items() if not (without_kind and key == "kind")}
+    required = [key for key, field in fields.items() if field.is_required()]
+    rows = [_row(key, fields[key]) for key in dict.fromkeys([*required, *fields])]
     if not rows:
         return "No further keys.\n"
     return "\n".join(["| key | value | default | meaning |", "| --- | --- | --- | --- |", *rows]) + "\n"

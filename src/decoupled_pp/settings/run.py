@@ -8,8 +8,9 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.settings.critics import AutoCritic, CriticSettings, CriticTargetSettings, LabelTarget
-from decoupled_pp.settings.sections import DataSettings, HuggingFaceModel, ModelSettings, Section
+from decoupled_pp.settings.critics import AutoCritic, CriticSettings
+from decoupled_pp.settings.rules import CorrectionSettings, CriticTargetSettings, LabelTarget, refuse_rules
+from decoupled_pp.settings.sections import DataSettings, HuggingFaceModel, ModelSettings, Section, in_scripts
 
 
 class OptimizerSettings(Section):
@@ -67,11 +68,9 @@ class ScheduleSettings(Section):
     """Multiplier at each milestone (steps)."""
 
 
-class TrainingSettings(Section):
-    """How every stage trains."""
+class StageSettings(Section):
+    """How every stage trains, for however long."""
 
-    steps: int = Field(ge=1)
-    """Optimizer steps per stage; each takes `accumulate` packets."""
     accumulate: int = Field(1, ge=1)
     """Packets (micro-batches) whose gradients are averaged in one optimizer step."""
     clip_norm: float | None = Field(None, gt=0)
@@ -89,17 +88,11 @@ class TrainingSettings(Section):
     already (`start_from`), whose early layers a fresh critic would spoil."""
 
 
-class CorrectionSettings(Section):
-    """End-to-end steps now and then: true gradients flow back, as large as the activations, while every stage waits."""
+class TrainingSettings(StageSettings):
+    """How every stage trains, and for how long."""
 
-    every: int = Field(ge=1)
-    """Local optimizer steps before each round of end-to-end steps."""
-    steps: int = Field(1, ge=1)
-    """End-to-end optimizer steps in a round; critics do not learn in them."""
-
-    def covers(self, step: int) -> bool:
-        """Whether optimizer step `step` (from 0) is an end-to-end one."""
-        return step % (self.every + self.steps) >= self.every
+    steps: int = Field(ge=1)
+    """Optimizer steps per stage; each takes `accumulate` packets."""
 
 
 class LinkSettings(Section):
@@ -114,9 +107,9 @@ class LinkSettings(Section):
 class ValidationSettings(Section):
     """Held-out evaluation of every exit, flowing forward between training packets."""
 
-    every: int | None = Field(None, ge=1)
+    every: int | None = Field(None, ge=1, json_schema_extra=in_scripts("validate_every"))
     """Optimizer steps between validations; default: only at the end."""
-    batches: int | None = Field(None, ge=1)
+    batches: int | None = Field(None, ge=1, json_schema_extra=in_scripts("validation_batches"))
     """Validation micro-batches per pass; default: all."""
     knn: int | None = Field(None, ge=1)
     """Also score every stage's output by a vote of this many nearest training samples; default: do not."""
@@ -127,26 +120,25 @@ class ValidationSettings(Section):
 class CheckpointSettings(Section):
     """Saving the run."""
 
-    every: int | None = Field(None, ge=1)
+    every: int | None = Field(None, ge=1, json_schema_extra=in_scripts("save_every"))
     """Optimizer steps between checkpoints; default: only at the end (and on Ctrl-C)."""
-    keep: int = Field(2, ge=1)
+    keep: int = Field(2, ge=1, json_schema_extra=in_scripts("keep_checkpoints"))
     """Checkpoints to keep."""
     refresh_tied: bool = False
     """At every checkpoint the first user of a weight that was tied (the token embedding) takes what the last one (the
     output projection) had at the checkpoint before; default: they stay two."""
 
-    @model_validator(mode="after")
-    def _refreshed_from_checkpoints(self) -> CheckpointSettings:
-        if self.refresh_tied and self.every is None:
-            raise ValueError("refresh_tied takes weights from checkpoints: give checkpoint.every")
-        return self
+
+class MetricsSettings(Section):
+    """When metrics are flushed."""
+
+    every: int = Field(50, ge=1, json_schema_extra=in_scripts("log_every"))
+    """Packets between two flushes of the metrics of a stage (non-finite losses are found then too)."""
 
 
-class LoggingSettings(Section):
+class LoggingSettings(MetricsSettings):
     """What is written and shown while training."""
 
-    every: int = Field(50, ge=1)
-    """Packets between two flushes of the metrics of a stage (non-finite losses are found then too)."""
     tensorboard: bool = True
     """Write TensorBoard events."""
     trace_packets: int = Field(100, ge=1)
@@ -190,29 +182,15 @@ STAGES_ALONE: dict[str, Any] = {
 """What only decoupled stages can have, and the value with which they have not."""
 
 
-def refuse_lag(target: CriticTargetSettings, capacity: int) -> None:
-    """Raises UsageError if losses that flow back may not be there when they are due."""
-    if not isinstance(target, LabelTarget) and target.lag <= capacity:
-        raise UsageError(
-            f"critic_target: lag {target.lag} must be above links.capacity {capacity}, or a stage would wait for the "
-            "losses of the next"
-        )
-
-
-def refuse_pauses(correction: CorrectionSettings | None, stagger: int, target: CriticTargetSettings) -> None:
-    """Raises UsageError for steps without a critic under a cascade, whose critics learn from every packet."""
-    if isinstance(target, LabelTarget):
-        return
-    for name, given in (("global_correction", correction is not None), ("training.stagger", stagger > 0)):
-        if given:
-            raise UsageError(f"{name} needs critic_target label, not {target.kind}; leave one of the two out")
-
-
 def refuse_rates(optimizer: OptimizerSettings, stages: int) -> None:
     """Raises UsageError unless each stage has one factor of the learning rate, or none has."""
     factors = optimizer.lr_per_stage
     if factors is not None and len(factors) != stages:
-        raise UsageError(f"optimizer.lr_per_stage has {len(factors)} factors for {stages} stages; give one for each")
+        raise UsageError(
+            f"`optimizer.lr_per_stage` has {len(factors)} factors for {stages} stages; give one for each",
+            code="one-rate-per-stage",
+            key="optimizer.lr_per_stage",
+        )
 
 
 class Settings(Section):
@@ -259,7 +237,7 @@ class Settings(Section):
     schedule: ScheduleSettings = ScheduleSettings()
     """The learning-rate schedule of every stage."""
     training: TrainingSettings
-    """How every stage trains."""
+    """How every stage trains, and for how long."""
     links: LinkSettings = LinkSettings()
     """The links between stages."""
     validation: ValidationSettings = ValidationSettings()
@@ -273,9 +251,14 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _together(self) -> Settings:
-        refuse_lag(self.critic_target, self.links.capacity)
+        refuse_rules(self.critic_target, self.global_correction, self.training.stagger, self.links.capacity)
         refuse_rates(self.optimizer, self.stages)
-        refuse_pauses(self.global_correction, self.training.stagger, self.critic_target)
+        if self.checkpoint.refresh_tied and self.checkpoint.every is None:
+            raise UsageError(
+                "`checkpoint.refresh_tied` takes weights from checkpoints: set `checkpoint.every`",
+                code="refresh-needs-checkpoints",
+                key="checkpoint.every",
+            )
         if isinstance(self.cut, list) and (len(self.cut) != self.stages or min(self.cut, default=0) < 1):
             raise ValueError(
                 f"cut {self.cut} must have {self.stages} entries (stages), each at least 1; list the layers per stage"

@@ -1,10 +1,11 @@
-"""The sections of the settings that have a `kind` (model, data; critics: `critic_sections`), and what all share."""
+"""The sections of the settings that have a `kind` (model, data; critics: `critics.py`), and what all share."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 
 class Section(BaseModel):
@@ -15,12 +16,17 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _yes_is_no_number(cls, values: Any) -> Any:
+        # pydantic takes true for 1. A validator of single fields would be refused on `kind`, which tells unions apart.
         for key, value in values.items() if isinstance(values, dict) else ():
             if isinstance(value, bool) and key in cls.model_fields and cls.model_fields[key].annotation is not bool:
-                raise ValueError(
-                    f"{key} takes no yes/no value, not {str(value).lower()}; quote it if it is meant as text"
-                )
+                text = "a yes/no value cannot be used here; quote it if it is meant as text"
+                raise PydanticCustomError("yes_no", text, {"field": key, "value": value})
         return values
+
+
+def in_scripts(name: str) -> dict[str, Any]:
+    """Give a field the name that it has as an argument in a script; without, it is the field's own name."""
+    return {"in_scripts": name}
 
 
 class Factory(Section):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -14,36 +12,24 @@ from safetensors.torch import load_file
 from decoupled_pp.core import environment
 from decoupled_pp.core.channels import Control
 from decoupled_pp.core.datasets import Data, DataInfo
-from decoupled_pp.core.device import seeded
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.core.packets import Loss, Payload, as_tuple, map_payload
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.core.reports import Report
-from decoupled_pp.critics import build_critic
-from decoupled_pp.data import open_data
-from decoupled_pp.links import LocalControl, StoreControl, join_world
+from decoupled_pp.core.topology import Topology
+from decoupled_pp.links import LocalControl, join_world
 from decoupled_pp.models import build_model
-from decoupled_pp.models.cutting import By
-from decoupled_pp.models.cutting.layers import LAYER_FAULTS, describe, present, trace
 from decoupled_pp.models.generation import generate
 from decoupled_pp.pipeline.losses import find_loss
-from decoupled_pp.pipeline.optim import find_optimizer
 from decoupled_pp.run import folder as run_folder
-from decoupled_pp.run.checkpoints.parts import (
-    Checkpoint,
-    export_safetensors,
-    latest_checkpoint,
-    list_checkpoints,
-    open_checkpoint,
-)
-from decoupled_pp.run.checkpoints.resume import load_model
+from decoupled_pp.run.checkpoints.parts import Checkpoint, export_safetensors, list_checkpoints, open_checkpoint
 from decoupled_pp.run.log import RunLog
 from decoupled_pp.run.observer import RunObserver
 from decoupled_pp.settings.run import STAGES_ALONE, Settings
-from decoupled_pp.training.baselines import Training, stages_needed
+from decoupled_pp.training.base import BaseTrainer
 from decoupled_pp.training.baselines.trainer import BaselineTrainer
-from decoupled_pp.training.partition import partition
-from decoupled_pp.training.trainer import Trainer
+from decoupled_pp.training.decoupled import DecoupledTrainer
+from decoupled_pp.training.prepare import check_loss, prepare
+from decoupled_pp.training.recipe import recipe_of
 from decoupled_pp.training.watch import sigint_stops, sigterm_kills, told_to_all
 
 
@@ -71,18 +57,35 @@ class _Start:
     """What a run begins with, all of it checked, its run folder claimed.
 
     Attributes:
-        data: The data (rank 0).
-        info: What the data are like.
-        trainer: Has built this rank's stages.
+        data: The data, on ranks that read them.
+        info: What a model may know about the data.
+        trainer: Has built this rank's part.
         checkpoint: What the run goes on from, or None.
         log: The run's log (rank 0).
     """
 
     data: Data | None
     info: DataInfo
-    trainer: Trainer | BaselineTrainer
+    trainer: BaseTrainer
     checkpoint: Checkpoint | None
     log: RunLog | None
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """How a run begins, as rank 0 decides it for all: what other ranks see of a shared folder may lag behind.
+
+    Attributes:
+        resume: Go on from `newest`.
+        overwrite: Clear the run folder.
+        newest: Name of the newest checkpoint, if the run goes on from it.
+        restarted: True if torchrun has started the workers of this run again.
+    """
+
+    resume: bool
+    overwrite: bool
+    newest: str | None
+    restarted: bool
 
 
 def run_rank(settings: Settings, *, resume: bool = False, overwrite: bool = False) -> Outcome:
@@ -97,282 +100,143 @@ def run_rank(settings: Settings, *, resume: bool = False, overwrite: bool = Fals
         UsageError: The user's input is at fault; nothing was written or lost.
         TrainingError: Training cannot go on.
     """
-    check_ranks(settings, environment.world_size())
+    topology = check_ranks(settings, environment.world_size())
     with sigterm_kills():
         world = join_world(settings.links.timeout_seconds) if environment.world_size() > 1 else None
     torch.set_num_threads(settings.threads or max(1, environment.cores() // environment.local_world_size()))
     control = world.channel() if world is not None else LocalControl()
-    with told_to_all(control, environment.rank()):
+    with told_to_all(control, environment.rank(), topology):
         start = _start(settings, control, resume=resume, overwrite=overwrite)
-    folder, trainer = settings.folder, start.trainer
-    with (
-        RunObserver(settings, start.log, start.checkpoint.step if start.checkpoint else None) as observer,
-        sigint_stops(trainer.interrupted),
-    ):
+    trainer = start.trainer
+    resumed_step = start.checkpoint.step if start.checkpoint is not None else None
+    with RunObserver(settings, start.log, resumed_step) as observer, sigint_stops(trainer.interrupted):
         trainer.observe(observer)
-        report = _fit(settings, start)
-    plain = trainer.export() if isinstance(trainer, BaselineTrainer) else trainer.plan.module
+        report = trainer.fit(
+            start.data.train if start.data is not None else [],
+            settings.training.steps,
+            validate=start.data.validation if start.data is not None else [],
+            resume=start.checkpoint,
+            trace_packets=_middle(settings, start.checkpoint),
+        )
+    network = trainer.finished_network() if report.stopped is None else None
     if trainer.rank != 0:
-        return Outcome(report, folder, [], None, trainer.rank)
+        return Outcome(report, settings.folder, [], None, trainer.rank)
     per_token = start.info.form in {"tokens", "masked_tokens"} and settings.loss == "cross_entropy"
     about = {"strategy": settings.strategy, "device": trainer.device.type}
-    pictures = run_folder.write_results(folder, report, observer.spans, about, "nats/token" if per_token else "loss")
+    unit = "nats/token" if per_token else "loss"
+    pictures = run_folder.write_results(settings.folder, report, observer.spans, about, unit)
     text = None
-    if report.stopped is None and not any(parameter.is_meta for parameter in plain.parameters()):
-        newest = latest_checkpoint(folder / run_folder.CHECKPOINTS)
-        if newest is not None:  # the other ranks' stages are in there
-            load_model(newest, plain)
-        export_safetensors(plain, folder / run_folder.WEIGHTS_FILE)
-        text = generate_text(settings, start.info, folder / run_folder.WEIGHTS_FILE)
-    return Outcome(report, folder, pictures, text, 0)
-
-
-def _fit(settings: Settings, start: _Start) -> Report:
-    """Train as the settings say, decoupled or by a baseline."""
-    data, steps, trace_packets = start.data, settings.training.steps, _middle(settings, start.checkpoint)
-    every, batches = settings.validation.every, settings.validation.batches
-    if isinstance(start.trainer, BaselineTrainer):
-        if data is None:
-            raise AssertionError("a baseline's ranks all read the data")
-        return start.trainer.fit(
-            data.train,
-            steps,
-            validate=data.validation,
-            validate_every=every,
-            validation_batches=batches,
-            trace_packets=trace_packets,
-        )
-    return start.trainer.fit(
-        data.train if data is not None else [],
-        steps,
-        validate=data.validation if data is not None else [],
-        validate_every=every,
-        validation_batches=batches,
-        save_every=settings.checkpoint.every,
-        resume=start.checkpoint,
-        trace_packets=trace_packets,
-    )
+    if network is not None:
+        weights = settings.folder / run_folder.WEIGHTS_FILE
+        export_safetensors(network, weights)
+        text = generate_text(settings, start.info, weights)
+    return Outcome(report, settings.folder, pictures, text, 0)
 
 
 def _start(settings: Settings, control: Control, *, resume: bool, overwrite: bool) -> _Start:
-    """Find every fault of the input on every rank; only then claim the run folder.
-
-    Rank 0 decides for all what the run begins with: what other ranks see of a shared folder may lag behind.
-    """
-    folder, job = settings.folder, environment.job()
-
-    def decide() -> tuple[bool, bool, str | None, bool]:
-        again = environment.restart_count() > 0 and run_folder.claimed_by(folder, job)  # torchrun restarted the workers
-        found = list_checkpoints(folder / run_folder.CHECKPOINTS) if resume or again else []
-        go_on, anew = (bool(found), not found) if again else (resume, overwrite)
-        run_folder.check(folder, resume=go_on, overwrite=anew)
-        return go_on, anew, found[-1].name if go_on else None, again
-
+    """Find every fault of the input on every rank; only then claim the run folder."""
+    folder = settings.folder
+    timeout_seconds = settings.links.timeout_seconds
     if resume and settings.strategy != "decoupled":
-        raise UsageError(f"--resume: strategy {settings.strategy} saves no checkpoints; start anew with --overwrite")
-    resume, overwrite, newest, restarted = _from_rank_0(control, settings, "beginning", decide)
-    checkpoint = open_checkpoint(folder / run_folder.CHECKPOINTS / newest) if newest is not None else None
+        raise UsageError(
+            f"--resume: `strategy` {settings.strategy} saves no checkpoints; start anew with --overwrite",
+            code="baseline-has-no-checkpoints",
+            key="strategy",
+        )
+    decided = control.from_rank_0(
+        "beginning", lambda: vars(_begin(folder, resume=resume, overwrite=overwrite)), timeout_seconds
+    )
+    beginning = _Beginning(**decided)
+    checkpoint = None
+    if beginning.newest is not None:
+        checkpoint = open_checkpoint(folder / run_folder.CHECKPOINTS / beginning.newest)
     fresh = settings if checkpoint is None else settings.model_copy(update={"start_from": None})
     data, info, plan = prepare(fresh, control)
-    _from_rank_0(control, settings, "loss", lambda: _check_loss(plan, find_loss(settings.loss), data))
-    trainer: Trainer | BaselineTrainer
-    if settings.strategy == "decoupled":
-        trainer = make_trainer(settings, plan)
-        trainer.build(checkpoint)
-    else:
-        trainer = make_baseline(settings, plan)
-        trainer.build()
-    if checkpoint is not None and checkpoint.step >= settings.training.steps and not restarted:
-        raise UsageError(f"{folder} is at step {checkpoint.step} of {settings.training.steps}; raise training.steps")
-    control.gather("no fault found", True, settings.links.timeout_seconds)
+
+    def try_loss() -> None:
+        check_loss(plan, find_loss(settings.loss), data)
+
+    control.from_rank_0("loss", try_loss, timeout_seconds)
+    trainer = make_trainer(settings, plan)
+    trainer.build(checkpoint)
+    if checkpoint is not None and checkpoint.step >= settings.training.steps and not beginning.restarted:
+        raise UsageError(
+            f"{folder} is at step {checkpoint.step} of {settings.training.steps}; raise `training.steps`",
+            code="nothing-left-to-train",
+            key="training.steps",
+        )
+    control.gather("no fault found", True, timeout_seconds)
     log: list[RunLog] = []
 
     def claim() -> None:
-        run_folder.claim(folder, job, resume=resume, overwrite=overwrite)
+        run_folder.claim(folder, environment.job(), resume=beginning.resume, overwrite=beginning.overwrite)
         log.append(RunLog(folder, settings.logging.tensorboard, checkpoint.step if checkpoint is not None else None))
         run_folder.write_config(folder, settings, trainer.plan.sizes)
         run_folder.write_info(folder, info)
 
-    _from_rank_0(control, settings, "run folder", claim)
+    control.from_rank_0("run folder", claim, timeout_seconds)
     return _Start(data, info, trainer, checkpoint, log[0] if log else None)
 
 
-def _check_loss(plan: Plan, loss: Loss, data: Data | None) -> None:
-    """Raises UsageError unless network and loss take a batch of training and of validation data (on the CPU)."""
-    for name, source in (("training", data.train), ("validation", data.validation)) if data is not None else ():
-        batch = next(source.batches(), None)
-        if batch is None:
-            raise UsageError(f"data: there is no {name} batch; give more data")
-        given, target = (map_payload(torch.Tensor.cpu, part) for part in batch)
-        _, output = trace(plan.module, given)
-        met = f"the network's output {describe(output)} and a {name} target {describe(target)}"
-        try:
-            result = loss(present(output), target)
-        except LAYER_FAULTS as error:
-            if isinstance(error, UsageError):
-                raise
-            raise UsageError(
-                f"loss: fails on {met}: {error}; choose another loss or data with other targets"
-            ) from error
-        if not isinstance(result, torch.Tensor) or result.dim():
-            got = describe(result) if isinstance(result, torch.Tensor) else type(result).__name__
-            raise UsageError(f"loss: turns {met} into {got}; it must return one scalar tensor")
+def _begin(folder: Path, *, resume: bool, overwrite: bool) -> _Beginning:
+    """Decide how a run begins, from what was asked for and from what the folder holds; only looks."""
+    restarted = environment.restart_count() > 0 and run_folder.claimed_by(folder, environment.job())
+    found = list_checkpoints(folder / run_folder.CHECKPOINTS) if resume or restarted else []
+    if restarted:
+        resume = bool(found)
+        overwrite = not found
+    run_folder.check(folder, resume=resume, overwrite=overwrite)
+    return _Beginning(resume, overwrite, found[-1].name if resume else None, restarted)
 
 
-def check_ranks(settings: Settings, ranks: int) -> None:
-    """Raises UsageError unless the ranks are what the strategy needs: decoupled, one per stage or one for all."""
-    kind, several = settings.strategy, settings.stages
+def check_ranks(settings: Settings, ranks: int) -> Topology | None:
+    """Return which rank holds which stage; None for a baseline, whose ranks are its own affair.
+
+    Raises:
+        UsageError: The ranks are not what the strategy needs.
+    """
+    kind, stages = settings.strategy, settings.stages
+    if kind == "decoupled":
+        return Topology(stages, ranks)
     if kind == "backprop" and ranks > 1:
-        raise UsageError(f"strategy backprop is one process, not {ranks}; leave --ranks out, or use data_parallel")
-    if kind not in {"decoupled", "backprop"} and (ranks != several or ranks == 1):
-        raise UsageError(f"strategy {kind} needs one rank per stage, at least 2: give --ranks {max(several, 2)}")
-    if kind == "decoupled" and ranks not in {1, settings.stages}:
         raise UsageError(
-            f"stages is {settings.stages}: give {settings.stages} ranks, or one process for all, not {ranks}"
+            f"`strategy` backprop is one process, not {ranks}; leave --ranks out, or set `strategy` to data_parallel",
+            code="ranks-do-not-fit-strategy",
+            key="strategy",
         )
+    if kind != "backprop" and (ranks != stages or ranks == 1):
+        raise UsageError(
+            f"`strategy` {kind} needs one rank per stage, at least 2: give --ranks {max(stages, 2)}",
+            code="ranks-do-not-fit-strategy",
+            key="strategy",
+        )
+    return None
 
 
-def prepare(settings: Settings, control: Control | None = None) -> tuple[Data | None, DataInfo, Plan]:
-    """Data (rank 0 only), what it is like, and the cut network with seeded weights.
-
-    Raises:
-        UsageError: Data, model, critic or cut do not work out.
-    """
-    if ":" not in settings.optimizer.kind:
-        find_optimizer(settings.optimizer.kind)
-    opened: list[Data] = []
-
-    def describe() -> dict[str, Any]:
-        opened.append(open_data(settings.data, settings.seed))
-        payload, _ = next(opened[0].train.batches())
-        sample, info = map_payload(torch.zeros_like, payload), opened[0].info
-        if info.form == "sentences":  # of any length; what is measured and predicted is for the longest
-            sample = tuple(torch.ones(len(tensor), *info.shape, dtype=tensor.dtype) for tensor in as_tuple(sample))
-        if settings.sample is not None and (info.encode is None or info.decode is None):
-            raise UsageError(f"sample: data.kind {settings.data.kind!r} is no text to go on from; leave sample out")
-        return {"info": info.known(), "sample": _spec(sample)}
-
-    described = _from_rank_0(control or LocalControl(), settings, "data", describe)
-    if not opened and settings.strategy != "decoupled":  # a pipeline's last stage needs targets, data parallel all
-        opened.append(open_data(settings.data, settings.seed))
-    info = opened[0].info if opened else DataInfo.of(described["info"])
-    with seeded(settings.seed):
-        module = build_model(settings.model, info)
-    if settings.start_from is not None:
-        run_folder.load_weights(Path(settings.start_from), module)
-    baseline = settings.strategy != "decoupled"
-    stages = stages_needed(settings.strategy, settings.stages) or 1 if baseline else settings.stages
-    plan = partition(
-        module,
-        stages,
-        _cut(settings, stages),
-        _zeros(described["sample"]),
-        critic=None if baseline else build_critic(settings.critic, settings.critic_overlap),
-        critic_target=settings.critic_target,
-        loss=settings.loss,
-        device=settings.device,
-        speeds=settings.balance.speeds,
-        memory=settings.balance.memory,
-        optimizer=settings.optimizer,
-        accumulate=settings.training.accumulate,
-        timeout_seconds=settings.links.timeout_seconds,
-    )
-    return (opened[0] if opened else None), info, plan
+def make_decoupled(settings: Settings, plan: Plan) -> DecoupledTrainer:
+    """Build the trainer of a decoupled run, with the checkpoints of its run folder."""
+    folder = settings.folder / run_folder.CHECKPOINTS
+    return DecoupledTrainer(plan, recipe_of(settings), settings.device, folder)
 
 
-def _cut(settings: Settings, stages: int) -> By:
-    """How to cut into so many stages, which a baseline may want more or fewer of than the settings name."""
-    if stages == 1:
-        return "uniform"
-    return "time" if isinstance(settings.cut, list) and len(settings.cut) != stages else settings.cut
-
-
-def _spec(payload: Payload) -> list[Any]:
-    """JSON for the shapes and dtypes of a payload; a tuple's list is marked by a leading null."""
-    if isinstance(payload, tuple):
-        return [None, *(_spec(tensor) for tensor in payload)]
-    return [list(payload.shape), str(payload.dtype).removeprefix("torch.")]
-
-
-def _zeros(spec: list[Any]) -> Payload:
-    if spec[0] is None:
-        return tuple(torch.zeros(shape, dtype=getattr(torch, dtype)) for shape, dtype in spec[1:])
-    return torch.zeros(spec[0], dtype=getattr(torch, spec[1]))
-
-
-def _from_rank_0(control: Control, settings: Settings, name: str, make: Callable[[], Any]) -> Any:
-    if isinstance(control, StoreControl):
-        return control.from_rank_0(name, make, settings.links.timeout_seconds)
-    return make()
-
-
-def make_trainer(settings: Settings, plan: Plan) -> Trainer:
-    """The trainer that the settings describe."""
-    training = settings.training
-    return Trainer(
-        plan,
-        loss=settings.loss,
-        critic=build_critic(settings.critic, settings.critic_overlap),
-        critic_target=settings.critic_target,
-        global_correction=settings.global_correction,
-        optimizer=settings.optimizer,
-        schedule=settings.schedule,
-        accumulate=training.accumulate,
-        clip_norm=training.clip_norm,
-        precision=training.precision,
-        checkpoint_activations=training.checkpoint_activations,
-        compile=training.compile,
-        stagger=training.stagger,
-        critic_warmup=training.critic_warmup,
-        knn=settings.validation.knn,
-        knn_samples=settings.validation.knn_samples,
-        device=settings.device,
-        seed=settings.seed,
-        capacity=settings.links.capacity,
-        timeout_seconds=settings.links.timeout_seconds,
-        log_every=settings.logging.every,
-        checkpoints=settings.folder / run_folder.CHECKPOINTS,
-        keep_checkpoints=settings.checkpoint.keep,
-        refresh_tied=settings.checkpoint.refresh_tied,
-    )
-
-
-def make_baseline(settings: Settings, plan: Plan) -> BaselineTrainer:
-    """The trainer of the settings' baseline.
+def make_trainer(settings: Settings, plan: Plan) -> BaseTrainer:
+    """Build the trainer that the settings describe.
 
     Raises:
-        UsageError: A setting that a baseline cannot honour.
+        UsageError: A setting that the strategy cannot honour.
     """
-    training = settings.training
-    for key, value in STAGES_ALONE.items():
+    if settings.strategy == "decoupled":
+        return make_decoupled(settings, plan)
+    for key, left_out in {**STAGES_ALONE, "checkpoint.every": None}.items():
         given = attrgetter(key)(settings)
-        if given != value:
+        if given != left_out:
             raise UsageError(
-                f"{key} {given}: only decoupled stages have it, not strategy {settings.strategy}; leave it out"
+                f"`{key}` {given}: only decoupled stages have it, not `strategy` {settings.strategy}; leave it out",
+                code="only-for-decoupled-stages",
+                key=key,
             )
-    if settings.checkpoint.every is not None:
-        raise UsageError(
-            f"checkpoint.every {settings.checkpoint.every}: strategy {settings.strategy} saves no checkpoints; "
-            "leave it out (--set checkpoint.every=null)"
-        )
     return BaselineTrainer(
-        settings.strategy,
-        plan,
-        Training(
-            find_loss(settings.loss),
-            settings.optimizer,
-            settings.schedule,
-            training.steps,
-            clip_norm=training.clip_norm,
-            precision=training.precision,
-            checkpoint_activations=training.checkpoint_activations,
-            compile=training.compile,
-        ),
-        accumulate=training.accumulate,
-        device=settings.device,
-        seed=settings.seed,
-        timeout_seconds=settings.links.timeout_seconds,
-        log_every=settings.logging.every,
+        settings.strategy, plan, recipe_of(settings), steps=settings.training.steps, device=settings.device
     )
 
 

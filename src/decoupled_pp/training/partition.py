@@ -16,18 +16,19 @@ from decoupled_pp.core.plans import Plan
 from decoupled_pp.links import join_world
 from decoupled_pp.models.cutting import By, Fits, as_sequential, cut_network
 from decoupled_pp.pipeline.losses import find_loss
-from decoupled_pp.settings.critics import LabelTarget
-from decoupled_pp.training.build import (
+from decoupled_pp.training.choices import (
     CriticChoice,
-    CriticTargetChoice,
     OptimizerChoice,
-    resolve_critic,
-    resolve_optimizer,
-    resolve_target,
+    RuleChoice,
+    choose_critic,
+    choose_optimizer,
+    choose_rule,
 )
 from decoupled_pp.training.memory import Room, limits_of, predict_memory, refuse_overflow
+from decoupled_pp.training.script_terms import script_terms
 
 
+@script_terms()
 def partition(
     layers: nn.Sequential | Sequence[nn.Module],
     stages: int,
@@ -35,7 +36,7 @@ def partition(
     sample: Payload | None = None,
     *,
     critic: CriticChoice | None = "auto",
-    critic_target: CriticTargetChoice = "label",
+    critic_target: RuleChoice = "label",
     loss: str | Loss = "cross_entropy",
     device: str = "auto",
     speeds: Sequence[float] | None = None,
@@ -73,8 +74,8 @@ def partition(
         UsageError: Layers that do not fit each other, more stages than layers, a cut that does not add up, parameters
             shared across a cut, and the like, each named.
     """
-    builder = resolve_critic(critic) if critic is not None else None
-    relearned = not isinstance(resolve_target(critic_target), LabelTarget)
+    builder = choose_critic(critic) if critic is not None else None
+    relearned = choose_rule(critic_target).critic_passes > 1
     place = choose_device(device, environment.local_rank(), environment.local_world_size())
 
     def cut(how: By, fits: Fits | None = None) -> Plan:
@@ -86,8 +87,12 @@ def partition(
         if memory is None:
             return cut(by)
         if sample is None:
-            raise UsageError("memory needs a sample to measure with; pass sample")
-        limits, counted = limits_of(memory, stages), resolve_optimizer(optimizer)
+            raise UsageError(
+                "`balance.memory` needs a sample to measure with: pass sample=",
+                code="plan-without-sample",
+                key="balance.memory",
+            )
+        limits, counted = limits_of(memory, stages), choose_optimizer(optimizer)
         needs: dict[str, Any] = {"loss": find_loss(loss), "optimizer": counted, "accumulate": accumulate}
         plan = cut(by, Room(as_sequential(layers), sample, builder, limits=limits, **needs))
         refuse_overflow(predict_memory(plan, builder, **needs), limits)

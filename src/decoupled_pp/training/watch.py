@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from decoupled_pp.core.channels import Control
-from decoupled_pp.core.errors import Fault, LinkError, PeerError, TrainingError, UsageError
+from decoupled_pp.core.errors import Fault, LinkError, PeerError, ReportedError, TrainingError, UsageError
 from decoupled_pp.core.reports import Record
+from decoupled_pp.core.topology import Topology
 
 _PERIOD_SECONDS = 0.2
 _GRACE_SECONDS = 1.0
@@ -26,11 +28,11 @@ class Terminated(TrainingError):
 
 def is_termination(fault: Fault) -> bool:
     """Whether a run ends because a rank got SIGTERM."""
-    return fault.text == str(_terminated(fault.rank))
+    return fault.code == "terminated"
 
 
 def _terminated(rank: int) -> Terminated:
-    return Terminated(f"rank {rank} got SIGTERM")
+    return Terminated(f"rank {rank} got SIGTERM", code="terminated")
 
 
 class Watcher:
@@ -94,53 +96,68 @@ class Watcher:
             self._control.request_stop(self._stop_reason)
 
 
-def explain_failure(error: Exception, control: Control, rank: int) -> Exception:
+def explain_failure(error: Exception, control: Control, rank: int, topology: Topology | None = None) -> Exception:
     """Tell the other ranks, and return what this rank should raise: its own error, or the fault behind it.
 
     A broken link, a SIGTERM from the launcher, or a loss that is not finite behind another stage is usually the echo of
     a fault elsewhere, so those wait a moment for a rank that knows more.
+
+    Args:
+        error: Raised on this rank.
+        control: Of the run.
+        rank: This rank.
+        topology: Which rank holds which stage; None: the ranks are no pipeline of packets.
     """
     _failing.set()
     if isinstance(error, PeerError):
         return error
     told_by_itself = isinstance(error, Terminated) and control.fault() is None
-    deadline = time.monotonic() + _grace(error, rank)
+    deadline = time.monotonic() + _grace(error, rank, topology)
     while control.fault() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    known = isinstance(error, UsageError | TrainingError)
-    text = str(error) if known else f"rank {rank}: {type(error).__name__}: {error}"
-    if control.report_fault(text, usage=isinstance(error, UsageError)):
+    if control.report_fault(**_as_fault(error, rank)):
         return error
     fault = control.fault()
     if fault is None or (told_by_itself and is_termination(fault)):  # all ranks were told to end; none is at fault
         return error
-    return _behind(error, fault, rank)
+    return _behind(error, fault, rank, topology)
 
 
-def _grace(error: Exception, rank: int) -> float:
-    """Seconds to wait for the reason behind an error; a later stage lets an earlier one speak first."""
+def _as_fault(error: Exception, rank: int) -> dict[str, Any]:
+    """Return the arguments of `Control.report_fault` for an error; the words of its text are those of no front end."""
+    if isinstance(error, ReportedError):
+        return {"text": error.text, "usage": isinstance(error, UsageError), "code": error.code}
+    return {"text": f"rank {rank}: {type(error).__name__}: {error}", "code": "unexpected-error"}
+
+
+def _grace(error: Exception, rank: int, topology: Topology | None) -> float:
+    """Return the seconds to wait for the reason behind an error; a later stage lets an earlier one speak first."""
     if isinstance(error, LinkError | Terminated):
         return _GRACE_SECONDS
-    return rank * _GRACE_PER_STAGE_SECONDS if isinstance(error, TrainingError) else 0.0
+    if topology is None or not isinstance(error, TrainingError):
+        return 0.0
+    return topology.places_of(rank)[0].stage * _GRACE_PER_STAGE_SECONDS
 
 
-def _behind(error: Exception, fault: Fault, rank: int) -> Exception:
-    """What this rank should raise for `error`, given the fault that the run ends for."""
+def _behind(error: Exception, fault: Fault, rank: int, topology: Topology | None) -> Exception:
+    """Return what this rank should raise for `error`, given the fault that the run ends for."""
     if fault.rank == rank:  # a thread of this rank saw its link break before the launcher's SIGTERM came
-        return LinkError(fault.text) if isinstance(error, Terminated) else error
+        return LinkError(fault.text, code=fault.code) if isinstance(error, Terminated) else error
     found_by_all = isinstance(error, UsageError)
-    came_from_before = isinstance(error, TrainingError) and fault.rank < rank  # what is not finite travels forward
+    # A value that is not finite travels forward: the earliest stage that found one is at fault.
+    is_upstream = topology is not None and topology.is_upstream(fault.rank, rank)
+    came_from_before = isinstance(error, TrainingError) and is_upstream
     echo = isinstance(error, LinkError | Terminated)
     return PeerError(fault) if found_by_all or came_from_before or echo else error
 
 
 @contextmanager
-def told_to_all(control: Control, rank: int) -> Iterator[None]:
-    """What fails in here is told to the other ranks, as `explain_failure` does."""
+def told_to_all(control: Control, rank: int, topology: Topology | None = None) -> Iterator[None]:
+    """Tell the other ranks what fails in here, as `explain_failure` does."""
     try:
         yield
     except Exception as error:
-        cause = explain_failure(error, control, rank)
+        cause = explain_failure(error, control, rank, topology)
         if cause is error:
             raise
         raise cause from error

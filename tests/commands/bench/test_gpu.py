@@ -9,9 +9,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from decoupled_pp.commands.bench import gpu, gpu_measure
-from decoupled_pp.commands.bench.gpu_measure import Shape, make_packets, make_stage, model_flops, stage_figures
+from decoupled_pp.commands.bench.gpu_measure import Given, Shape, make_packets, make_stage, model_flops, stage_figures
+from decoupled_pp.core.channels import Ends, Nowhere
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.pipeline.runtime import Nowhere
 
 TINY = Shape(width=16, blocks=2, heads=2, sequence=12, batch=3, vocabulary=29)
 CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ def test_flops_are_what_pytorch_counts():
     stage = make_stage(TINY, CPU)
     (packet,) = make_packets(TINY, CPU, 1)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        stage.step(packet, Nowhere().send, lambda phase: None)
+        stage.train(packet, Ends(Given([packet]), Nowhere()), lambda phase: None)
     assert counter.get_total_flops() == sum(model_flops(TINY).values())
 
 

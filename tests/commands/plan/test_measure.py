@@ -14,7 +14,7 @@ from decoupled_pp.commands.plan.profile import read_profile
 from decoupled_pp.models.cutting import minmax_cut
 from decoupled_pp.pipeline.losses import cross_entropy
 from decoupled_pp.settings.run import OptimizerSettings
-from decoupled_pp.training.build import resolve_critic
+from decoupled_pp.training.choices import choose_critic
 
 SAMPLE, TARGET = torch.randn(8, 32), torch.arange(8) % 5
 
@@ -28,7 +28,7 @@ def _profile(network, kind="AdamW"):
     return measure_profile(
         network,
         SAMPLE,
-        resolve_critic("head"),
+        choose_critic("head"),
         stages=2,
         loss=cross_entropy,
         optimizer=OptimizerSettings(kind=kind),
@@ -49,7 +49,11 @@ def test_memory_is_that_of_the_real_stages():
         assert memory.activations == pytest.approx(stage.saved_activation_bytes_peak, rel=0.02)
         parameters = [p for m in (stage.trunk, stage.critic) if m is not None for p in m.parameters()]
         kept = [
-            v for o in stage.optimizers for s in o.state.values() for v in s.values() if isinstance(v, torch.Tensor)
+            value
+            for optimizer in stage.update.optimizers
+            for state in optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor)
         ]
         states = 2 * sum(p.numel() * 4 for p in parameters) + sum(v.numel() * v.element_size() for v in kept)
         assert memory.states == states

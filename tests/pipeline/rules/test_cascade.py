@@ -13,6 +13,7 @@ from decoupled_pp.core.errors import UsageError
 from decoupled_pp.pipeline.losses import cross_entropy, mse, per_sample
 from decoupled_pp.pipeline.stage import Stage
 from decoupled_pp.settings.load import check_settings
+from kit import refused
 from ranks import launch, values
 
 CPU = torch.device("cpu")
@@ -116,7 +117,7 @@ def test_a_second_fit_goes_on_where_the_first_ended():
 
 def _train(steps, options, delays):
     trained = trainer(3, **options)
-    step = Stage.step
+    step = Stage.train
 
     def slow(stage, *arguments):
         result = step(stage, *arguments)
@@ -124,7 +125,7 @@ def _train(steps, options, delays):
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Stage, "step", slow)
+        patch.setattr(Stage, "train", slow)
         report = trained.fit(batches(steps), steps)
     return weights(trained), report.links
 
@@ -171,8 +172,8 @@ def test_the_schedule_and_clipping_leave_the_critics_optimizer_alone():
     before = copy.deepcopy(trained.stages[0].critic.state_dict())
     trained.fit(batches(8), 8)
     stage = trained.stages[0]
-    assert stage.cascade.optimizers[0].param_groups[0]["lr"] == 0.05
-    assert stage.optimizers[0].param_groups[0]["lr"] < 0.1
+    assert stage.rule.optimizers[0].param_groups[0]["lr"] == 0.05
+    assert stage.update.optimizers[0].param_groups[0]["lr"] < 0.1
     assert any((before[k] - v).abs().max() > 1e-4 for k, v in stage.critic.state_dict().items())
 
 
@@ -189,15 +190,18 @@ def test_losses_of_samples(shape):
     assert per_sample(mse)(wanted + 2, wanted).tolist() == pytest.approx([4.0] * 5)
 
 
-def test_what_cannot_be():
-    with pytest.raises(UsageError, match=r"lag 2 must be above links\.capacity 2, or a stage would wait"):
+def test_a_lag_within_the_capacity_is_refused_in_the_words_of_its_user():
+    with refused("lag-within-capacity", UsageError, "`critic_target.lag` 2", "`capacity` 2"):
         trainer(target={**CASCADE, "lag": 2})
     raw = {"name": "x", "model": {"kind": "mlp"}, "data": {"kind": "digits"}, "training": {"steps": 9}}
-    with pytest.raises(UsageError, match=r"lag 4 must be above links\.capacity 4"):
+    with refused("lag-within-capacity", UsageError, "`critic_target.lag` 4", "`links.capacity` 4"):
         check_settings({**raw, "critic_target": {"kind": "cascade", "lag": 4}})
-    with pytest.raises(UsageError, match="needs the loss of every sample"):
+
+
+def test_what_cannot_be_taught():
+    with refused("loss-without-samples"):
         trainer(loss=lambda logits, target: logits.square().mean()).fit(batches(1), 1)
-    with pytest.raises(UsageError, match="Lls has an objective of its own"):
+    with refused("critic-cannot-be-taught", UsageError, "Lls has an objective of its own"):
         trainer(critic="lls").fit(batches(1), 1)
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from decoupled_pp import Trainer, partition
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.pipeline.stage import Stage
+from kit import refused
 from ranks import launch, values
 
 B, WIDTH, CLASSES = 4, 6, 3
@@ -128,7 +129,7 @@ def _train(steps, delays):
         return run
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("step", "begin_end_to_end", "finish_end_to_end"):
+        for name in ("train", "resume"):
             patch.setattr(Stage, name, slow(getattr(Stage, name)))
         report = trained.fit(batches(steps), steps, validate=batches(2), validate_every=2)
     return weights(trained), report.links
@@ -158,7 +159,7 @@ def test_none_is_end_to_end_while_critics_warm_up():
 
 def test_a_cascade_is_refused():
     """Its critics learn from every packet; stages that wait at first, too, would leave some out."""
-    with pytest.raises(UsageError, match="global_correction needs critic_target label, not cascade"):
+    with refused("rule-needs-every-packet", UsageError, "global_correction", "cascade"):
         trainer(critic_target={"kind": "cascade"})
-    with pytest.raises(UsageError, match=r"training\.stagger needs critic_target label, not mix"):
+    with refused("rule-needs-every-packet", UsageError, "`stagger`", "mix"):
         trainer(critic_target={"kind": "mix"}, global_correction=None, stagger=3)

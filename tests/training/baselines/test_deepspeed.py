@@ -10,7 +10,7 @@ from torch import nn
 from decoupled_pp import UsageError, partition
 from decoupled_pp.links import join_world
 from decoupled_pp.pipeline.losses import cross_entropy
-from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings
+from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings, StageSettings
 from decoupled_pp.training.baselines import Training, build_baseline
 from ranks import launch
 
@@ -54,7 +54,7 @@ def layers():
 
 def training(kind="SGD", precision="fp32", **arguments):
     optimizer = OptimizerSettings(kind=kind, lr=0.1, arguments=arguments)
-    return Training(cross_entropy, optimizer, ScheduleSettings(), 1, precision=precision)
+    return Training(cross_entropy, optimizer, ScheduleSettings(), 1, StageSettings(precision=precision))
 
 
 def batches(*sizes):

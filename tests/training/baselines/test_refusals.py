@@ -9,7 +9,7 @@ from torch import nn
 from decoupled_pp import UsageError, partition
 from decoupled_pp.links import join_world
 from decoupled_pp.pipeline.losses import cross_entropy
-from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings
+from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings, StageSettings
 from decoupled_pp.training.baselines import BASELINES, Training, build_baseline, stages_needed
 from ranks import launch
 
@@ -71,4 +71,6 @@ def test_a_split_backward_is_not_compiled(kind):
     layers = [nn.Linear(3, 3) for _ in range(4)]
     plan = partition(layers, 4, "uniform", torch.ones(2, 3), critic=None)
     with pytest.raises(UsageError, match=f"^{kind}: torch's split backward does not work with torch.compile; set"):
-        build_baseline(kind, plan, replace(TRAINING, compile=True), torch.device("cpu"), rank=0, ranks=2)
+        build_baseline(
+            kind, plan, replace(TRAINING, options=StageSettings(compile=True)), torch.device("cpu"), rank=0, ranks=2
+        )

@@ -145,7 +145,7 @@ class Decoupled(Contestant):
         optimizer = torch.optim.SGD([*trunk.parameters(), *critic.parameters()], lr=RATE)
 
         def step() -> None:
-            stage.loss(critic(trunk(self._batch[0])), self._batch[1]).backward()
+            stage.body.loss(critic(trunk(self._batch[0])), self._batch[1]).backward()
             optimizer.step()
             optimizer.zero_grad()
 

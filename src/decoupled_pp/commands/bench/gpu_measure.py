@@ -15,21 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from decoupled_pp.core.channels import Inlet
+from decoupled_pp.core.channels import Ends, Inlet, LinkTerms, Nowhere
 from decoupled_pp.core.device import Clock, own_stream, seeded
 from decoupled_pp.core.objective import CriticContext
 from decoupled_pp.core.packets import Packet, PacketKind, as_tuple
 from decoupled_pp.core.reports import Record
 from decoupled_pp.critics import build_critic
 from decoupled_pp.models.gpt import Block, Head
+from decoupled_pp.pipeline.body import Body
 from decoupled_pp.pipeline.losses import cross_entropy
 from decoupled_pp.pipeline.meter import BUSY, StageMeter
 from decoupled_pp.pipeline.optim import build_optimizers, build_schedules
-from decoupled_pp.pipeline.runtime import Nowhere, Worker, run
-from decoupled_pp.pipeline.stage import Stage, StageOptions
+from decoupled_pp.pipeline.runtime import Worker, run
+from decoupled_pp.pipeline.stage import Stage
 from decoupled_pp.settings.critics import HeadCritic
-from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings
-from decoupled_pp.training.build import Session, join_in_process
+from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings, StageSettings
+from decoupled_pp.training.build import assemble_stage
+from decoupled_pp.training.join import Session, join_in_process
+from decoupled_pp.training.recipe import Recipe
 
 ADAMW = OptimizerSettings(kind="AdamW", lr=1e-4, arguments={"fused": True})
 MOMENTUM = OptimizerSettings(kind="SGD", lr=1e-2, arguments={"momentum": 0.9})
@@ -95,9 +98,12 @@ def make_stage(
     trunk = nn.Sequential(layers).to(device).train()
     critic = critic.to(device).train() if critic is not None else None
     optimizers = build_optimizers(optimizer, trunk, critic, owns_head=last)
-    options = StageOptions(precision="bf16", compile=compiled, clip_norm=clip_norm)
-    stage = Stage(index, trunk, critic, cross_entropy, optimizers, device=device, seed=_SEED, options=options)
-    stage.schedules = build_schedules(schedule or ScheduleSettings(), optimizers, 1000)
+    training = StageSettings(precision="bf16", compile=compiled, clip_norm=clip_norm)
+    builder = build_critic(HeadCritic())
+    recipe = Recipe(cross_entropy, builder, optimizer, training=training)
+    body = Body(index, trunk, critic, cross_entropy, device=device, seed=_SEED, training=training)
+    stage = assemble_stage(index, index + 1 if last else index + 2, body, optimizers, recipe)
+    stage.update.schedules = build_schedules(schedule or ScheduleSettings(), optimizers, 1000)
     return stage
 
 
@@ -151,11 +157,11 @@ def measure_stage(
 def _timed_steps(stage: Stage, packets: Sequence[Packet], device: torch.device) -> dict[str, float]:
     """Seconds of every phase over all packets; as in training, the device is waited for at the end only."""
     meter = StageMeter(stage.index, Clock(device), _ignore, every=len(packets) + 1, trace=range(0))
-    nowhere = Nowhere()
+    ends = Ends(Given(packets), Nowhere())
     for packet in packets:
         meter.begin(packet.number)
-        loss = stage.step(packet, nowhere.send, meter.lap)
-        meter.trained(packet.number, loss, packet.samples)
+        done = stage.train(packet, ends, meter.lap)
+        meter.trained(packet.number, done.loss if done is not None else None, packet.samples)
     meter.flush(stage, 0)
     return dict(meter.totals)
 
@@ -224,7 +230,8 @@ def two_stages(shape: Shape, device: torch.device, optimizer: OptimizerSettings,
 
 def join(stages: Sequence[Stage], packets: Sequence[Packet]) -> list[Worker]:
     """The stages joined by in-process links, each on a stream of its own; no flush before END."""
-    session = Session(Given(packets), _save_nothing, _ignore, len(packets) + 1, range(0), _CAPACITY, _TIMEOUT)
+    terms = LinkTerms(_CAPACITY, _TIMEOUT)
+    session = Session(Given(packets), _save_nothing, _ignore, len(packets) + 1, range(0), terms)
     return join_in_process(session, stages)
 
 
@@ -247,12 +254,12 @@ def run_plainly(stages: Sequence[Stage], packets: Sequence[Packet]) -> None:
 
 
 def _plain_step(stage: Stage, hidden: Tensor, target: Tensor) -> Tensor:
-    with torch.autocast(stage.device.type, dtype=torch.bfloat16):
+    with torch.autocast(stage.body.device.type, dtype=torch.bfloat16):
         output: Tensor = stage.trunk(hidden)
         logits: Tensor = stage.critic(output) if stage.critic is not None else output
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
     loss.backward()
-    for optimizer in stage.optimizers:
+    for optimizer in stage.update.optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return output.detach()

@@ -90,7 +90,7 @@ class Evaluation:
 @torch.no_grad()
 def exit_costs(stages: Sequence[Stage], sample: Payload) -> tuple[ExitCost, ...]:
     """The cost of every exit, counted on a sample micro-batch."""
-    hidden = map_payload(lambda tensor: tensor.to(stages[0].device), sample)
+    hidden = map_payload(lambda tensor: tensor.to(stages[0].body.device), sample)
     count = as_tuple(sample)[0].shape[0]
     trunks = parameters = critics = 0
     costs = []
@@ -116,7 +116,7 @@ def exit_logits(stages: Sequence[Stage], batches: Iterable[Batch]) -> Iterator[t
     Raises:
         UsageError: A stage has no exit.
     """
-    if without := [stage.index for stage in stages if not has_exit(stage.critic)]:
+    if without := [stage.index for stage in stages if not stage.body.judge.exits]:
         raise UsageError(f"stage {without[0]} has no exit: its critic makes no logits")
     modules = [(stage.trunk, stage.critic) for stage in stages]
     modes = [(part, part.training) for pair in modules for m in pair if m is not None for part in m.modules()]
@@ -125,7 +125,7 @@ def exit_logits(stages: Sequence[Stage], batches: Iterable[Batch]) -> Iterator[t
             _ = module.eval() if module is not None else None
     try:
         for batch in batches:
-            inputs, target = (map_payload(lambda t: t.to(stages[0].device), part) for part in batch)
+            inputs, target = (map_payload(lambda t: t.to(stages[0].body.device), part) for part in batch)
             with torch.no_grad():
                 yield torch.stack(list(_through(modules, inputs))), target
     finally:
@@ -179,5 +179,5 @@ def ensemble(stages: Sequence[Stage], batches: Iterable[Batch]) -> Ensemble:
     score = ExitScore()
     for logits, target in exit_logits(stages, batches):
         summed = logits.sum(dim=0)
-        score.add(stages[-1].loss(summed, target), summed, target)
+        score.add(stages[-1].body.loss(summed, target), summed, target)
     return Ensemble(*score.result())

@@ -25,7 +25,8 @@ from decoupled_pp.run.checkpoints.shards import write_shards
 from decoupled_pp.settings.load import load_settings
 from decoupled_pp.settings.run import STAGES_ALONE, Settings
 from decoupled_pp.settings.sections import HuggingFaceModel
-from decoupled_pp.training.job import make_trainer, prepare
+from decoupled_pp.training.job import make_decoupled
+from decoupled_pp.training.prepare import prepare
 
 
 def open_run(folder: Path, overrides: tuple[str, ...] = ()) -> tuple[Settings, Checkpoint | None]:
@@ -77,7 +78,7 @@ def evaluate_run(
     data, _, plan = prepare(settings)
     if data is None:
         raise UsageError("evaluate runs in one process, not under torchrun")
-    trainer = make_trainer(settings, plan)
+    trainer = make_decoupled(settings, plan)
 
     def observe(records: list[Record]) -> None:
         for record in records:
@@ -150,7 +151,7 @@ def exit_module(folder: str | Path, exit: int) -> nn.Sequential:
     if not 0 <= exit < settings.stages:
         raise UsageError(f"--exit {exit}: the run {folder} has exits 0 to {settings.stages - 1}")
     _, _, plan = prepare(settings)
-    trainer = make_trainer(settings, plan)
+    trainer = make_decoupled(settings, plan)
     trainer.build(checkpoint)
     kept = trainer.stages[: exit + 1]
     layers = {name: layer for stage in kept for name, layer in stage.trunk.named_children()}

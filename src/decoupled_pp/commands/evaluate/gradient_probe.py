@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from decoupled_pp.core.device import untouched
-from decoupled_pp.core.objective import Critic, View, local_loss, rider_of
-from decoupled_pp.core.packets import Batch, Payload, as_tuple, map_payload
+from decoupled_pp.core.packets import Batch, Packet, PacketKind, Payload, as_tuple, map_payload
 from decoupled_pp.pipeline.stage import Stage
 
 
@@ -59,18 +58,18 @@ def gradient_cosines(module: nn.Module, stages: Sequence[Stage], batches: Iterab
 
 def _one(module: nn.Module, stages: Sequence[Stage], batch: Batch) -> list[tuple[float, float]]:
     """Cosine, and ratio of norms, of every stage."""
-    inputs, target = (map_payload(lambda t: t.to(stages[0].device), part) for part in batch)
+    inputs, target = (map_payload(lambda t: t.to(stages[0].body.device), part) for part in batch)
     judges = nn.ModuleList([module, *(stage.critic for stage in stages if stage.critic is not None)])
-    with untouched(judges, stages[0].device), torch.enable_grad():
+    with untouched(judges, stages[0].body.device), torch.enable_grad():
         torch.manual_seed(0)
         local = _local(stages, inputs, target)
-    with untouched(judges, stages[0].device), torch.enable_grad():
+    with untouched(judges, stages[0].body.device), torch.enable_grad():
         torch.manual_seed(0)
         hidden = inputs
         for stage in stages:
             torch.manual_seed(stage.index)
             hidden = stage.trunk(hidden)
-        true = _gradients(stages[-1].loss(as_tuple(hidden)[0], target), stages)
+        true = _gradients(stages[-1].body.loss(as_tuple(hidden)[0], target), stages)
     return [_compared(ours, theirs) for ours, theirs in zip(local, true, strict=True)]
 
 
@@ -78,17 +77,11 @@ def _local(stages: Sequence[Stage], inputs: Payload, target: Payload) -> list[Te
     found = []
     rider: Payload = ()
     for stage in stages:
-        follows = isinstance(stage.critic, Critic) and stage.critic.follows_input
-        given = map_payload(lambda t: t.detach().requires_grad_() if t.is_floating_point() else t, inputs)
         torch.manual_seed(stage.index)
-        given = given if follows else inputs
-        first: list[Payload] = []
-        with stage.watching_first_layer(first):
-            hidden = stage.trunk(given)
-        view = View(given, hidden, target, rider, *first)
-        loss = local_loss(stage.critic, view, stage.loss)
-        found += _gradients(loss, [stage])
-        inputs, rider = (map_payload(torch.detach, part) for part in (view.hidden, rider_of(stage.critic, view)))
+        view = stage.body.view(Packet(PacketKind.TRAIN, 0, inputs, target, rider))
+        found += _gradients(stage.body.local_loss(view), [stage])
+        inputs = map_payload(torch.detach, view.hidden)
+        rider = map_payload(torch.detach, stage.body.judge.rider(view))
     return found
 
 

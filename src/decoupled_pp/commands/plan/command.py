@@ -206,7 +206,7 @@ def _measure(settings: Settings, ranks: int, name: str) -> tuple[Profile, Any]:
     from decoupled_pp.critics import build_critic
     from decoupled_pp.pipeline.losses import find_loss
     from decoupled_pp.settings.run import BalanceSettings
-    from decoupled_pp.training.job import prepare
+    from decoupled_pp.training.prepare import prepare
 
     torch.set_num_threads(settings.threads or max(1, environment.cores() // ranks))  # as a rank on this machine would
     _, _, plan = prepare(settings.model_copy(update={"stages": 1, "cut": "uniform", "balance": BalanceSettings()}))

@@ -1,4 +1,4 @@
-"""The cascade target: a critic learns to give the loss that the next stage has (Lee & Lee 2019; Lee, Hsieh & Lee 2022).
+"""The cascade rule: a critic learns to give the loss that the next stage has (Lee & Lee 2019; Lee, Hsieh & Lee 2022).
 
     stage k     F n   C n   B n   S n | critic learns from packet n - lag
     stage k+1          F n   C n  ...  +---- its losses, one float per sample ----> stage k, used at packet n + lag
@@ -10,17 +10,23 @@ after them. So no forward step waits, and what is learnt depends on the lag alon
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
-from torch.optim import Optimizer
+import torch
+from torch import Tensor, nn
 
-from decoupled_pp.core.packets import Payload
-
-PerSample = Callable[[Tensor, Payload], Tensor]
-"""(logits, target) -> the loss of every sample, (B,)."""
+from decoupled_pp.core.channels import Ends, Returns
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.objective import Critic, View
+from decoupled_pp.core.packets import Packet, Payload, as_tuple, first_tensor, map_payload
+from decoupled_pp.pipeline.losses import per_sample
+from decoupled_pp.pipeline.optim import build_optimizers
+from decoupled_pp.pipeline.rules.local import Local
+from decoupled_pp.pipeline.rules.rule import Done, Lap, RuleParts, RuleState
+from decoupled_pp.settings.rules import CascadeTarget, RuleSettings
+from decoupled_pp.settings.run import OptimizerSettings
 
 
 @dataclass
@@ -28,8 +34,8 @@ class Lesson:
     """A packet that a critic is still to learn from.
 
     Attributes:
-        number: Of the packet.
-        hidden: What the stage made of it (no graph).
+        number: Number of the packet.
+        hidden: The stage's output for it, without a graph.
         target: Its target.
         losses: The next stage's losses, (B,), if they have come already.
     """
@@ -40,61 +46,147 @@ class Lesson:
     losses: Tensor | None = None
 
 
-class Cascade:
-    """What teaches the critic of one stage.
+class Cascade(Local):
+    """A stage lowers what its critic says; the critic learns the next stage's losses, `lag` packets later.
 
     Attributes:
-        optimizers: The critic's own.
         lessons: Packets to learn from, oldest first; at most `lag` of them.
     """
 
-    def __init__(
-        self,
-        per_sample: PerSample,
-        optimizers: list[Optimizer],
-        *,
-        lag: int,
-        label_share: float,
-        accumulate: int,
-    ) -> None:
-        """Start without lessons.
+    returns = Returns(per_sample=True)
+    owns_critic = True
 
-        Args:
-            per_sample: The run's loss, sample by sample.
-            optimizers: Over the critic's parameters.
-            lag: Packets between a packet and what the critic learns from it.
-            label_share: Share of the labels' own loss in what the critic lowers; 0 in the papers.
-            accumulate: Lessons per step of the optimizers.
+    def __init__(self, parts: RuleParts, settings: RuleSettings) -> None:
+        """Build the critic's own optimizer.
+
+        Raises:
+            UsageError: The critic has an objective of its own, or nothing to learn with; the loss has no form per
+                sample.
         """
-        self.optimizers = optimizers
+        super().__init__(parts, settings)
+        assert isinstance(settings, CascadeTarget), "the table of rules gives each rule its own section"
+        self._lag = settings.lag
+        self._share = settings.share_of_labels
+        self._per_sample = per_sample(parts.body.loss)
+        self._losses: Tensor | None = None  # of the last packet's samples, (B,)
         self.lessons: deque[Lesson] = deque()
-        self._per_sample, self._lag, self._share, self._accumulate = per_sample, lag, label_share, accumulate
+        if parts.body.critic is not None:
+            self.optimizers = _critic_optimizers(parts.body.critic, parts.index, settings)
 
-    def remember(self, number: int, hidden: Payload, target: Payload) -> None:
-        """Keep a packet for later."""
-        self.lessons.append(Lesson(number, hidden, target))
+    def step(self, packet: Packet, ends: Ends, lap: Lap) -> Done:
+        """Train on one packet, give its losses to the stage before, and learn from what the stage after gave."""
+        done = super().step(packet, ends, lap)
+        if self._losses is not None:
+            ends.inlet.give_back(packet.number, [self._losses])
+        lesson = self.lessons[0] if self.lessons else None
+        if lesson is not None and lesson.number <= packet.number - self._lag:
+            self.lessons.popleft()
+            self._complete(lesson, ends)
+            self._teach(lesson)
+            lap("critic")
+        return done
 
-    def due(self, number: int) -> Lesson | None:
-        """The packet to learn from now that the stage is done with packet `number`, if there is one."""
-        first = self.lessons[0] if self.lessons else None
-        return first if first is not None and first.number <= number - self._lag else None
+    def settle(self, ends: Ends) -> None:
+        """Take the losses that are under way: a link keeps none for later."""
+        for lesson in self.lessons:
+            self._complete(lesson, ends)
 
-    def teach(self, run: Callable[[Payload], Tensor], losses: Tensor, autocast: AbstractContextManager[object]) -> None:
-        """Lower (1 - s) mean_b |L_k,b - L_{k+1},b| + s mean_b L_k,b over the oldest lesson.
+    def state(self) -> RuleState:
+        """Return the lessons.
 
-        Args:
-            run: The critic, whose forward pass is done again.
-            losses: L_{k+1}, (B,).
-            autocast: In which it runs.
+        `lesson.<packet>.<part>` is true if the part is one tensor; `lesson.<packet>.<part>.<i>` are its tensors.
+        """
+        state: RuleState = {}
+        for lesson in self.lessons:
+            for name, payload in (("hidden", lesson.hidden), ("target", lesson.target), ("losses", lesson.losses)):
+                assert payload is not None, "lessons are complete before they are saved"
+                key = f"lesson.{lesson.number}.{name}"
+                state[key] = isinstance(payload, Tensor)
+                state |= {f"{key}.{i}": tensor for i, tensor in enumerate(as_tuple(payload))}
+        return state
+
+    def load(self, state: Mapping[str, Any]) -> str | None:
+        """Go on with these lessons."""
+        self.lessons = deque(self._lessons_in(state))
+        if self.lessons or self.parts.body.critic is None:
+            return None
+        lost = "the checkpoint has no losses of the next stage for this cut"
+        return f"{lost}; the critic goes on learning some packets later"
+
+    def judge(self, view: View) -> Tensor:
+        """Return the loss of the critic's logits, and keep it sample by sample for the stage before."""
+        body = self.parts.body
+        logits = body.logits(view.hidden)
+        with body.autocast:
+            if not self.parts.is_first:
+                with torch.no_grad():
+                    self._losses = self._per_sample(logits, view.target)
+            return body.loss(logits, view.target)
+
+    def keep(self, packet: Packet, view: View) -> None:
+        """Keep a packet that the critic is to learn from later."""
+        if self.optimizers:
+            self.lessons.append(Lesson(packet.number, map_payload(torch.detach, view.hidden), packet.target))
+
+    def learners(self) -> list[nn.Parameter] | None:
+        """Return the layers' parameters: the critic learns from something else."""
+        if not self.optimizers:
+            return super().learners()
+        if self.parts.pace.warms_critic(self.parts.update.steps):
+            return []
+        return [p for p in self.parts.body.trunk.parameters() if p.requires_grad]
+
+    def _complete(self, lesson: Lesson, ends: Ends) -> None:
+        if lesson.losses is None:
+            (lesson.losses,) = ends.outlet.returned(lesson.number)
+
+    def _teach(self, lesson: Lesson) -> None:
+        """Lower (1 - s) mean_b |L_k,b - L_{k+1},b| + s mean_b L_k,b over a packet; L_{k+1} are the lesson's losses.
 
         Source: Lee, Hsieh & Lee 2022 (2102.01963), equations 5 and 7, for s = 0.
         """
-        lesson = self.lessons.popleft()
-        with autocast:
-            ours = self._per_sample(run(lesson.hidden), lesson.target)
-        taught = (1 - self._share) * (ours - losses.to(ours)).abs().mean() + self._share * ours.mean()
-        (taught / self._accumulate).backward()
-        if (lesson.number + 1) % self._accumulate == 0:
+        assert lesson.losses is not None
+        body = self.parts.body
+        accumulate = self.parts.update.accumulate
+        logits = body.logits(lesson.hidden)
+        with body.autocast:
+            ours = self._per_sample(logits, lesson.target)
+        distance = (ours - lesson.losses.to(ours)).abs().mean()
+        taught = (1 - self._share) * distance + self._share * ours.mean()
+        (taught / accumulate).backward()
+        if (lesson.number + 1) % accumulate == 0:
             for optimizer in self.optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+
+    def _lessons_in(self, state: Mapping[str, Any]) -> Iterator[Lesson]:
+        device = self.parts.body.device
+
+        def part(number: int, name: str) -> Payload:
+            key = f"lesson.{number}.{name}"
+            tensors = [value for k, value in sorted(state.items()) if k.startswith(f"{key}.")]
+            return tensors[0] if state[key] else tuple(tensors)
+
+        for number in sorted({int(key.split(".")[1]) for key in state if key.startswith("lesson.")}):
+            hidden, target = (map_payload(lambda t: t.to(device), part(number, name)) for name in ("hidden", "target"))
+            yield Lesson(number, hidden, target, first_tensor(part(number, "losses")))
+
+
+def _critic_optimizers(critic: nn.Module, index: int, settings: CascadeTarget) -> list[torch.optim.Optimizer]:
+    if isinstance(critic, Critic):
+        raise UsageError(
+            f"`critic_target` {settings.kind} teaches critics that lower the run's loss, and {type(critic).__name__} "
+            "has an objective of its own: set `critic.kind` to head, conv, mlp_sr or auglocal",
+            code="critic-cannot-be-taught",
+            key="critic.kind",
+        )
+    choice = OptimizerSettings(kind=settings.optimizer, lr=settings.lr)
+    optimizers = build_optimizers(choice, nn.Sequential(critic), None, owns_head=False)
+    if not optimizers:
+        raise UsageError(
+            f"`critic_target` {settings.kind}: the critic of stage {index} has no parameters to learn with; set "
+            "`critic.kind` to head, conv, mlp_sr or auglocal",
+            code="critic-cannot-be-taught",
+            key="critic.kind",
+        )
+    return optimizers

@@ -9,8 +9,8 @@
 Every file and folder is on the disk before the rename, so that a committed checkpoint survives a loss of power.
 
 Nothing is pickled: DCP's own metadata file is a pickle, its safetensors format is not. Tensors are keyed by name
-(`model.*`, `critic.<cut>.*`, `optimizer.<parameter>.<key>`, `groups.stage<k>.*`), so any number of stages can load
-them (`resume.py`).
+(`model.*`, `critic.<cut>.*`, `optimizer.<parameter>.<key>`, `groups.stage<k>.*`, `rule.stage<k>.*`), so any number of
+stages can load them (`resume.py`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from decoupled_pp.core.errors import TrainingError, UsageError
-from decoupled_pp.core.packets import as_tuple
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.pipeline.optimizer_state import changed_entries, named_state, owners
 from decoupled_pp.pipeline.stage import Stage
@@ -120,7 +119,7 @@ def save_stage(folder: Path, stage: Stage, plan: Plan, packet: int, *, keep: Kee
         "step": stage.updates,
         "samples": stage.samples,
         "scalars": scalars,
-        "accumulate": stage.options.accumulate,
+        "accumulate": stage.update.accumulate,
         "owners": {key: type(one).__name__ for key, one in owners(stage.all_optimizers, _names(stage, plan)).items()},
         "checksums": {file.name: _checksum(file) for file in sorted(part.iterdir())},
     }
@@ -188,12 +187,12 @@ def _stage_state(stage: Stage, plan: Plan) -> tuple[dict[str, Tensor], dict[str,
     state: dict[str, Any] = {f"model.{key}": t for key, t in stage.trunk.state_dict().items()}
     if stage.critic is not None:
         state |= {f"critic.{name}.{key}": t for key, t in stage.critic.state_dict().items()}
-    state[f"rng.stage{stage.index}"] = stage.random.state
-    state |= _lessons(stage)
+    state[f"rng.stage{stage.index}"] = stage.body.random.state
+    state |= {f"rule.stage{stage.index}.{key}": value for key, value in stage.rule.state().items()}
     for parameter, field, value in named_state(stage.all_optimizers, _names(stage, plan)):
         state[f"optimizer.{parameter}.{field}"] = value
     for key, value in changed_entries(
-        stage.all_optimizers, stage.first_groups, scheduled=bool(stage.schedules)
+        stage.all_optimizers, stage.first_groups, scheduled=bool(stage.update.schedules)
     ).items():
         state[f"groups.stage{stage.index}.{key}"] = value
     tensors = _apart({key: value.detach().contiguous() for key, value in state.items() if isinstance(value, Tensor)})
@@ -209,18 +208,6 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         found[key] = tensor.clone() if memory in seen else tensor
         seen.add(memory)
     return found
-
-
-def _lessons(stage: Stage) -> dict[str, Any]:
-    """What a cascade's critic is still to learn from: `lesson.stage<k>.<packet>.<part>`, and the form of each part."""
-    state: dict[str, Any] = {}
-    for lesson in stage.cascade.lessons if stage.cascade is not None else ():
-        start = f"lesson.stage{stage.index}.{lesson.number}"
-        for part, payload in (("hidden", lesson.hidden), ("target", lesson.target), ("losses", lesson.losses)):
-            assert payload is not None, "lessons are complete before they are saved"
-            state[f"{start}.{part}"] = isinstance(payload, Tensor)
-            state |= {f"{start}.{part}.{i}": tensor for i, tensor in enumerate(as_tuple(payload))}
-    return state
 
 
 def _names(stage: Stage, plan: Plan) -> dict[Tensor, str]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.core.packets import Payload, first_tensor
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.pipeline.optimizer_state import make_state, named_state, owners, reset_entries
-from decoupled_pp.pipeline.rules.cascade import Lesson
 from decoupled_pp.pipeline.stage import Stage
 from decoupled_pp.run.checkpoints.parts import Checkpoint, name_of_critic
 
@@ -41,59 +39,55 @@ def load_stage(checkpoint: Checkpoint, stage: Stage, plan: Plan) -> list[str]:
     _load_optimizers(checkpoint, stage, loaded)
     _load_groups(checkpoint, stage, same_cut=checkpoint.boundaries == plan.boundaries)
     _load_into(checkpoint, wanted)
-    random_stream, state = f"rng.stage{stage.index}", stage.random.state
     if checkpoint.boundaries != plan.boundaries:
         notes.append(
             f"stage {stage.index}: cut {checkpoint.boundaries} -> {plan.boundaries}; its random stream starts anew"
         )
-    elif checkpoint.places[random_stream][1] != state.shape:
-        notes.append(f"stage {stage.index}: saved on another kind of device; its random stream starts anew")
     else:
-        _load_into(checkpoint, {random_stream: state})
-        stage.random.state = state
-    if stage.cascade is not None:
-        lessons = _saved_lessons(checkpoint, stage) if checkpoint.boundaries == plan.boundaries else []
-        stage.cascade.lessons = deque(lessons)
-        if not lessons:
-            notes.append(
-                f"stage {stage.index}: the checkpoint has no losses of the next stage for this cut; the "
-                "critic goes on learning some packets later"
-            )
-    stage.updates = checkpoint.step
-    stage.samples = checkpoint.samples
+        notes += _load_random_stream(checkpoint, stage)
+    lost = stage.rule.load(_rule_state(checkpoint, stage, same_cut=checkpoint.boundaries == plan.boundaries))
+    if lost is not None:
+        notes.append(f"stage {stage.index}: {lost}")
+    stage.update.steps = checkpoint.step
+    stage.update.samples = checkpoint.samples
     return notes
 
 
-def _saved_lessons(checkpoint: Checkpoint, stage: Stage) -> list[Lesson]:
-    """What the critic of this stage was still to learn from."""
-    start, scalars = f"lesson.stage{stage.index}.", checkpoint.merged("scalars")
-    forms = {key.removeprefix(start): single for key, single in scalars.items() if key.startswith(start)}
-    places = {key: place for key, place in checkpoint.places.items() if key.startswith(start)}
-    tensors = {key: torch.empty(shape, dtype=dtype) for key, (_, shape, dtype) in places.items()}
+def _load_random_stream(checkpoint: Checkpoint, stage: Stage) -> list[str]:
+    """Bring the random stream of a stage to where it was; returns a note if that cannot be."""
+    key = f"rng.stage{stage.index}"
+    state = stage.body.random.state
+    if checkpoint.places[key][1] != state.shape:
+        return [f"stage {stage.index}: saved on another kind of device; its random stream starts anew"]
+    _load_into(checkpoint, {key: state})
+    stage.body.random.state = state
+    return []
+
+
+def _rule_state(checkpoint: Checkpoint, stage: Stage, *, same_cut: bool) -> dict[str, Any]:
+    """Return what the rule of a stage kept, without the prefix of the stage; nothing if the cut is another one.
+
+    Version 0.1.0 wrote what is `rule.stage0.lesson.7.hidden` now as `lesson.stage0.7.hidden`.
+    """
+    if not same_cut:
+        return {}
+    own, of_0_1_0 = f"rule.stage{stage.index}.", f"lesson.stage{stage.index}."
+    tensors = {
+        key: torch.empty(shape, dtype=dtype)
+        for key, (_, shape, dtype) in checkpoint.places.items()
+        if key.startswith((own, of_0_1_0))
+    }
     checkpoint.fill(tensors)
-
-    def part(number: int, name: str, device: torch.device) -> Payload:
-        found = [t.to(device) for key, t in sorted(tensors.items()) if key.startswith(f"{start}{number}.{name}.")]
-        return found[0] if forms[f"{number}.{name}"] else tuple(found)
-
-    numbers = sorted({int(key.split(".")[0]) for key in forms})
-    return [
-        Lesson(
-            number,
-            part(number, "hidden", stage.device),
-            part(number, "target", stage.device),
-            first_tensor(part(number, "losses", torch.device("cpu"))),
-        )
-        for number in numbers
-    ]
+    scalars = {key: value for key, value in checkpoint.merged("scalars").items() if key.startswith((own, of_0_1_0))}
+    return {key.replace(of_0_1_0, "lesson.").removeprefix(own): value for key, value in (scalars | tensors).items()}
 
 
 def _refuse_other_accumulation(checkpoint: Checkpoint, stage: Stage) -> None:
     """Packets per step cannot change on the way: their numbers count on."""
     saved = checkpoint.parts[0]["accumulate"]
-    if saved != stage.options.accumulate:
+    if saved != stage.update.accumulate:
         raise UsageError(
-            f"checkpoint {checkpoint.path} was made with accumulate {saved}, not {stage.options.accumulate}; keep it"
+            f"checkpoint {checkpoint.path} was made with accumulate {saved}, not {stage.update.accumulate}; keep it"
         )
 
 
@@ -116,7 +110,7 @@ def _load_optimizers(checkpoint: Checkpoint, stage: Stage, loaded: dict[str, nn.
         if kinds.get(name, type(optimizer).__name__) != type(optimizer).__name__:
             raise _other_optimizer(checkpoint, f"was trained by {kinds[name]}", name, optimizer)
     scalars, saved = checkpoint.merged("scalars"), _saved_fields(checkpoint, here)
-    make_state(stage.all_optimizers, [loaded[name] for name in saved], stage.device)
+    make_state(stage.all_optimizers, [loaded[name] for name in saved], stage.body.device)
     for name, field, _ in named_state(stage.all_optimizers, names):
         if field not in saved[name]:
             raise _other_optimizer(checkpoint, f"has no {field!r}", name, here[name])

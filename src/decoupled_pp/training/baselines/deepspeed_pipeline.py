@@ -99,7 +99,7 @@ class DeepSpeedPipeline(Strategy):
         config = {
             "train_micro_batch_size_per_gpu": 1,  # a micro-batch is whatever the iterator yields
             "gradient_accumulation_steps": 1,
-            "gradient_clipping": self.training.clip_norm or 0.0,
+            "gradient_clipping": self.training.options.clip_norm or 0.0,
             "steps_per_print": None,
             "timers": {"throughput": {"enabled": False}},
         }

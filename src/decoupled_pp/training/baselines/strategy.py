@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import torch
@@ -18,7 +18,7 @@ from decoupled_pp.core.plans import Plan
 from decoupled_pp.pipeline.activations import SavedActivations
 from decoupled_pp.pipeline.optim import OptimizerFactory, build_optimizers, build_schedules
 from decoupled_pp.pipeline.recompute import checkpointed
-from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings
+from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings, StageSettings
 
 
 class Recorder(Protocol):
@@ -43,31 +43,27 @@ class Unrecorded(Recorder):
 
 @dataclass(frozen=True)
 class Training:
-    """How a baseline trains; the same fields that a decoupled run takes.
+    """How a baseline trains, by the same sections that a decoupled run takes.
 
     Attributes:
         loss: loss(logits, target) -> scalar, the mean over a micro-batch.
-        optimizer: Of every part of the network.
+        optimizer: Makes the optimizer of every part of the network.
         schedule: Learning-rate schedule.
         steps: Optimizer steps that the schedule spans.
-        clip_norm: Largest norm of the whole network's gradient, or None.
-        precision: "fp32" or "bf16" (autocast).
-        checkpoint_activations: Recompute activations in backward.
-        compile: `torch.compile` every part.
+        options: Precision, clipping, recomputation, compilation.
     """
 
     loss: Loss
     optimizer: OptimizerSettings | OptimizerFactory
     schedule: ScheduleSettings
     steps: int
-    clip_norm: float | None = None
-    precision: str = "fp32"
-    checkpoint_activations: bool = False
-    compile: bool = False
+    options: StageSettings = field(default_factory=StageSettings)
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
-        """The context that forward and loss run in."""
-        return torch.autocast(device.type, dtype=torch.bfloat16) if self.precision == "bf16" else nullcontext()
+        """Return the context that forward and loss run in."""
+        if self.options.precision == "bf16":
+            return torch.autocast(device.type, dtype=torch.bfloat16)
+        return nullcontext()
 
 
 class Part(nn.Module):
@@ -77,9 +73,12 @@ class Part(nn.Module):
         """Take over the layers, already on `device`."""
         super().__init__()
         self.layers = layers
-        self._training, self._device = training, device
-        self._run: Callable[[Payload], Payload] = checkpointed(layers) if training.checkpoint_activations else layers
-        if training.compile:
+        self._training = training
+        self._device = device
+        self._run: Callable[[Payload], Payload] = layers
+        if training.options.checkpoint_activations:
+            self._run = checkpointed(layers)
+        if training.options.compile:
             self._run = cast(Any, torch.compile(self._run))
 
     def forward(self, *payload: Tensor) -> Payload:
@@ -160,8 +159,8 @@ class Strategy(ABC):
 
     def _update(self) -> None:
         """Clip and use up the gradients, and move the learning rates on."""
-        if self.training.clip_norm is not None:
-            self._clip(self.training.clip_norm)
+        if self.training.options.clip_norm is not None:
+            self._clip(self.training.options.clip_norm)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

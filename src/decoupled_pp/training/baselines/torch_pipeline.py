@@ -141,7 +141,7 @@ class TorchPipeline(Strategy):
         wanted = ranks * self._schedule_kind.stages_per_rank
         if plan.stages != wanted:
             raise UsageError(f"{kind} on {ranks} ranks needs a plan of {wanted} stages, not {plan.stages}")
-        if training.compile and self._schedule_kind.splits_backward:
+        if training.options.compile and self._schedule_kind.splits_backward:
             raise UsageError(
                 f"{kind}: torch's split backward does not work with torch.compile; set training.compile: false"
             )

@@ -3,138 +3,128 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from decoupled_pp.core import environment
-from decoupled_pp.core.channels import Control
 from decoupled_pp.core.datasets import BatchSource
-from decoupled_pp.core.device import Clock, RandomStream, choose_device, on_device, peak_memory
-from decoupled_pp.core.errors import LinkError
+from decoupled_pp.core.device import Clock, RandomStream, on_device, peak_memory
+from decoupled_pp.core.errors import LinkError, UsageError
 from decoupled_pp.core.packets import Batch, as_tuple, map_payload
 from decoupled_pp.core.plans import Plan, count_parameters
 from decoupled_pp.core.reports import Exit, Record, Report
-from decoupled_pp.links import LocalControl, World, join_world
+from decoupled_pp.data.iterables import Batches, as_source
 from decoupled_pp.pipeline.losses import ExitScore
 from decoupled_pp.pipeline.meter import StageMeter
+from decoupled_pp.run.checkpoints.parts import Checkpoint
+from decoupled_pp.training.base import BaseTrainer, Observer
 from decoupled_pp.training.baselines import Strategy, Training, build_baseline
+from decoupled_pp.training.recipe import Recipe
 from decoupled_pp.training.watch import Watcher, explain_failure
 
-Observer = Callable[[list[Record]], None]
 
-
-class BaselineTrainer:
+class BaselineTrainer(BaseTrainer):
     """One rank of a baseline. Every rank reads the same micro-batches and uses what it needs of them.
 
     The records of a rank are those of a stage, with the rank in place of the stage. Held-out scores are computed on
     copies of the whole network, gathered on every rank, which share the micro-batches: exact for any shape of batch,
-    and no part of training time, whatever it takes.
+    and no part of training time, however long it takes. An interrupted run ends at once, and nothing is saved.
 
     Attributes:
         updates: Optimizer steps done.
         samples: Training samples done, on all ranks.
-        interrupted: Set by a signal handler: the run is to end at once (nothing is saved).
     """
 
+    every_rank_reads = True
+
     def __init__(
-        self,
-        kind: str,
-        plan: Plan,
-        training: Training,
-        *,
-        accumulate: int,
-        device: str,
-        seed: int,
-        timeout_seconds: float,
-        log_every: int,
+        self, kind: str, plan: Plan, recipe: Recipe, *, steps: int, device: str, observer: Observer | None = None
     ) -> None:
         """Take the parts; the strategy is built by `build` or the first `fit`.
 
         Args:
             kind: One of `baselines.BASELINES`.
             plan: The network, cut into as many stages as the strategy needs.
-            training: How it trains.
-            accumulate: Micro-batches per optimizer step.
+            recipe: How it is trained; what only decoupled stages have is not looked at.
+            steps: Optimizer steps that the learning-rate schedule spans.
             device: "auto", "cpu" or "cuda".
-            seed: Of dropout.
-            timeout_seconds: Longest wait for another rank outside of the strategy itself.
-            log_every: Micro-batches between two flushes of the metrics.
+            observer: Takes the metric records, on rank 0.
         """
-        self.kind, self.plan, self.training = kind, plan, training
-        self.device = choose_device(device, environment.local_rank(), environment.local_world_size())
-        self.interrupted = threading.Event()
-        self.updates = self.samples = 0
-        self._accumulate, self._timeout, self._log_every = accumulate, timeout_seconds, log_every
-        self._world: World | None = join_world(timeout_seconds) if environment.world_size() > 1 else None
-        self.rank, self._ranks = environment.rank(), environment.world_size()
-        self._random = RandomStream(seed * 1_000_003 + self.rank, self.device)
+        super().__init__(plan, recipe, device, observer)
+        self.kind = kind
+        self.training = Training(recipe.loss, recipe.optimizer, recipe.schedule, steps, recipe.training)
+        self.updates = 0
+        self.samples = 0
+        self._accumulate = recipe.training.accumulate
+        self._ranks = environment.world_size()
+        self._random = RandomStream(recipe.seed * 1_000_003 + self.rank, self.device)
         self._strategy: Strategy | None = None
-        self._observer: Observer | None = None
-        self._control: Control = LocalControl()
         self._score: tuple[float, float | None] | None = None
 
     @property
     def learning_rate(self) -> float:
         """Present learning rate."""
-        optimizers = self.build().optimizers
+        optimizers = self._built().optimizers
         return float(optimizers[0].param_groups[0]["lr"]) if optimizers else 0.0
 
-    def observe(self, observer: Observer) -> None:
-        """Hand the metric records (on rank 0) to `observer` from now on."""
-        self._observer = observer
-
-    def build(self) -> Strategy:
-        """This rank's part of the strategy, built now if it has not been.
+    def build(self, resume: Checkpoint | None = None) -> None:
+        """Build this rank's part of the strategy now.
 
         Raises:
-            UsageError: The strategy does not fit the plan, the ranks or the settings.
+            UsageError: The strategy does not fit the plan, the ranks or the settings; baselines have no checkpoints.
         """
-        if self._strategy is None:
-            self._strategy = build_baseline(
-                self.kind, self.plan, self.training, self.device, rank=self.rank, ranks=self._ranks
-            )
-        return self._strategy
+        self._refuse_checkpoints(resume is not None)
+        self._built()
 
     def fit(
         self,
-        train: BatchSource,
+        train_batches: Batches | BatchSource,
         steps: int,
         *,
-        validate: BatchSource,
-        validate_every: int | None,
-        validation_batches: int | None,
-        trace_packets: range,
+        validate: Batches | BatchSource | None = None,
+        validate_every: int | None = None,
+        validation_batches: int | None = None,
+        save_every: int | None = None,
+        resume: bool | Checkpoint | None = None,
+        trace_packets: range = range(0),
     ) -> Report:
         """Train; every rank calls this with the same arguments and gets the same report.
 
         Args:
-            train: Training micro-batches.
+            train_batches: Training micro-batches.
             steps: Optimizer steps.
             validate: Held-out micro-batches; scored at the end, and every `validate_every` steps.
-            validate_every: Optimizer steps between evaluations.
-            validation_batches: Micro-batches per evaluation; None: all.
+            validate_every: Optimizer steps between evaluations; default: the recipe's.
+            validation_batches: Micro-batches per evaluation; default: the recipe's, else all.
+            save_every: Not to be had: baselines save no checkpoints.
+            resume: Not to be had either.
             trace_packets: Numbers of the micro-batches whose spans are recorded.
 
         Raises:
             UsageError: The strategy cannot run with these micro-batches.
             TrainingError: Training cannot go on.
         """
-        self._control = self._world.channel() if self._world is not None else LocalControl()
+        self._refuse_checkpoints(bool(resume) or save_every is not None)
+        train = as_source(train_batches, endless=True)
+        held_out = as_source(validate) if validate is not None else None
+        every = validate_every or self.recipe.validation.every
+        count = validation_batches or self.recipe.validation.batches
+        self._control = self._channel()
         watcher = Watcher(self._control, self._observer if self.rank == 0 else None, threading.Event())
         try:
-            strategy = self.build()
+            strategy = self._built()
             meter = StageMeter(
-                self.rank, Clock(self.device), self._control.post, every=self._log_every, trace=trace_packets
+                self.rank, Clock(self.device), self._control.post, every=self.recipe.metrics.every, trace=trace_packets
             )
             strategy.recorder = meter
             self._control.gather("built", 0, self._timeout)
             for step in self._steps(train, steps, strategy, meter):
-                if step == steps or (validate_every is not None and step % validate_every == 0):
+                if held_out is not None and (step == steps or (every is not None and step % every == 0)):
                     meter.flush(self, 0)
-                    self._evaluate(islice(validate.batches(), validation_batches), meter)
+                    self._evaluate(islice(held_out.batches(), count), meter)
             meter.flush(self, 0)
             return self._report(strategy, meter)
         except Exception as error:
@@ -147,7 +137,7 @@ class BaselineTrainer:
 
     def export(self) -> nn.Module:
         """The whole network with the trained weights, on every rank (which all must call this)."""
-        strategy = self.build()
+        strategy = self._built()
         for stage in range(self.plan.stages):
             owner = strategy.owner(stage)
             if owner is not None and self._world is not None:
@@ -155,6 +145,25 @@ class BaselineTrainer:
                 for tensor in module.state_dict().values():
                     self._world.broadcast(tensor, owner)
         return self.plan.module
+
+    def finished_network(self) -> nn.Module | None:
+        """Return the whole network on rank 0; every rank must call this."""
+        network = self.export()
+        return network if self.rank == 0 else None
+
+    def _built(self) -> Strategy:
+        if self._strategy is None:
+            self._strategy = build_baseline(
+                self.kind, self.plan, self.training, self.device, rank=self.rank, ranks=self._ranks
+            )
+        return self._strategy
+
+    def _refuse_checkpoints(self, wanted: bool) -> None:
+        if wanted:
+            raise UsageError(
+                f"`strategy` {self.kind} saves no checkpoints to go on from; start anew",
+                code="baseline-has-no-checkpoints",
+            )
 
     def _steps(self, train: BatchSource, steps: int, strategy: Strategy, meter: StageMeter) -> Iterator[int]:
         """Take the steps; yields the number done after each."""
@@ -196,7 +205,7 @@ class BaselineTrainer:
         sums = self._control.gather(f"evaluation/{self.updates}", score.sums(), self._timeout)
         self._score = loss, accuracy = ExitScore.of_sums(sums)
         meter.lap("evaluate")
-        if self.rank == self._judge(self.build()):
+        if self.rank == self._judge(self._built()):
             record = {"kind": "validation", "stage": self.rank, "step": self.updates, "samples": self.samples}
             times = {"seconds": meter.seconds(), "training_seconds": meter.training_seconds()}
             self._control.post({**record, "loss": loss, "accuracy": accuracy, **times})

@@ -1,0 +1,71 @@
+"""Which rank holds which stage: the only place that knows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+from decoupled_pp.core.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place of one rank in the pipeline.
+
+    Attributes:
+        stage: Index of the stage.
+        replica: Index among the ranks that hold this stage.
+    """
+
+    stage: int
+    replica: int = 0
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The map between ranks and stages: stage outermost, so that the replicas of a stage are neighbours.
+
+    Each stage has one replica today; a run with one process holds all stages in it.
+
+    Attributes:
+        stages: Number of stages.
+        ranks: Number of processes: one for all stages, or one for each.
+    """
+
+    stages: int
+    ranks: int
+
+    def __post_init__(self) -> None:
+        """Refuse a number of ranks that no stage could be given to.
+
+        Raises:
+            UsageError: There are neither as many ranks as stages nor a single one.
+        """
+        if self.ranks not in (1, self.stages):
+            raise UsageError(
+                f"{self.stages} stages need {self.stages} ranks, or one process for all, not {self.ranks}: start "
+                f"{self.stages} ranks or set `stages` to {self.ranks}",
+                code="ranks-do-not-fit-stages",
+                key="stages",
+            )
+
+    def rank_of(self, stage: int, replica: int = 0) -> int:
+        """Return the rank that holds a replica of a stage."""
+        return 0 if self.ranks == 1 else stage + replica
+
+    def places_of(self, rank: int) -> list[Place]:
+        """Return the places that one rank holds, in the order of the stages."""
+        return [Place(stage) for stage in range(self.stages) if self.rank_of(stage) == rank]
+
+    def links(self) -> Iterator[tuple[Place, Place]]:
+        """Yield the two ends of every link, in the order of the stages."""
+        yield from pairwise(Place(stage) for stage in range(self.stages))
+
+    def is_upstream(self, rank: int, other: int) -> bool:
+        """Return whether all stages of `rank` come before those of `other`, so that its packets reach them."""
+        return self.places_of(rank)[-1].stage < self.places_of(other)[0].stage
+
+    def name(self, place: Place) -> str:
+        """Return how messages call a place: "stage 2 (rank 2)"."""
+        return f"stage {place.stage} (rank {self.rank_of(place.stage, place.replica)})"

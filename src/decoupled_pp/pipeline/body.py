@@ -1,0 +1,152 @@
+"""The body of a stage: its layers and its critic, and how they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from decoupled_pp.core.device import RandomStream
+from decoupled_pp.core.objective import View, judge_of
+from decoupled_pp.core.packets import Loss, Packet, Payload, check_payload, map_payload
+from decoupled_pp.pipeline.compiled import compiled
+from decoupled_pp.pipeline.recompute import checkpointed
+from decoupled_pp.settings.run import StageSettings
+
+_NOTHING = nullcontext()
+
+
+class Body:
+    """The layers of a stage and its critic: precision, recomputation, compilation, and a random stream of its own.
+
+    Attributes:
+        trunk: The layers.
+        critic: From the trunk's output to logits; None in a last stage whose output is the logits.
+        judge: The critic as a `Judge`, also where there is none.
+        loss: loss(logits, target) -> scalar mean.
+        device: Where the stage computes.
+        random: The stage's random stream. Whoever else draws random numbers in this process, it goes on alone, so that
+            timing never changes the result.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        trunk: nn.Module,
+        critic: nn.Module | None,
+        loss: Loss,
+        *,
+        device: torch.device,
+        seed: int,
+        training: StageSettings,
+    ) -> None:
+        """Take over the modules, which are on `device` already.
+
+        Args:
+            index: Index of the stage, for messages.
+            trunk: The layers.
+            critic: The critic, or None.
+            loss: loss(logits, target) -> scalar mean.
+            device: Where the stage computes.
+            seed: Seed of the random stream (dropout).
+            training: Precision, recomputation and compilation.
+        """
+        self.trunk = trunk
+        self.critic = critic
+        self.judge = judge_of(critic)
+        self.loss = loss
+        self.device = device
+        self.random = RandomStream(seed, device)
+        self._index = index
+        self._seed = seed
+        self._run_trunk: Callable[[Payload], Payload] = (
+            checkpointed(trunk) if training.checkpoint_activations else trunk
+        )
+        self._run_critic: Callable[[Payload], Tensor] = self.judge
+        self._run_objective: Callable[[View], Tensor] = self._objective
+        if training.compile:
+            self._run_trunk = compiled(self._run_trunk, f"trunk {index}")
+        if training.compile and critic is not None:
+            self._run_critic = compiled(self._run_critic, f"critic {index}")
+            self._run_objective = compiled(self._run_objective, f"objective {index}")
+        self.autocast: AbstractContextManager[object] = _NOTHING
+        if training.precision == "bf16":
+            self.autocast = torch.autocast(device.type, dtype=torch.bfloat16)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The trunk, and the critic if there is one."""
+        return [self.trunk] if self.critic is None else [self.trunk, self.critic]
+
+    def forward(self, payload: Payload) -> Payload:
+        """Return what the layers make of a payload.
+
+        Raises:
+            UsageError: The last layer returned something that cannot travel.
+        """
+        with self.autocast:
+            return check_payload(self._run_trunk(payload), f"stage {self._index}")
+
+    def view(self, packet: Packet) -> View:
+        """Run the layers on a training packet; returns what its critic is to see, with the graph of the layers."""
+        inputs = packet.payload
+        if self.judge.follows_input:
+            inputs = map_payload(as_leaf, inputs)
+        first: list[Payload] = []
+        with self.watching_first_layer(first):
+            hidden = self.forward(inputs)
+        return View(inputs, hidden, packet.target, packet.rider, *first)
+
+    def local_loss(self, view: View) -> Tensor:
+        """Return the scalar that the stage and its critic lower on one packet."""
+        with self.autocast:
+            return self._run_objective(view)
+
+    def logits(self, hidden: Payload) -> Tensor:
+        """Return what the critic makes of the stage's output: logits shaped like the network's output."""
+        with self.autocast:
+            return self._run_critic(hidden)
+
+    def watching_first_layer(self, outputs: list[Payload]) -> AbstractContextManager[object]:
+        """Keep what the first layer makes, without its graph, in `outputs` if the critic asks for it."""
+        return self._first_layer_kept(outputs) if self.judge.needs_first else _NOTHING
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Compute in evaluation mode, without gradients; then every submodule goes back to its own mode.
+
+        Submodules that the user froze by `layer.eval()` stay in evaluation mode.
+        """
+        modes = [(part, part.training) for module in self.modules for part in module.modules()]
+        for module in self.modules:
+            module.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for part, mode in modes:
+                part.training = mode
+
+    def random_of_evaluation(self) -> RandomStream:
+        """Return a stream that is the same in every evaluation, and no part of training."""
+        return RandomStream(self._seed, self.device)
+
+    def _objective(self, view: View) -> Tensor:
+        return self.judge.objective(view, self.loss)
+
+    @contextmanager
+    def _first_layer_kept(self, outputs: list[Payload]) -> Iterator[None]:
+        keep = next(self.trunk.children()).register_forward_hook(
+            lambda _module, _inputs, output: outputs.append(map_payload(torch.detach, output))
+        )
+        try:
+            yield
+        finally:
+            keep.remove()
+
+
+def as_leaf(tensor: Tensor) -> Tensor:
+    """Return a floating-point tensor as a leaf that takes a gradient; any other as it is."""
+    return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor

@@ -1,0 +1,56 @@
+"""Probes: they look at the packets of a stage and change nothing that trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor
+
+from decoupled_pp.core.objective import View
+from decoupled_pp.core.packets import Payload
+from decoupled_pp.pipeline.activations import SavedActivations
+
+_NOTHING = nullcontext()
+
+
+class Probe:
+    """A probe that sees everything and does nothing with it; subclasses override what they need."""
+
+    def watching(self) -> AbstractContextManager[object]:
+        """Return the context in which the next training packet is computed."""
+        return _NOTHING
+
+    def trained(self, view: View) -> None:
+        """Look at a training packet, after its output has left."""
+
+    def evaluated(self, hidden: Payload, target: Payload) -> None:
+        """Look at the stage's output for a held-out packet."""
+
+    def results(self) -> dict[str, Any]:
+        """Return what was found in the evaluation that ends now, by its key in the record of the evaluation."""
+        return {}
+
+
+class ActivationProbe(Probe):
+    """Counts the activations that the first training packet keeps for its backward pass.
+
+    Attributes:
+        peak: Largest number of bytes held at any moment of the packet; None before it.
+    """
+
+    def __init__(self, excluded: Iterable[Tensor]) -> None:
+        """Leave out these tensors: parameters and buffers are no activations."""
+        self.peak: int | None = None
+        self._excluded = list(excluded)
+
+    def watching(self) -> AbstractContextManager[object]:
+        """Return a counting context for the first packet, and none afterwards: counting costs time."""
+        return self._counting() if self.peak is None else _NOTHING
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        with SavedActivations(self._excluded) as saved:
+            yield
+        self.peak = saved.peak

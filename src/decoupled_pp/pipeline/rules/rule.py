@@ -1,0 +1,136 @@
+"""What every training rule is: one stage's way with a training packet."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from decoupled_pp.core.channels import Ends, Returns
+from decoupled_pp.core.objective import View
+from decoupled_pp.core.packets import Packet, map_payload
+from decoupled_pp.pipeline.body import Body
+from decoupled_pp.pipeline.pace import Pace
+from decoupled_pp.pipeline.probes import Probe
+from decoupled_pp.pipeline.updates.update import Update
+from decoupled_pp.settings.rules import RuleSettings
+
+Lap: TypeAlias = Callable[[str], None]
+"""Called at the end of each phase of a packet with the phase's name (`reports.PHASES`)."""
+
+RuleState: TypeAlias = dict[str, Any]
+"""What a rule keeps from packet to packet, for checkpoints: tensors, numbers and truth values by name."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A training packet that a stage is done with.
+
+    Attributes:
+        packet: The packet.
+        loss: Its loss, a 0-dim tensor on the device (nobody waits for it); None if this stage does not know it.
+    """
+
+    packet: Packet
+    loss: Tensor | None
+
+
+@dataclass(frozen=True)
+class RuleParts:
+    """What a rule works with.
+
+    Attributes:
+        index: Index of the stage.
+        stages: Number of stages.
+        body: The stage's layers and critic.
+        update: Makes gradients into weights.
+        pace: Says which part of the stage learns when.
+        probes: Are shown every packet.
+    """
+
+    index: int
+    stages: int
+    body: Body
+    update: Update
+    pace: Pace
+    probes: Sequence[Probe] = ()
+
+    @property
+    def is_first(self) -> bool:
+        """True if no stage comes before this one."""
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        """True if no stage comes after this one."""
+        return self.index == self.stages - 1
+
+
+class Rule(ABC):
+    """What one stage does with a training packet.
+
+    A rule runs inside the stage's random stream. It ends every phase with a call of `lap`, in the order of
+    `reports.PHASES`, and sends the stage's output as early as it can.
+
+    Attributes:
+        returns: What comes back over the links under this rule.
+        owns_critic: True if the rule updates the critic by an optimizer of its own, so that `Update` leaves it out.
+        parts: What the rule works with.
+        optimizers: The rule's own optimizers; checkpoints hold their state.
+        unfinished: True between a `step` that returned None and its `resume`.
+    """
+
+    returns: ClassVar[Returns] = Returns()
+    owns_critic: ClassVar[bool] = False
+    unfinished: bool = False
+
+    def __init__(self, parts: RuleParts, settings: RuleSettings) -> None:
+        """Take over the parts.
+
+        Args:
+            parts: What the rule works with.
+            settings: The section that chose the rule.
+
+        Raises:
+            UsageError: The rule cannot train this stage.
+        """
+        self.parts = parts
+        self.optimizers: list[Optimizer] = []
+
+    @abstractmethod
+    def step(self, packet: Packet, ends: Ends, lap: Lap) -> Done | None:
+        """Train on one packet.
+
+        Returns:
+            The packet with its loss; None if `resume` is to finish it, once the next stage has done its part.
+        """
+
+    def resume(self, ends: Ends, lap: Lap) -> Done | None:
+        """Finish the packet that `step` left unfinished; called only if there is one."""
+        raise AssertionError(f"{type(self).__name__} left no packet unfinished")
+
+    def settle(self, ends: Ends) -> None:  # noqa: B027 - nothing is under way unless a rule says so
+        """Take what is still under way on the links, before a checkpoint or the end of the run."""
+
+    def state(self) -> RuleState:
+        """Return what the rule keeps from packet to packet; called after `settle`."""
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> str | None:
+        """Go on from a state; returns what is lost, in words, if the state is empty and the rule needs one."""
+        return None
+
+    def pass_on(self, packet: Packet, view: View, ends: Ends) -> None:
+        """Send the stage's output, and what its critic sends along, to the next stage."""
+        rider = map_payload(torch.detach, self.parts.body.judge.rider(view))
+        ends.outlet.send(replace(packet, payload=map_payload(torch.detach, view.hidden), rider=rider))
+
+    def show(self, view: View) -> None:
+        """Show a packet to the probes."""
+        for probe in self.parts.probes:
+            probe.trained(view)

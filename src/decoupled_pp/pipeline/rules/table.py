@@ -1,0 +1,27 @@
+"""The table of training rules. A new rule is a file beside this one, and a row here."""
+
+from __future__ import annotations
+
+from decoupled_pp.pipeline.rules.cascade import Cascade
+from decoupled_pp.pipeline.rules.end_to_end import EndToEnd
+from decoupled_pp.pipeline.rules.local import Local
+from decoupled_pp.pipeline.rules.rule import Rule, RuleParts
+from decoupled_pp.settings.rules import CorrectionSettings, RuleSettings
+
+RULES: dict[str, type[Rule]] = {"label": Local, "cascade": Cascade, "mix": Cascade}
+"""`critic_target.kind` -> its rule."""
+
+
+def build_rule(parts: RuleParts, target: RuleSettings, correction: CorrectionSettings | None = None) -> Rule:
+    """Build the rule of one stage.
+
+    Args:
+        parts: What the rule works with.
+        target: The section that chooses the rule.
+        correction: End-to-end steps between those of the rule; None: none.
+
+    Raises:
+        UsageError: The rule cannot train this stage.
+    """
+    rule = RULES[target.kind](parts, target)
+    return rule if correction is None else EndToEnd(rule, correction)

@@ -1,0 +1,112 @@
+"""The settings of training rules: what critics learn from, and end-to-end steps between local ones.
+
+A new rule has a section here, if it has options, and one row in `pipeline/rules/table.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.settings.sections import Section
+
+
+class RuleSettings(Section):
+    """Base of the sections that choose a training rule (`critic_target`).
+
+    Attributes:
+        critic_passes: Forward passes of a critic per packet; a cut by time counts them.
+        needs_every_packet: True if the rule's critics learn from every packet, so that none may be left out.
+    """
+
+    critic_passes: ClassVar[int] = 1
+    needs_every_packet: ClassVar[bool] = False
+
+    kind: str
+
+    def refuse_capacity(self, capacity: int) -> None:
+        """Raise UsageError if the rule cannot work with links of this capacity."""
+
+
+class LabelTarget(RuleSettings):
+    """A stage and its critic lower the critic's loss of the labels together. Nothing flows back."""
+
+    kind: Literal["label"] = "label"
+
+
+class CascadeTarget(RuleSettings):
+    """A critic learns to give the loss that the next stage has, sample by sample, and its stage lowers it (Lee & Lee).
+
+    One float per sample flows back over every link. For `loss` cross_entropy and mse.
+    """
+
+    critic_passes = 2
+    needs_every_packet = True
+
+    kind: Literal["cascade"]
+    lag: int = Field(8, ge=2)
+    """Packets after which a critic learns from a packet; above `links.capacity`, so that no stage waits for losses."""
+    optimizer: str = "Adam"
+    """The critics' own optimizer, by its name in `torch.optim`; its rate is constant (paper: Adam)."""
+    lr: float = Field(1e-4, gt=0)
+    """Its learning rate (paper: 1e-4)."""
+
+    @property
+    def share_of_labels(self) -> float:
+        """Share of the labels' own loss in what a critic lowers."""
+        return 0.0
+
+    def refuse_capacity(self, capacity: int) -> None:
+        """Raise UsageError if losses that flow back may not be there when they are due."""
+        if self.lag <= capacity:
+            raise UsageError(
+                f"`critic_target.lag` {self.lag} must be above `links.capacity` {capacity}, or a stage would wait for "
+                "the losses of the next one; raise the lag or lower the capacity",
+                code="lag-within-capacity",
+                key="critic_target.lag",
+            )
+
+
+class MixTarget(CascadeTarget):
+    """The cascade's target and the labels' own loss, weighted."""
+
+    kind: Literal["mix"]  # type: ignore[assignment]
+    label_share: float = Field(0.5, gt=0, lt=1)
+    """Share of the labels' own loss in what a critic lowers."""
+
+    @property
+    def share_of_labels(self) -> float:
+        """Share of the labels' own loss in what a critic lowers."""
+        return self.label_share
+
+
+CriticTargetSettings = Annotated[LabelTarget | CascadeTarget | MixTarget, Field(discriminator="kind")]
+
+
+class CorrectionSettings(Section):
+    """End-to-end steps now and then: true gradients flow back, as large as the activations, while every stage waits."""
+
+    every: int = Field(ge=1)
+    """Local optimizer steps before each round of end-to-end steps."""
+    steps: int = Field(1, ge=1)
+    """End-to-end optimizer steps in a round; critics do not learn in them."""
+
+    def covers(self, step: int) -> bool:
+        """Return whether optimizer step `step` (from 0) is an end-to-end one."""
+        return step % (self.every + self.steps) >= self.every
+
+
+def refuse_rules(target: RuleSettings, correction: CorrectionSettings | None, stagger: int, capacity: int) -> None:
+    """Raise UsageError for rules that cannot work together, or not with links of this capacity."""
+    target.refuse_capacity(capacity)
+    leave_out = {"global_correction": correction is not None, "training.stagger": stagger > 0}
+    for key, given in leave_out.items():
+        if given and target.needs_every_packet:
+            raise UsageError(
+                f"`{key}` leaves packets out, and `critic_target` {target.kind} learns from every packet; leave one of "
+                "the two out",
+                code="rule-needs-every-packet",
+                key=key,
+            )

@@ -1,0 +1,127 @@
+"""What a script may choose by name, dictionary or object -> the checked section or the builder that it means."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeAlias, TypeVar, cast
+
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.objective import CriticBuilder, CriticContext
+from decoupled_pp.critics import build_critic
+from decoupled_pp.pipeline.optim import OptimizerFactory
+from decoupled_pp.settings.critics import CriticSettings
+from decoupled_pp.settings.load import usage_error
+from decoupled_pp.settings.rules import CorrectionSettings, CriticTargetSettings, RuleSettings
+from decoupled_pp.settings.run import OptimizerSettings
+from decoupled_pp.settings.sections import Section
+
+S = TypeVar("S", bound=Section)
+
+CriticChoice: TypeAlias = "str | dict[str, Any] | CriticSettings | nn.Module | Sequence[nn.Module] | CriticBuilder"
+"""A critic by kind, as a settings section, as one module (copied per stage), as one per stage, or as a builder."""
+
+CorrectionChoice: TypeAlias = "dict[str, Any] | CorrectionSettings | None"
+"""End-to-end steps between local ones, as a settings section."""
+
+RuleChoice: TypeAlias = "str | dict[str, Any] | RuleSettings"
+"""What critics learn from: a kind, or a settings section."""
+
+OptimizerChoice: TypeAlias = "str | dict[str, Any] | OptimizerSettings | OptimizerFactory"
+"""An optimizer of `torch.optim` by name, as a settings section, or a function of the parameters."""
+
+
+def choose_section(choice: dict[str, Any] | S | None, section: type[S], key: str) -> S:
+    """Return the section that a dictionary means; None means its defaults.
+
+    Args:
+        choice: What the user gave.
+        section: The class of the section.
+        key: Its key in the settings, for messages.
+
+    Raises:
+        UsageError: Unknown keys, or values that cannot be.
+    """
+    if isinstance(choice, Section):
+        return choice
+    return cast(S, _checked(lambda: section.model_validate(choice or {}), key))
+
+
+def choose_critic(choice: CriticChoice) -> CriticBuilder:
+    """Return the builder that a user's choice means.
+
+    Raises:
+        UsageError: It means none.
+    """
+    if isinstance(choice, str):
+        choice = {"kind": choice}
+    if isinstance(choice, dict):
+        return build_critic(_by_kind(choice, CriticSettings, "critic"))
+    if isinstance(choice, nn.Module):
+        return partial(_copied_critic, choice)
+    if isinstance(choice, list | tuple):
+        return partial(_listed_critic, choice)
+    return choice if callable(choice) else build_critic(cast("CriticSettings", choice))
+
+
+def choose_rule(choice: RuleChoice) -> RuleSettings:
+    """Return the section that chooses the training rule.
+
+    Raises:
+        UsageError: Unknown keys or values.
+    """
+    if isinstance(choice, RuleSettings):
+        return choice
+    return cast(RuleSettings, _by_kind(choice, CriticTargetSettings, "critic_target"))
+
+
+def choose_correction(choice: CorrectionChoice) -> CorrectionSettings | None:
+    """Return the end-to-end steps that a user's choice means.
+
+    Raises:
+        UsageError: Unknown keys or values.
+    """
+    return None if choice is None else choose_section(choice, CorrectionSettings, "global_correction")
+
+
+def choose_optimizer(choice: OptimizerChoice) -> OptimizerSettings | OptimizerFactory:
+    """Return the optimizer that a user's choice means.
+
+    Raises:
+        UsageError: Unknown keys or values.
+    """
+    if isinstance(choice, str):
+        choice = {"kind": choice}
+    if isinstance(choice, dict):
+        return choose_section(choice, OptimizerSettings, "optimizer")
+    return choice
+
+
+def _by_kind(choice: str | dict[str, Any], union: Any, key: str) -> Any:
+    given = {"kind": choice} if isinstance(choice, str) else choice
+    return _checked(lambda: TypeAdapter(union).validate_python(given), key)
+
+
+def _checked(validate: Callable[[], Any], key: str) -> Any:
+    try:
+        return validate()
+    except ValidationError as error:
+        raise usage_error(error, key) from None
+
+
+def _copied_critic(critic: nn.Module, _context: CriticContext) -> nn.Module:
+    return copy.deepcopy(critic)
+
+
+def _listed_critic(critics: Sequence[nn.Module], context: CriticContext) -> nn.Module:
+    if len(critics) != context.stages - 1:
+        raise UsageError(
+            f"`critic` lists {len(critics)} modules for {context.stages} stages; give one for every stage but the last",
+            code="one-critic-per-stage",
+            key="critic",
+        )
+    return copy.deepcopy(critics[context.stage])

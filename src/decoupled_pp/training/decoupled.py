@@ -1,0 +1,326 @@
+"""Trains a plan stage by stage: all stages in this process, or under torchrun the one stage of this rank."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from torch import nn
+
+from decoupled_pp.core import environment
+from decoupled_pp.core.channels import LinkTerms
+from decoupled_pp.core.datasets import BatchSource
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.packets import as_tuple
+from decoupled_pp.core.plans import Plan
+from decoupled_pp.core.reports import Exit, Record, Report
+from decoupled_pp.core.topology import Topology
+from decoupled_pp.data.iterables import Batches, as_source
+from decoupled_pp.links import StoreControl
+from decoupled_pp.pipeline.feed import Feed, Itinerary
+from decoupled_pp.pipeline.optim import build_schedules
+from decoupled_pp.pipeline.optimizer_state import refuse_unsavable
+from decoupled_pp.pipeline.runtime import Worker, run
+from decoupled_pp.pipeline.stage import Stage
+from decoupled_pp.run.checkpoints.folder import CheckpointFolder, tied_weights
+from decoupled_pp.run.checkpoints.parts import Checkpoint, latest_checkpoint
+from decoupled_pp.run.checkpoints.resume import load_model, load_stage, refuse_other_network, with_cut_of
+from decoupled_pp.run.live import LiveView
+from decoupled_pp.run.report import link_records, make_report, stage_record
+from decoupled_pp.settings.run import CheckpointSettings, TrainingSettings, ValidationSettings
+from decoupled_pp.training.base import BaseTrainer, Observer
+from decoupled_pp.training.build import build_stages, plan_digest
+from decoupled_pp.training.choices import choose_section
+from decoupled_pp.training.join import Session, join_in_process, join_ranks
+from decoupled_pp.training.recipe import Recipe
+from decoupled_pp.training.watch import Watcher, explain_failure
+
+S = TypeVar("S", ValidationSettings, CheckpointSettings)
+
+
+class DecoupledTrainer(BaseTrainer):
+    """Trains decoupled stages by a recipe; `Trainer` is the same with the options of a script."""
+
+    def __init__(
+        self, plan: Plan, recipe: Recipe, device: str, folder: Path | None = None, observer: Observer | None = None
+    ) -> None:
+        """Check everything; stages are built by `build`, or the first `fit` or `evaluate`.
+
+        Args:
+            plan: From `partition`, with a sample.
+            recipe: How its stages are made and trained.
+            device: "auto", "cpu" or "cuda".
+            folder: Folder for checkpoints (shared by all ranks), or None.
+            observer: Takes the metric records, on rank 0; None: a live view in the terminal.
+
+        Raises:
+            UsageError: A setting that cannot be; the number of ranks is not the number of stages.
+        """
+        self._topology = Topology(plan.stages, environment.world_size())
+        recipe.refuse_contradictions(plan.stages)
+        if not as_tuple(plan.sample):
+            raise UsageError(
+                "the plan has no sample to fit critics to; pass sample= to partition", code="plan-without-sample"
+            )
+        self._checkpoints = _checkpoint_folder(plan, recipe, folder)
+        super().__init__(plan, recipe, device, observer)
+        self._stages: list[Stage] = []
+        self._loaded: Checkpoint | None = None
+        self._notes: list[Record] = []
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of this process, once built: all, or under torchrun this rank's one."""
+        return tuple(self._stages)
+
+    def build(self, resume: Checkpoint | None = None) -> None:
+        """Build this rank's stages now rather than in the first `fit`, to find what does not fit before a run starts.
+
+        Args:
+            resume: Bring them to the state of this checkpoint; give `fit` the same. Timing noise can move a cut, so a
+                plan that was cut by time and has as many stages takes the checkpoint's cut.
+
+        Raises:
+            UsageError: A critic, the optimizer or the checkpoint does not fit.
+        """
+        if resume is not None:
+            refuse_other_network(resume, self.plan.module)
+            self.plan = with_cut_of(resume, self.plan) if not self._stages else self.plan
+        if not self._stages:
+            mine = [place.stage for place in self._topology.places_of(self.rank)]
+            self._stages = build_stages(self.plan, self.recipe, mine, self.device)
+            for stage in self._stages if self._checkpoints is not None else ():
+                refuse_unsavable(stage.first_groups)
+        if resume is not None and resume is not self._loaded:
+            for stage in self._stages:
+                notes = load_stage(resume, stage, self.plan)
+                self._notes += [{"kind": "note", "stage": stage.index, "text": note} for note in notes]
+        self._loaded = resume
+
+    def fit(
+        self,
+        train_batches: Batches | BatchSource,
+        steps: int,
+        *,
+        validate: Batches | BatchSource | None = None,
+        validate_every: int | None = None,
+        validation_batches: int | None = None,
+        save_every: int | None = None,
+        resume: bool | Checkpoint | None = None,
+        trace_packets: range = range(0),
+    ) -> Report:
+        """Train; every rank calls this, only rank 0 reads the batches.
+
+        Args:
+            train_batches: Micro-batches (input, target), started over when they end; each is one packet. A second
+                `fit` goes on in them; a one-shot iterator is read on from where it stands, or for `resume` from its
+                beginning.
+            steps: Optimizer steps to take; a second `fit` adds its own, and the schedule spans all of them.
+            validate: Held-out micro-batches; scored at the end, and every `validate_every` steps.
+            validate_every: Optimizer steps between evaluations; default: the recipe's.
+            validation_batches: Micro-batches per evaluation; default: the recipe's, else all.
+            save_every: Optimizer steps between checkpoints (also at the end) if the trainer has a checkpoint folder;
+                default: the recipe's.
+            resume: Go on from the newest checkpoint of the trainer's folder, if it has one, or from this one; `steps`
+                is then the total.
+            trace_packets: Packet numbers whose spans are recorded.
+
+        Returns:
+            The report, the same on every rank.
+
+        Raises:
+            UsageError: The user's input is at fault.
+            TrainingError: Training cannot go on; the text names stage and packet, or the rank that failed.
+        """
+        steps = choose_section({"steps": steps}, TrainingSettings, "training").steps
+        validation = _with(self.recipe.validation, "validation", every=validate_every, batches=validation_batches)
+        checkpoint = _with(self.recipe.checkpoint, "checkpoint", every=save_every)
+        self._refuse_unused(validation if validate is None else None, checkpoint)
+        done = self._stages[0].updates if self._stages else 0
+        found = self._newest() if resume is True else resume or None
+        itinerary = Itinerary(
+            steps=steps if resume else done + steps,
+            start=found.step if found is not None else done,
+            accumulate=self.recipe.training.accumulate,
+            validate_every=validation.every,
+            validation_batches=validation.batches,
+            save_every=checkpoint.every,
+            save=self._checkpoints is not None,
+        )
+        first = itinerary.accumulate * done if found is None else 0
+        train = as_source(train_batches, endless=True, first=first)
+        held_out = as_source(validate) if validate is not None else None
+        return self._session(train, held_out, itinerary, found, trace_packets)
+
+    def evaluate(self, batches: Batches | BatchSource, *, resume: Checkpoint | None = None) -> tuple[Exit, ...]:
+        """Score every exit on held-out micro-batches; every rank calls this and gets the same scores."""
+        step = resume.step if resume is not None else (self._stages[0].updates if self._stages else 0)
+        return self._session(None, as_source(batches), Itinerary(step, step), resume, range(0)).exits
+
+    def export(self) -> nn.Module:
+        """Return the user's own module, trained; under torchrun every rank calls this and gets all weights.
+
+        Raises:
+            UsageError: Other stages of a network on the meta device are on other ranks only.
+        """
+        if any(parameter.is_meta for parameter in self.plan.module.parameters()):
+            raise UsageError(
+                "this rank has its own stage only; write the network out of a checkpoint with dpp.write_shards",
+                code="network-is-not-whole",
+            )
+        if self._world is not None:
+            for stage in range(self.plan.stages):
+                for tensor in self.plan.stage_module(stage).state_dict().values():
+                    self._world.broadcast(tensor, self._topology.rank_of(stage))
+        return self.plan.module
+
+    def finished_network(self) -> nn.Module | None:
+        """Return the network on rank 0, the other ranks' stages from the newest checkpoint."""
+        if self.rank != 0 or any(parameter.is_meta for parameter in self.plan.module.parameters()):
+            return None
+        newest = latest_checkpoint(self._checkpoints.path) if self._checkpoints is not None else None
+        if newest is not None:
+            load_model(newest, self.plan.module)
+        return self.plan.module
+
+    def _session(
+        self,
+        train: BatchSource | None,
+        held_out: BatchSource | None,
+        itinerary: Itinerary,
+        resume: Checkpoint | None,
+        trace_packets: range,
+    ) -> Report:
+        """Build what is missing, connect, run to the END packet, and gather the report."""
+        self._control = self._channel()
+        wanted = self._observer is None and self.rank == 0 and train is not None
+        view = LiveView(self.plan.stages, itinerary.steps) if wanted else None
+        observer = self._observer or (view.update if view is not None else None)
+        watcher = Watcher(self._control, observer if self.rank == 0 else None, self.interrupted)
+        workers: list[Worker] = []
+        try:
+            self._begin(itinerary, resume, training=train is not None)
+            stop = watcher.stop_requested
+            feed = Feed(train, held_out, itinerary, self.device, lambda: stop() is not None)
+            workers = self._join(feed, itinerary, trace_packets)
+            run(workers)
+            for worker in workers:
+                worker.close()  # now every byte is out, and counted
+            report = self._gather(workers)
+            if self.rank == 0 and train is not None and self._stages[0].updates > itinerary.start:
+                self._ensure_saved()
+            return replace(report, stopped=None) if report.steps >= itinerary.steps else report
+        except Exception as error:
+            cause = explain_failure(error, self._control, self.rank, self._topology)
+            if cause is error:
+                raise
+            raise cause from error
+        finally:
+            for worker in workers:
+                worker.close()
+            if self._world is not None:
+                self._world.disconnect()
+            try:
+                watcher.close()
+            finally:
+                if view is not None:
+                    view.close()
+
+    def _begin(self, itinerary: Itinerary, resume: Checkpoint | None, *, training: bool) -> None:
+        """Bring this rank's stages to where the run begins, and wait until all ranks have."""
+        self.build(resume)
+        for stage in self._stages if training else ():
+            schedule, update = self.recipe.schedule, stage.update
+            update.schedules = build_schedules(schedule, update.optimizers, itinerary.steps, update.steps)
+        self._loaded = None  # training changes what was loaded
+        devices = self._control.gather("built", self.device.type, self._timeout)
+        if len(set(devices)) > 1:
+            raise UsageError(
+                f"`device`: the ranks compute on {', '.join(devices)}; set `device` to cpu, or give each rank a GPU",
+                code="ranks-on-different-devices",
+                key="device",
+            )
+        if self._checkpoints is not None and training:
+            self._checkpoints.prepare(self._control, self.rank, itinerary.start, itinerary.save_every)
+        while self._notes:
+            self._post(self._notes.pop(0))
+
+    def _join(self, feed: Feed, itinerary: Itinerary, trace: range) -> list[Worker]:
+        terms = LinkTerms(
+            self.recipe.links.capacity,
+            self._timeout,
+            self._stages[0].rule.returns,
+            samples=as_tuple(self.plan.sample)[0].shape[0],
+        )
+        session = Session(feed, self._save, self._post, self.recipe.metrics.every, trace, terms)
+        if self._world is None or not isinstance(self._control, StoreControl):
+            return join_in_process(session, self._stages)
+        digest = plan_digest(self.plan, self.recipe, itinerary)
+        return [join_ranks(session, self._stages[0], self._topology, self._world, self._control, digest)]
+
+    def _gather(self, workers: list[Worker]) -> Report:
+        """Return the report of what all ranks measured, the same on each."""
+        ends = [worker.ends.outlet for worker in workers] + [worker.ends.inlet for worker in workers]
+        mine = {
+            "stages": [stage_record(worker.stage, worker.meter) for worker in workers],
+            "links": link_records(ends),
+            "stopped": self._control.stop_requested(),
+        }
+        # Stages end one after the other, so the first may wait for all the others.
+        gathered = self._control.gather("summary", mine, self._timeout * self.plan.stages)
+        return make_report(gathered, self.plan, gathered[0]["stopped"])
+
+    def _refuse_unused(self, unused: ValidationSettings | None, checkpoint: CheckpointSettings) -> None:
+        """Raise UsageError for options of `fit` that would do nothing."""
+        if unused is not None and (unused.every is not None or unused.batches is not None):
+            raise UsageError(
+                "`validation.every` and `validation.batches` need held-out data: give fit validate=batches",
+                code="validation-without-data",
+                key="validation.every",
+            )
+        if checkpoint.every is not None and self._checkpoints is None:
+            raise UsageError(
+                "`checkpoint.every` needs a trainer with checkpoints=FOLDER",
+                code="no-checkpoint-folder",
+                key="checkpoint.every",
+            )
+
+    def _newest(self) -> Checkpoint | None:
+        if self._checkpoints is None:
+            raise UsageError("resume=True needs a trainer with checkpoints=FOLDER", code="no-checkpoint-folder")
+        return self._checkpoints.newest(self._channel())
+
+    def _post(self, record: Record) -> None:
+        self._control.post(record)
+
+    def _save(self, stage: Stage, packet: int) -> None:
+        if self._checkpoints is not None and self._checkpoints.save(stage, self.plan, packet):
+            self._post({"kind": "checkpoint", "stage": stage.index, "step": stage.updates})
+
+    def _ensure_saved(self) -> None:
+        """Rank 0, once all ranks have written their parts: no run ends well without its last checkpoint."""
+        step = self._stages[0].updates
+        if self._checkpoints is not None and self._checkpoints.ensure_committed(step, self.plan.stages):
+            self._post({"kind": "checkpoint", "stage": 0, "step": step})
+
+
+def _checkpoint_folder(plan: Plan, recipe: Recipe, folder: Path | None) -> CheckpointFolder | None:
+    refreshed = recipe.checkpoint.refresh_tied
+    if folder is None and refreshed:
+        raise UsageError(
+            "`checkpoint.refresh_tied` takes weights from checkpoints: give checkpoints=FOLDER",
+            code="no-checkpoint-folder",
+            key="checkpoint.refresh_tied",
+        )
+    if folder is None:
+        return None
+    tied = tied_weights(plan) if refreshed else None
+    keep = recipe.checkpoint.keep
+    return CheckpointFolder(folder, keep=keep, timeout_seconds=recipe.links.timeout_seconds, tied=tied)
+
+
+def _with(section: S, key: str, **given: int | None) -> S:
+    """Return the section with the values that are given, checked."""
+    changed = {field: value for field, value in given.items() if value is not None}
+    return choose_section(section.model_dump() | changed, type(section), key)

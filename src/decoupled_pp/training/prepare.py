@@ -1,0 +1,116 @@
+"""Settings -> data, a network with seeded weights, and its cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from decoupled_pp.core.channels import Control
+from decoupled_pp.core.datasets import Data, DataInfo
+from decoupled_pp.core.device import seeded
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.packets import Loss, Payload, as_tuple, map_payload
+from decoupled_pp.core.plans import Plan
+from decoupled_pp.critics import build_critic
+from decoupled_pp.data import open_data
+from decoupled_pp.links import LocalControl
+from decoupled_pp.models import build_model
+from decoupled_pp.models.cutting import By
+from decoupled_pp.models.cutting.layers import LAYER_FAULTS, describe, present, trace
+from decoupled_pp.pipeline.optim import find_optimizer
+from decoupled_pp.run import folder as run_folder
+from decoupled_pp.settings.run import Settings
+from decoupled_pp.training.baselines import stages_needed
+from decoupled_pp.training.partition import partition
+
+
+def prepare(settings: Settings, control: Control | None = None) -> tuple[Data | None, DataInfo, Plan]:
+    """Data (rank 0 only), what it is like, and the cut network with seeded weights.
+
+    Raises:
+        UsageError: Data, model, critic or cut do not work out.
+    """
+    if ":" not in settings.optimizer.kind:
+        find_optimizer(settings.optimizer.kind)
+    opened: list[Data] = []
+
+    def describe_data() -> dict[str, Any]:
+        opened.append(open_data(settings.data, settings.seed))
+        payload, _ = next(opened[0].train.batches())
+        sample, info = map_payload(torch.zeros_like, payload), opened[0].info
+        if info.form == "sentences":  # of any length; what is measured and predicted is for the longest
+            sample = tuple(torch.ones(len(tensor), *info.shape, dtype=tensor.dtype) for tensor in as_tuple(sample))
+        if settings.sample is not None and (info.encode is None or info.decode is None):
+            raise UsageError(f"sample: data.kind {settings.data.kind!r} is no text to go on from; leave sample out")
+        return {"info": info.known(), "sample": _spec(sample)}
+
+    described = (control or LocalControl()).from_rank_0("data", describe_data, settings.links.timeout_seconds)
+    if not opened and settings.strategy != "decoupled":  # a pipeline's last stage needs targets, data parallel all
+        opened.append(open_data(settings.data, settings.seed))
+    info = opened[0].info if opened else DataInfo.of(described["info"])
+    with seeded(settings.seed):
+        module = build_model(settings.model, info)
+    if settings.start_from is not None:
+        run_folder.load_weights(Path(settings.start_from), module)
+    baseline = settings.strategy != "decoupled"
+    stages = stages_needed(settings.strategy, settings.stages) or 1 if baseline else settings.stages
+    plan = partition(
+        module,
+        stages,
+        _cut(settings, stages),
+        _zeros(described["sample"]),
+        critic=None if baseline else build_critic(settings.critic, settings.critic_overlap),
+        critic_target=settings.critic_target,
+        loss=settings.loss,
+        device=settings.device,
+        speeds=settings.balance.speeds,
+        memory=settings.balance.memory,
+        optimizer=settings.optimizer,
+        accumulate=settings.training.accumulate,
+        timeout_seconds=settings.links.timeout_seconds,
+    )
+    return (opened[0] if opened else None), info, plan
+
+
+def _cut(settings: Settings, stages: int) -> By:
+    """How to cut into so many stages, which a baseline may want more or fewer of than the settings name."""
+    if stages == 1:
+        return "uniform"
+    return "time" if isinstance(settings.cut, list) and len(settings.cut) != stages else settings.cut
+
+
+def _spec(payload: Payload) -> list[Any]:
+    """JSON for the shapes and dtypes of a payload; a tuple's list is marked by a leading null."""
+    if isinstance(payload, tuple):
+        return [None, *(_spec(tensor) for tensor in payload)]
+    return [list(payload.shape), str(payload.dtype).removeprefix("torch.")]
+
+
+def _zeros(spec: list[Any]) -> Payload:
+    if spec[0] is None:
+        return tuple(torch.zeros(shape, dtype=getattr(torch, dtype)) for shape, dtype in spec[1:])
+    return torch.zeros(spec[0], dtype=getattr(torch, spec[1]))
+
+
+def check_loss(plan: Plan, loss: Loss, data: Data | None) -> None:
+    """Raises UsageError unless network and loss take a batch of training and of validation data (on the CPU)."""
+    for name, source in (("training", data.train), ("validation", data.validation)) if data is not None else ():
+        batch = next(source.batches(), None)
+        if batch is None:
+            raise UsageError(f"data: there is no {name} batch; give more data")
+        given, target = (map_payload(torch.Tensor.cpu, part) for part in batch)
+        _, output = trace(plan.module, given)
+        met = f"the network's output {describe(output)} and a {name} target {describe(target)}"
+        try:
+            result = loss(present(output), target)
+        except LAYER_FAULTS as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(
+                f"loss: fails on {met}: {error}; choose another loss or data with other targets"
+            ) from error
+        if not isinstance(result, torch.Tensor) or result.dim():
+            got = describe(result) if isinstance(result, torch.Tensor) else type(result).__name__
+            raise UsageError(f"loss: turns {met} into {got}; it must return one scalar tensor")

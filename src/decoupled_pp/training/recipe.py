@@ -1,0 +1,92 @@
+"""What makes stages out of a plan: the checked sections of the settings, and what they choose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from decoupled_pp.core.objective import CriticBuilder
+from decoupled_pp.core.packets import Loss
+from decoupled_pp.critics import build_critic
+from decoupled_pp.pipeline.losses import find_loss
+from decoupled_pp.pipeline.optim import OptimizerFactory
+from decoupled_pp.settings.rules import CorrectionSettings, LabelTarget, RuleSettings, refuse_rules
+from decoupled_pp.settings.run import (
+    CheckpointSettings,
+    LinkSettings,
+    MetricsSettings,
+    OptimizerSettings,
+    ScheduleSettings,
+    Settings,
+    StageSettings,
+    ValidationSettings,
+    refuse_rates,
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the stages of a plan are made and trained. Each part of a run is built from its own section of this.
+
+    Attributes:
+        loss: loss(logits, target) -> scalar, the mean over a micro-batch.
+        critic: Builds the critic of every stage before the last.
+        optimizer: Makes the optimizer of every stage.
+        schedule: Learning-rate schedule of every stage.
+        target: Chooses the training rule: what critics learn from.
+        correction: End-to-end steps between those of the rule; None: none.
+        training: How every stage computes and updates.
+        links: The links between stages.
+        validation: When and how exits are scored.
+        checkpoint: When stages are saved.
+        metrics: When metrics are flushed.
+        seed: Seed of the critics' weights and of dropout.
+    """
+
+    loss: Loss
+    critic: CriticBuilder
+    optimizer: OptimizerSettings | OptimizerFactory
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    target: RuleSettings = field(default_factory=LabelTarget)
+    correction: CorrectionSettings | None = None
+    training: StageSettings = field(default_factory=StageSettings)
+    links: LinkSettings = field(default_factory=LinkSettings)
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    metrics: MetricsSettings = field(default_factory=MetricsSettings)
+    seed: int = 0
+
+    def refuse_contradictions(self, stages: int) -> None:
+        """Raise UsageError for sections that do not fit each other, or not a plan of so many stages."""
+        refuse_rules(self.target, self.correction, self.training.stagger, self.links.capacity)
+        if isinstance(self.optimizer, OptimizerSettings):
+            refuse_rates(self.optimizer, stages)
+
+    def optimizer_of(self, stage: int) -> OptimizerSettings | OptimizerFactory:
+        """Return the optimizer of one stage, with its own learning rate if stages have several."""
+        return self.optimizer.of_stage(stage) if isinstance(self.optimizer, OptimizerSettings) else self.optimizer
+
+    def freezes(self, stage: int) -> bool:
+        """Return whether a stage and its critic stay as they are."""
+        return isinstance(self.optimizer, OptimizerSettings) and self.optimizer.freezes(stage)
+
+
+def recipe_of(settings: Settings) -> Recipe:
+    """Return the recipe that a run's settings describe; its sections are those of the settings.
+
+    Raises:
+        UsageError: There is no such loss or critic.
+    """
+    return Recipe(
+        loss=find_loss(settings.loss),
+        critic=build_critic(settings.critic, settings.critic_overlap),
+        optimizer=settings.optimizer,
+        schedule=settings.schedule,
+        target=settings.critic_target,
+        correction=settings.global_correction,
+        training=settings.training,
+        links=settings.links,
+        validation=settings.validation,
+        checkpoint=settings.checkpoint,
+        metrics=settings.logging,
+        seed=settings.seed,
+    )
