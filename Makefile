@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONFIG ?= configs/gpt_python.yaml
 RANKS ?= 2
 
-.PHONY: train test lint docs bench gpu-check clean
+.PHONY: train test lint docs pictures bench gpu-check clean help
 
 train: $(VENV)/.ready   ## train two stages of a byte GPT on real text, about 3 minutes on 2 cores
 	$(BIN)/dpp train $(CONFIG) --ranks $(RANKS) --overwrite
@@ -22,6 +22,9 @@ lint: $(VENV)/.ready    ## style, layers, types
 docs: $(VENV)/.ready    ## regenerate the configuration reference
 	$(BIN)/python -m decoupled_pp.settings.reference > docs/configuration.md
 
+pictures: $(VENV)/.ready   ## draw the README's picture again
+	$(BIN)/python docs/pictures/draw_idea.py > docs/pictures/idea.svg
+
 bench: $(VENV)/.ready   ## share of ideal with emulated compute, 2, 4 and 8 ranks
 	for ranks in 2 4 8; do $(BIN)/dpp bench schedule --ranks $$ranks; done
 
@@ -34,5 +37,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-clean:
+clean:   ## remove .venv, all runs and caches
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+help:   ## list the targets
+	@awk -F ':.*## *' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))

@@ -1,11 +1,17 @@
-"""The README's first example runs as it stands, in one process and under torchrun, with the same result."""
+"""The README's script runs as it stands, in one process and under torchrun, with the same result."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+
+
+def script() -> str:
+    """Returns the README's one block of Python."""
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    return code
 
 
 def run(command: list[str], folder: Path) -> list[str]:
@@ -15,11 +21,13 @@ def run(command: list[str], folder: Path) -> list[str]:
     return re.findall(r"\[[\d., ]+\] \d+ bytes backward", done.stdout)
 
 
+def test_the_script_is_an_example() -> None:
+    example = (ROOT / "examples" / "digits.py").read_text(encoding="utf-8")
+    assert example.partition('"""\n\n')[2] == script()
+
+
 def test_readme_example(tmp_path: Path) -> None:
-    [code] = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    lines = [line for line in code.splitlines() if line]
-    assert len(lines) <= 15
-    (tmp_path / "script.py").write_text("import torch\ntorch.set_num_threads(1)\n" + code)
+    (tmp_path / "script.py").write_text("import torch\ntorch.set_num_threads(1)\n" + script())
     [alone] = run([sys.executable, "script.py"], tmp_path)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
     assert run(torchrun, tmp_path) == [alone, alone]

