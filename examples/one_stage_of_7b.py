@@ -15,12 +15,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import decoupled_pp as dpp
+from decoupled_pp.core.channels import Ends, Nowhere
 from decoupled_pp.core.packets import Packet, PacketKind
+from decoupled_pp.pipeline.feed import Feed, Itinerary
 from decoupled_pp.pipeline.losses import find_loss
-from decoupled_pp.pipeline.stage import StageOptions
-from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings
-from decoupled_pp.training.build import Recipe, build_stages, resolve_critic
+from decoupled_pp.settings.run import OptimizerSettings
+from decoupled_pp.training.build import build_stages
+from decoupled_pp.training.choices import choose_critic
 from decoupled_pp.training.memory import predict_memory
+from decoupled_pp.training.recipe import Recipe
 
 STAGES, TOKENS, GIB = 8, 512, 2**30
 CRITIC = {"kind": "vocabulary", "rank": 64, "tokens": 0.25}
@@ -40,7 +43,9 @@ with torch.device("meta"):
 tokens = torch.zeros(1, TOKENS, dtype=torch.int64)
 found = dpp.split_transformers(model, {"input_ids": tokens})
 plan = dpp.partition(found.layers, STAGES, "parameters", tokens, critic=CRITIC)
-critic, loss, optimizer = resolve_critic(CRITIC), find_loss("cross_entropy"), OptimizerSettings(kind="AdamW", lr=1e-4)
+critic = choose_critic(CRITIC)
+loss = find_loss("cross_entropy")
+optimizer = OptimizerSettings(kind="AdamW", lr=1e-4)
 predicted = predict_memory(plan, critic, loss=loss, optimizer=optimizer)
 print(
     f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f} billion parameters, planned in {time.time() - start:.1f} s"
@@ -57,8 +62,9 @@ for index, one in enumerate(predicted):
 
 chosen = int(sys.argv[1]) if len(sys.argv) > 1 else STAGES // 2
 before = now()
-recipe = Recipe(loss, critic, optimizer, ScheduleSettings(), StageOptions(), 0, 10)
-(stage,) = build_stages(plan, recipe, [chosen], torch.device("cpu"))
+cpu = torch.device("cpu")
+(stage,) = build_stages(plan, Recipe(loss, critic, optimizer), [chosen], cpu)
+alone = Ends(Feed(None, None, Itinerary(steps=0), cpu), Nowhere())
 hidden = torch.randn(1, TOKENS, config.hidden_size)
 with torch.no_grad():
     sides = found.layers[0](tokens.to("meta"))[1:]
@@ -66,7 +72,7 @@ sides = tuple(torch.zeros_like(side, device="cpu") for side in sides)
 for number in range(2):
     begun = time.time()
     packet = Packet(PacketKind.TRAIN, number, (hidden, *sides), torch.randint(0, 32000, (1, TOKENS)))
-    found_loss = stage.step(packet, lambda sent: None, lambda phase: None)
-    print(f"step {number}: loss {found_loss:.3f}, {time.time() - begun:.0f} s")
+    done = stage.train(packet, alone, lambda phase: None)
+    print(f"step {number}: loss {done.loss:.3f}, {time.time() - begun:.0f} s")
 seen = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 print(f"predicted {predicted[chosen].peak / GIB:.2f} GiB, seen {seen / GIB:.2f} GiB at the most")
