@@ -1,4 +1,4 @@
-"""What the commands print when they are done."""
+"""Prints the results of `dpp train`: exits, links, files."""
 
 from __future__ import annotations
 
@@ -7,60 +7,38 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from decoupled_pp.commands.evaluate.exits import Evaluation
 from decoupled_pp.core.reports import Exit
 from decoupled_pp.run.folder import WEIGHTS_FILE
 from decoupled_pp.training.job import Outcome
 
 
 def print_exits(exits: Sequence[Exit], console: Console | None = None) -> None:
-    """One row per exit: the stages up to it, judged by its critic; the last by the network's own head."""
+    """Prints one row per exit: the loss and accuracy after the stages up to it."""
     probed = any(one.knn_accuracy is not None for one in exits)
     table = Table("exit", "judged by", "held-out loss", "accuracy %", *(["nearest neighbours %"] if probed else []))
     for one in exits:
         table.add_row(
             str(one.stage),
-            "network's head" if one is exits[-1] else "critic",
-            _shown(one.val_loss, ".4f"),
-            _shown(one.val_accuracy, ".2f", 100),
-            *([_shown(one.knn_accuracy, ".2f", 100)] if probed else []),
+            judge_of(one, exits),
+            shown(one.val_loss, ".4f"),
+            shown(one.val_accuracy, ".2f", 100),
+            *([shown(one.knn_accuracy, ".2f", 100)] if probed else []),
         )
     (console or Console()).print(table)
 
 
-def print_evaluation(found: Evaluation, console: Console | None = None) -> None:
-    """Scores and costs of the exits; what leaving early, all exits together, and the gradients give, if asked for."""
-    console = console or Console()
-    table = Table("exit", "judged by", "held-out loss", "accuracy %", "parameters", "MFLOPs/sample")
-    for one, cost in zip(found.exits, found.costs, strict=True):
-        judge = "network's head" if one is found.exits[-1] else "critic"
-        loss, accuracy = _shown(one.val_loss, ".4f"), _shown(one.val_accuracy, ".2f", 100)
-        table.add_row(str(one.stage), judge, loss, accuracy, f"{cost.parameters:,}", f"{cost.flops / 1e6:,.2f}")
-    console.print(table)
-    if found.progressive:
-        table = Table("leaves above", "accuracy %", "MFLOPs/sample", "of the whole network", "leave at exit, %")
-        for row in found.progressive:
-            shares = " / ".join(f"{100 * share:.1f}" for share in row.left)
-            flops, part = f"{row.flops / 1e6:,.2f}", f"{100 * row.share_of_flops:.1f} %"
-            table.add_row(f"{row.threshold:g}", f"{100 * row.accuracy:.2f}", flops, part, shares)
-        console.print(table)
-    if found.ensemble is not None:
-        accuracy = _shown(found.ensemble.accuracy, ".2f", 100)
-        console.print(f"all exits together: held-out loss {found.ensemble.loss:.4f}, accuracy {accuracy} %")
-    if found.cosines:
-        table = Table("stage", "cosine of local and true gradient", "least .. greatest", "norm, local / true")
-        for cosine in found.cosines:
-            span = f"{cosine.low:.3f} .. {cosine.high:.3f}"
-            table.add_row(str(cosine.stage), f"{cosine.mean:.3f}", span, f"{cosine.norm_ratio:.2f}")
-        console.print(table)
+def judge_of(one: Exit, exits: Sequence[Exit]) -> str:
+    """Returns what makes the logits of an exit: its critic, or after the last stage the network's own head."""
+    return "network's head" if one is exits[-1] else "critic"
 
 
-def _shown(value: float | None, form: str, unit: float = 1.0) -> str:
+def shown(value: float | None, form: str, unit: float = 1.0) -> str:
+    """Formats a number in units of `1 / unit`, or a dash where nothing was measured."""
     return "-" if value is None else format(unit * value, form)
 
 
 def print_outcome(outcome: Outcome, console: Console | None = None) -> None:
-    """Scores, traffic, where the files are, and the generated text if there is some."""
+    """Prints scores, traffic, where the files are, and the generated text if there is some."""
     console = console or Console()
     report = outcome.report
     print_exits(report.exits, console)
@@ -79,6 +57,5 @@ def print_outcome(outcome: Outcome, console: Console | None = None) -> None:
         console.print(outcome.text, markup=False, highlight=False)
         console.rule()
     for path in (*outcome.pictures, outcome.folder / "summary.json", outcome.folder / WEIGHTS_FILE):
-        if not path.exists():  # the weights of a network that no rank has whole
-            continue
-        console.print(str(path), soft_wrap=True, highlight=False, markup=False)
+        if path.exists():  # a network too large for one rank is not written as a whole
+            console.print(str(path), soft_wrap=True, highlight=False, markup=False)

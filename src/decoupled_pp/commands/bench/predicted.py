@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from decoupled_pp.commands.plan.costs import StageCosts, seconds_of
 from decoupled_pp.commands.plan.orders import SPLIT, Operation, rank_of, stages_per_rank
-from decoupled_pp.commands.plan.predict import StageCosts, seconds_of
-from decoupled_pp.commands.plan.programs import Shape, decoupled, flushed
+from decoupled_pp.commands.plan.programs import PipelineShape, decoupled, flushed
 from decoupled_pp.commands.plan.simulate import Link, simulate
 from decoupled_pp.training.baselines.alone import MessageSeconds
 
@@ -86,7 +86,7 @@ def predicted_period(
     sizes = (emulation.message_bytes,) * (len(costs) - 1)
     bandwidth = emulation.message_bytes / message.transfer if message.transfer else math.inf
     link = Link(message.latency, bandwidth, message.host)
-    shape, per_step = Shape(kind, emulation.ranks, sizes, sizes), emulation.micro_batches
+    shape, per_step = PipelineShape(kind, emulation.ranks, sizes, sizes), emulation.micro_batches
     if kind == "decoupled":
         per_step, before, measured = 1, emulation.fill, emulation.packets
         programs = decoupled(shape, emulation.capacity, before + measured)

@@ -1,0 +1,16 @@
+"""What `dpp` says on standard error, and the codes with which it ends."""
+
+from __future__ import annotations
+
+import sys
+
+FAILED = 1
+USAGE = 2
+INTERRUPTED = 130
+TERMINATED = 143
+
+
+def say(text: str) -> None:
+    """Writes one line to standard error."""
+    sys.stderr.write("dpp: " + " ".join(text.split()) + "\n")
+    sys.stderr.flush()
