@@ -24,7 +24,9 @@ def strategies_of(text: str, known: Sequence[str]) -> list[str]:
     for kind in kinds:
         if kind not in known:
             raise UsageError(
-                f"--strategies: {kind!r} is not known; of {', '.join(known)}", code="unknown-strategy", key="strategy"
+                f"--strategies: {kind!r} is unknown; choose from {', '.join(known)}",
+                code="unknown-strategy",
+                key="strategy",
             )
     return kinds
 

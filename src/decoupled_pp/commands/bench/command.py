@@ -8,7 +8,7 @@ _ROOM = "decoupled_pp.commands.bench"
 BENCHMARKS = (
     Subcommand("schedule", "share of ideal with emulated compute", f"{_ROOM}.schedule"),
     Subcommand("wan", "two hosts, slow links: share of the rate without latency", f"{_ROOM}.wan"),
-    Subcommand("gpu", "tests and speed of one stage on one GPU", f"{_ROOM}.gpu"),
+    Subcommand("gpu", "speed of one stage on one GPU", f"{_ROOM}.gpu"),
     Subcommand("memory", "activations that every rank of a pipeline holds", f"{_ROOM}.memory"),
 )
 

@@ -145,7 +145,7 @@ def export_folder(folder: Path, output: Path, *, tied: bool = False) -> None:
         return
     if tied:
         raise UsageError(
-            "--tied: only the folder of a transformers model has a place that says so; leave it out",
+            "--tied works only where a transformers model is exported as a folder; leave it out",
             code="tied-needs-transformers-folder",
         )
     module = build_model(settings.model, info)

@@ -198,8 +198,9 @@ def _profile(chosen: argparse.Namespace, settings: Settings) -> tuple[Profile, C
         try:
             text = Path(chosen.profile).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise UsageError(
-                f"--profile: cannot read {chosen.profile}: {error}; give the path of a profile",
+                f"--profile: cannot read {chosen.profile}: {reason}; give the path of a profile",
                 code="profile-unreadable",
             ) from None
         return read_profile(text, f"--profile {chosen.profile}"), minmax_cut

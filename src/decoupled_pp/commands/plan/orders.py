@@ -61,7 +61,7 @@ def pipeline_order(kind: str, ranks: int, micro_batches: int) -> list[Order]:
     """
     if kind not in PIPELINES:
         raise UsageError(
-            f"strategy {kind!r} is no pipeline with a flush; of {', '.join(PIPELINES)}",
+            f"strategy {kind!r} is not a pipeline with a flush; choose from {', '.join(PIPELINES)}",
             code="unknown-strategy",
             key="strategy",
         )

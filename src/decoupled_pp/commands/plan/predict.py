@@ -137,7 +137,9 @@ def check_known(strategy: str) -> None:
     """Raises UsageError for a strategy that is not in `STRATEGIES`."""
     if strategy not in STRATEGIES:
         raise UsageError(
-            f"strategy {strategy!r} is not known; of {', '.join(STRATEGIES)}", code="unknown-strategy", key="strategy"
+            f"strategy {strategy!r} is unknown; choose from {', '.join(STRATEGIES)}",
+            code="unknown-strategy",
+            key="strategy",
         )
 
 

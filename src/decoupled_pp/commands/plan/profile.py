@@ -120,5 +120,5 @@ def read_profile(text: str, source: str = "the text") -> Profile:
         return Profile(layers=layers, critics=critics, **raw)
     except (TypeError, KeyError, ValueError) as error:  # JSON errors are ValueErrors
         raise UsageError(
-            f"{source} is no profile: {error}; write one with --save-profile", code="profile-unreadable"
+            f"{source} is not a profile: {error}; write one with --save-profile", code="profile-unreadable"
         ) from error
