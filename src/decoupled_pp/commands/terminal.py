@@ -1,4 +1,4 @@
-"""What `dpp` says on standard error, and the codes with which it ends."""
+"""Messages of `dpp` on standard error, and its exit codes."""
 
 from __future__ import annotations
 

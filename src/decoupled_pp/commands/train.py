@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_command(chosen: argparse.Namespace) -> int:
-    """Trains, or starts ranks that do; returns the exit code."""
+    """Trains in this process, or starts ranks that train; returns the exit code."""
     from decoupled_pp.settings.load import load_settings
     from decoupled_pp.training.job import check_ranks
 

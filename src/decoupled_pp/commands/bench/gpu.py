@@ -10,9 +10,7 @@ import json
 import platform
 import re
 import shlex
-import shutil
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -144,23 +142,12 @@ def environment_of(device: torch.device) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device)
     return {
         **found,
-        "driver": _driver(),
         "cudnn": torch.backends.cudnn.version(),
         "device": properties.name,
         "memory_bytes": properties.total_memory,
         "multiprocessors": properties.multi_processor_count,
         "capability": f"{properties.major}.{properties.minor}",
     }
-
-
-def _driver() -> str | None:
-    """Returns the version of NVIDIA's driver, if `nvidia-smi` is there to say it."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-    query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
-    words = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
-    return words[0] if words else None
 
 
 def slug(name: str) -> str:

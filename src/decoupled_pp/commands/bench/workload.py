@@ -21,7 +21,7 @@ _NUMBERS_PER_REPEAT = 10**6
 
 @dataclass(frozen=True)
 class Unevenness:
-    """How durations differ from their nominal value.
+    """Deviations of durations from their nominal value.
 
     Attributes:
         slow_stage: The rank that is slower at random moments.
@@ -47,7 +47,7 @@ class Unevenness:
         return max(1.0, 1 + self.slow_share * (self.slow_factor - 1))
 
     def __str__(self) -> str:
-        """One line for a table's head; empty if all durations are equal."""
+        """Returns one line for a table's head; empty if all durations are equal."""
         parts = []
         if self.slow_share:
             parts.append(

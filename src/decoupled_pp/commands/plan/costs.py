@@ -1,4 +1,4 @@
-"""What the stages of a cut cost, from the costs of layers and critics. No torch."""
+"""Costs of the stages of a cut, from the costs of layers and critics. No torch."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def _receive(message: Message | None) -> list[Instruction]:
 
 
 def _gpipe(shape: PipelineShape, orders: Sequence[Order]) -> list[list[Instruction]]:
-    """GPipe: every receive is posted when it is needed; sends are waited for at the end of a phase."""
+    """Builds GPipe's programs: a receive is posted when it is needed; sends are waited for at the end of a phase."""
     programs = []
     for order in orders:
         program: list[Instruction] = []
@@ -118,7 +118,7 @@ def _gpipe(shape: PipelineShape, orders: Sequence[Order]) -> list[list[Instructi
 
 
 def _fused(shape: PipelineShape, orders: Sequence[Order]) -> list[list[Instruction]]:
-    """1F1B: a send is held back, to be posted together with the next receive, if that goes the other way.
+    """Builds 1F1B's programs: a send is held back and posted with the next receive, if that goes the other way.
 
     Between two passes of one kind (warm-up, cool-down) the send goes out at once, and is waited for after the next one.
     """
@@ -154,7 +154,7 @@ def _fused(shape: PipelineShape, orders: Sequence[Order]) -> list[list[Instructi
 
 
 def _blocking(shape: PipelineShape, orders: Sequence[Order]) -> list[list[Instruction]]:
-    """DeepSpeed: stage s runs forward k at clock 2 k + s and backward k at clock 2 k + 2 p - 1 - s.
+    """Builds DeepSpeed's programs: stage s runs forward k at clock 2 k + s, backward k at clock 2 k + 2 p - 1 - s.
 
     Before a forward clock's compute it receives activations, then sends the gradient of the clock before; before a
     backward clock's it sends the activations of the clock before, then receives a gradient.
@@ -187,7 +187,7 @@ def _clock(operation: Operation, stages: int, first: int) -> int:
 
 
 def _ahead(shape: PipelineShape, orders: Sequence[Order]) -> list[list[Instruction]]:
-    """Two stages per rank: receives are posted where torch's `_add_send_recv` puts them.
+    """Builds programs of two stages per rank, with receives where torch's `_add_send_recv` puts them.
 
     It goes over the ranks in turn, one operation each, as far as what they need has been computed; an operation that
     sends puts the receive into the other rank's list there and then.
