@@ -31,7 +31,7 @@ def strategies_of(text: str, known: Sequence[str]) -> list[str]:
     return kinds
 
 
-def numbers_of(option: str, text: str, least: float, example: str) -> list[float]:
+def numbers_of(option: str, text: str, least: float, example: str, *, whole: bool = False) -> list[float]:
     """Reads comma-separated finite numbers.
 
     Args:
@@ -39,6 +39,7 @@ def numbers_of(option: str, text: str, least: float, example: str) -> list[float
         text: Its value.
         least: Smallest number allowed.
         example: A value that could have been given.
+        whole: Whether only whole numbers are allowed.
 
     Raises:
         UsageError: It is no such list.
@@ -47,12 +48,13 @@ def numbers_of(option: str, text: str, least: float, example: str) -> list[float
         numbers = [float(word) for word in text.split(",")]
     except ValueError:
         numbers = [math.nan]
-    if not all(least <= number < math.inf for number in numbers):
-        raise UsageError(
-            f"{option} {text} must be comma-separated numbers of at least {least:g}, such as {example}",
-            code="option-unreadable",
-        )
-    return numbers
+    if all(least <= number < math.inf and (number.is_integer() or not whole) for number in numbers):
+        return numbers
+    raise UsageError(
+        f"{option} {text} must be comma-separated {'whole ' if whole else ''}numbers of at least {least:g}, such as "
+        f"{example}",
+        code="option-unreadable",
+    )
 
 
 def check_at_least(chosen: argparse.Namespace, **least: float) -> None:

@@ -74,6 +74,7 @@ def test_the_whole_command(tmp_path):
     ("option", "code", "part"),
     [
         ("--ranks=2,1", "option-unreadable", "--ranks 2,1"),
+        ("--ranks=2.5", "option-unreadable", "whole numbers"),
         ("--strategies=backprop", "unknown-strategy", "'backprop'"),
     ],
 )

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_command(chosen: argparse.Namespace) -> int:
     """Starts one number of ranks after the other and reports, or is one of the ranks."""
-    sizes = [int(number) for number in numbers_of("--ranks", chosen.ranks, 2, "2,4,8")]
+    sizes = [int(number) for number in numbers_of("--ranks", chosen.ranks, 2, "2,4,8", whole=True)]
     strategies = strategies_of(chosen.strategies, STRATEGIES)
     from decoupled_pp.commands.bench.memory_measure import BLOCKS, GptSize, measure
     from decoupled_pp.commands.launcher import launch
