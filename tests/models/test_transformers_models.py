@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.splitting.families import inputs_of, model_of
+from tests.models.splitting.families import inputs_of, model_of
 
 import decoupled_pp as dpp
 from decoupled_pp.commands.evaluate.finished_run import open_run

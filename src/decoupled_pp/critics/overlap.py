@@ -1,10 +1,10 @@
-"""Overlap: a stage trains copies of the next stage's first layers redundantly; its critic judges what they make.
+"""Overlap: a stage trains copies of the next stage's first layers redundantly; its critic judges their output.
 
     stage k        f_k --> copies of the next stage's first layers --> critic      all trained by stage k
     stage k+1              the layers themselves, trained by stage k+1 --> ...
 
-So a stage learns features that layers like the next stage's can use. The copies begin with the network's weights and go
-their own way: nothing is exchanged, no byte more crosses a link, and the price is computing those layers twice.
+A stage then learns features that layers like the next stage's can use. The copies begin with the network's weights and
+train on their own: nothing is exchanged, no byte more crosses a link, and the price is computing those layers twice.
 
 Source: overlapping local updates, Laskin et al. 2020 (2012.03837), section 3, where the layers are shared memory.
 """
@@ -27,7 +27,8 @@ class PlainOverlap(nn.Module):
 
     def __init__(self, layers: nn.Sequential, critic: nn.Module) -> None:
         super().__init__()
-        self.overlap, self.critic = layers, critic
+        self.overlap = layers
+        self.critic = critic
 
     def forward(self, hidden: Payload) -> Tensor:
         """Judge a stage's output."""
@@ -36,11 +37,12 @@ class PlainOverlap(nn.Module):
 
 
 class Overlap(Critic):
-    """The same for a critic that has an objective of its own."""
+    """Copied layers, then a critic with an objective of its own: a stage's output -> logits."""
 
     def __init__(self, layers: nn.Sequential, critic: Critic) -> None:
         super().__init__()
-        self.overlap, self.critic = layers, critic
+        self.overlap = layers
+        self.critic = critic
 
     def forward(self, hidden: Payload) -> Tensor:
         """Judge a stage's output."""
@@ -48,20 +50,20 @@ class Overlap(Critic):
         return logits
 
     def objective(self, view: View, loss: Loss) -> Tensor:
-        """The critic's, for what the copied layers make of the stage's output."""
+        """Return the critic's objective, for what the copied layers make of the stage's output."""
         return self.critic.objective(replace(view, hidden=self.overlap(view.hidden)), loss)
 
     def rider(self, view: View) -> Payload:
-        """The critic's."""
+        """Return the critic's rider."""
         return self.critic.rider(view)
 
 
 @dataclass(frozen=True)
-class Overlapping:
+class OverlapBuilder:
     """Builds overlapping critics.
 
     Attributes:
-        builder: What makes the critics behind the copied layers.
+        builder: Builds the critics behind the copied layers.
         layers: How many layers are copied; fewer where the network's head is nearer.
     """
 
@@ -69,10 +71,10 @@ class Overlapping:
     layers: int
 
     def __call__(self, context: CriticContext) -> nn.Module:
-        """The critic of one stage.
+        """Build the critic of one stage.
 
         Raises:
-            UsageError: The builder's, or a critic that looks at the stage itself.
+            UsageError: See the builder; or the critic looks at the stage itself.
         """
         end = min(context.boundary + self.layers, len(context.layers) - 1)
         copies = nn.Sequential(*(trainable_copy(layer) for layer in context.layers[context.boundary : end]))
@@ -82,12 +84,14 @@ class Overlapping:
             return PlainOverlap(copies, critic)
         if critic.late or critic.follows_input or critic.needs_first or not has_exit(critic):
             raise UsageError(
-                f"critic_overlap: critic {type(critic).__name__} looks at the stage's own input or gradient, not at "
-                "layers behind it; leave critic_overlap out"
+                f"`critic_overlap`: critic {type(critic).__name__} looks at the stage's own input or gradient, not at "
+                "layers behind it; leave `critic_overlap` out",
+                code="critic-overlap-unsupported",
+                key="critic_overlap",
             )
         return Overlap(copies, critic)
 
     def closing(self) -> nn.Module | None:
-        """The builder's."""
+        """Build what judges the last stage as the builder does: behind it there is nothing to overlap."""
         own: Callable[[], nn.Module | None] = getattr(self.builder, "closing", lambda: None)
         return own()

@@ -13,8 +13,14 @@ from torch import nn
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.plans import count_parameters
 from decoupled_pp.critics import build_critic
-from decoupled_pp.models.cutting import critic_context, cut_network, measure_critics, trace
-from decoupled_pp.models.cutting.measure import measure_layers, stand_in_objective
+from decoupled_pp.models.cutting import (
+    critic_context,
+    cut_network,
+    measure_critics,
+    measure_layers,
+    stand_in_objective,
+    trace,
+)
 from decoupled_pp.settings.critics import AuglocalCritic
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.splitting.families import FAMILIES, TABLE, inputs_of, model_of, table
+from tests.models.splitting.families import FAMILIES, TABLE, inputs_of, model_of, table
 from torch import nn
 
 import decoupled_pp as dpp
@@ -83,7 +83,7 @@ def test_critics_make_fresh_copies_of_blocks_by_the_librarys_own_rule():
     for _ in range(2):
         torch.manual_seed(0)
         copies.append(fresh_copy(block, "block0"))
-    assert copies[0].rule is block.rule  # the model itself is not copied along
+    assert copies[0].initialiser is block.initialiser  # the model itself is not copied along
     for first, second, own in zip(*(one.parameters() for one in (*copies, block)), strict=True):
         assert torch.equal(first, second) and bool((own == 7.0).all()) and not bool((first == 7.0).any())
     plan = dpp.partition(split_transformers(model_of("Llama"), inputs).layers, 2, "uniform", ids)

@@ -17,8 +17,9 @@ from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import CriticBuilder, CriticContext
 from decoupled_pp.core.packets import Loss, Payload, as_tuple, map_payload, payload_bytes
 from decoupled_pp.models.cutting import measure_passes, stand_in_objective, trace
-from decoupled_pp.models.cutting.layers import LAYER_FAULTS, critic_context, misfit, present
-from decoupled_pp.models.cutting.measure import Judged, Objective, runnable_copy
+from decoupled_pp.models.cutting.layers import LAYER_FAULTS, critic_context, misfit, zeros_if_meta
+from decoupled_pp.models.cutting.measure import runnable_copy
+from decoupled_pp.models.cutting.objective import CriticWithLoss, Objective
 from decoupled_pp.pipeline.activations import SavedActivations
 from decoupled_pp.pipeline.optim import OptimizerFactory
 from decoupled_pp.settings.run import OptimizerSettings
@@ -64,7 +65,7 @@ def measure_profile(
         UsageError: A layer fails in training mode.
     """
     hiddens, output = trace(module, sample)
-    objective = stand_in_objective(loss, present(output).to(device))
+    objective = stand_in_objective(loss, zeros_if_meta(output).to(device))
     outputs = [*hiddens[1:], output]
     how = _How(device, objective, optimizer, repeats)
     kept, beside = _saved(module, sample, device, objective)
@@ -120,7 +121,7 @@ def _piece(
     except UsageError:
         raise
     except LAYER_FAULTS as error:
-        raise misfit(name, module, given, error) from error
+        raise misfit(f"layer {name!r}", module, given, error) from error
     step, state = optimizer_cost(copied, how.optimizer)
     trainable = [p for p in copied.parameters() if p.requires_grad]
     return {
@@ -184,14 +185,14 @@ def _critic(
     What it saves is counted beside what the layer below it saves, whose output both may keep.
     """
     try:
-        built = Judged(critic(context), context, how.objective)
+        built = CriticWithLoss(critic(context), context, how.objective)
         piece = _piece("critic", built, context.hidden, how, None)
     except UsageError:
         return None
     built = built.to(how.device).train()
     kept = _kept(built, map_payload(lambda tensor: tensor.to(how.device), context.hidden), None)
     below = runnable_copy(context.layers[context.boundary - 1], how.device).train()
-    given = map_payload(lambda tensor: present(tensor).to(how.device), below_input)
+    given = map_payload(lambda tensor: zeros_if_meta(tensor).to(how.device), below_input)
     both = _kept(nn.Sequential(below, built), given, None)
     beside = max(0, both - _kept(below, given, None))
     return Piece(**piece, saved_bytes=kept, saved_beside=beside)
