@@ -45,6 +45,7 @@ def build_auglocal(settings: AuglocalCritic, context: CriticContext) -> nn.Modul
     depth = pyramidal_depth(settings.depth, settings.pyramid, context.stage, context.stages)
     where = f"stage {context.stage}: the auglocal critic's"
     narrowing = _narrowing(settings, context)
+    # Every part is run on the sample as it is built, because the next part must take the shape that comes out.
     current = _run(narrowing, context.hidden, f"{where} narrowing")
     copies: list[nn.Module] = []
     for index in sampled_indices(context.boundary - 1, len(context.layers) - 1, depth):
@@ -138,11 +139,13 @@ def _narrowing(settings: AuglocalCritic, context: CriticContext) -> nn.Module:
     parts: list[nn.Module] = []
     if settings.resolution is not None:
         if not isinstance(hidden, Tensor) or hidden.dim() != 4:
-            raise critic_unfit(context, f"`critic.resolution` {settings.resolution} is for images, not for {shape}")
+            fault = f"`critic.resolution` {settings.resolution} is for images, not for shape {shape}"
+            raise critic_unfit(context, fault, option="critic.resolution")
         parts.append(PoolTo(settings.resolution))
     if settings.width < 1:
         if not isinstance(hidden, Tensor) or hidden.dim() not in {3, 4}:
-            raise critic_unfit(context, f"`critic.width` {settings.width} is for images and tokens, not for {shape}")
+            fault = f"`critic.width` {settings.width} is for images and tokens, not for shape {shape}"
+            raise critic_unfit(context, fault, option="critic.width")
         channels = _channels(hidden)
         fewer = _narrowed(channels, settings.width)
         parts.append(nn.Conv2d(channels, fewer, 1) if hidden.dim() == 4 else nn.Linear(channels, fewer))

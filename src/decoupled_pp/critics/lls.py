@@ -14,8 +14,11 @@ from decoupled_pp.core.packets import Payload, first_tensor
 from decoupled_pp.critics.requirements import judged_tensor
 from decoupled_pp.settings.critics import LlsCritic
 
-LOWEST, HIGHEST = 50.0, 512.0
-"""Frequencies of the first and of the last class."""
+LOWEST = 50.0
+"""Frequency of the first class."""
+
+HIGHEST = 512.0
+"""Frequency of the last class."""
 
 
 def sinusoids(classes: int, features: int) -> Tensor:
@@ -23,6 +26,7 @@ def sinusoids(classes: int, features: int) -> Tensor:
 
     Source: Apolinario & Roy 2025 (WACV), section 3, and the authors' code.
     """
+    # In double precision: the sine of a phase in the thousands would lose digits in single precision.
     frequencies = torch.linspace(LOWEST, HIGHEST, classes, dtype=torch.float64)
     return torch.sin(frequencies[:, None] * torch.arange(features, dtype=torch.float64)).float()
 

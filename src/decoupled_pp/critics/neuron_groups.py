@@ -53,6 +53,7 @@ class NeuronGroups(Critic):
     def _all_logits(self, hidden: Tensor) -> list[Tensor]:
         """Return every critic's logits; each sees all channels, and only its own take its gradient."""
         parts = hidden.chunk(len(self.critics), dim=1)
+        # Detached, not cut out: each critic judges with all channels and trains only its own.
         every = []
         for own, critic in enumerate(self.critics):
             seen = [part if index == own else part.detach() for index, part in enumerate(parts)]

@@ -28,6 +28,7 @@ def similarities(features: Tensor) -> Tensor:
         features = features.flatten(2).std(dim=2)
     features = features.flatten(1)
     centred = features - features.mean(dim=1, keepdim=True)
+    # The epsilon keeps a sample with constant features from dividing by 0.
     unit = centred / (_EPSILON + centred.square().sum(dim=1, keepdim=True).sqrt())
     return (unit @ unit.T).clamp(-1, 1)
 
@@ -50,7 +51,7 @@ class Predsim(Critic):
         else:
             self.projection = nn.Linear(channels, channels, bias=False)
         self.prediction = nn.Linear(self._pooled(hidden).shape[1], outputs)
-        nn.init.zeros_(self.prediction.weight)
+        nn.init.zeros_(self.prediction.weight)  # as the authors' code does
 
     def forward(self, hidden: Payload) -> Tensor:
         """Judge a stage's output."""

@@ -9,18 +9,18 @@ from decoupled_pp.core.objective import CriticContext
 from decoupled_pp.core.packets import Payload, as_tuple, first_tensor
 
 
-def critic_unfit(context: CriticContext, fault: str) -> UsageError:
+def critic_unfit(context: CriticContext, fault: str, *, option: str | None = None) -> UsageError:
     """Return the error for a kind of critic that cannot judge this stage.
 
     Args:
         context: The stage.
-        fault: The reason, as a clause after "stage 1: "; it ends with a remedy or is followed by the usual one.
+        fault: The reason, as a clause after "stage 1: ".
+        option: The key of the option at fault, if the critic could judge the stage without it.
     """
-    return UsageError(
-        f"stage {context.stage}: {fault}; choose another `critic.kind`, such as head, or `cut` elsewhere",
-        code="critic-unfit",
-        key="critic.kind",
-    )
+    remedy = "choose another `critic.kind`, such as head, or `cut` elsewhere"
+    if option is not None:
+        remedy = "leave it out"
+    return UsageError(f"stage {context.stage}: {fault}; {remedy}", code="critic-unfit", key=option or "critic.kind")
 
 
 def shapes_of(context: CriticContext) -> str:
@@ -64,8 +64,8 @@ def class_indices(kind: str, target: Payload, judged: Tensor) -> Tensor:
     classes = as_tuple(target)[0]
     if classes.is_floating_point() or classes.shape != judged.shape[:-1]:
         raise UsageError(
-            f"critic {kind} needs one class index for each of {tuple(judged.shape[:-1])} as target, not "
-            f"{tuple(classes.shape)} {classes.dtype}; choose `critic.kind` head or auglocal",
+            f"critic {kind} needs class indices of shape {tuple(judged.shape[:-1])} as target, not {classes.dtype} of "
+            f"shape {tuple(classes.shape)}; choose `critic.kind` head or auglocal",
             code="critic-needs-class-indices",
             key="critic.kind",
         )

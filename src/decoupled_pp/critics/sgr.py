@@ -48,7 +48,7 @@ class Sgr(Critic):
         has_predecessor = len(as_tuple(view.rider)) > 0
         # The distance is differentiated through both gradients; the first stage has no distance, and needs no graph.
         (delta,) = torch.autograd.grad(label_loss, hidden, retain_graph=True, create_graph=has_predecessor)
-        view.delta = delta.detach()
+        view.delta = delta.detach()  # the rider: it leaves with the packet, without the graph
         if not has_predecessor:
             return label_loss
         (ours,) = torch.autograd.grad(hidden, first_tensor(view.inputs), delta, create_graph=True)

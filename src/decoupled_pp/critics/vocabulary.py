@@ -86,6 +86,7 @@ class _Sampled(_Linear):
     def cheap_loss(self, rows: Tensor, target: Tensor, loss: Loss) -> Tensor:
         rows = self.reduction(rows)
         counted = target != IGNORED
+        # One draw for all rows: S rows of the projection are gathered, instead of S for every position.
         drawn = torch.randint(self.vocabulary, (self.classes,), device=target.device)
         own = functional.embedding(target.clamp(min=0), self.projection.weight)
         others = rows @ functional.embedding(drawn, self.projection.weight).T
@@ -119,6 +120,7 @@ class _Hashed(_TokenCritic):
     def cheap_loss(self, rows: Tensor, target: Tensor, loss: Loss) -> Tensor:
         counted = target != IGNORED
         logits = self._bucket_logits(rows)
+        # IGNORED is -100, an index from the end: such targets are looked up as class 0, and then set back.
         buckets = torch.where(counted, self.bucket_of[:, target.clamp(min=0)], IGNORED)  # (J, N)
         return torch.stack([loss(logits[:, j], buckets[j]) for j in range(self.hashes)]).sum()
 

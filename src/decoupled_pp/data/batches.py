@@ -59,7 +59,7 @@ class TrainingBatches(BatchSource):
         samples = self._load()
         size = min(self._batch_size, len(samples))
         per_epoch = len(samples) // size
-        first_epoch, first_position = divmod(start, per_epoch)
+        first_epoch, first_position = divmod(start, per_epoch)  # no batch before `start` is read
         for epoch in count(first_epoch):
             order = torch.randperm(len(samples), generator=generator(self._seed, Purpose.ORDER, epoch))
             for position in range(first_position, per_epoch):

@@ -49,6 +49,7 @@ def open_huggingface(settings: HuggingFaceData, seed: int) -> Data:
 def _load(settings: HuggingFaceData) -> Any:
     datasets = import_extra("datasets", "data.kind", "huggingface")
     path = str(Path(settings.path).expanduser())
+    # The hub's names are "name" or "owner/name"; anything with more slashes can only be a path.
     is_local = settings.path.startswith((".", "/", "~")) or settings.path.count("/") > 1
     if is_local and not Path(path).exists():
         raise UsageError(

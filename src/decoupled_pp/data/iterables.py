@@ -102,7 +102,7 @@ def as_source(batches: Batches | BatchSource, endless: bool = False, first: int 
         return batches
     if isinstance(batches, Tensor | str | dict) or not (isinstance(batches, Iterable) or callable(batches)):
         raise UsageError(
-            f"batches: a {type(batches).__name__} is not an iterable of (input, target); give a list, a DataLoader, a "
+            f"batches: {type(batches).__name__} is not an iterable of (input, target); give a list, a DataLoader, a "
             "generator function or a BatchSource",
             code="not-batches",
         )
@@ -116,9 +116,9 @@ def as_batch(value: object) -> Batch:
         UsageError: It is not a pair of tensors or tuples of tensors with one batch dimension.
     """
     if not isinstance(value, tuple | list) or len(value) != 2:
-        size = f" of {len(value)}" if isinstance(value, tuple | list) else ""
+        size = f" with {len(value)} entries" if isinstance(value, tuple | list) else ""
         raise UsageError(
-            f"a batch is a {type(value).__name__}{size}, not a pair; yield (input, target)", code="bad-batch"
+            f"a batch is of type {type(value).__name__}{size}, not a pair; yield (input, target)", code="bad-batch"
         )
     return _as_payload(value[0], "input"), _as_payload(value[1], "target")
 
@@ -129,5 +129,6 @@ def _as_payload(value: object, name: str) -> Payload:
     if isinstance(value, tuple | list) and value and all(isinstance(item, Tensor) for item in value):
         return tuple(value)
     raise UsageError(
-        f"the {name} of a batch is a {type(value).__name__}; give a tensor or a tuple of tensors", code="bad-batch"
+        f"the {name} of a batch is of type {type(value).__name__}; give a tensor or a tuple of tensors",
+        code="bad-batch",
     )

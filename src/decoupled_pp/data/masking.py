@@ -54,6 +54,7 @@ def masked(tokens: Tensor, mask: int, size: int, share: float, generator: torch.
     chosen = draws < max(share, float(draws.min()) * (1 + 1e-6))
     fate = torch.rand(tokens.shape, generator=generator)
     others = torch.randint(size, tokens.shape, generator=generator)
+    # The 10 % that stay teach the model to represent tokens it can see; with masks alone it would not have to.
     inputs = torch.where(chosen & (fate < 0.8), mask, tokens)
     inputs = torch.where(chosen & (fate >= 0.9), others, inputs)
     return inputs, torch.where(chosen, tokens, IGNORED)

@@ -10,7 +10,7 @@ from decoupled_pp.data.seeds import Purpose, generator
 
 def random_split(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Return sorted indices (training, held out) of `count` >= 2 samples; neither is empty."""
-    amount = min(max(round(fraction * count), 1), count - 1)
+    amount = min(max(round(fraction * count), 1), count - 1)  # at least one sample in either part
     order = torch.randperm(count, generator=generator(seed, Purpose.SPLIT))
     return order[amount:].sort().values.tolist(), order[:amount].sort().values.tolist()
 

@@ -89,7 +89,7 @@ class StreamedBatches(BatchSource):
             stream = iter(self._samples(epoch))
             while samples := list(islice(stream, self._batch_size)):
                 if len(samples) < self._batch_size and self._endless and complete:
-                    break
+                    break  # every batch of training has one size, unless the whole epoch is smaller
                 complete += 1
                 yield self._collate(samples)
             if not complete:
@@ -102,12 +102,12 @@ class StreamedBatches(BatchSource):
 
 def windows(texts: Iterable[Tensor], context: int, skip: int) -> Iterator[Sample]:
     """Cut a stream of token tensors (any lengths) into samples of `context` tokens, after skipping `skip` tokens."""
-    rest = torch.empty(0, dtype=torch.int64)
+    rest = torch.empty(0, dtype=torch.int64)  # tokens that do not fill a window yet
     for tokens in texts:
         rest = torch.cat((rest, tokens.long()))
         position = min(skip, len(rest))
         skip -= position
-        while position + context < len(rest):
+        while position + context < len(rest):  # strictly less: a window needs one token more, as its last target
             yield rest[position : position + context], rest[position + 1 : position + context + 1]
             position += context
         rest = rest[position:]

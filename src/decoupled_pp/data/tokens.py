@@ -69,6 +69,7 @@ class TokenWindows(Samples):
     def take(self, indices: Tensor, epoch: int | None) -> Batch:
         """Return inputs and next tokens, both (B, context) int64."""
         first = self.offset(epoch) + indices * self._context
+        # One gather for the batch; the tokens stay bytes or int32 in memory and are cast here.
         windows = self._tokens[first[:, None] + torch.arange(self._context + 1)].long()
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 

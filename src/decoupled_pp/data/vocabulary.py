@@ -102,10 +102,8 @@ def open_vocabulary(tokenizer: str | None) -> Vocabulary:
         raise
     except Exception as error:  # the Rust side raises bare Exception, the hub whatever it likes
         fault = " ".join(str(error).split())[:300]
-        if path.exists():
-            reason, code = "is not a usable tokenizer", "tokenizer-unusable"
-        else:
-            reason, code = "does not exist here, and the hub gives none", "tokenizer-not-found"
+        code = "tokenizer-unusable" if path.exists() else "tokenizer-not-found"
+        reason = "is not a usable tokenizer" if path.exists() else "does not exist here, and the hub gives none"
         raise UsageError(f"`data.tokenizer` {tokenizer} {reason}: {fault}", code=code, key="data.tokenizer") from None
 
 

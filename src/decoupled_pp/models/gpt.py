@@ -70,6 +70,7 @@ class Attention(nn.Module):
         batch, length, width = hidden_BTD.shape
         split = (batch, length, 3, self.heads, width // self.heads)
         query, key, value = self.queries_keys_values(hidden_BTD).view(split).permute(2, 0, 3, 1, 4).unbind(0)
+        # One fused projection and one view: (B, T, 3, H, D/H) -> three of (B, H, T, D/H).
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         mixed_BTD: Tensor = self.projection(mixed.transpose(1, 2).reshape(batch, length, width))
         return mixed_BTD

@@ -74,7 +74,7 @@ class Block(nn.Module):
 
     def _shortcut(self, hidden: Tensor) -> Tensor:
         if self.stride > 1:
-            hidden = hidden[:, :, :: self.stride, :: self.stride]
+            hidden = hidden[:, :, :: self.stride, :: self.stride]  # every second pixel, as in the paper: no averaging
         if not self.padding:
             return hidden
         before = self.padding // 2

@@ -53,6 +53,7 @@ def load_transformers(settings: HuggingFaceModel, info: DataInfo, *, weights: bo
     config = _config(settings, info, head)
     try:
         if settings.meta:
+            # from_config allocates nothing under this context; from_pretrained would read all weights.
             with torch.device("meta"):
                 model = maker.from_config(config, dtype=torch.float32)
         elif settings.path is not None and settings.pretrained and weights:

@@ -9,6 +9,7 @@ import decoupled_pp as dpp
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.critics.fresh import fresh_copy
 from decoupled_pp.models.huggingface import split_transformers
+from kit import refused
 
 transformers = pytest.importorskip("transformers")
 
@@ -62,7 +63,7 @@ def test_a_family_learns_as_in_one_piece(family):
 
 def test_an_encoder_decoder_is_refused():
     config = transformers.T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2)
-    with pytest.raises(UsageError, match="T5ForConditionalGeneration is an encoder-decoder"):
+    with refused("encoder-decoder-model", UsageError, "T5ForConditionalGeneration"):
         split_transformers(transformers.T5ForConditionalGeneration(config), {"input_ids": torch.ones(1, 3).long()})
 
 

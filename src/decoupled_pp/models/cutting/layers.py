@@ -38,7 +38,7 @@ def as_sequential(layers: object) -> nn.Sequential:
         for index, layer in enumerate(layers):
             if not isinstance(layer, nn.Module):
                 raise UsageError(
-                    f"layer {index} is a {type(layer).__name__}; every layer must be an nn.Module",
+                    f"layer {index} is of type {type(layer).__name__}; every layer must be an nn.Module",
                     code="layer-not-a-module",
                 )
         module = nn.Sequential(*layers)
@@ -95,7 +95,7 @@ def misfit(name: str, module: nn.Module, given: Payload, error: Exception) -> Us
     """
     return UsageError(
         f"{name} ({type(module).__name__}) does not fit its input {describe(given)}: {first_line(error)}; "
-        "each layer gets what the previous one returned, correct one of the two",
+        "correct it, or the layer that returns its input",
         code="layer-shape-mismatch",
     )
 

@@ -90,6 +90,7 @@ def measure_layers(
     layers = list(module.named_children())
     with torch.random.fork_rng(devices=cuda_devices(device)):
         for (name, layer), given in zip(layers, hiddens, strict=True):
+            # The loss runs on the last layer's output, so that layer's stage pays for it.
             is_last = len(seconds) == len(layers) - 1
             try:
                 copied = runnable_copy(layer, device)
@@ -190,7 +191,7 @@ def _seconds(  # noqa: PLR0917 - what to run, where, how far and how often
     def run() -> None:
         _one_pass(module, leaves, objective, reach)
 
-    with torch.enable_grad():
+    with torch.enable_grad():  # the caller may have switched gradients off
         for _ in range(WARM_UP):
             run()
         if device.type == "cuda":

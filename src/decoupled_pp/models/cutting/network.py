@@ -45,11 +45,10 @@ def cut_network(  # noqa: PLR0917 - the plain facts, as `dpp.partition` takes th
     """Cut a network into stages.
 
     Args:
-        layers: An `nn.Sequential`, or a list of modules. A network marked with `cut_after` is cut at the marked places
-            only, unless `by` is a list.
+        layers: An `nn.Sequential` or a list of modules; marked with `cut_after`, it is cut only there (but by a list).
         stages: Number of stages.
-        by: "time" (measured forward + backward, critics and loss included), "parameters" (critics included), "uniform"
-            (number of layers), or the number of layers of every stage.
+        by: "time" (measured, critics and loss included), "parameters" (critics included), "uniform" (number of layers),
+            or the number of layers of every stage.
         sample: An input micro-batch; "time" needs one, and "parameters" with a critic. With one, the layers are
             checked to fit each other, whatever `by` is.
         critic: Builds the critic of every stage but the last; None to leave critics out of the balance. While the cut
@@ -151,7 +150,7 @@ class _Cutter:
         """Give every stage as many layers."""
         layers = len(self.module)
         closing = self.devices.closing_costs(layers, self.stages)
-        if closing:
+        if closing:  # marked places are seldom evenly spaced: as even as they allow
             return minmax_cut([1.0] * layers, self.stages, closing)
         return uniform_cut(layers, self.stages)
 

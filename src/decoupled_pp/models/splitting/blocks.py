@@ -73,7 +73,7 @@ class _Ends:
 
     @property
     def at_entry(self) -> dict[str, nn.Module]:
-        """Parts that belong to the entry: somebody has to hold those that are never called."""
+        """Return the parts that belong to the entry: somebody has to hold those that are never called."""
         return {**self.before, **self.idle}
 
 
@@ -107,12 +107,14 @@ def split_blocks(
     names = [f"{list_name}.{index}" for index in range(len(blocks))]
     source = _Source(model, blocks, names, parts_around(model, blocks), sample, dict(options or {}), output)
     modes = {name: part.training for name, part in model.named_modules()}
+    # Watched in eval mode: dropout would draw random numbers, and the check below compares bit for bit.
     with untouched(model, next(iter(sample.values())).device):
         model.eval()
         expected, calls = _watch(source)
         block_calls = _calls_of_blocks(source, calls)
         wiring = wire(block_calls, names)
         ends = _find_ends(source.parts, calls, block_calls)
+        # Blocks come second: where an embedding and a head share a weight, the head gets the copy.
         untied = give_copies([ends.at_entry, dict(zip(names, blocks, strict=True)), ends.after])
         layers = _build(source, wiring, ends)
         if not on_meta(model):
@@ -256,6 +258,7 @@ def _build(source: _Source, wiring: Wiring, ends: _Ends) -> Layers:
     )
     for name, key, tensor in loose:
         holder = last.get_submodule(name)
+        # register_buffer refuses a name that is taken.
         tensors = holder._parameters if key in holder._parameters else holder._buffers
         tensors.pop(key)
         holder.register_buffer(key, nan_like(tensor), persistent=False)
@@ -319,6 +322,7 @@ def _choose_travelling_inputs(layers: nn.Sequential, sample: Mapping[str, Tensor
             f"to its end beside the blocks; {remedy}",
             code="split-changes-output",
         )
+    # Try without each floating input in turn: its NaNs would show in the output if the exit used its values.
     for place, tensor in enumerate(inputs):
         if not tensor.is_floating_point():  # tokens and masks are small, and an end may look for padding in them
             continue

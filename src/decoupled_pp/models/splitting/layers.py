@@ -84,17 +84,18 @@ class EntryLayer(_EndLayer):
         self._wiring = wiring
 
     def forward(self, payload: Payload) -> Payload:
-        """Inputs -> (hidden state, sides, inputs)."""
+        """Map inputs to (hidden state, sides, inputs)."""
         inputs = as_tuple(payload)
         meta = inputs[0].is_meta
         # Code around the blocks may look at values, which meta tensors have not: it gets ones on the CPU instead.
         given = [torch.ones_like(tensor, device="cpu") for tensor in inputs] if meta else inputs
+        # The last stub raises: what the model does after its blocks belongs to the exit, and is not run here.
         with suppress(AllBlocksCalled):
             self._run(given)
         recorded = []
         for stub in self._stubs:
             recorded.append(stub.given or [])
-            stub.given = None
+            stub.given = None  # a stub must not keep the activations of this micro-batch alive
         hidden: Tensor = recorded[0][self._wiring.blocks[0].hidden_in]
         outgoing = [hidden]
         for slot in self._wiring.live[0]:
@@ -145,14 +146,16 @@ class BlockLayer(nn.Module):
 
     @property
     def reset_parameters(self) -> Callable[[], None] | None:
-        """A function that makes fresh weights in place, for critics that copy layers; None without an initialiser."""
-        initialiser, block = self.initialiser, self.block
-        return None if initialiser is None else lambda: initialiser.fill(block)
+        """Return a function that makes fresh weights in place, for critics that copy layers; None if there is none."""
+        initialiser = self.initialiser
+        if initialiser is None:
+            return None  # so that callable() is False, and a critic looks for the method on the parts instead
+        return lambda: initialiser.fill(self.block)
 
     def forward(self, payload: Payload) -> Payload:
         """Call the block as the model would."""
         hidden, *rest = as_tuple(payload)
-        sides = dict(zip(self._before, rest, strict=False))
+        sides = dict(zip(self._before, rest, strict=False))  # the rest of `rest` are the inputs
         inputs = rest[len(self._before) :]
         leaves: list[Any] = []
         for leaf in self._wiring.leaves:
@@ -163,6 +166,7 @@ class BlockLayer(nn.Module):
             else:
                 leaves.append(_tensor_to_optional(sides[leaf.slot]))
         args, kwargs = pytree.tree_unflatten(leaves, self._wiring.form)
+        # Library blocks return a tensor, a tuple or a dataclass; the wiring knows the places among the leaves.
         made = pytree.tree_leaves(self.block(*args, **kwargs))
         sides |= {slot: made[place] for place, slot in self._wiring.makes}
         return (made[self._wiring.hidden_out], *(sides[slot] for slot in self._after), *inputs)
@@ -195,7 +199,7 @@ class ExitLayer(_EndLayer):
         self._output = output
 
     def forward(self, payload: Payload) -> Tensor:
-        """(hidden state, inputs) -> the network's output.
+        """Map (hidden state, inputs) to the network's output.
 
         Sides between the two are ignored, so that a copy of this layer can judge the output of any block.
         """
@@ -204,6 +208,7 @@ class ExitLayer(_EndLayer):
         meta = hidden.is_meta
         if meta:
             inputs = [torch.ones_like(tensor, device="cpu") for tensor in inputs]
+        # Code around the blocks reads shapes of its inputs (a mask's length); NaNs show if it reads more.
         rebuilt = [
             given if travels else torch.full(given.tolist(), torch.nan, dtype=dtype, device=given.device)
             for given, travels, dtype in zip(inputs, self.travels, self._dtypes.values(), strict=True)

@@ -64,6 +64,7 @@ def mode_dependent(
     Raises:
         UsageError: A module that cannot stay.
     """
+    # A module that asks for its mode makes other calls in the two traces; an operator that is told it has a known name.
     asking = {name for name in {*evaluation, *training} if evaluation.get(name, []) != training.get(name, [])}
     fixed: dict[str, str] = {}
     for name, calls in training.items():

@@ -32,7 +32,7 @@ _SIZED = (
 """Operators that take sizes, in which the batch size of the trace is a constant."""
 
 _OPERATORS: dict[str, Callable[..., Any]] = {}
-"""Operators that are called through `_call_for_batch`, by name: a graph node holds plain values only."""
+"""Operators that are called through `_call_for_batch`, by name."""
 
 
 def revive(part: nn.Module, whole: nn.Module, kept: Container[str]) -> None:
@@ -45,7 +45,7 @@ def revive(part: nn.Module, whole: nn.Module, kept: Container[str]) -> None:
         whole: The model that was traced.
         kept: Names of modules of the user's own that stay; those of `torch.nn` stay anyway.
     """
-    for name, module in list(part.named_modules()):
+    for name, module in list(part.named_modules()):  # a list, because modules are replaced on the way
         own = own_module(whole, name, kept)
         if own is not None:
             holder, _, key = name.rpartition(".")
@@ -59,7 +59,7 @@ def revive(part: nn.Module, whole: nn.Module, kept: Container[str]) -> None:
             for node in graph.nodes:
                 _free_batch_and_device(node)
         if isinstance(module, fx.GraphModule):
-            module.recompile()
+            module.recompile()  # a graph module runs generated code, which knows nothing of the changed graph
 
 
 def _share_tensors(module: nn.Module, original: nn.Module) -> None:
@@ -80,11 +80,12 @@ def _free_batch_and_device(node: fx.Node) -> None:
     """Let an operator follow the batch size and the device of the batch at hand."""
     if node.op != "call_function":
         return
-    kind = str(node.target).split(".")[1:2]
+    kind = str(node.target).split(".")[1:2]  # "aten.view.default" -> ["view"]; Python operators have no dots
     is_sized = bool(kind) and kind[0] in _SIZED and any(map(_holds_batch_size, node.args))
     if is_sized or "device" in node.kwargs:
         assert callable(node.target)
         name = str(node.target)
+        # By name: arguments of a node are plain values, which the generated code can spell out.
         _OPERATORS[name] = node.target
         node.args = (name, *node.args)
         node.target = _call_for_batch

@@ -30,6 +30,7 @@ class _BlockStub(Stub):
 
     def __init__(self, block: nn.Module, wiring: BlockWiring) -> None:
         super().__init__()
+        # The model may read a flag of its block (an attention type, a layer index) before it calls it.
         for name, value in vars(block).items():
             if not name.startswith("_") and not hasattr(self, name) and not _holds_tensors(value):
                 setattr(self, name, value)
@@ -116,6 +117,7 @@ class MissingPartStub(Stub):
         """Return NaNs, on the device of the first tensor given."""
         given = pytree.tree_leaves((args, kwargs))
         device = next((leaf.device for leaf in given if isinstance(leaf, Tensor)), torch.device("cpu"))
+        # On the meta device only shapes are computed, whatever the submodule would cost.
         args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
         with torch.no_grad():
             result = self._shapes(*args, **kwargs)
@@ -138,7 +140,7 @@ def nan_like(tensor: Tensor, device: torch.device | None = None) -> Tensor:
 
 def meta_copy(module: nn.Module) -> nn.Module:
     """Return a copy on the meta device, without ever copying the weights."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {}  # deepcopy takes these for copies it has already made
     for tensor in (*module.parameters(), *module.buffers()):
         empty = torch.empty_like(tensor, device="meta", requires_grad=False)
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty

@@ -68,6 +68,7 @@ class TracedLayer(nn.Module):
     def forward(self, payload: Payload) -> Payload:
         """Payload -> payload, or the output."""
         given = as_tuple(payload)
+        # Operators of the graph ask for it; a context variable, so that stages in several threads do not mix it up.
         running_batch.set((given[0].shape[0], given[0].device))
         result = self.part(*(given[place] for place in self._takes))
         made = (result,) if isinstance(result, Tensor) else tuple(result)
@@ -117,7 +118,7 @@ def split_traced(
     inputs = tuple(named.values()) or as_tuple(sample)  # type: ignore[arg-type]
     inputs = tuple(_rows(tensor, TRACED_BATCH) for tensor in inputs)
     known = dict(model.named_modules())
-    for name in cut_after:
+    for name in cut_after:  # torch's own error would not say which name is wrong
         if name not in known:
             raise _bad_cut(f"{name!r} is no module of {type(model).__name__}; name modules as named_modules() does")
     modes = {id(part): part.training for part in model.modules()}
@@ -127,7 +128,7 @@ def split_traced(
         parts = _parts(graph, modules)
         layers = Layers([(f"part{index}", layer) for index, layer in enumerate(_chain(parts, len(inputs)))])
         _check(layers, whole, inputs)
-    for part in layers.modules():
+    for part in layers.modules():  # the model's own modules keep their modes, those of the trace get the model's
         part.training = modes.get(id(part), model.training)
     names = {key: plain_name(key.split(".part.model.", 1)[1]) for key in layers.state_dict()}
     return Split(layers, names, {})
@@ -164,6 +165,8 @@ def _trace(whole: _Whole, inputs: tuple[Tensor, ...], cut_after: Sequence[str]) 
             warnings.simplefilter("ignore")
             return pipeline(copied, inputs, split_spec={f"model.{name}": SplitPoint.END for name in cut_after})
     except Exception as error:
+        if isinstance(error.__cause__, UsageError):  # ours, raised by `picked` while torch.export ran it
+            raise error.__cause__ from None
         raise UsageError(
             f"torch.export cannot trace {type(whole.model).__name__}: {first_line(error.__cause__ or error)}; pass its "
             "layers as a list",
@@ -194,6 +197,7 @@ def _parts(graph: fx.Graph, modules: Sequence[nn.Module]) -> list[_Part]:
             inputs += 1
         elif node.op == "call_module":
             values[node] = (len(parts), 0)
+            # A part that returns several tensors is followed by one getitem for each; one that returns one, by none.
             unpacked = [user for user in node.users if user.target is operator.getitem]
             takes = tuple(values[argument] for argument in node.args)
             parts.append(_Part(modules[len(parts)], takes, len(unpacked) or 1))
@@ -234,7 +238,7 @@ def _check(layers: nn.Module, whole: nn.Module, inputs: tuple[Tensor, ...]) -> N
         try:
             with torch.no_grad(), _slow_attention():
                 found = layers(given if len(given) > 1 else given[0])
-                torch.manual_seed(seed)
+                torch.manual_seed(seed)  # dropout draws the same numbers again
                 expected = whole(*given)
         except Exception as error:
             raise UsageError(

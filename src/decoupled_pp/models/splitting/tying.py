@@ -37,6 +37,7 @@ def give_copies(groups: Sequence[Mapping[str, nn.Module]]) -> dict[str, str]:
     Returns:
         Name of the copy -> name of the parameter in the first group that has it.
     """
+    # Parameters are told apart by identity: equal values do not make two parameters one.
     seen: dict[int, str] = {}
     copies: dict[str, str] = {}
     for group in groups:
@@ -51,7 +52,7 @@ def give_copies(groups: Sequence[Mapping[str, nn.Module]]) -> dict[str, str]:
                 own[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
             module._parameters[key] = own[id(parameter)]
             copies[name] = first
-        seen |= new
+        seen |= new  # only now: within a group parameters may be shared
     return copies
 
 

@@ -67,12 +67,13 @@ class StoredWeights(Weights):
             for other, name in others:
                 other._parameters[name] = module._parameters[key]
         with torch.no_grad():
-            self._prepare(part)
+            self._prepare(part)  # buffers that no file has; whatever a file has is overwritten below
             state = part.state_dict()
             wanted: dict[Path, list[str]] = {}
             if self._files:
                 for key in state:
                     wanted.setdefault(self._files[self._stored_name(self._names[key])], []).append(key)
+            # Grouped by file, so that each shard is opened once; safetensors reads only the tensors asked for.
             for file, keys in wanted.items():
                 with safe_open(str(file), framework="pt") as tensors:
                     for key in keys:
