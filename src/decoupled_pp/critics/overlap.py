@@ -22,8 +22,8 @@ from decoupled_pp.core.packets import Loss, Payload
 from decoupled_pp.critics.fresh import trainable_copy
 
 
-class PlainOverlap(nn.Module):
-    """Copied layers, then a critic that lowers the run's loss: a stage's output -> logits."""
+class _BehindCopies(nn.Module):
+    """Copied layers, then a critic: a stage's output -> logits."""
 
     def __init__(self, layers: nn.Sequential, critic: nn.Module) -> None:
         super().__init__()
@@ -36,18 +36,14 @@ class PlainOverlap(nn.Module):
         return logits
 
 
-class Overlap(Critic):
-    """Copied layers, then a critic with an objective of its own: a stage's output -> logits."""
+class PlainOverlap(_BehindCopies):
+    """Copied layers, then a critic that lowers the run's loss; itself a plain critic, which a cascade can teach."""
 
-    def __init__(self, layers: nn.Sequential, critic: Critic) -> None:
-        super().__init__()
-        self.overlap = layers
-        self.critic = critic
 
-    def forward(self, hidden: Payload) -> Tensor:
-        """Judge a stage's output."""
-        logits: Tensor = self.critic(self.overlap(hidden))
-        return logits
+class Overlap(_BehindCopies, Critic):
+    """Copied layers, then a critic with an objective of its own."""
+
+    critic: Critic
 
     def objective(self, view: View, loss: Loss) -> Tensor:
         """Return the critic's objective, for what the copied layers make of the stage's output."""

@@ -17,7 +17,7 @@ from decoupled_pp.core.plans import Plan, count_parameters
 from decoupled_pp.models.cutting.cut import Fits, listed_cut, minmax_cut, uniform_cut
 from decoupled_pp.models.cutting.layers import as_sequential, critic_context, trace, zeros_if_meta
 from decoupled_pp.models.cutting.measure import measure_critics, measure_layers
-from decoupled_pp.models.cutting.objective import Objective, stand_in_objective
+from decoupled_pp.models.cutting.objective import stand_in_objective
 from decoupled_pp.models.cutting.shared import refuse_shared
 
 By: TypeAlias = Literal["time", "parameters", "uniform"] | list[int]
@@ -159,10 +159,12 @@ class _Cutter:
         parameters = [float(count_parameters(layer)) for layer in self.module]
         if self.critic is None or self.stages == 1:
             return self._cut_without_critics(parameters)
-        contexts = self._critic_contexts("'parameters' builds the critics to count them; pass a sample, or critic=None")
-        return self._cut_with_critics(
-            parameters, contexts, [_parameters_of(self.critic, context) for context in contexts]
+        hiddens, output = self._need_traced(
+            "'parameters' builds the critics to count them; pass a sample, or critic=None"
         )
+        contexts = self._critic_contexts(hiddens, output)
+        costs = [_parameters_of(self.critic, context) for context in contexts]
+        return self._cut_with_critics(parameters, contexts, costs)
 
     def by_time(
         self, loss: Loss | None, device: torch.device, *, relearned: bool
@@ -173,13 +175,13 @@ class _Cutter:
             Boundaries, seconds of every layer, seconds of the critic of every stage but the last (None without one).
         """
         hiddens, output = self._need_traced("'time' measures the layers; pass a sample, or cut by 'uniform'")
-        objective: Objective = stand_in_objective(loss, zeros_if_meta(output).to(device), relearned=relearned)
+        objective = stand_in_objective(loss, zeros_if_meta(output).to(device), relearned=relearned)
         layer_seconds = measure_layers(self.module, hiddens, device, objective=objective)
         if self.critic is None:
             return self._cut_without_critics(layer_seconds), layer_seconds, None
         if self.stages == 1:
             return self._cut_without_critics(layer_seconds), layer_seconds, ()
-        contexts = self._critic_contexts("")
+        contexts = self._critic_contexts(hiddens, output)
         measured = measure_critics(contexts, self.critic, device, objective=objective)
         boundaries = self._cut_with_critics(layer_seconds, contexts, measured)
         chosen = set(enumerate(boundaries[1:-1]))
@@ -195,9 +197,8 @@ class _Cutter:
             raise UsageError(f"`cut` {reason}", code="sample-missing", key="cut")
         return self.traced
 
-    def _critic_contexts(self, reason: str) -> list[CriticContext]:
+    def _critic_contexts(self, hiddens: list[Payload], output: Tensor) -> list[CriticContext]:
         """Return a context for every stage but the last and every layer behind which that stage can end."""
-        hiddens, output = self._need_traced(reason)
         spare = len(self.module) - self.stages  # every other stage needs a layer, too
         contexts = []
         for stage in range(self.stages - 1):
