@@ -159,9 +159,7 @@ class _Cutter:
         parameters = [float(count_parameters(layer)) for layer in self.module]
         if self.critic is None or self.stages == 1:
             return self._cut_without_critics(parameters)
-        hiddens, output = self._need_traced(
-            "'parameters' builds the critics to count them; pass a sample, or critic=None"
-        )
+        hiddens, output = self._need_traced("'parameters' counts the critics too; pass a sample, or critic=None")
         contexts = self._critic_contexts(hiddens, output)
         costs = [_parameters_of(self.critic, context) for context in contexts]
         return self._cut_with_critics(parameters, contexts, costs)
