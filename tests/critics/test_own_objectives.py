@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.core.objective import IGNORED, View, local_loss, rider_of
+from decoupled_pp.core.objective import IGNORED, View, local_loss
 from decoupled_pp.critics import build_critic, check_critic
 from decoupled_pp.critics.lls import sinusoids
 from decoupled_pp.critics.predsim import pooling_kernel, similarities
@@ -123,12 +123,12 @@ def test_infopro(images):
         cross = -(whole * rebuilt.log() + (1 - whole) * (1 - rebuilt).log()).mean()
         expected = rebuild * cross + predict * F.cross_entropy(critic(view.hidden), view.target)
         assert local_loss(critic, view, cross_entropy).item() == pytest.approx(expected.item(), rel=1e-4)
-        assert rider_of(critic, view) is (image, ())[stage]
+        assert critic.rider(view) is (image, ())[stage]
 
 
 def test_infopro_with_two_stages_sends_no_image(images):
     critic = build_critic(InfoproCritic(kind="infopro"))(images(0, 2))
-    assert rider_of(critic, view_of(images(0, 2))) == ()
+    assert critic.rider(view_of(images(0, 2))) == ()
 
 
 def test_neuron_groups(images):

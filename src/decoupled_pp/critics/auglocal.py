@@ -115,7 +115,7 @@ class AuglocalChain(nn.Module):
 
 
 class PoolTo(nn.Module):
-    """Average-pools images to at most so many rows and columns: (B, C, H, W) -> (B, C, min(H, r), min(W, r))."""
+    """Average-pools images to at most `resolution` = r: (B, C, H, W) -> (B, C, min(H, r), min(W, r))."""
 
     def __init__(self, resolution: int) -> None:
         super().__init__()

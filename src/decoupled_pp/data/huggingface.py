@@ -73,11 +73,8 @@ def _load(settings: HuggingFaceData) -> Any:
 
 def _split(splits: Any, name: str, key: str) -> Rows:
     if name not in splits:
-        raise UsageError(
-            f"`{key}` {name!r} is no split of the data set; it has {', '.join(map(str, splits))}",
-            code="unknown-split",
-            key=key,
-        )
+        fault = f"`{key}` {name!r} is no split of the data set; it has {', '.join(map(str, splits))}"
+        raise UsageError(fault, code="unknown-split", key=key)
     return splits[name]
 
 
@@ -89,8 +86,5 @@ def _check_columns(rows: Rows, settings: HuggingFaceData) -> None:
     names = rows.column_names or list(next(iter(rows), {}))
     for key, name in wanted.items():
         if name is not None and name not in names:
-            raise UsageError(
-                f"`{key}` {name!r} is no column of the data set; it has {', '.join(names) or 'no rows'}",
-                code="unknown-column",
-                key=key,
-            )
+            fault = f"`{key}` {name!r} is no column of the data set; it has {', '.join(names) or 'no rows'}"
+            raise UsageError(fault, code="unknown-column", key=key)

@@ -114,13 +114,15 @@ class _LoadedRows(Samples):
         return self._batch(self._rows.select(indices.tolist()))
 
 
+def _label_fault(code: str, column: str, fault: str) -> UsageError:
+    return UsageError(f"`data.label_column` {column!r} {fault}", code=code, key="data.label_column")
+
+
 def _label(value: int, classes: int, column: str) -> Tensor:
     """Return a class number as an int64 scalar."""
     if not 0 <= value < classes:  # the hub marks unlabelled test rows with -1
-        raise UsageError(
-            f"`data.label_column` {column!r} holds {value}, not a class of 0..{classes - 1}; use a split with labels",
-            code="label-out-of-range",
-            key="data.label_column",
+        raise _label_fault(
+            "label-out-of-range", column, f"holds {value}, not a class of 0..{classes - 1}; use a split with labels"
         )
     return torch.tensor(int(value))
 
@@ -131,22 +133,18 @@ def _count_classes(splits: list[Rows], settings: HuggingFaceData, column: str) -
     if names is not None:
         return int(names)
     if settings.streaming:
-        raise UsageError(
-            f"`data.label_column` {column!r} is no ClassLabel, so a stream does not tell the number of classes; "
-            "set `data.streaming` to false, or use a data set with class names",
-            code="class-count-unknown",
-            key="data.label_column",
+        raise _label_fault(
+            "class-count-unknown",
+            column,
+            "is no ClassLabel, so a stream does not tell the number of classes; set `data.streaming` to false, or use "
+            "a data set with class names",
         )
     largest = 0
     for rows in splits:
         for chunk in rows.select_columns([column]).iter(batch_size=10_000):
             odd = [value for value in chunk[column] if not isinstance(value, int)]
             if odd:
-                raise UsageError(
-                    f"`data.label_column` {column!r} holds {odd[0]!r}, not a class number; encode it with datasets' "
-                    "class_encode_column",
-                    code="wrong-column-type",
-                    key="data.label_column",
-                )
+                remedy = "encode it with datasets' class_encode_column"
+                raise _label_fault("wrong-column-type", column, f"holds {odd[0]!r}, not a class number; {remedy}")
             largest = max(largest, *chunk[column])
     return largest + 1

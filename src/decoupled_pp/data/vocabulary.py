@@ -79,18 +79,16 @@ def open_vocabulary(tokenizer: str | None) -> Vocabulary:
         return BYTES
     path = Path(tokenizer).expanduser()
     if not path.exists() and not _HUB_NAME.fullmatch(tokenizer):
-        raise UsageError(
-            f"`data.tokenizer` {tokenizer} does not exist; give a tokenizer.json, a model's folder or GPT-2's files",
-            code="tokenizer-not-found",
-            key="data.tokenizer",
+        raise _fault(
+            "tokenizer-not-found",
+            f"{tokenizer} does not exist; give a tokenizer.json, a model's folder or GPT-2's files",
         )
     tokenizers = import_extra("tokenizers", "data.tokenizer", tokenizer)
     if path.is_dir() and not any((path / name).is_file() for name in (*GPT2_FILES, *_MODEL_FILES)):
-        raise UsageError(
-            f"`data.tokenizer` {tokenizer} is a folder without tokenizer.json, and without encoder.json and vocab.bpe; "
-            "give the folder of a model, or of GPT-2's two files",
-            code="tokenizer-not-found",
-            key="data.tokenizer",
+        raise _fault(
+            "tokenizer-not-found",
+            f"{tokenizer} is a folder without tokenizer.json, and without encoder.json and vocab.bpe; give the folder "
+            "of a model, or of GPT-2's two files",
         )
     try:
         if path.is_file():
@@ -104,7 +102,11 @@ def open_vocabulary(tokenizer: str | None) -> Vocabulary:
         fault = " ".join(str(error).split())[:300]
         code = "tokenizer-unusable" if path.exists() else "tokenizer-not-found"
         reason = "is not a usable tokenizer" if path.exists() else "does not exist here, and the hub gives none"
-        raise UsageError(f"`data.tokenizer` {tokenizer} {reason}: {fault}", code=code, key="data.tokenizer") from None
+        raise _fault(code, f"{tokenizer} {reason}: {fault}") from None
+
+
+def _fault(code: str, fault: str) -> UsageError:
+    return UsageError(f"`data.tokenizer` {fault}", code=code, key="data.tokenizer")
 
 
 def _model_vocabulary(name: str) -> Vocabulary:
@@ -112,11 +114,7 @@ def _model_vocabulary(name: str) -> Vocabulary:
     loaded = import_extra("transformers", "data.tokenizer", name).AutoTokenizer.from_pretrained(name)
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
-        raise UsageError(
-            f"`data.tokenizer` {name} is not backed by the package tokenizers; give a tokenizer.json",
-            code="tokenizer-unusable",
-            key="data.tokenizer",
-        )
+        raise _fault("tokenizer-unusable", f"{name} is not backed by the package tokenizers; give a tokenizer.json")
     return _as_vocabulary(backend, loaded.mask_token_id, loaded.pad_token_id)
 
 
@@ -128,11 +126,10 @@ def _gpt2_tokenizer(folder: Path) -> Any:
     tokenizer = Tokenizer(models.BPE.from_file(vocabulary, merges))
     lacking = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - tokenizer.get_vocab().keys())
     if lacking:  # the tokenizer would drop these bytes silently
-        raise UsageError(
-            f"`data.tokenizer`: {vocabulary} lacks {len(lacking)} of the 256 byte symbols ({lacking[0]!r} ...), so "
-            "text would be lost; use GPT-2's own file",
-            code="tokenizer-unusable",
-            key="data.tokenizer",
+        raise _fault(
+            "tokenizer-unusable",
+            f"{vocabulary} lacks {len(lacking)} of the 256 byte symbols ({lacking[0]!r} ...), so text would be lost; "
+            "use GPT-2's own file",
         )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -23,7 +23,7 @@ WARM_UP = 2
 """Runs before the measured ones: allocator, lazy library initialisation, kernel choice."""
 
 Reach: TypeAlias = Literal["forward", "input", "all"]
-"""How far a pass goes: forward only; backward to the input, without the weights' gradients; all of it."""
+"""Extent of a pass: forward only; backward to the input, without the weights' gradients; all of it."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class PassSeconds:
     Attributes:
         forward: The forward pass.
         input_gradient: The backward pass to the input alone; 0 if the input takes no gradient.
-        weight_gradient: What the whole backward pass takes beyond that.
+        weight_gradient: The rest of the whole backward pass.
     """
 
     forward: float

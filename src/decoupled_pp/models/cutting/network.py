@@ -26,7 +26,7 @@ By: TypeAlias = Literal["time", "parameters", "uniform"] | list[int]
 _CPU = torch.device("cpu")
 
 _CriticCost: TypeAlias = "float | UsageError"
-"""What a critic costs, or why none can be built at that place."""
+"""Cost of a critic, or the reason why none can be built at that place."""
 
 
 def cut_network(  # noqa: PLR0917 - the plain facts, as `dpp.partition` takes them
@@ -130,14 +130,14 @@ class _Devices:
 
 @dataclass(frozen=True)
 class _Cutter:
-    """One network to be cut, and what its stages will need.
+    """Cuts one network by each of the measures of balance.
 
     Attributes:
         module: The network.
         stages: Number of stages.
         critic: Builds the critics; None: they do not count.
         traced: Inputs of the layers and output of the network (`trace`), if there is a sample.
-        devices: What the cut has to respect.
+        devices: The constraints of the cut.
     """
 
     module: nn.Sequential

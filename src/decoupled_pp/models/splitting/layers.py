@@ -108,7 +108,7 @@ class EntryLayer(_EndLayer):
 
 
 class Initialiser:
-    """How a model gives one of its parts fresh weights."""
+    """Gives parts of a model fresh weights, as the model's library does."""
 
     def __init__(self, fill: Callable[[nn.Module], None]) -> None:
         """Take the function that fills a part in place, from torch's global generator."""

@@ -1,6 +1,6 @@
 """Finds modules of a traced model that compute one thing in training and another in evaluation.
 
-A trace keeps one of the two for ever, so these modules must stay as they are. Modules of `torch.nn` stay anyway.
+A trace contains only one of the two, so these modules must stay as they are. Modules of `torch.nn` stay anyway.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def mode_dependent(
     Raises:
         UsageError: A module that cannot stay.
     """
-    # A module that asks for its mode makes other calls in the two traces; an operator that is told it has a known name.
+    # A module that asks for its mode makes other calls in the two traces; an operator that takes the mode as an
+    # argument is known by its name.
     asking = {name for name in {*evaluation, *training} if evaluation.get(name, []) != training.get(name, [])}
     fixed: dict[str, str] = {}
     for name, calls in training.items():
@@ -111,7 +112,7 @@ def refuse_extra_arguments(whole: nn.Module, inputs: tuple[Tensor, ...], kept: C
 def _cannot_stay(name: str, reason: str) -> UsageError:
     place = "the model" if name in _WHOLE else name.removeprefix("model.")
     return UsageError(
-        f"{place} {reason}, and a trace would keep it in one mode for ever; use a module of torch.nn for it, or one of "
+        f"{place} {reason}, and a trace would fix its mode; use a module of torch.nn for it, or one of "
         "your own that takes one tensor and returns one",
         code="mode-fixed-by-trace",
     )

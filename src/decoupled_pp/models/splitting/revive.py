@@ -38,7 +38,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {}
 def revive(part: nn.Module, whole: nn.Module, kept: Container[str]) -> None:
     """Put the model's own modules in place of their traces, and let the rest take any batch.
 
-    Own modules follow `train()` and `eval()`; a trace has one mode for ever.
+    Own modules follow `train()` and `eval()`; a trace has a fixed mode.
 
     Args:
         part: A part of the trace; changed in place.

@@ -267,5 +267,5 @@ def _slow_attention() -> Iterator[None]:
 
 
 def _rows(tensor: Tensor, rows: int) -> Tensor:
-    """Return so many rows of a tensor, beginning again at its first after its last."""
+    """Return `rows` rows of a tensor, cycling through its own."""
     return tensor[torch.arange(rows, device=tensor.device) % tensor.shape[0]]

@@ -44,7 +44,7 @@ _TENSOR = object()
 
 @dataclass(frozen=True)
 class BlockWiring:
-    """How one block is called.
+    """Describes how one block is called.
 
     Attributes:
         form: How the leaves make up (args, kwargs).
@@ -77,7 +77,7 @@ class BlockWiring:
 
 @dataclass(frozen=True)
 class Wiring:
-    """How all blocks are called.
+    """Describes how all blocks are called.
 
     Attributes:
         blocks: The wiring of each.
