@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from decoupled_pp.core.objective import Critic, CriticContext, View, local_loss
+from decoupled_pp.core.objective import CriticContext, View, judge_of
 from decoupled_pp.core.packets import Loss, Payload, as_tuple, map_payload
 
 
@@ -50,9 +50,9 @@ class CriticWithLoss(nn.Module):
         device = as_tuple(hidden)[0].device
         target = _moved(self._objective.target, device)
         sample = _moved(self._sample, device)
-        follows_input = isinstance(self.critic, Critic) and self.critic.follows_input
-        view = View(sample, hidden, target, rider=() if follows_input else sample)
-        return local_loss(self.critic, view, self._objective.loss)
+        judge = judge_of(self.critic)
+        view = View(sample, hidden, target, rider=() if judge.follows_input else sample)
+        return judge.objective(view, self._objective.loss)
 
 
 def stand_in_objective(loss: Loss | None, output: Tensor, *, relearned: bool = False) -> Objective:
