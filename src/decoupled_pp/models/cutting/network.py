@@ -49,8 +49,7 @@ def cut_network(  # noqa: PLR0917 - the plain facts, as `dpp.partition` takes th
         stages: Number of stages.
         by: "time" (measured, critics and loss included), "parameters" (critics included), "uniform" (number of layers),
             or the number of layers of every stage.
-        sample: An input micro-batch; "time" needs one, and "parameters" with a critic. With one, the layers are
-            checked to fit each other, whatever `by` is.
+        sample: An input micro-batch; the layers are checked on it. "time" and critics that count need one.
         critic: Builds the critic of every stage but the last; None to leave critics out of the balance. While the cut
             is sought, it builds one for every stage and every layer behind which that stage can end.
         loss: Measured with the last layer and with every critic, on a made-up target; None for a plain mean square.
@@ -67,7 +66,7 @@ def cut_network(  # noqa: PLR0917 - the plain facts, as `dpp.partition` takes th
             place for a critic.
     """
     module = as_sequential(layers)
-    traced = None if sample is None else trace(module, sample)
+    traced = trace(module, sample) if sample is not None else None
     devices = _Devices(getattr(module, "places", None), speeds, fits)
     if isinstance(by, str):
         devices.check_places(stages)

@@ -206,7 +206,8 @@ def _find_ends(parts: Mapping[str, nn.Module], calls: Sequence[Call], blocks: Se
     Raises:
         UsageError: A part is called on both sides, or between blocks.
     """
-    start, end = blocks[0].begin, blocks[-1].end
+    start = blocks[0].begin
+    end = blocks[-1].end
     before: dict[str, nn.Module] = {}
     after: dict[str, nn.Module] = {}
     idle: dict[str, nn.Module] = {}
@@ -263,7 +264,8 @@ def _build(source: _Source, wiring: Wiring, ends: _Ends) -> Layers:
         tensors.pop(key)
         holder.register_buffer(key, nan_like(tensor), persistent=False)
 
-    entry_shapes, exit_shapes = None, None
+    entry_shapes = None
+    exit_shapes = None
     if on_meta(model):
         stubs: dict[nn.Module, nn.Module] = {part: MissingPartStub(part) for part in source.parts.values()}
         entry_shapes = copy_replacing(model, recording_of | stubs, {})
