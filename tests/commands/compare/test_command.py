@@ -93,8 +93,8 @@ def test_the_report_opens_in_a_browser_without_a_network(folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--strategies=1f2b"], "--strategies: '1f2b' is not known"),
-        (["--repeats=0"], "--repeats 0 must be at least 1"),
+        (["--strategies=1f2b"], "'1f2b'"),
+        (["--repeats=0"], "--repeats 0"),
         (["--set=naem=x"], "naem: unknown key"),
         (["--micro-batches=2", "--set-for", "backprop", "optimizer.rl=1"], "optimizer.rl: unknown key"),
     ],
