@@ -149,14 +149,14 @@ def read_info(folder: Path) -> DataInfo:
     """Returns what `write_info` wrote; it can neither encode nor decode.
 
     Raises:
-        UsageError: It is not there.
+        UsageError: It is missing or damaged.
     """
     file = folder / INFO_FILE
     try:
         return DataInfo.of(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"{file} is missing or damaged ({error}); a run that is resumed writes it anew", code="data-info-damaged"
+            f"{file} {_describe(error)}; resume the run, which writes it anew", code="data-info-damaged"
         ) from error
 
 
@@ -188,10 +188,17 @@ def read_summary(folder: Path) -> Report:
     """Returns the report in the `summary.json` of a finished run.
 
     Raises:
-        UsageError: It is damaged, or a version wrote it that kept other figures.
+        UsageError: It is missing or damaged, or a version wrote it that kept other figures.
     """
     file = folder / SUMMARY_FILE
     try:
         return Report.from_json(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{file} is damaged ({error}); do the run again", code="summary-damaged") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{file} {_describe(error)}; do the run again", code="summary-damaged") from error
+
+
+def _describe(error: Exception) -> str:
+    """Returns what is wrong with a JSON file that could not be read."""
+    if isinstance(error, OSError):
+        return f"cannot be read: {error.strerror}"
+    return f"lacks {error}" if isinstance(error, KeyError) else f"is damaged: {error}"

@@ -20,15 +20,10 @@ from decoupled_pp.pipeline.stage import Stage
 
 @dataclass(frozen=True, kw_only=True)
 class StageMeasurement(JsonRecord):
-    """What the rank of a stage knows of it at the end of a run.
+    """What the rank of a stage knows of it at the end of a run; what is not said here is as in `Report`.
 
     Attributes:
         summary: The part of it that the report shows for every stage.
-        steps: Optimizer steps done.
-        seconds: Seconds of this run.
-        training_seconds: The same without evaluations and checkpoints.
-        step_seconds: As in `Report`.
-        samples_per_second: Training samples per training second.
         train_loss: Mean training loss over the last metrics interval; None if this rank knows no loss.
         exit: Held-out score of the exit behind the stage; None if it has none (a rank of a baseline).
     """

@@ -9,7 +9,9 @@ from decoupled_pp.commands.main import main
 from decoupled_pp.commands.sweep.command import load_sweep
 from decoupled_pp.commands.sweep.figures import figures
 from decoupled_pp.commands.sweep.runs import Outcome, Trial
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.settings.load import load_settings
+from kit import refused
 from recorded import report, stage_summary
 
 ROOT = Path(__file__).parents[3]
@@ -68,19 +70,36 @@ def test_variants_over_seeds(here, capsys):
 
 
 @pytest.mark.parametrize(
-    ("text", "line"),
+    ("text", "part"),
     [
-        (SWEEP.replace("reference: plain", "reference: plane"), "reference 'plane' is no variant"),
-        (SWEEP.replace("critic: {kind: head}", "critic: {kind: hat}"), "'hat' is not known"),
-        (SWEEP.replace("seeds", "sedes"), "sedes: Extra inputs are not permitted"),
-        ("config: [", "is not YAML"),
+        (SWEEP.replace("reference: plain", "reference: plane"), "plane"),
+        (SWEEP.replace("critic: {kind: head}", "critic: {kind: hat}"), "hat"),
     ],
 )
-def test_bad_input(text, line, here, capsys):
+def test_bad_input(text, part, here, capsys):
     (here / "few.yaml").write_text(text)
     assert sweep() == 2
-    assert line in capsys.readouterr().err
+    assert part in capsys.readouterr().err
     assert not (here / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "part"),
+    [
+        (SWEEP.replace("seeds", "sedes"), "bad-sweep-file", "sedes"),
+        (SWEEP.replace("[3]", "[]"), "bad-sweep-file", "seeds"),
+        ("config: [", "not-yaml", "line 1"),
+    ],
+)
+def test_a_file_that_is_no_sweep(text, code, part, here):
+    (here / "few.yaml").write_text(text)
+    with refused(code, UsageError, part):
+        load_sweep(here / "few.yaml")
+
+
+def test_a_sweep_that_is_not_there(tmp_path):
+    with refused("sweep-not-readable", UsageError, "nowhere.yaml"):
+        load_sweep(tmp_path / "nowhere.yaml")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)

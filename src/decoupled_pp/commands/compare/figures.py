@@ -7,6 +7,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from typing import Generic, TypeVar
 
 from decoupled_pp.commands.compare.contenders import Contender
 from decoupled_pp.commands.compare.runs import Run
@@ -15,13 +16,15 @@ from decoupled_pp.core.records import JsonRecord
 from decoupled_pp.core.reports import Span, StageSummary
 from decoupled_pp.pipeline.meter import BUSY, PAUSES
 
+_Value = TypeVar("_Value")
+
 TARGET_TOLERANCE = 1e-3
 """Share of the target by which a loss may be above it and still count as having reached it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFigures(JsonRecord):
-    """The numbers of one run; times in seconds, sizes in bytes, None for what the run was too short to tell.
+class Figures(JsonRecord, Generic[_Value]):
+    """Numbers of one run, or spreads of them; times in seconds, sizes in bytes, None for what cannot be told.
 
     Attributes:
         samples_per_second: Throughput in steady state (`Report.step_seconds`).
@@ -39,21 +42,21 @@ class RunFigures(JsonRecord):
         val_accuracy: Final held-out accuracy.
     """
 
-    samples_per_second: float | None
-    samples_per_update: float
-    step_p50: float | None
-    step_p95: float | None
-    share_of_ideal: float | None
-    bubble: float | None
-    critic_ratio: float | None
-    activation_bytes: float
-    memory_bytes: float
-    training_seconds: float
-    val_loss: float
-    val_accuracy: float | None
+    samples_per_second: _Value
+    samples_per_update: _Value
+    step_p50: _Value
+    step_p95: _Value
+    share_of_ideal: _Value
+    bubble: _Value
+    critic_ratio: _Value
+    activation_bytes: _Value
+    memory_bytes: _Value
+    training_seconds: _Value
+    val_loss: _Value
+    val_accuracy: _Value
 
 
-def run_figures(run: Run) -> RunFigures:
+def run_figures(run: Run) -> Figures[float | None]:
     """Returns the numbers of one run.
 
     Share of ideal and bubble come from the spans of the middle of the run: a rank computes while it is in any phase
@@ -63,7 +66,7 @@ def run_figures(run: Run) -> RunFigures:
     period = report.step_seconds
     per_update = run.samples / report.steps
     busy = list(busy_shares(run).values())
-    return RunFigures(
+    return Figures(
         samples_per_second=per_update / period.mean if period is not None else None,
         samples_per_update=per_update,
         step_p50=period.p50 if period is not None else None,
@@ -184,8 +187,8 @@ def traffic(run: Run) -> list[LinkTraffic]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContenderFigures(JsonRecord):
-    """One contender's numbers over its repeats; the spreads are of the fields of `RunFigures`.
+class ContenderFigures(Figures[Spread | None]):
+    """One contender's numbers over its repeats.
 
     Attributes:
         ratio_to_1f1b: Throughput over that of `1f1b` in the same repeat.
@@ -197,18 +200,6 @@ class ContenderFigures(JsonRecord):
         traffic: Bytes per training sample over every link, in the first repeat.
     """
 
-    samples_per_second: Spread | None
-    samples_per_update: Spread | None
-    step_p50: Spread | None
-    step_p95: Spread | None
-    share_of_ideal: Spread | None
-    bubble: Spread | None
-    critic_ratio: Spread | None
-    activation_bytes: Spread | None
-    memory_bytes: Spread | None
-    training_seconds: Spread | None
-    val_loss: Spread | None
-    val_accuracy: Spread | None
     ratio_to_1f1b: Spread | None
     ratio_to_backprop: Spread | None
     seconds_to_target: Spread | None
@@ -222,7 +213,7 @@ def summarize(contender: Contender, runs: Sequence[Run], micro_batches: int, ran
     """Returns one contender's numbers over its repeats; `runs` are those of all contenders."""
     own = [run for run in runs if run.contender.name == contender.name]
     per_run = [run_figures(run) for run in own]
-    spreads = {one.name: Spread.over(getattr(run, one.name) for run in per_run) for one in fields(RunFigures)}
+    spreads = {one.name: Spread.over(getattr(run, one.name) for run in per_run) for one in fields(Figures)}
     goals = targets(runs)
     times = [seconds_to(run, goals[run.repeat]) for run in own if run.repeat in goals]
     return ContenderFigures(

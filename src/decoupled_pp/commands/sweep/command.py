@@ -18,6 +18,7 @@ from decoupled_pp.commands.sweep.runs import Trial, run_trials
 from decoupled_pp.core import environment
 from decoupled_pp.core.errors import TrainingError, UsageError
 from decoupled_pp.core.records import write_json
+from decoupled_pp.core.suggestions import did_you_mean
 from decoupled_pp.run.output_folder import OutputFolder
 from decoupled_pp.settings.load import load_settings
 from decoupled_pp.settings.sections import Section
@@ -116,16 +117,21 @@ def load_sweep(path: Path) -> SweepSettings:
             f"cannot read the sweep {path}: {error.strerror}; give the path of a YAML file", code="sweep-not-readable"
         ) from None
     except ValidationError as error:
-        fault = error.errors()[0]
-        place = ".".join(map(str, fault["loc"]))
-        raise UsageError(
-            f"{path}: {place}: {fault['msg']}; a sweep has config, variants, reference, seeds, also",
-            code="bad-sweep-file",
-        ) from None
+        raise UsageError(f"{path}: {_explain(error)}", code="bad-sweep-file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         text = " ".join(str(error).split())
-        raise UsageError(f"{path} is not YAML: {text}", code="not-yaml") from None
+        raise UsageError(f"{path} is not YAML: {text}; quote or correct it", code="not-yaml") from None
     return found
+
+
+def _explain(error: ValidationError) -> str:
+    """Returns the first fault of a sweep file: where, and what."""
+    fault = error.errors()[0]
+    place = ".".join(map(str, fault["loc"]))
+    if fault["type"] == "extra_forbidden":
+        keys = SweepSettings.model_fields
+        return f"{place}: unknown key" + (did_you_mean(place, keys) or f"; use one of {', '.join(keys)}")
+    return f"{place}: {fault['msg']}; given {fault['input']!r}"
 
 
 def _claim(folder: Path, file: Path, *, resume: bool, overwrite: bool) -> None:

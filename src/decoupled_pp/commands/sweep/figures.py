@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from decoupled_pp.commands.spread import Spread, loss_or_infinity
 from decoupled_pp.commands.sweep.runs import Outcome
 from decoupled_pp.core.records import JsonRecord
-from decoupled_pp.core.reports import Exit, FinalScores, Report, StageSummary
+from decoupled_pp.core.reports import Exit, StageSummary
 from decoupled_pp.pipeline.meter import BUSY
 
 
@@ -79,49 +79,39 @@ class SweepFigures(JsonRecord):
     runs: Sequence[Mapping[str, Any]]
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """A run that ended well, and the reference's run with the same seed, if that did, too."""
-
-    own: Outcome
-    report: Report
-    reference: Outcome | None
-
-
 def figures(outcomes: Sequence[Outcome], reference: str) -> SweepFigures:
     """Returns the numbers of every variant, and the raw scores of every run."""
-    references = {one.trial.seed: one for one in outcomes if one.trial.variant == reference and one.report is not None}
-    pairs: dict[str, list[_Pair]] = {}
+    variants: dict[str, list[Outcome]] = {one.trial.variant: [] for one in outcomes}
     for one in outcomes:
         if one.report is not None:
-            pair = _Pair(one, one.report, references.get(one.trial.seed))
-            pairs.setdefault(one.trial.variant, []).append(pair)
-    # A variant is listed where its first run stands, ended well or not.
-    names = [name for name in dict.fromkeys(one.trial.variant for one in outcomes) if name in pairs]
-    variants = {name: _variant_figures(pairs[name]) for name in names}
-    return SweepFigures(reference, variants, [_raw(one) for one in outcomes])
+            variants[one.trial.variant].append(one)
+    references = {one.trial.seed: one for one in variants.get(reference, [])}
+    rows = {name: _variant_figures(own, references) for name, own in variants.items() if own}
+    return SweepFigures(reference, rows, [_raw(one) for one in outcomes])
 
 
-def _variant_figures(pairs: Sequence[_Pair]) -> VariantFigures:
-    reports = [pair.report for pair in pairs]
+def _variant_figures(own: Sequence[Outcome], references: Mapping[int, Outcome]) -> VariantFigures:
+    """Returns the numbers of a variant's runs, given the reference's runs by seed."""
+    pairs = [(one, references.get(one.trial.seed)) for one in own]
+    reports = [one.report for one in own if one.report is not None]
+    also = {
+        name: OtherDataFigures(
+            SeedSpread.over(_loss_on(one, name) for one in own),
+            SeedSpread.over(_percent_change(_loss_on(one, name), _loss_on(other, name)) for one, other in pairs),
+        )
+        for name in own[0].also
+    }
     return VariantFigures(
-        seeds=len(reports),
-        loss=SeedSpread.over(loss_or_infinity(report.final.val_loss) for report in reports),
-        accuracy=SeedSpread.over(_percent(report.final.val_accuracy) for report in reports),
-        loss_change=SeedSpread.over(_loss_change(pair) for pair in pairs),
-        accuracy_change=SeedSpread.over(_accuracy_change(pair) for pair in pairs),
-        exits=_exit_scores(reports),
-        also={name: _other_data_figures(pairs, name) for name in pairs[0].own.also},
+        seeds=len(own),
+        loss=SeedSpread.over(_loss(one) for one in own),
+        accuracy=SeedSpread.over(_accuracy(one) for one in own),
+        loss_change=SeedSpread.over(_percent_change(_loss(one), _loss(other)) for one, other in pairs),
+        accuracy_change=SeedSpread.over(_difference(_accuracy(one), _accuracy(other)) for one, other in pairs),
+        exits=[_exit_score(exits) for exits in zip(*(report.exits for report in reports), strict=True)],
+        also=also,
         critic_share=max(critic_share(stage) for report in reports for stage in report.per_stage),
         critic_parameters=sum(stage.critic_parameters for stage in reports[0].per_stage),
         training_seconds=SeedSpread.over(report.training_seconds for report in reports),
-    )
-
-
-def _other_data_figures(pairs: Sequence[_Pair], name: str) -> OtherDataFigures:
-    return OtherDataFigures(
-        loss=SeedSpread.over(pair.own.also[name].val_loss for pair in pairs),
-        loss_change=SeedSpread.over(_other_loss_change(pair, name) for pair in pairs),
     )
 
 
@@ -138,42 +128,34 @@ def critic_share(stage: StageSummary) -> float:
     return (seconds["critic"] + step) / sum(seconds[phase] for phase in BUSY)
 
 
-def _loss_change(pair: _Pair) -> float | None:
-    theirs = _final(pair.reference)
-    if theirs is None:
+def _loss(outcome: Outcome | None) -> float | None:
+    """Returns the loss of a run that ended well; infinite if it was not finite."""
+    if outcome is None or outcome.report is None:
         return None
-    return 100 * (loss_or_infinity(pair.report.final.val_loss) / loss_or_infinity(theirs.val_loss) - 1)
+    return loss_or_infinity(outcome.report.final.val_loss)
 
 
-def _accuracy_change(pair: _Pair) -> float | None:
-    theirs = _final(pair.reference)
-    mine = _percent(pair.report.final.val_accuracy)
-    other = _percent(theirs.val_accuracy) if theirs is not None else None
-    return None if mine is None or other is None else mine - other
-
-
-def _other_loss_change(pair: _Pair, name: str) -> float | None:
-    if pair.reference is None:
+def _accuracy(outcome: Outcome | None) -> float | None:
+    """Returns the accuracy of a run that ended well, in percent; None without class targets."""
+    if outcome is None or outcome.report is None or outcome.report.final.val_accuracy is None:
         return None
-    mine = pair.own.also[name].val_loss
-    other = pair.reference.also[name].val_loss
-    return None if mine is None or other is None else 100 * (mine / other - 1)
+    return 100 * outcome.report.final.val_accuracy
 
 
-def _final(outcome: Outcome | None) -> FinalScores | None:
-    return outcome.report.final if outcome is not None and outcome.report is not None else None
+def _loss_on(outcome: Outcome | None, name: str) -> float | None:
+    return None if outcome is None else outcome.also[name].val_loss
 
 
-def _percent(accuracy: float | None) -> float | None:
-    return None if accuracy is None else 100 * accuracy
+def _percent_change(mine: float | None, theirs: float | None) -> float | None:
+    return None if mine is None or theirs is None else 100 * (mine / theirs - 1)
 
 
-def _exit_scores(reports: Iterable[Report]) -> list[str]:
-    """Returns the median score of every exit: accuracy in percent, else the loss."""
-    return [_exit_score(exits) for exits in zip(*(report.exits for report in reports), strict=True)]
+def _difference(mine: float | None, theirs: float | None) -> float | None:
+    return None if mine is None or theirs is None else mine - theirs
 
 
 def _exit_score(exits: Sequence[Exit]) -> str:
+    """Returns the median score of one exit over the seeds: accuracy in percent, else the loss."""
     accuracies = [100 * one.val_accuracy for one in exits if one.val_accuracy is not None]
     if accuracies:
         return f"{statistics.median(accuracies):.2f}"
