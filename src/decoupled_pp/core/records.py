@@ -1,4 +1,4 @@
-"""Frozen dataclasses as JSON objects: the only place that writes records as JSON and builds them from it again."""
+"""Writes records (frozen dataclasses) as JSON and builds them from it again; no other file does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run reports: the records that its stages post while it goes, and the report at its end."""
+"""The records that the stages of a run post while it goes, and the report at its end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 from decoupled_pp.core.records import JsonRecord, tuple_of
 
 PHASES = ("wait_in", "forward", "wait_out", "critic", "backward", "step")
-"""What a stage does with a training packet, in order; the names of the spans in metrics and traces.
+"""The phases of a stage's work on a training packet, in order; they name the spans in metrics and traces.
 
 Evaluation and checkpoints are spans of their own, `evaluate` and `save`.
 """
@@ -29,7 +29,7 @@ class Record(JsonRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRecord(Record):
-    """What a stage has done since its last record of this kind.
+    """The progress of a stage since its last record of this kind.
 
     Attributes:
         packet: Number of its last training packet.
@@ -112,7 +112,7 @@ class SpansRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointRecord(Record):
-    """A checkpoint after optimizer step `step` is complete."""
+    """Tells that the checkpoint after optimizer step `step` is complete."""
 
     kind: ClassVar[str] = "checkpoint"
     step: int
@@ -175,7 +175,7 @@ class StepSeconds(JsonRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class StageSummary(JsonRecord):
-    """What one stage (with a baseline: one rank) took over the whole run.
+    """The size, times and memory of one stage (with a baseline: of one rank) over the whole run.
 
     Attributes:
         stage: Index of the stage; with a baseline, the rank.
@@ -204,7 +204,7 @@ class StageSummary(JsonRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class LinkSummary(JsonRecord):
-    """What crossed one link in the whole run, both its ends added up; the counters are those of `LinkCounters`.
+    """The traffic of one link over the whole run, both its ends added up; the counters are those of `LinkCounters`.
 
     Attributes:
         sender: The stage (with a baseline: the rank) that sends activations; `from` in JSON.
@@ -238,7 +238,7 @@ class FinalScores(JsonRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class Report(JsonRecord):
-    """What a run did, the same on every rank; its parts can be read by the keys of `summary.json`, too.
+    """The outcome of a run, the same on every rank; its parts can be read by the keys of `summary.json`, too.
 
     Attributes:
         steps: Optimizer steps per stage in all, resumed ones included.

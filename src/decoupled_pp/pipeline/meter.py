@@ -23,7 +23,7 @@ PAUSES = ("evaluate", "save")
 
 
 class StageProgress(Protocol):
-    """How far a stage is; `Stage` is one."""
+    """The progress of a stage; `Stage` has it."""
 
     @property
     def updates(self) -> int:

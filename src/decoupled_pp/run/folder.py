@@ -1,4 +1,4 @@
-"""The folder of one run: claimed first, filled with summary, pictures and weights at the end."""
+"""Claims the folder of one run, and fills it with summary, pictures and weights at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder that a command writes into: refused or made, kept or cleared; for runs, comparisons and sweeps."""
+"""Refuses, makes or clears the folder that a command writes into; for runs, comparisons and sweeps."""
 
 from __future__ import annotations
 

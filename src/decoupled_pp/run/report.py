@@ -20,7 +20,7 @@ from decoupled_pp.pipeline.stage import Stage
 
 @dataclass(frozen=True, kw_only=True)
 class StageMeasurement(JsonRecord):
-    """What the rank of a stage knows of it at the end of a run; what is not said here is as in `Report`.
+    """The figures of one stage at the end of a run, on the rank that trained it; most are those of `Report`.
 
     Attributes:
         summary: The part of it that the report shows for every stage.
@@ -40,7 +40,7 @@ class StageMeasurement(JsonRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class RankMeasurement(JsonRecord):
-    """What one process brings to the report.
+    """The part of the report that one process knows.
 
     Attributes:
         stages: Measurements of its stages.

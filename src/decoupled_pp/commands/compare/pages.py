@@ -28,7 +28,7 @@ from decoupled_pp.core.records import JsonRecord, write_json
 
 @dataclass(frozen=True, kw_only=True)
 class Setup(JsonRecord):
-    """What all entries of a comparison share.
+    """The settings that all entries of a comparison share.
 
     Attributes:
         config: The configuration file.
@@ -54,7 +54,7 @@ class Comparison:
     """All that a report is made of.
 
     Attributes:
-        setup: What all share.
+        setup: The settings that all share.
         contenders: Everybody who was to run.
         runs: The runs that ended well.
         failures: The contenders that did not run, and why.

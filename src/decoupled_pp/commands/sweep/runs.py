@@ -44,7 +44,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a trial ended.
+    """The end of a trial: scores, or a failure.
 
     Attributes:
         trial: The trial.
