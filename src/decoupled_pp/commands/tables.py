@@ -77,7 +77,7 @@ def _scores(one: Exit, *, last: bool) -> list[str]:
 
 def _early_exit_table(found: Evaluation) -> Table:
     """Returns one row per confidence above which samples leave."""
-    table = Table("confidence above", "accuracy %", "MFLOPs/sample", "of the whole network", "samples per exit, %")
+    table = Table("confidence", "accuracy %", "MFLOPs/sample", "of the whole network", "leave per exit, %")
     for row in found.progressive:
         table.add_row(
             f"{row.threshold:g}",

@@ -154,7 +154,7 @@ def test_the_command_says_it_all(run, capsys, tmp_path):
     text = capsys.readouterr().out
     for part in (
         "MFLOPs/sample",
-        "confidence above",
+        "confidence",
         "0.5",
         "ensemble of all exits",
         "cosine of local and true",

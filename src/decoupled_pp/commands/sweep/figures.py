@@ -24,12 +24,7 @@ class SeedSpread(Spread):
 
 @dataclass(frozen=True)
 class OtherDataFigures(JsonRecord):
-    """A variant's loss on other held-out data.
-
-    Attributes:
-        loss: Loss of the network's own head.
-        loss_change: Its difference to the reference's, in percent.
-    """
+    """A variant's loss on other held-out data, and its difference to the reference's in percent."""
 
     loss: SeedSpread | None
     loss_change: SeedSpread | None
