@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -250,7 +249,7 @@ def _launch_train(chosen: argparse.Namespace, settings: Settings) -> int:
 def _evaluate(chosen: argparse.Namespace) -> int:
     from decoupled_pp.commands.evaluate.finished_run import evaluate_run
     from decoupled_pp.commands.tables import print_evaluation
-    from decoupled_pp.run.log import finite
+    from decoupled_pp.core.records import write_json
     from decoupled_pp.run.plots import plot_exits
 
     try:
@@ -269,7 +268,7 @@ def _evaluate(chosen: argparse.Namespace) -> int:
     )
     print_evaluation(found)
     if chosen.json is not None:
-        text = json.dumps(finite(dataclasses.asdict(found)), indent=2, allow_nan=False)
+        text = write_json(dataclasses.asdict(found), indent=2)
         Path(chosen.json).write_text(text + "\n", encoding="utf-8")
         print(chosen.json)
     if chosen.picture is not None:

@@ -15,7 +15,7 @@ from decoupled_pp.commands.bench.durations import Durations
 from decoupled_pp.commands.bench.emulated import EmulatedLayer
 from decoupled_pp.commands.plan.orders import SPLIT
 from decoupled_pp.core.plans import Plan
-from decoupled_pp.core.reports import Record
+from decoupled_pp.core.reports import Record, SpansRecord
 from decoupled_pp.links import World
 from decoupled_pp.pipeline.losses import cross_entropy
 from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings
@@ -124,8 +124,8 @@ class Decoupled(Contestant):
 
     def _observe(self, records: list[Record]) -> None:
         for record in records:
-            if record["kind"] == "spans" and record["stage"] == self._work.world.size - 1:
-                self._ends.update((number, at + took) for phase, at, took, number in record["spans"] if phase == "step")
+            if isinstance(record, SpansRecord) and record.stage == self._work.world.size - 1:
+                self._ends.update((span.packet, span.end) for span in record.spans if span.phase == "step")
 
     def period(self) -> float:
         """Between two ends of the last stage's steps, once the pipeline is full (rank 0 collects the spans)."""

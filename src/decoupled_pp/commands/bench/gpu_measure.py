@@ -130,7 +130,7 @@ def make_packets(shape: Shape, device: torch.device, count: int) -> list[Packet]
 
 def measure_stage(
     shape: Shape, device: torch.device, *, compiled: bool, steps: int, warm_up: int, repeats: int
-) -> Record:
+) -> dict[str, Any]:
     """Steps of one stage fed directly, its output dropped: seconds per phase by the device's clock, and memory.
 
     Returns:
@@ -166,7 +166,7 @@ def _timed_steps(stage: Stage, packets: Sequence[Packet], device: torch.device) 
     return dict(meter.totals)
 
 
-def stage_figures(measured: Record, shape: Shape, matmul_rate: float) -> dict[str, list[float]]:
+def stage_figures(measured: dict[str, Any], shape: Shape, matmul_rate: float) -> dict[str, list[float]]:
     """What the times mean, one value per repeat.
 
     Args:
@@ -265,7 +265,7 @@ def _plain_step(stage: Stage, hidden: Tensor, target: Tensor) -> Tensor:
     return output.detach()
 
 
-def measure_two_stages(shape: Shape, device: torch.device, *, steps: int, warm_up: int, repeats: int) -> Record:
+def measure_two_stages(shape: Shape, device: torch.device, *, steps: int, warm_up: int, repeats: int) -> dict[str, Any]:
     """Packets per second of both ways to train two stages on one device, by the host's clock."""
     packets = make_packets(shape, device, max(steps, warm_up))
     rates: dict[str, list[float]] = {}
@@ -291,7 +291,7 @@ def _wall_seconds(
     return time.perf_counter() - start
 
 
-def compare_two_stages(shape: Shape, device: torch.device, *, steps: int) -> Record:
+def compare_two_stages(shape: Shape, device: torch.device, *, steps: int) -> dict[str, Any]:
     """How far the weights after `steps` packets through the pipeline are from those of plain PyTorch.
 
     SGD with momentum: Adam turns a gradient that is nothing but rounding (a key bias has none at all) into a full step,

@@ -19,6 +19,7 @@ from decoupled_pp.commands.bench.contestants import TIMEOUT, Contestant, Work, c
 from decoupled_pp.commands.launcher import launch
 from decoupled_pp.core import environment
 from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.reports import NoteRecord
 from decoupled_pp.links import StoreControl, World, join_world
 from decoupled_pp.training.baselines import BASELINES, stages_needed
 from decoupled_pp.training.baselines.alone import MessageSeconds, message_seconds
@@ -154,7 +155,7 @@ def _measure_once(
 def _part(world: World, channel: StoreControl) -> None:
     """Without torchrun rank 0 hosts the store: it leaves when the others need it no more, and they need not ask."""
     if world.rank:
-        channel.post({"rank": world.rank})
+        channel.post(NoteRecord(stage=world.rank, text="this rank is done"))
         return
     deadline, left = time.monotonic() + TIMEOUT, world.size - 1
     while left > 0 and time.monotonic() < deadline:
