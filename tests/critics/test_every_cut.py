@@ -9,6 +9,7 @@ from decoupled_pp.critics import build_critic, check_critic
 from decoupled_pp.models import build_model
 from decoupled_pp.settings.critics import AuglocalCritic, HeadCritic, MlpSrCritic
 from decoupled_pp.settings.sections import GptModel, MlpModel, ResnetModel, VggModel
+from kit import refused
 
 NETWORKS = {
     "resnet": (ResnetModel(kind="resnet", depth=14, width=4), DataInfo("image", (3, 16, 16), 10)),
@@ -74,5 +75,5 @@ def test_token_critics_are_causal(kind, context_of):
 
 def test_mlp_sr_refuses_tokens(context_of):
     network, sample = network_and_sample("gpt")
-    with pytest.raises(UsageError, match=r"future.*head or auglocal"):
+    with refused("critic-unfit", UsageError, "critic mlp_sr"):
         build_critic(CRITICS["mlp_sr"])(context_of(network, sample, 2))

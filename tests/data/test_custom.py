@@ -1,12 +1,12 @@
 """The user's own data function."""
 
-import pytest
 import torch
 
 from decoupled_pp.core.datasets import Data, DataInfo
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.data import as_source, open_data
 from decoupled_pp.settings.sections import FactoryData
+from kit import refused
 
 
 def make(settings, seed, width):
@@ -27,5 +27,5 @@ def test_the_function_gets_section_seed_and_arguments():
 
 
 def test_anything_but_data_is_refused():
-    with pytest.raises(UsageError, match=r"data\.factory.*returned NoneType.*decoupled_pp\.Data"):
+    with refused("factory-wrong-result", UsageError, "NoneType"):
         open_data(FactoryData(kind="factory", factory=f"{__name__}:make_nothing"), seed=0)

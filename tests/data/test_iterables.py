@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.data import as_source
 from decoupled_pp.data.iterables import as_batch
+from kit import refused
 
 PAIRS = [(torch.tensor([n]), torch.tensor([n + 100])) for n in range(5)]
 
@@ -45,11 +46,11 @@ def test_a_source_is_returned_as_it_is():
 def test_a_generator_can_be_read_once_and_then_names_the_remedy():
     endless = as_source(generate(), endless=True).batches()
     assert numbers(islice(endless, 5)) == list(range(5))
-    with pytest.raises(UsageError, match=r"generator.*ran dry.*without calling it"):
+    with refused("batches-exhausted", UsageError, "generator"):
         next(endless)
     once = as_source(generate())
     assert numbers(once.batches(2)) == [2, 3, 4]
-    with pytest.raises(UsageError, match="ran dry"):
+    with refused("batches-exhausted"):
         next(once.batches())
 
 
@@ -63,7 +64,7 @@ def test_an_iterator_is_read_on_from_where_it_stands():
 
 @pytest.mark.parametrize("empty", [[], list, lambda: iter(())])
 def test_nothing_to_yield_is_an_error_and_not_an_endless_loop(empty):
-    with pytest.raises(UsageError, match="empty"):
+    with refused("no-batches", UsageError, "empty"):
         next(as_source(empty, endless=True).batches())
 
 
@@ -71,15 +72,14 @@ def test_nothing_to_yield_is_an_error_and_not_an_endless_loop(empty):
     "wrong",
     [torch.zeros(2, 2), (torch.zeros(1),), (torch.zeros(1),) * 3, {"x": 1}, (torch.zeros(1), 3), ([], torch.zeros(1))],
 )
-def test_what_is_no_pair_of_tensors_is_refused_in_one_line(wrong):
-    with pytest.raises(UsageError) as caught:
+def test_what_is_no_pair_of_tensors_is_refused(wrong):
+    with refused("bad-batch"):
         next(as_source([wrong]).batches())
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("wrong", [3, None, torch.zeros(4, 2), "abc", {"a": 1}])
 def test_what_is_no_iterable_of_batches_is_refused(wrong):
-    with pytest.raises(UsageError, match="not an iterable"):
+    with refused("not-batches"):
         as_source(wrong)
 
 

@@ -18,8 +18,8 @@ CASES = {
     "misspelt cut": ({"cut": "tmie"}, ["cut", "'tmie'", "'time'"]),
     "misspelt optimizer": ({"optimizer": {"kind": "Adamm"}}, ["optimizer.kind", "'Adamm'", "AdamW"]),
     "misspelt loss": ({"loss": "xent"}, ["loss", "'xent'", "cross_entropy"]),
-    "more stages than layers": ({"stages": 5, "cut": "uniform"}, ["stages is 5", "4 layers", "fewer stages"]),
-    "cut that does not add up": ({"cut": [1, 1]}, ["cut [1, 1]", "adds up to 2", "has 4"]),
+    "more stages than layers": ({"stages": 5, "cut": "uniform"}, ["`stages` is 5", "4 layers", "fewer stages"]),
+    "cut that does not add up": ({"cut": [1, 1]}, ["`cut` [1, 1]", "adds up to 2", "has 4"]),
     "cut of other stages": ({"cut": [1, 1, 2]}, ["cut [1, 1, 2]", "2 entries"]),
     "empty stage": ({"cut": [0, 4]}, ["cut [0, 4]", "at least 1"]),
     "no capacity": ({"links.capacity": 0}, ["links.capacity", "greater than or equal to 1", "0"]),
@@ -45,7 +45,7 @@ CASES = {
     "module with an error": ({"model": {"kind": "factory", "factory": "broken:f"}}, ["broken:f", "SyntaxError"]),
     "arguments that do not fit": ({"model": runs.factory("misfit", widht=3)}, ["faulty:misfit", "widht"]),
     "factory of no layers": ({"model": runs.factory("no_layers")}, ["model.factory", "returned int"]),
-    "layers that do not fit": ({"model": runs.factory("misfit")}, ["layer '2' (Linear)", "(16, 16)", "correct one"]),
+    "layers that do not fit": ({"model": runs.factory("misfit")}, ["layer '2' (Linear)", "(16, 16)", "correct it"]),
     "layer of a dictionary": ({"model": runs.factory("returns_dictionary")}, ["layer '1' (Strange)", "dict"]),
     "model for other data": ({"model": {"kind": "gpt"}}, ["'gpt'", "tokens", "'image'"]),
     "critic of other outputs": ({"critic": runs.factory("critic_of_3_classes")}, ["stage 0", "(16, 3)", "(16, 10)"]),
@@ -155,7 +155,7 @@ def test_a_held_out_text_that_a_tokenizer_makes_too_short_touches_nothing(tmp_pa
     data = {"kind": "text", "files": ["short.txt"], "tokenizer": "words.json", "context": 64, "batch_size": 2}
     runs.write_settings(data=data, model={"kind": "gpt", "width": 8, "depth": 2, "heads": 2})
     assert runs.dpp("train", "run.yaml") == 2
-    _check_line(capsys.readouterr().err, ["the validation text has", "data.context 64"])
+    _check_line(capsys.readouterr().err, ["the validation text has", "`data.context` 64"])
     assert not Path("runs").exists()
 
 

@@ -177,7 +177,7 @@ def _received_gradients(case):
 
 def _link_record(case):
     report = CASES[case].trainer(2).fit(CASES[case].batches(STEPS), STEPS)
-    return report.links[0]
+    return dict(report.links[0])
 
 
 def _smuggle():
@@ -198,4 +198,4 @@ def _smuggle():
         return done
 
     with patch.object(trainer, "_join", joined), patch.object(Stage, "train", step_and_smuggle):
-        return trainer.fit(CASES["mlp"].batches(2), 2).links[0]
+        return dict(trainer.fit(CASES["mlp"].batches(2), 2).links[0])

@@ -6,14 +6,15 @@ import time
 import pytest
 
 from decoupled_pp.core.errors import Fault, LinkError, PeerError, UsageError
+from decoupled_pp.core.reports import CheckpointRecord, NoteRecord
 from decoupled_pp.links import LocalControl, join_world
 from ranks import launch, values
 
 
 def test_in_one_process():
     control = LocalControl()
-    control.post({"kind": "note", "stage": 0})
-    assert control.collect() == [{"kind": "note", "stage": 0}]
+    control.post(NoteRecord(stage=0, text="half way"))
+    assert control.collect() == [NoteRecord(stage=0, text="half way")]
     assert control.collect() == []
     assert (control.report_fault("first"), control.report_fault("second", usage=True)) == (True, False)
     assert control.fault() == Fault("first", 0, usage=False, code="link-broken")
@@ -55,10 +56,10 @@ def _meet():
     world = join_world(30)
     control, apart = world.channel(), world.channel()  # a fault of one is none of the other
     for number in range(2):
-        control.post({"stage": world.rank, "number": number})
+        control.post(CheckpointRecord(stage=world.rank, step=number))
     found = {"gathered": control.gather("ranks", [world.rank], 20)}
     if world.rank == 0:
-        found["records"] = [(record["stage"], record["number"]) for record in control.collect()]
+        found["records"] = [(record.stage, record.step) for record in control.collect()]
     else:
         with pytest.raises(LinkError) as late:
             control.gather("never", 1, 0.1)

@@ -1,13 +1,12 @@
 """Generation: context, temperature, generator, flags."""
 
-import pytest
 import torch
 from torch import nn
 
 from decoupled_pp.core.datasets import DataInfo
-from decoupled_pp.core.errors import UsageError
 from decoupled_pp.models import build_model, generate
 from decoupled_pp.settings.sections import GptModel
+from kit import refused
 
 
 class Successor(nn.Module):
@@ -53,5 +52,5 @@ def test_flags_are_restored_each():
 
 
 def test_empty_prompt():
-    with pytest.raises(UsageError, match="prompt"):
+    with refused("empty-prompt"):
         generate(Successor(5), [], 1, 4, 1.0, torch.Generator())

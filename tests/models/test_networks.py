@@ -9,6 +9,7 @@ from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.plans import count_parameters
 from decoupled_pp.models import build_model
 from decoupled_pp.settings.sections import FactoryModel, GptModel, MlpModel, ResnetModel, VggModel
+from kit import refused
 
 IMAGES = DataInfo("image", (3, 32, 32), 10)
 DIGITS = DataInfo("image", (1, 8, 8), 10)
@@ -100,25 +101,23 @@ def test_gpt_initial_weights():
 
 def test_gpt_refuses_more_than_its_context():
     network = build_model(GptModel(kind="gpt", width=8, depth=1, heads=1), TOKENS)
-    with pytest.raises(UsageError, match="context of 16 tokens but got 17"):
+    with refused("context-exceeded", UsageError, "16 tokens but got 17"):
         network(torch.zeros(1, 17, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(
-    ("settings", "info"),
+    ("settings", "info", "code"),
     [
-        (GptModel(kind="gpt"), IMAGES),
-        (ResnetModel(kind="resnet"), TOKENS),
-        (VggModel(kind="vgg"), VECTORS),
-        (MlpModel(kind="mlp"), TOKENS),
-        (ResnetModel(kind="resnet"), DataInfo("image", (32, 32), 10)),
+        (GptModel(kind="gpt"), IMAGES, "model-data-mismatch"),
+        (ResnetModel(kind="resnet"), TOKENS, "model-data-mismatch"),
+        (VggModel(kind="vgg"), VECTORS, "model-data-mismatch"),
+        (MlpModel(kind="mlp"), TOKENS, "model-data-mismatch"),
+        (ResnetModel(kind="resnet"), DataInfo("image", (32, 32), 10), "bad-data-info"),
     ],
 )
-def test_refuses_data_that_do_not_fit(settings, info):
-    with pytest.raises(UsageError, match=settings.kind) as caught:
+def test_refuses_data_that_do_not_fit(settings, info, code):
+    with refused(code, UsageError, info.form):
         build_model(settings, info)
-    assert info.form in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def make_network(info, width, form="list"):
@@ -137,5 +136,5 @@ def test_factory(form):
 @pytest.mark.parametrize("form", ["number", "empty"])
 def test_factory_returning_something_else(form):
     settings = FactoryModel(kind="factory", factory=f"{__name__}:make_network", arguments={"width": 5, "form": form})
-    with pytest.raises(UsageError, match=r"model\.factory.*returned (int|list)"):
+    with refused("factory-wrong-result"):
         build_model(settings, VECTORS)

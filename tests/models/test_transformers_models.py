@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.splitting.families import inputs_of, model_of
+from tests.models.splitting.families import inputs_of, model_of
 
 import decoupled_pp as dpp
 from decoupled_pp.commands.evaluate.finished_run import open_run
@@ -20,6 +20,7 @@ from decoupled_pp.data import open_data
 from decoupled_pp.models import build_model
 from decoupled_pp.pipeline.losses import ExitScore
 from decoupled_pp.settings.sections import HuggingFaceModel
+from kit import refused
 
 transformers = pytest.importorskip("transformers")
 
@@ -87,7 +88,7 @@ def test_tied_weights_are_exported_tied_by_choice(tmp_path, monkeypatch, capsys)
     untied = ["--set", "model.config.tie_word_embeddings=false", "--overwrite"]
     assert command("train", "tiny.yaml", *untied) == 0
     assert command("export", "runs/tiny", "-o", "never", "--tied") == 2
-    assert "no weight of a GPT2LMHeadModel was tied" in capsys.readouterr().err
+    assert "splitting a GPT2LMHeadModel unties no weights" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -141,22 +142,23 @@ def test_a_run_is_exported_for_its_own_library(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("settings", "info", "reason"),
+    ("settings", "info", "code"),
     [
-        ({"path": "./tests/models"}, TEXT, r"model: config of '\./tests/models'"),
-        ({"type": "no-such-family"}, TEXT, "model: config of 'no-such-family'"),
-        ({"type": "llama", "config": SIZES | {"vocab_size": 100}}, TEXT, "the data have 256 tokens and the model 100"),
-        ({"type": "llama", "config": SIZES}, DataInfo("vector", (4,), 2), "model.head is not given"),
-        (
-            {"type": "llama", "config": SIZES, "head": "causal_lm"},
-            DataInfo("vector", (4,), 2),
-            "takes tokens, sentences or images",
-        ),
+        ({"config": SIZES | {"vocab_size": 100}}, TEXT, "vocabulary-too-small"),
+        ({"config": SIZES}, DataInfo("vector", (4,), 2), "model-head-unknown"),
+        ({"config": SIZES, "head": "causal_lm"}, DataInfo("vector", (4,), 2), "model-data-mismatch"),
     ],
 )
-def test_what_does_not_fit_is_named(settings, info, reason):
-    with pytest.raises(UsageError, match=reason):
-        build_model(model(**settings), info)
+def test_what_does_not_fit_is_named(settings, info, code):
+    with refused(code):
+        build_model(model(type="llama", **settings), info)
+
+
+@pytest.mark.parametrize(("key", "value"), [("path", "./tests/models"), ("type", "no-such-family")])
+def test_a_model_that_is_not_there_is_named(key, value):
+    with pytest.raises(UsageError, match=f"`model.{key}` '{value}'") as caught:  # the rest is the library's own text
+        build_model(model(**{key: value}), TEXT)
+    assert (caught.value.code, caught.value.key) == ("model-not-loadable", f"model.{key}")
 
 
 def test_one_origin_is_needed():
@@ -232,15 +234,15 @@ def test_the_datas_tokenizer_is_exported_with_a_fresh_model(encoder_run):
 
 
 def test_natural_mistakes_are_named():
-    with pytest.raises(UsageError, match=r"config\.hidden_sizee is no setting of a llama; did you mean 'hidden_size'"):
+    with refused("unknown-model-config", UsageError, "'hidden_sizee'", "did you mean 'hidden_size'"):
         build_model(model(type="llama", config=SIZES | {"hidden_sizee": 3}), TEXT)
     whole, ids = model_of("Llama"), torch.zeros(2, 8, dtype=torch.int64)
-    with pytest.raises(UsageError, match="by the names of their arguments"):
+    with refused("bad-sample"):
         dpp.split_transformers(whole, ids)
     found = dpp.split_transformers(whole, {"input_ids": ids})
-    with pytest.raises(UsageError, match="split for input_ids and is given 2 tensors"):
+    with refused("split-for-other-inputs", UsageError, "2 tensors"):
         found.layers((ids, ids))
-    with pytest.raises(UsageError, match=r"pass the \.layers that dpp\.split_transformers"):
+    with refused("not-a-layer-list", UsageError, "pass the .layers"):
         dpp.partition(found, 2, "uniform", ids)
 
 
@@ -268,9 +270,9 @@ def test_padding_is_the_tokenizers(encoder_run):
     with torch.no_grad():
         alone, beside = layers((ids, ids > 0)), layers((padded, mask))
     assert torch.allclose(alone, beside, atol=1e-6)
-    with pytest.raises(UsageError, match="pad_token_id 3 is not the tokenizer's, 7"):
+    with refused("pad-token-mismatch", UsageError, "pad_token_id 3", "7"):
         build_model(model(type="gpt2", config={**sizes, "pad_token_id": 3}), info)
-    with pytest.raises(UsageError, match=r"fails on input_ids \(2, 100\)"):
+    with refused("model-fails-on-sample", UsageError, "input_ids (2, 100)"):
         build_model(model(type="gpt2", config=sizes), DataInfo("tokens", (100,), 256))
 
 
@@ -280,7 +282,7 @@ def test_only_a_classifier_may_have_another_shape(encoder_run):
     )
     transformers.BertForSequenceClassification(config).save_pretrained("pretrained")
     info = DataInfo("sentences", (12,), 3, vocabulary=25, pad=0)
-    with pytest.raises(UsageError, match=r"model.config: .* with these changes"):
+    with refused("model-config-mismatch"):
         build_model(model(path="pretrained", config={"intermediate_size": 48}), info)
 
 

@@ -8,20 +8,20 @@ import threading
 import pytest
 from rich.console import Console
 
+from decoupled_pp.core.reports import CheckpointRecord, SpansRecord
 from decoupled_pp.run.live import LiveView
+from recorded import train_record, validation_record
 
 
 def train(stage, step, loss=3.25, seconds=None):
-    return {
-        "kind": "train", "stage": stage, "packet": step, "step": step, "samples": 8 * step, "loss": loss,
-        "samples_per_second": 812.3, "busy_fraction": 0.934, "queue": 2, "lr": 0.001,
-        "seconds": 0.1 * step if seconds is None else seconds,
-    }  # fmt: skip
+    return train_record(
+        step, stage, loss=loss, samples_per_second=812.3, busy_fraction=0.934,
+        seconds=0.1 * step if seconds is None else seconds,
+    )  # fmt: skip
 
 
 def validation(stage, step, loss=3.5, accuracy=None):
-    return {"kind": "validation", "stage": stage, "step": step, "samples": 8 * step, "loss": loss,
-            "accuracy": accuracy, "seconds": 0.1 * step}  # fmt: skip
+    return validation_record(step, stage, loss=loss, accuracy=accuracy, seconds=0.1 * step)
 
 
 def plain():
@@ -156,9 +156,9 @@ def test_terminal_is_given_back_and_no_thread_stays():
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # cursor hidden, cursor shown
 
 
-def test_spans_and_unknown_kinds_are_ignored():
+def test_spans_and_checkpoints_are_not_shown():
     console = plain()
     view = LiveView(1, 10, console, interval_seconds=0)
-    view.update([{"kind": "spans", "stage": 0, "spans": []}, {"kind": "checkpoint", "stage": 0, "step": 1}])
+    view.update([SpansRecord(stage=0, spans=()), CheckpointRecord(stage=0, step=1)])
     view.close()
     assert lines(console) == []

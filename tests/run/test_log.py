@@ -8,21 +8,12 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.records import write_json
+from decoupled_pp.core.reports import NoteRecord, Span, SpansRecord
 from decoupled_pp.run.log import METRICS_FILE, TENSORBOARD_FOLDER, RunLog, read_records
-
-
-def train(step, stage=0, loss=1.5):
-    return {
-        "kind": "train", "stage": stage, "packet": step, "step": step, "samples": 8 * step, "loss": loss,
-        "samples_per_second": 100.0, "busy_fraction": 0.75, "queue": 2, "lr": 0.001, "seconds": 0.1 * step,
-    }  # fmt: skip
-
-
-def validation(step, stage=0, accuracy=0.5):
-    return {
-        "kind": "validation", "stage": stage, "step": step, "samples": 8 * step, "loss": 2.5, "accuracy": accuracy,
-        "seconds": 1.0,
-    }  # fmt: skip
+from kit import refused
+from recorded import train_record as train
+from recorded import validation_record as validation
 
 
 def write(folder, *records, tensorboard=False, resume_step=None):
@@ -40,8 +31,8 @@ def scalars(folder):
 
 
 def test_records_come_back_without_spans(tmp_path):
-    spans = {"kind": "spans", "stage": 0, "spans": [["forward", 1.0, 0.1, 0]]}
-    other = {"kind": "summary", "stage": 1, "note": "zwölf"}
+    spans = SpansRecord(stage=0, spans=(Span("forward", 1.0, 0.1, 0),))
+    other = NoteRecord(stage=1, text="zwölf")
     write(tmp_path / "new" / "run", train(1), spans, validation(1), other)
     assert read_records(tmp_path / "new" / "run" / METRICS_FILE) == [train(1), validation(1), other]
 
@@ -59,18 +50,19 @@ def test_every_write_call_is_on_disk_at_once(tmp_path):
 def test_without_resume_step_lines_are_appended(tmp_path):
     write(tmp_path, train(1))
     write(tmp_path, train(2))
-    assert [record["step"] for record in read_records(tmp_path / METRICS_FILE)] == [1, 2]
+    assert [record.step for record in read_records(tmp_path / METRICS_FILE)] == [1, 2]
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_non_finite_numbers_become_null(tmp_path, number):
-    write(tmp_path, {"kind": "summary", "stage": 0, "nested": {"losses": [number, 1.0]}})
+    write(tmp_path, train(1, loss=number))
     text = (tmp_path / METRICS_FILE).read_text()
-    assert json.loads(text, parse_constant=pytest.fail)["nested"]["losses"] == [None, 1.0]
+    assert json.loads(text, parse_constant=pytest.fail)["loss"] is None
+    assert read_records(tmp_path / METRICS_FILE) == [train(1, loss=None)]
 
 
 def test_resume_truncates_and_drops_a_half_written_last_line(tmp_path):
-    started = {"kind": "start", "stage": 0}
+    started = NoteRecord(stage=0, text="of no step")
     write(tmp_path, started, train(10), train(20), validation(20), train(30), train(25, stage=1))
     path = tmp_path / METRICS_FILE
     with path.open("ab") as file:
@@ -82,7 +74,7 @@ def test_resume_truncates_and_drops_a_half_written_last_line(tmp_path):
 
 def test_a_half_written_last_line_does_not_spoil_what_is_appended(tmp_path):
     path = tmp_path / METRICS_FILE
-    path.write_text(json.dumps(train(1)) + '\n{"kind": "tr')
+    path.write_text(write_json(train(1)) + '\n{"kind": "tr')
     assert read_records(path) == [train(1)]
     write(tmp_path, train(2))
     assert read_records(path) == [train(1), train(2)]
@@ -90,22 +82,22 @@ def test_a_half_written_last_line_does_not_spoil_what_is_appended(tmp_path):
 
 def test_a_whole_last_line_without_newline_is_kept(tmp_path):
     path = tmp_path / METRICS_FILE
-    path.write_text(json.dumps(train(1)))
+    path.write_text(write_json(train(1)))
     write(tmp_path, train(2), resume_step=1)
     assert read_records(path) == [train(1), train(2)]
 
 
 def test_a_damaged_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / METRICS_FILE
-    path.write_text(json.dumps(train(1)) + "\nrubbish\n" + json.dumps(train(2)) + "\n")
+    path.write_text(write_json(train(1)) + "\nrubbish\n" + write_json(train(2)) + "\n")
     before = path.read_bytes()
-    with pytest.raises(UsageError, match=r"line 2 .*rubbish"):
+    with refused("metrics-damaged", UsageError, "line 2", "rubbish"):
         RunLog(tmp_path, False, 1)
     assert path.read_bytes() == before
 
 
 def test_tensorboard_events_come_back(tmp_path):
-    write(tmp_path, train(10), train(20, stage=1), validation(20), validation(20, 1, None), tensorboard=True)
+    write(tmp_path, train(10), train(20, stage=1), validation(20), validation(20, 1, accuracy=None), tensorboard=True)
     assert scalars(tmp_path) == {
         "loss/train/stage0": [(10, 1.5)],
         "throughput/samples_per_second/stage0": [(10, 100.0)],
@@ -141,3 +133,19 @@ def test_no_thread_outlives_the_log(tmp_path):
     before = threading.active_count()
     write(tmp_path, train(1), tensorboard=True)
     assert threading.active_count() == before
+
+
+def test_a_line_of_a_later_version_outlives_a_resume_and_is_not_read(tmp_path):
+    path = tmp_path / METRICS_FILE
+    later = {"kind": "power", "stage": 0, "step": 1, "watts": 250.0}
+    path.write_text(json.dumps(later) + "\n")
+    write(tmp_path, train(1), resume_step=1)
+    assert json.loads(path.read_text().splitlines()[0]) == later
+    assert read_records(path) == [train(1)]
+
+
+def test_a_record_that_lacks_a_key_is_damaged(tmp_path):
+    path = tmp_path / METRICS_FILE
+    path.write_text('{"kind": "checkpoint", "stage": 0}\n')
+    with refused("metrics-damaged", UsageError, "step"):
+        read_records(path)

@@ -9,7 +9,9 @@ from matplotlib import image
 from matplotlib._pylab_helpers import Gcf
 from matplotlib.figure import Figure
 
+from decoupled_pp.core.reports import CheckpointRecord, Span
 from decoupled_pp.run import plots
+from recorded import train_record, validation_record
 
 SECONDS = {"wait_in": 0.0002, "forward": 0.001, "wait_out": 0.0002, "critic": 0.0006, "backward": 0.002, "step": 0.001}
 PERIOD = sum(SECONDS.values())
@@ -21,7 +23,7 @@ def timeline(stages, packets=40, lag=1.5):
         clock, spans[stage] = 1_790_000_000.0 + stage * lag * PERIOD, []
         for packet in range(packets):
             for phase, seconds in SECONDS.items():
-                spans[stage].append([phase, clock, seconds, 100 + packet])
+                spans[stage].append(Span(phase, clock, seconds, 100 + packet))
                 clock += seconds
     return spans
 
@@ -31,10 +33,9 @@ def losses(stages, points=10, last=1.0):
     for point in range(points):
         for stage in range(stages):
             loss = last + 3 * math.exp(-point / 3) - 0.1 * stage
-            record = {"stage": stage, "step": point, "samples": 64 * point, "loss": loss}
-            records += [{"kind": "train", **record}, {"kind": "checkpoint", **record}]
+            records += [train_record(point, stage, loss=loss), CheckpointRecord(stage=stage, step=point)]
             if point % 3 == 2:
-                records.append({"kind": "validation", **record, "loss": loss + 0.1})
+                records.append(validation_record(point, stage, loss=loss + 0.1))
     return records
 
 
@@ -80,8 +81,8 @@ def test_timeline_shows_every_phase_of_a_shared_window(tmp_path, drawn, stages):
 
 
 def test_numbers_that_do_not_fit_are_left_out(tmp_path, drawn):
-    spans = {0: [[phase, start, duration * (0.02 if phase == "forward" else 1), packet]
-                 for phase, start, duration, packet in timeline(1)[0]]}  # fmt: skip
+    short = [span._replace(seconds=0.02 * span.seconds) if span.phase == "forward" else span for span in timeline(1)[0]]
+    spans = {0: short}
     plots.plot_timeline(spans, tmp_path / "timeline.png")
     assert not drawn[0].texts
 
@@ -103,11 +104,11 @@ def test_losses_have_the_raw_curves_of_every_exit(tmp_path, drawn, stages):
     roles = ["critic"] * (stages - 1) + ["network's own head"]
     assert len(legend) == stages
     for stage, (text, role) in enumerate(zip(legend, roles, strict=True)):
-        last = [r["loss"] for r in records if r["kind"] == "validation" and r["stage"] == stage][-1]
+        last = [r.loss for r in records if r.kind == "validation" and r.stage == stage][-1]
         assert text == f"exit {stage} ({role}), last held-out {last:#.4g}"
         train, held_out = axes.lines[2 * stage : 2 * stage + 2]
         for line, kind in ((train, "train"), (held_out, "validation")):
-            expected = [(r["samples"], r["loss"]) for r in records if r["kind"] == kind and r["stage"] == stage]
+            expected = [(r.samples, r.loss) for r in records if r.kind == kind and r.stage == stage]
             assert [tuple(point) for point in line.get_xydata()] == expected
         assert train.get_linewidth() < held_out.get_linewidth()
 
@@ -119,7 +120,7 @@ def test_losses_over_orders_of_magnitude_use_a_log_scale_and_say_so(tmp_path, dr
 
 
 def test_missing_and_non_finite_losses_are_left_out(tmp_path, drawn):
-    broken = [{"kind": "train", "stage": 0, "samples": 1, "loss": loss} for loss in (None, math.nan, math.inf)]
+    broken = [train_record(1, loss=loss) for loss in (None, math.nan, math.inf)]
     plots.plot_losses(losses(1) + broken, tmp_path / "losses.png", "nats")
     assert len(drawn[0].lines[0].get_xydata()) == 10
 

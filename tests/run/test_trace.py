@@ -5,8 +5,9 @@ import json
 import pytest
 
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.core.reports import PHASES
+from decoupled_pp.core.reports import PHASES, Span
 from decoupled_pp.run.trace import read_trace, write_trace
+from kit import refused
 
 START = 1_790_000_000.25
 
@@ -14,7 +15,7 @@ START = 1_790_000_000.25
 def spans_of(stage):
     """Two packets, phases of 1 ms each, every stage 0.5 ms after the one before; not in order."""
     spans = [
-        [phase, START + 0.0005 * stage + 0.001 * (6 * packet + index), 0.001, packet]
+        Span(phase, START + 0.0005 * stage + 0.001 * (6 * packet + index), 0.001, packet)
         for packet in range(2)
         for index, phase in enumerate(PHASES)
     ]
@@ -48,7 +49,11 @@ def test_trace_is_chrome_trace_event_json(tmp_path):
 
 def test_slices_of_a_row_never_overlap(tmp_path):
     path = tmp_path / "trace.json"
-    jitter = [["forward", START, 0.0010004, 0], ["critic", START + 0.001, 0.002, 0], ["step", START + 0.0029, 0.001, 0]]
+    jitter = [
+        Span("forward", START, 0.0010004, 0),
+        Span("critic", START + 0.001, 0.002, 0),
+        Span("step", START + 0.0029, 0.001, 0),
+    ]
     write_trace(path, {0: jitter})
     row = [event for event in json.loads(path.read_text())["traceEvents"] if event["ph"] == "X"]
     ends = [event["ts"] + event["dur"] for event in row]
@@ -62,10 +67,10 @@ def test_reading_returns_what_was_written_from_time_0(tmp_path):
     assert list(spans) == [0, 1, 2]
     assert spans[2] == []
     for stage in range(2):
-        for (phase, start, duration, packet), expected in zip(spans[stage], spans_of(stage)[::-1], strict=True):
-            assert (phase, packet) == (expected[0], expected[3])
-            assert start == pytest.approx(expected[1] - START, abs=1e-6)
-            assert duration == pytest.approx(0.001, abs=1e-6)
+        for span, expected in zip(spans[stage], spans_of(stage)[::-1], strict=True):
+            assert (span.phase, span.packet) == (expected.phase, expected.packet)
+            assert span.start == pytest.approx(expected.start - START, abs=1e-6)
+            assert span.seconds == pytest.approx(0.001, abs=1e-6)
 
 
 def test_no_spans_make_a_valid_empty_trace(tmp_path):
@@ -78,5 +83,5 @@ def test_no_spans_make_a_valid_empty_trace(tmp_path):
 def test_other_files_are_refused_by_name(tmp_path, text):
     path = tmp_path / "other.json"
     path.write_text(text)
-    with pytest.raises(UsageError, match=r"other\.json is no trace"):
+    with refused("trace-damaged", UsageError, "other.json"):
         read_trace(path)

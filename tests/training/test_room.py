@@ -87,8 +87,8 @@ def test_what_does_not_fit_is_refused():
         ({"memory": "many"}, "memory: 'many' is no size|memory: .*20GiB"),
         ({"memory": ["1GiB"]}, "memory has 1 sizes for 2 stages"),
         ({"memory": 0}, "memory 0 must be above 0"),
-        ({"speeds": [1]}, "speeds has 1 numbers for 2 stages"),
-        ({"speeds": [1, 0]}, "must be above 0, every one"),
+        ({"speeds": [1]}, "has 1 numbers for 2 stages"),
+        ({"speeds": [1, 0]}, "must hold finite numbers above 0"),
         ({"memory": "1GiB", "sample": None, "critic": None}, "memory needs a sample"),
     ],
 )

@@ -152,7 +152,7 @@ class LinkEnd(ABC):
 
 
 class Control(ABC):
-    """The host-side control plane of a run: small JSON records, never tensors of the training."""
+    """The host-side control plane of a run: small records, never tensors of the training."""
 
     @abstractmethod
     def post(self, record: Record) -> None:
@@ -180,7 +180,9 @@ class Control(ABC):
 
     @abstractmethod
     def gather(self, name: str, value: Any, timeout_seconds: float) -> list[Any]:
-        """Give every process the JSON-able `value` of every process, in order of ranks (so this is a barrier too).
+        """Give every process the `value` of every process, in order of ranks (so this is a barrier too).
+
+        A value is JSON-able, records included. It arrives as parsed JSON on every process, also where there is one.
 
         Raises:
             LinkError: A rank did not give it within the bound.

@@ -9,6 +9,7 @@ import resource
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import Any, TypeAlias
 
 import torch
@@ -198,22 +199,35 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
         yield
 
 
+def on_meta(module: nn.Module) -> bool:
+    """Returns whether a parameter or buffer of the module is on the meta device, where tensors have a shape only."""
+    return any(tensor.is_meta for tensor in chain(module.parameters(), module.buffers()))
+
+
+@contextmanager
+def kept_modes(module: nn.Module) -> Iterator[None]:
+    """Restore the train/eval flag of every submodule at the end: `train()` would give all of them one flag."""
+    flags = [(part, part.training) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, flag in flags:
+            part.training = flag
+
+
 @contextmanager
 def untouched(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Restore train/eval flags, buffers and the random generators of the CPU and `device` at the end."""
-    flags = [(part, part.training) for part in module.modules()]
     buffers = [
         (part, name, buffer, buffer.clone())
         for part in module.modules()
         for name, buffer in part._buffers.items()
         if buffer is not None
     ]
-    with torch.random.fork_rng(devices=cuda_devices(device)):
+    with kept_modes(module), torch.random.fork_rng(devices=cuda_devices(device)):
         try:
             yield
         finally:
-            for part, flag in flags:
-                part.training = flag
             with torch.no_grad():
                 for part, name, buffer, content in buffers:
                     buffer.copy_(content)

@@ -49,6 +49,11 @@ class LinkError(TrainingError):
     """A link broke, or a bounded wait on it expired; the text says who waited for whom, for what, how long."""
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an exception's message, or the name of its class if the message is empty."""
+    return (str(error).strip() or type(error).__name__).split("\n", 1)[0]
+
+
 LAUNCHER_GONE = "the launcher is gone: its store does not answer"
 """What a rank says whose launcher was killed: nobody else can say how to go on."""
 

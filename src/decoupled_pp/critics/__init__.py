@@ -1,4 +1,4 @@
-"""The critics one can name in a settings file: the table of kinds. A critic maps a stage's output to logits."""
+"""The table of critics that a settings file can name. A critic maps a stage's output to logits."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from decoupled_pp.critics.infopro import build_infopro
 from decoupled_pp.critics.lls import build_lls
 from decoupled_pp.critics.mlp_sr import build_mlp_sr
 from decoupled_pp.critics.neuron_groups import build_neuron_groups
-from decoupled_pp.critics.overlap import Overlapping
+from decoupled_pp.critics.overlap import OverlapBuilder
 from decoupled_pp.critics.predsim import build_predsim
 from decoupled_pp.critics.reconstruct import build_reconstruct
-from decoupled_pp.critics.sgr import Closing, build_sgr
+from decoupled_pp.critics.sgr import LastStageSgr, build_sgr
 from decoupled_pp.critics.vocabulary import build_vocabulary
 from decoupled_pp.settings.critics import CriticSettings, SgrCritic
 
@@ -49,22 +49,22 @@ KINDS: dict[str, Callable[[Any, CriticContext], nn.Module]] = {
 
 
 @dataclass(frozen=True)
-class _Named:
-    """The critics that a `critic` section means."""
+class _SettingsBuilder:
+    """Builds the critics that a `critic` section names."""
 
     settings: CriticSettings
 
     def __call__(self, context: CriticContext) -> nn.Module:
-        """The critic of one stage before the last."""
+        """Build the critic of one stage before the last."""
         return KINDS[self.settings.kind](self.settings, context)
 
     def closing(self) -> Critic | None:
-        """What judges the last stage, whose output is the logits; None: the run's loss alone."""
-        return Closing(self.settings) if isinstance(self.settings, SgrCritic) else None
+        """Build what judges the last stage, whose output is the logits; None: the run's loss alone."""
+        return LastStageSgr(self.settings) if isinstance(self.settings, SgrCritic) else None
 
 
 def build_critic(settings: CriticSettings, overlap: int = 0) -> CriticBuilder:
-    """The builder of every stage's critic; initial weights come from torch's global generator (the caller seeds it).
+    """Return the builder of every stage's critic; initial weights come from torch's global generator.
 
     Args:
         settings: The `critic` section.
@@ -72,6 +72,7 @@ def build_critic(settings: CriticSettings, overlap: int = 0) -> CriticBuilder:
 
     Returns:
         `builder(context) -> nn.Module`; it raises UsageError where this kind of critic cannot judge the stage. Its
-        `closing()` gives what judges the last stage, if this kind has a say there.
+        `closing()` builds what judges the last stage, if this kind has a say there.
     """
-    return Overlapping(_Named(settings), overlap) if overlap else _Named(settings)
+    builder = _SettingsBuilder(settings)
+    return OverlapBuilder(builder, overlap) if overlap else builder

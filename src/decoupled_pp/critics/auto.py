@@ -1,4 +1,4 @@
-"""The default critic: what has been measured to serve a kind of network best (docs/critics.md has the figures)."""
+"""The default critic: the one that was measured to serve a kind of network best (docs/critics.md has the figures)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ IMAGES = AuglocalCritic(kind="auglocal", depth=2, resolution=7)
 
 
 def build_auto(settings: AutoCritic, context: CriticContext) -> nn.Module:
-    """`IMAGES` for images with one label each; `head` for all else, and where a layer cannot be copied.
+    """Build `IMAGES` for images with one label each; `head` for all else, and where a layer cannot be copied.
 
     Raises:
-        UsageError: No critic of ours judges such an output.
+        UsageError: No built-in critic judges such an output.
     """
-    if (first_tensor(context.hidden).dim(), context.output.dim()) == (4, 2):
+    is_image = first_tensor(context.hidden).dim() == 4 and context.output.dim() == 2
+    if is_image:
         try:
             return build_auglocal(IMAGES, context)
         except UsageError:  # a layer of the user's own that cannot be made afresh or fit another shape

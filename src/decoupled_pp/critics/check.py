@@ -5,24 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.device import kept_modes
+from decoupled_pp.core.errors import UsageError, first_line
 from decoupled_pp.core.objective import CriticContext, has_exit
 from decoupled_pp.core.packets import Payload, as_tuple, first_tensor, map_payload
 
 
-def _refuse_changed(where: str, before: Payload, after: Payload) -> None:
-    """A stage's output is on its way to the next stage while its critic runs: the critic must not change it."""
-    pairs = zip(as_tuple(before), as_tuple(after), strict=True)
-    if not all(torch.allclose(old, new, rtol=0, atol=0, equal_nan=True) for old, new in pairs):
-        raise UsageError(
-            f"{where} changes the stage's output in place, while it is being sent to the next stage; "
-            "use operations that return a new tensor (inplace=False)"
-        )
-
-
 @torch.no_grad()
 def check_critic(critic: nn.Module, context: CriticContext) -> None:
-    """Run the critic on the sample (a copy; eval mode, no gradient, restored after) and look at what comes out.
+    """Run the critic on a copy of the sample, without gradients, and look at what comes out.
+
+    It runs in eval mode; its modes are restored.
 
     Raises:
         UsageError: It fails on the sample, changes the sample in place, or its output is not a tensor shaped like
@@ -31,27 +24,43 @@ def check_critic(critic: nn.Module, context: CriticContext) -> None:
     if not has_exit(critic):  # no logits to look at
         return
     where = f"stage {context.stage}: critic {type(critic).__name__}"
-    given, wanted = tuple(first_tensor(context.hidden).shape), tuple(context.output.shape)
+    given = tuple(first_tensor(context.hidden).shape)
+    wanted = tuple(context.output.shape)
     parameter = next(critic.parameters(), None)
-    device = parameter.device if parameter is not None else context.output.device
-    was_training = [(part, part.training) for part in critic.modules()]
-    critic.eval()
+    device = context.output.device if parameter is None else parameter.device
     sample = map_payload(lambda tensor: tensor.to(device, copy=True), context.hidden)
     before = map_payload(torch.clone, sample)
-    try:
-        result = critic(sample)
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        reason = (str(error) or type(error).__name__).split("\n", 1)[0]
-        raise UsageError(
-            f"{where} fails on a stage output of shape {given}: {reason}; it must return logits of shape {wanted}"
-        ) from error
-    finally:
-        for part, flag in was_training:
-            part.training = flag
+    with kept_modes(critic):
+        critic.eval()
+        try:
+            result = critic(sample)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            raise UsageError(
+                f"{where} fails on a stage output of shape {given}: {first_line(error)}; it must return logits of "
+                f"shape {wanted}",
+                code="critic-fails",
+                key="critic",
+            ) from error
     _refuse_changed(where, before, sample)
-    got = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
-    if not isinstance(result, Tensor) or tuple(result.shape) != wanted:
+    is_tensor = isinstance(result, Tensor)
+    if not is_tensor or tuple(result.shape) != wanted:
+        got = f"shape {tuple(result.shape)}" if is_tensor else type(result).__name__
         raise UsageError(
             f"{where} turns a stage output of shape {given} into {got}, but the network's output has shape {wanted}; "
-            "make the critic return logits of that shape, or choose critic.kind head"
+            "make the critic return logits of that shape, or choose `critic.kind` head",
+            code="critic-wrong-output",
+            key="critic",
+        )
+
+
+def _refuse_changed(where: str, before: Payload, after: Payload) -> None:
+    """Raise UsageError if the critic changed its input, which is on its way to the next stage while the critic runs."""
+    pairs = zip(as_tuple(before), as_tuple(after), strict=True)
+    # Not torch.equal, to which a NaN differs from itself.
+    if not all(torch.allclose(old, new, rtol=0, atol=0, equal_nan=True) for old, new in pairs):
+        raise UsageError(
+            f"{where} changes the stage's output in place, while it is being sent to the next stage; "
+            "use operations that return a new tensor (inplace=False)",
+            code="critic-changes-input",
+            key="critic",
         )

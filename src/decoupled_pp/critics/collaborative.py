@@ -16,45 +16,52 @@ from decoupled_pp.settings.critics import CollaborativeCritic
 
 
 class Collaborative(Critic):
-    """Stage output -> the mean of H heads' logits."""
+    """Heads side by side: stage output -> the mean of H heads' logits."""
 
     def __init__(self, heads: list[nn.Module], settings: CollaborativeCritic) -> None:
         super().__init__()
         self.heads = nn.ModuleList(heads)
-        self.share, self.temperature = settings.label_share, settings.temperature
+        self.share = settings.label_share
+        self.temperature = settings.temperature
 
     def forward(self, hidden: Payload) -> Tensor:
-        """Judge a stage's output: what the heads say on average."""
+        """Judge a stage's output by the average of the heads."""
         return torch.stack([head(hidden) for head in self.heads]).mean(dim=0)
 
     def objective(self, view: View, loss: Loss) -> Tensor:
-        """Sum over h of b loss(z_h, y) + (1 - b) T^2 CE(softmax(mean of the others' z / T), softmax(z_h / T)).
+        """Return sum over h of b loss(z_h, y) + (1 - b) T^2 CE(softmax(mean of the others' z / T), softmax(z_h / T)).
 
-        The consensus takes no gradient, and the gradient into the stage is 1/H of the sum's.
+        The consensus takes no gradient, and the gradient into the stage is 1/H of the sum's: otherwise it would grow
+        with the number of heads.
         """
         count = len(self.heads)
-        every = [head(map_payload(lambda tensor: _rescaled(tensor, 1 / count), view.hidden)) for head in self.heads]
+        every = []
+        for head in self.heads:
+            every.append(head(map_payload(lambda tensor: _with_scaled_gradient(tensor, 1 / count), view.hidden)))
         total: Tensor = every[0].new_zeros(())
         for number, logits in enumerate(every):
-            others = torch.stack([one.detach() for one in every[:number] + every[number + 1 :]]).mean(dim=0)
+            others = every[:number] + every[number + 1 :]
+            consensus = torch.stack([other.detach() for other in others]).mean(dim=0)
             total = total + self.share * loss(logits, view.target)
-            total = total + (1 - self.share) * self._consensus_loss(logits, others)
+            total = total + (1 - self.share) * self._consensus_loss(logits, consensus)
         return total
 
-    def _consensus_loss(self, logits: Tensor, others: Tensor) -> Tensor:
-        soft = (others / self.temperature).softmax(dim=-1)
-        log_ours = functional.log_softmax(logits / self.temperature, dim=-1)
-        cross: Tensor = -(soft * log_ours).sum(dim=-1).mean()
-        return cross * self.temperature**2
+    def _consensus_loss(self, logits: Tensor, consensus: Tensor) -> Tensor:
+        soft_targets = (consensus / self.temperature).softmax(dim=-1)
+        log_probabilities = functional.log_softmax(logits / self.temperature, dim=-1)
+        cross_entropy: Tensor = -(soft_targets * log_probabilities).sum(dim=-1).mean()
+        return cross_entropy * self.temperature**2
 
 
-def _rescaled(tensor: Tensor, factor: float) -> Tensor:
-    """The same values, with a gradient times `factor`."""
-    return tensor.detach() + factor * (tensor - tensor.detach()) if tensor.is_floating_point() else tensor
+def _with_scaled_gradient(tensor: Tensor, factor: float) -> Tensor:
+    """Return the tensor's values; its gradient is multiplied by `factor`."""
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.detach() + factor * (tensor - tensor.detach())
 
 
 def build_collaborative(settings: CollaborativeCritic, context: CriticContext) -> Collaborative:
-    """The heads of one stage.
+    """Build the heads of one stage.
 
     Raises:
         UsageError: No such head fits the stage.

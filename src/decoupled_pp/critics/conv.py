@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from decoupled_pp.core.objective import CriticContext
 from decoupled_pp.core.packets import Payload, first_tensor
-from decoupled_pp.critics.labels import judged_tensor
+from decoupled_pp.critics.requirements import judged_tensor
 from decoupled_pp.settings.critics import ConvCritic
 
 
 class Convolutions(nn.Sequential):
-    """(B, C, H, W) -> n x (conv3x3, ReLU), flatten, linear -> (B, K)."""
+    """Convolutions without pooling: (B, C, H, W) -> n x (conv3x3, ReLU), flatten, linear -> (B, K)."""
 
     def forward(self, hidden: Payload) -> Tensor:
         """Judge a stage's output."""
@@ -25,7 +25,7 @@ class Convolutions(nn.Sequential):
 
 
 def build_conv(settings: ConvCritic, context: CriticContext) -> Convolutions:
-    """The convolutional critic of one stage.
+    """Build the convolutional critic of one stage.
 
     Raises:
         UsageError: The stage's output is no image, or the network's is not (B, K).

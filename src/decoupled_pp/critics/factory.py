@@ -1,4 +1,4 @@
-"""The user's own critic, built by a function named in the settings."""
+"""Builds the user's own critic, by a function named in the settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def build_from_factory(settings: FactoryCritic, context: CriticContext) -> nn.Mo
     critic = call_factory(settings.factory, "critic.factory", context, **settings.arguments)
     if not isinstance(critic, nn.Module):
         raise UsageError(
-            f"critic.factory: {settings.factory!r} returned {type(critic).__name__}; "
-            "return an nn.Module that maps the stage's output to logits"
+            f"`critic.factory` {settings.factory!r} returned {type(critic).__name__}; "
+            "return an nn.Module that maps the stage's output to logits",
+            code="factory-wrong-result",
+            key="critic.factory",
         )
     return critic

@@ -1,4 +1,4 @@
-"""Fresh copies of layers: same architecture, new weights.
+"""Copies layers for critics: the same architecture with new weights, or with the same ones.
 
 A layer that knows how to initialise itself says so with a method `reset_parameters()`, as torch's own layers do. On the
 layer itself or on any module inside it, this method wins over looking further inside.
@@ -7,45 +7,28 @@ layer itself or on any module inside it, this method wins over looking further i
 from __future__ import annotations
 
 import copy
-from itertools import chain
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from decoupled_pp.core.device import on_meta
 from decoupled_pp.core.errors import UsageError
 
 
-def _reset(module: nn.Module, name: str, root: str) -> None:
-    """Re-initialise `module` (called `name` inside the layer `root`) and all it contains."""
-    where = f"{root}{'.' if name else ''}{name} ({type(module).__name__})"
-    reset = getattr(module, "reset_parameters", None)
-    if parametrize.is_parametrized(module):  # its reset_parameters would write to a computed tensor, without effect
-        raise UsageError(
-            f"layer {where} has parametrized weights, which a critic cannot re-initialise in a copy; give a layer "
-            "around it reset_parameters(), or choose critic.kind head"
-        )
-    if callable(reset):
-        reset()
-        return
-    for child_name, child in module.named_children():
-        _reset(child, f"{name}.{child_name}" if name else child_name, root)
-    own_reset = getattr(module, "_reset_parameters", None)  # nn.MultiheadAttention and nn.Transformer call it so
-    if callable(own_reset):
-        own_reset()
-    elif next(module.parameters(recurse=False), None) is not None:
-        parameter = next(iter(dict(module.named_parameters(recurse=False))))
-        raise UsageError(
-            f"layer {where} has a parameter {parameter!r} but no reset_parameters(), so a critic cannot make a fresh "
-            "copy of it; add the method to the layer, or choose critic.kind head"
-        )
+def fresh_copy(layer: nn.Module, name: str) -> nn.Module:
+    """Return a deep copy of `layer` with new weights; `layer` stays as it is. See `make_fresh`."""
+    copied = copy.deepcopy(layer)
+    if on_meta(copied):
+        copied = copied.to_empty(device="cpu")
+    return make_fresh(copied, name)
 
 
 def make_fresh(layer: nn.Module, name: str) -> nn.Module:
     """Re-initialise `layer` in place from torch's global generator; nothing in it is frozen or works in place after.
 
     Args:
-        layer: A module of one's own (a copy): its old weights are lost.
+        layer: A copy: its old weights are lost.
         name: What to call it in an error.
 
     Returns:
@@ -59,6 +42,52 @@ def make_fresh(layer: nn.Module, name: str) -> nn.Module:
     return _made_trainable(layer)
 
 
+def trainable_copy(layer: nn.Module) -> nn.Module:
+    """Return a deep copy of `layer` with the same weights, none of them frozen; `layer` stays as it is.
+
+    Raises:
+        UsageError: It has no weights here (it is on the meta device).
+    """
+    if on_meta(layer):
+        raise UsageError(
+            "a critic is to copy weights of a later stage, which are not here while the network is on the meta device; "
+            "choose `critic.weights` fresh, or `critic.kind` head, and leave `critic_overlap` out",
+            code="weights-on-meta",
+            key="model.meta",
+        )
+    return _made_trainable(copy.deepcopy(layer))
+
+
+def _reset(module: nn.Module, name: str, root: str) -> None:
+    """Re-initialise `module` (called `name` inside the layer `root`) and all it contains."""
+    where = f"{root}{'.' if name else ''}{name} ({type(module).__name__})"
+    if parametrize.is_parametrized(module):  # its reset_parameters would write to a computed tensor, without effect
+        raise UsageError(
+            f"layer {where} has parametrized weights, which a critic cannot re-initialise in a copy; give a layer "
+            "around it reset_parameters(), or choose `critic.kind` head",
+            code="layer-not-copyable",
+            key="critic.kind",
+        )
+    reset = getattr(module, "reset_parameters", None)
+    if callable(reset):
+        reset()
+        return
+    for child_name, child in module.named_children():
+        _reset(child, f"{name}.{child_name}" if name else child_name, root)
+    own_reset = getattr(module, "_reset_parameters", None)  # the name in nn.MultiheadAttention and nn.Transformer
+    if callable(own_reset):
+        own_reset()
+        return
+    parameter = next((key for key, _ in module.named_parameters(recurse=False)), None)
+    if parameter is not None:
+        raise UsageError(
+            f"layer {where} has a parameter {parameter!r} but no reset_parameters(), so a critic cannot make a fresh "
+            "copy of it; add the method to the layer, or choose `critic.kind` head",
+            code="layer-not-copyable",
+            key="critic.kind",
+        )
+
+
 def _made_trainable(layer: nn.Module) -> nn.Module:
     for module in layer.modules():
         if getattr(module, "inplace", False) is True:
@@ -66,27 +95,3 @@ def _made_trainable(layer: nn.Module) -> nn.Module:
     for parameter in layer.parameters():
         parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
     return layer.train()
-
-
-def trainable_copy(layer: nn.Module) -> nn.Module:
-    """A deep copy of `layer` with the same weights, none of them frozen; `layer` is left as it is.
-
-    Raises:
-        UsageError: It has no weights here (it is on the meta device).
-    """
-    if _is_bare(layer):
-        raise UsageError(
-            "a critic is to copy weights of a later stage, which are not here while the network is on the meta device; "
-            "choose fresh ones, or critic.kind head, and leave critic_overlap out"
-        )
-    return _made_trainable(copy.deepcopy(layer))
-
-
-def fresh_copy(layer: nn.Module, name: str) -> nn.Module:
-    """A deep copy of `layer` with new weights; `layer` is left as it is. Arguments and errors as in `make_fresh`."""
-    copied = copy.deepcopy(layer)
-    return make_fresh(copied.to_empty(device="cpu") if _is_bare(copied) else copied, name)
-
-
-def _is_bare(layer: nn.Module) -> bool:
-    return any(tensor.is_meta for tensor in chain(layer.parameters(), layer.buffers()))

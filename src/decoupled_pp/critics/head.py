@@ -1,4 +1,4 @@
-"""The cheapest critic, pool + linear (for tokens norm + vocabulary projection); every family ends in it.
+"""The cheapest critic: pool + linear, or norm + vocabulary projection for tokens. Every family ends in it.
 
 Legend: B batch, T tokens, D width, C channels, H x W image, K classes, V vocabulary.
 """
@@ -80,19 +80,19 @@ class SequenceHead(nn.Module):
 
 
 def padding_mask(payload: Payload) -> Tensor | None:
-    """The only boolean tensor (B, T) behind a hidden state (B, T, D); None if there is none, or several."""
+    """Return the only boolean tensor (B, T) behind a hidden state (B, T, D); None if there is none, or several."""
     first, *others = as_tuple(payload)
     found = [tensor for tensor in others if tensor.dtype == torch.bool and tensor.shape == first.shape[:2]]
     return found[0] if len(found) == 1 else None
 
 
 def matching_head(hidden: Payload, output: Tensor, stage: int) -> nn.Module:
-    """Build the head that turns `hidden` into something shaped like `output`.
+    """Build the head that turns `hidden` into logits shaped like the network's output.
 
     Args:
-        hidden: Sample of what the head will be given; of a tuple, the first tensor is judged.
+        hidden: Sample of the head's input; the first tensor of a tuple is judged.
         output: Sample of the network's output.
-        stage: The stage it is for, for the error text.
+        stage: Index of the stage it is for, for the error text.
 
     Returns:
         A fresh head in the dtype and on the device of `hidden`.
@@ -103,8 +103,10 @@ def matching_head(hidden: Payload, output: Tensor, stage: int) -> nn.Module:
     first = first_tensor(hidden)
     if not first.is_floating_point():
         raise UsageError(
-            f"stage {stage}: its output is {first.dtype}, which no critic can judge; "
-            "cut elsewhere, or return a floating tensor first"
+            f"stage {stage}: its output is {first.dtype}, which no critic can judge; `cut` elsewhere, or "
+            "return a floating tensor first",
+            code="critic-unfit",
+            key="cut",
         )
     head: nn.Module
     width = first.shape[-1] if first.dim() else 0
@@ -120,28 +122,38 @@ def matching_head(hidden: Payload, output: Tensor, stage: int) -> nn.Module:
         case _:
             raise UsageError(
                 f"stage {stage}: no built-in head leads from a stage output of shape {tuple(first.shape)} to network "
-                f"outputs of shape {tuple(output.shape)}; cut elsewhere or give your own critic (critic.kind factory)"
+                f"outputs of shape {tuple(output.shape)}; `cut` elsewhere, or give your own critic "
+                "(`critic.kind` factory)",
+                code="critic-unfit",
+                key="critic.kind",
             )
     return head.to(device=first.device, dtype=first.dtype)
 
 
 def own_head(context: CriticContext, hidden: Payload) -> nn.Module:
-    """A copy of the network's last layer with its weights, if it takes what is shaped like `hidden`.
+    """Return a copy of the network's last layer with its weights.
+
+    Args:
+        context: The stage the copy is for.
+        hidden: Sample of its input there.
 
     Raises:
-        UsageError: It takes another shape.
+        UsageError: The layer takes another shape.
     """
-    wanted, given = (tuple(first_tensor(one).shape) for one in (context.hiddens[-1], hidden))
+    wanted = tuple(first_tensor(context.hiddens[-1]).shape)
+    given = tuple(first_tensor(hidden).shape)
     if wanted != given:
         raise UsageError(
-            f"stage {context.stage}: critic.weights network needs the network's last layer to fit what it is given, "
-            f"shape {given}, but it takes {wanted}; choose critic.weights fresh"
+            f"stage {context.stage}: `critic.weights` network copies the network's last layer, which takes shape "
+            f"{wanted} and is given {given} here; choose `critic.weights` fresh",
+            code="critic-unfit",
+            key="critic.weights",
         )
     return trainable_copy(context.layers[-1])
 
 
 def build_head(settings: HeadCritic, context: CriticContext) -> nn.Module:
-    """The head critic of one stage.
+    """Build the head critic of one stage.
 
     Raises:
         UsageError: No head leads from the stage's output to the network's.

@@ -1,4 +1,4 @@
-"""InfoPro: the run's loss, and the input image rebuilt from the stage's output (Wang et al. 2021).
+"""InfoPro: lowers the run's loss, and rebuilds the input image from the stage's output (Wang et al. 2021).
 
 The image travels in the packet as far as the last critic. Legend: B batch, C channels, H x W image, K classes.
 """
@@ -8,23 +8,28 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import Critic, CriticContext, View
 from decoupled_pp.core.packets import Loss, Payload, first_tensor
-from decoupled_pp.critics.labels import judged_tensor
+from decoupled_pp.critics.requirements import critic_unfit, judged_tensor, relative_position
 from decoupled_pp.settings.critics import InfoproCritic
 
 _EPSILON = 1e-8
 
 
 class Infopro(Critic):
-    """(B, C, H, W) -> conv3x3, BN, ReLU, pool, linear, ReLU, linear -> (B, K); a decoder -> the image."""
+    """A classifier and a decoder.
+
+    (B, C, H, W) -> conv3x3, BN, ReLU, pool, linear, ReLU, linear -> (B, K); decoder -> the image.
+    """
 
     def __init__(self, context: CriticContext, hidden: Tensor, settings: InfoproCritic) -> None:
         super().__init__()
-        image, channels, width = first_tensor(context.sample), hidden.shape[1], settings.width
-        self.first, self.last = context.stage == 0, context.stage == context.stages - 2
-        position = context.stage / (context.stages - 2) if context.stages > 2 else 0.0
+        image = first_tensor(context.sample)
+        channels = hidden.shape[1]
+        width = settings.width
+        self.first = context.stage == 0
+        self.last = context.stage == context.stages - 2
+        position = relative_position(context.stage, context.stages)
         self.reconstruction = _between(settings.reconstruction, position)
         self.prediction = _between(settings.prediction, position)
         self.size = tuple(image.shape[2:])
@@ -51,8 +56,11 @@ class Infopro(Critic):
         return logits
 
     def objective(self, view: View, loss: Loss) -> Tensor:
-        """l1 R(x | h) + l2 loss(a(h), y), R the binary cross-entropy of the rebuilt image, both weights linear in k."""
-        image = scaled(first_tensor(view.inputs if self.first else view.rider))
+        """Return l1 R(x | h) + l2 loss(a(h), y).
+
+        R is the binary cross-entropy of the rebuilt image; both weights are linear in the stage's index.
+        """
+        image = scaled(first_tensor(self._image(view)))
         enlarged = functional.interpolate(
             first_tensor(view.hidden), size=self.size, mode="bilinear", align_corners=True
         )
@@ -60,13 +68,17 @@ class Infopro(Critic):
         return self.reconstruction * rebuilt + self.prediction * loss(self(view.hidden), view.target)
 
     def rider(self, view: View) -> Payload:
-        """The image, for the next critic; the last stage has none."""
-        return () if self.last else (view.inputs if self.first else view.rider)
+        """Return the image, for the next critic; the last stage has none."""
+        return () if self.last else self._image(view)
+
+    def _image(self, view: View) -> Payload:
+        return view.inputs if self.first else view.rider
 
 
 def scaled(image: Tensor) -> Tensor:
-    """(B, C, H, W) with every channel in 0 .. 1 by its range in the micro-batch (paper: by constants)."""
-    lowest, highest = image.amin(dim=(0, 2, 3), keepdim=True), image.amax(dim=(0, 2, 3), keepdim=True)
+    """Scale every channel of (B, C, H, W) to 0 .. 1 by its range in the micro-batch (paper: by constants)."""
+    lowest = image.amin(dim=(0, 2, 3), keepdim=True)
+    highest = image.amax(dim=(0, 2, 3), keepdim=True)
     return (image - lowest) / (highest - lowest + _EPSILON)
 
 
@@ -75,7 +87,7 @@ def _between(ends: list[float], position: float) -> float:
 
 
 def build_infopro(settings: InfoproCritic, context: CriticContext) -> Infopro:
-    """The InfoPro critic of one stage.
+    """Build the InfoPro critic of one stage.
 
     Raises:
         UsageError: Stage output, network input and network output are not images, images and (B, K).
@@ -83,6 +95,9 @@ def build_infopro(settings: InfoproCritic, context: CriticContext) -> Infopro:
     Source: Wang et al. 2021 (ICLR, 2101.10832), equation 5 and appendix.
     """
     hidden = judged_tensor("infopro", context, (4,))
-    if not isinstance(context.sample, Tensor) or context.sample.dim() != 4 or not context.sample.is_floating_point():
-        raise UsageError("critic infopro rebuilds the input image, but the network's input is no single image tensor")
+    image = context.sample
+    if not isinstance(image, Tensor) or image.dim() != 4 or not image.is_floating_point():
+        raise critic_unfit(
+            context, "critic infopro rebuilds the input image, but the network's input is no single image tensor"
+        )
     return Infopro(context, hidden, settings).to(device=hidden.device, dtype=hidden.dtype)

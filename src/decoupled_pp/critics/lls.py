@@ -1,4 +1,4 @@
-"""LLS: similarity to fixed sinusoids, one per class; nothing is trained but the stage (Apolinario & Roy 2025).
+"""LLS: scores similarity to fixed sinusoids, one per class; only the stage is trained (Apolinario & Roy 2025).
 
 Legend: B batch, C channels, D features, H x W image, K classes.
 """
@@ -11,30 +11,38 @@ from torch.nn import functional
 
 from decoupled_pp.core.objective import Critic, CriticContext
 from decoupled_pp.core.packets import Payload, first_tensor
-from decoupled_pp.critics.labels import judged_tensor
+from decoupled_pp.critics.requirements import judged_tensor
 from decoupled_pp.settings.critics import LlsCritic
 
-LOWEST, HIGHEST = 50.0, 512.0
-"""Frequencies of the first and of the last class."""
+LOWEST = 50.0
+"""Frequency of the first class."""
+
+HIGHEST = 512.0
+"""Frequency of the last class."""
 
 
 def sinusoids(classes: int, features: int) -> Tensor:
-    """(K, D): sin(f_c t), t = 0 .. D-1, f = linspace(50, 512, K).
+    """Return (K, D): sin(f_c t), t = 0 .. D-1, f = linspace(50, 512, K).
 
     Source: Apolinario & Roy 2025 (WACV), section 3, and the authors' code.
     """
+    # In double precision: the sine of a phase in the thousands would lose digits in single precision.
     frequencies = torch.linspace(LOWEST, HIGHEST, classes, dtype=torch.float64)
     return torch.sin(frequencies[:, None] * torch.arange(features, dtype=torch.float64)).float()
 
 
 class Lls(Critic):
-    """(B, C, H, W) or (B, D) -> pool, normalise, compare with every class's sinusoid, divide by T -> (B, K)."""
+    """Compares features with every class's sinusoid.
+
+    (B, C, H, W) or (B, D) -> pool, normalise, scalar products, divide by the temperature -> (B, K).
+    """
 
     basis: Tensor
 
     def __init__(self, pooled: int | None, basis: Tensor, temperature: float) -> None:
         super().__init__()
-        self.pooled, self.temperature = pooled, temperature
+        self.pooled = pooled
+        self.temperature = temperature
         self.register_buffer("basis", basis)
 
     def forward(self, hidden: Payload) -> Tensor:
@@ -46,13 +54,13 @@ class Lls(Critic):
 
 
 def build_lls(settings: LlsCritic, context: CriticContext) -> Lls:
-    """The LLS critic of one stage.
+    """Build the LLS critic of one stage.
 
     Raises:
         UsageError: The stage's output is neither an image nor a vector, or the network's is not (B, K).
     """
     hidden = judged_tensor("lls", context)
-    image = hidden.dim() == 4
-    features = hidden.shape[1] * settings.pooled**2 if image else hidden.shape[1]
+    pooled = settings.pooled if hidden.dim() == 4 else None
+    features = hidden.shape[1] * (pooled or 1) ** 2
     basis = sinusoids(context.output.shape[1], features)
-    return Lls(settings.pooled if image else None, basis, settings.temperature).to(hidden.device)
+    return Lls(pooled, basis, settings.temperature).to(hidden.device)

@@ -11,20 +11,27 @@ from torch import Tensor, nn
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import CriticContext
 from decoupled_pp.core.packets import Payload, first_tensor
+from decoupled_pp.critics.requirements import judged_tensor
 from decoupled_pp.settings.critics import MlpSrCritic
 
 # Convolutions and linear layers followed by batch normalisation have no bias: the normalisation would cancel it.
 
 
-class _Normalised(nn.Sequential):
+class _NormalisedLayers(nn.Sequential):
     """Layers with batch normalisation, which needs two values of a channel to train on."""
 
     def forward(self, features: Tensor) -> Tensor:
-        """Run the layers."""
+        """Run the layers.
+
+        Raises:
+            UsageError: There is one value per channel; torch's own error would not name the setting.
+        """
         if self.training and len(self) > 1 and features.numel() == features.shape[1]:
             raise UsageError(
-                "critic mlp_sr normalises over the micro-batch and cannot train on one of a single sample; "
-                "give at least 2 (data.batch_size), or choose critic.kind head"
+                "critic mlp_sr normalises over the micro-batch and cannot train on one of a single sample; raise "
+                "`data.batch_size` to at least 2, or choose `critic.kind` head",
+                code="batch-too-small",
+                key="data.batch_size",
             )
         for layer in self:
             features = layer(features)
@@ -35,11 +42,15 @@ def _linear_part(width: int, outputs: int, linears: int) -> nn.Sequential:
     parts: list[nn.Module] = []
     for _ in range(linears):
         parts += [nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()]
-    return _Normalised(*parts, nn.Linear(width, outputs))
+    return _NormalisedLayers(*parts, nn.Linear(width, outputs))
 
 
 class ImageMlpSr(nn.Module):
-    """(B, C, H, W) -> pool to a quarter -> n x (conv1x1, BN, ReLU) -> 2x2 -> m x (linear, BN, ReLU) -> (B, K)."""
+    """The whole critic, for images.
+
+    (B, C, H, W) -> pool to a quarter -> n x (conv1x1, BN, ReLU) -> pool to 2x2 -> m x (linear, BN, ReLU), linear
+    -> (B, K).
+    """
 
     def __init__(self, channels: int, reduced: tuple[int, int], outputs: int, settings: MlpSrCritic) -> None:
         super().__init__()
@@ -47,7 +58,7 @@ class ImageMlpSr(nn.Module):
         parts: list[nn.Module] = []
         for _ in range(settings.convolutions):
             parts += [nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
-        self.convolutions = _Normalised(*parts)
+        self.convolutions = _NormalisedLayers(*parts)
         self.linears = _linear_part(4 * channels, outputs, settings.linears)
 
     def forward(self, hidden: Payload) -> Tensor:
@@ -58,7 +69,7 @@ class ImageMlpSr(nn.Module):
 
 
 class VectorMlpSr(nn.Module):
-    """(B, D) -> m x (linear, BN, ReLU) -> (B, K): the linear part alone."""
+    """The linear part alone, for vectors: (B, D) -> m x (linear, BN, ReLU), linear -> (B, K)."""
 
     def __init__(self, width: int, outputs: int, settings: MlpSrCritic) -> None:
         super().__init__()
@@ -71,25 +82,20 @@ class VectorMlpSr(nn.Module):
 
 
 def build_mlp_sr(settings: MlpSrCritic, context: CriticContext) -> nn.Module:
-    """The MLP-SR critic of one stage; the spatial reduction is to ceil(H/4) x ceil(W/4).
+    """Build the MLP-SR critic of one stage; the spatial reduction is to ceil(H/4) x ceil(W/4).
 
     Raises:
         UsageError: The stage's output is neither image-like nor a vector, or the network's is not (B, K). Token
-            sequences are refused: the flattening linear layers would mix positions and so show each one its future.
+            sequences are refused: the linear layers would mix positions, and so show each one its future.
 
     Source: Belilovsky et al. 2020 (1901.08164), section 5 and appendix, "MLP-SR-aux".
     """
-    hidden, output = first_tensor(context.hidden), context.output
+    hidden = judged_tensor("mlp_sr", context)
+    outputs = context.output.shape[1]
     critic: nn.Module
-    if output.dim() != 2 or hidden.dim() not in (2, 4) or not hidden.is_floating_point():
-        raise UsageError(
-            f"stage {context.stage}: critic mlp_sr is for images and vectors with one label each, not for a stage "
-            f"output of shape {tuple(hidden.shape)} {hidden.dtype} and network outputs of shape {tuple(output.shape)} "
-            "(on tokens it would mix positions and see the future); choose critic.kind head or auglocal"
-        )
     if hidden.dim() == 4:
         reduced = (-(-hidden.shape[2] // 4), -(-hidden.shape[3] // 4))
-        critic = ImageMlpSr(hidden.shape[1], reduced, output.shape[1], settings)
+        critic = ImageMlpSr(hidden.shape[1], reduced, outputs, settings)
     else:
-        critic = VectorMlpSr(hidden.shape[1], output.shape[1], settings)
+        critic = VectorMlpSr(hidden.shape[1], outputs, settings)
     return critic.to(device=hidden.device, dtype=hidden.dtype)

@@ -1,10 +1,10 @@
-"""Overlap: a stage trains copies of the next stage's first layers redundantly; its critic judges what they make.
+"""Overlap: a stage trains copies of the next stage's first layers redundantly; its critic judges their output.
 
     stage k        f_k --> copies of the next stage's first layers --> critic      all trained by stage k
     stage k+1              the layers themselves, trained by stage k+1 --> ...
 
-So a stage learns features that layers like the next stage's can use. The copies begin with the network's weights and go
-their own way: nothing is exchanged, no byte more crosses a link, and the price is computing those layers twice.
+A stage then learns features that layers like the next stage's can use. The copies begin with the network's weights and
+train on their own: nothing is exchanged, no byte more crosses a link, and the price is computing those layers twice.
 
 Source: overlapping local updates, Laskin et al. 2020 (2012.03837), section 3, where the layers are shared memory.
 """
@@ -22,12 +22,13 @@ from decoupled_pp.core.packets import Loss, Payload
 from decoupled_pp.critics.fresh import trainable_copy
 
 
-class PlainOverlap(nn.Module):
-    """Copied layers, then a critic that lowers the run's loss: a stage's output -> logits."""
+class _BehindCopies(nn.Module):
+    """Copied layers, then a critic: a stage's output -> logits."""
 
     def __init__(self, layers: nn.Sequential, critic: nn.Module) -> None:
         super().__init__()
-        self.overlap, self.critic = layers, critic
+        self.overlap = layers
+        self.critic = critic
 
     def forward(self, hidden: Payload) -> Tensor:
         """Judge a stage's output."""
@@ -35,33 +36,30 @@ class PlainOverlap(nn.Module):
         return logits
 
 
-class Overlap(Critic):
-    """The same for a critic that has an objective of its own."""
+class PlainOverlap(_BehindCopies):
+    """Copied layers, then a critic that lowers the run's loss; itself a plain critic, which a cascade can teach."""
 
-    def __init__(self, layers: nn.Sequential, critic: Critic) -> None:
-        super().__init__()
-        self.overlap, self.critic = layers, critic
 
-    def forward(self, hidden: Payload) -> Tensor:
-        """Judge a stage's output."""
-        logits: Tensor = self.critic(self.overlap(hidden))
-        return logits
+class Overlap(_BehindCopies, Critic):
+    """Copied layers, then a critic with an objective of its own."""
+
+    critic: Critic
 
     def objective(self, view: View, loss: Loss) -> Tensor:
-        """The critic's, for what the copied layers make of the stage's output."""
+        """Return the critic's objective, for what the copied layers make of the stage's output."""
         return self.critic.objective(replace(view, hidden=self.overlap(view.hidden)), loss)
 
     def rider(self, view: View) -> Payload:
-        """The critic's."""
+        """Return the critic's rider."""
         return self.critic.rider(view)
 
 
 @dataclass(frozen=True)
-class Overlapping:
+class OverlapBuilder:
     """Builds overlapping critics.
 
     Attributes:
-        builder: What makes the critics behind the copied layers.
+        builder: Builds the critics behind the copied layers.
         layers: How many layers are copied; fewer where the network's head is nearer.
     """
 
@@ -69,10 +67,10 @@ class Overlapping:
     layers: int
 
     def __call__(self, context: CriticContext) -> nn.Module:
-        """The critic of one stage.
+        """Build the critic of one stage.
 
         Raises:
-            UsageError: The builder's, or a critic that looks at the stage itself.
+            UsageError: See the builder; or the critic looks at the stage itself.
         """
         end = min(context.boundary + self.layers, len(context.layers) - 1)
         copies = nn.Sequential(*(trainable_copy(layer) for layer in context.layers[context.boundary : end]))
@@ -82,12 +80,14 @@ class Overlapping:
             return PlainOverlap(copies, critic)
         if critic.late or critic.follows_input or critic.needs_first or not has_exit(critic):
             raise UsageError(
-                f"critic_overlap: critic {type(critic).__name__} looks at the stage's own input or gradient, not at "
-                "layers behind it; leave critic_overlap out"
+                f"`critic_overlap`: critic {type(critic).__name__} looks at the stage's own input or gradient, not at "
+                "layers behind it; leave `critic_overlap` out",
+                code="critic-overlap-unsupported",
+                key="critic_overlap",
             )
         return Overlap(copies, critic)
 
     def closing(self) -> nn.Module | None:
-        """The builder's."""
+        """Build what judges the last stage as the builder does: behind it there is nothing to overlap."""
         own: Callable[[], nn.Module | None] = getattr(self.builder, "closing", lambda: None)
         return own()

@@ -1,4 +1,4 @@
-"""predsim: a linear prediction, and similarities between samples that match their labels' (Nokland & Eidnes 2019).
+"""predsim: predicts labels, and matches similarities of samples to those of their labels (Nokland & Eidnes 2019).
 
 Legend: B batch, C channels, D width, H x W image, K classes.
 """
@@ -11,16 +11,16 @@ from torch.nn import functional
 
 from decoupled_pp.core.objective import Critic, CriticContext, View
 from decoupled_pp.core.packets import Loss, Payload, first_tensor
-from decoupled_pp.critics.labels import class_indices, judged_tensor
+from decoupled_pp.critics.requirements import class_indices, judged_tensor
 from decoupled_pp.settings.critics import PredsimCritic
 
 _EPSILON = 1e-8
 
 
 def similarities(features: Tensor) -> Tensor:
-    """(B, ...) -> (B, B): cosine similarity of the samples' features, each sample's centred about its own mean.
+    """Return (B, ...) -> (B, B): cosine similarity of the samples' features, each sample's centred about its own mean.
 
-    Of images (more than 3 channels, more than one row) the features are each channel's standard deviation over space.
+    For images (more than 3 channels, more than one row) the features are each channel's standard deviation over space.
 
     Source: Nokland & Eidnes 2019 (1901.06656), section 2.2, and the authors' code.
     """
@@ -28,24 +28,30 @@ def similarities(features: Tensor) -> Tensor:
         features = features.flatten(2).std(dim=2)
     features = features.flatten(1)
     centred = features - features.mean(dim=1, keepdim=True)
+    # The epsilon keeps a sample with constant features from dividing by 0.
     unit = centred / (_EPSILON + centred.square().sum(dim=1, keepdim=True).sqrt())
     return (unit @ unit.T).clamp(-1, 1)
 
 
 class Predsim(Critic):
-    """(B, C, H, W) or (B, D) -> average pool, flatten, linear -> (B, K); one more layer for the similarities."""
+    """A linear prediction, and one more layer for the similarities.
+
+    (B, C, H, W) or (B, D) -> average pool, flatten, linear -> (B, K).
+    """
 
     def __init__(self, hidden: Tensor, outputs: int, settings: PredsimCritic) -> None:
         super().__init__()
-        channels, self.similarity = hidden.shape[1], settings.similarity
-        self.kernel = pooling_kernel(tuple(hidden.shape), settings.features) if hidden.dim() == 4 else 1
-        self.projection: nn.Module = (
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-            if hidden.dim() == 4
-            else nn.Linear(channels, channels, bias=False)
-        )
+        channels = hidden.shape[1]
+        self.similarity = settings.similarity
+        self.kernel = 1
+        self.projection: nn.Module
+        if hidden.dim() == 4:
+            self.kernel = pooling_kernel(tuple(hidden.shape), settings.features)
+            self.projection = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        else:
+            self.projection = nn.Linear(channels, channels, bias=False)
         self.prediction = nn.Linear(self._pooled(hidden).shape[1], outputs)
-        nn.init.zeros_(self.prediction.weight)
+        nn.init.zeros_(self.prediction.weight)  # as the authors' code does
 
     def forward(self, hidden: Payload) -> Tensor:
         """Judge a stage's output."""
@@ -53,7 +59,7 @@ class Predsim(Critic):
         return logits
 
     def objective(self, view: View, loss: Loss) -> Tensor:
-        """(1 - b) loss(W pool(h), y) + b mean (S(projection(h)) - S(onehot y))^2, over all pairs of samples."""
+        """Return (1 - b) loss(W pool(h), y) + b mean (S(projection(h)) - S(onehot y))^2, over all pairs of samples."""
         logits = self(view.hidden)
         classes = class_indices("predsim", view.target, logits)
         labels = similarities(functional.one_hot(classes, logits.shape[-1]).to(logits.dtype))
@@ -66,7 +72,7 @@ class Predsim(Critic):
 
 
 def pooling_kernel(shape: tuple[int, ...], most: int) -> int:
-    """Kernel (and stride) of average pooling, doubled until at most so many features of (B, C, H, W) are left."""
+    """Return kernel (and stride) of average pooling: doubled until at most `most` features of (B, C, H, W) are left."""
     _, channels, height, width = shape
     kernel = 1
     while channels * (height // kernel) * (width // kernel) > most and 2 * kernel <= min(height, width):
@@ -75,7 +81,7 @@ def pooling_kernel(shape: tuple[int, ...], most: int) -> int:
 
 
 def build_predsim(settings: PredsimCritic, context: CriticContext) -> Predsim:
-    """The predsim critic of one stage.
+    """Build the predsim critic of one stage.
 
     Raises:
         UsageError: The stage's output is neither an image nor a vector, or the network's is not (B, K).

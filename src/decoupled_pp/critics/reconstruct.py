@@ -1,4 +1,4 @@
-"""LoPT's rule for fine-tuning: a small decoder rebuilds a stage's input from its output (2605.04913).
+"""LoPT for fine-tuning: a small decoder rebuilds a stage's input from its output (2605.04913).
 
 Legend: B batch, T tokens, D width.
 """
@@ -12,20 +12,22 @@ from torch.nn import functional
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import Critic, CriticContext, View
 from decoupled_pp.core.packets import Loss, Payload, first_tensor
+from decoupled_pp.critics.requirements import critic_unfit
 from decoupled_pp.settings.critics import ReconstructCritic
 
 _GAIN = 0.1
 
 
 class Reconstruct(Critic):
-    """(B, T, D) or (B, D) -> the same shape, one linear layer; it makes no logits and looks at no targets."""
+    """One linear layer: (B, T, D) or (B, D) -> the same shape. It makes no logits and looks at no targets."""
 
     needs_first = True
     exits = False
 
     def __init__(self, width: int, weight: float) -> None:
         super().__init__()
-        self.decoder, self.weight = nn.Linear(width, width), weight
+        self.decoder = nn.Linear(width, width)
+        self.weight = weight
         nn.init.xavier_normal_(self.decoder.weight, gain=_GAIN)
         nn.init.zeros_(self.decoder.bias)
 
@@ -35,7 +37,9 @@ class Reconstruct(Critic):
         return rebuilt
 
     def objective(self, view: View, loss: Loss) -> Tensor:
-        """Lambda mean (d(h_k) - sg(h_{k-1}))^2; of a stage that is given no activations, its first layer's output.
+        """Return lambda mean (d(h_k) - sg(h_{k-1}))^2.
+
+        A stage that is given no activations (the first one, given token ids) rebuilds the output of its first layer.
 
         Raises:
             UsageError: Neither has the shape of the stage's output.
@@ -47,21 +51,24 @@ class Reconstruct(Critic):
                 return self.weight * functional.mse_loss(self(view.hidden), given.detach())
         raise UsageError(
             f"critic reconstruct rebuilds activations shaped like the stage's output {tuple(hidden.shape)}, but was "
-            f"given {tuple(first_tensor(view.inputs).shape)}; cut elsewhere or choose critic.kind head"
+            f"given {tuple(first_tensor(view.inputs).shape)}; `cut` elsewhere or choose `critic.kind` head",
+            code="critic-unfit",
+            key="critic.kind",
         )
 
 
 def build_reconstruct(settings: ReconstructCritic, context: CriticContext) -> Reconstruct:
-    """The decoder of one stage.
+    """Build the decoder of one stage.
 
     Raises:
         UsageError: The stage's output is neither (B, T, D) nor (B, D).
     """
     hidden = first_tensor(context.hidden)
     if hidden.dim() not in {2, 3} or not hidden.is_floating_point():
-        raise UsageError(
-            f"stage {context.stage}: critic reconstruct is for token and vector activations, not for a stage output of "
-            f"shape {tuple(hidden.shape)} {hidden.dtype}; choose critic.kind head"
+        raise critic_unfit(
+            context,
+            "critic reconstruct is for token and vector activations, not for a stage output of shape "
+            f"{tuple(hidden.shape)} {hidden.dtype}",
         )
     with torch.no_grad():
         critic = Reconstruct(hidden.shape[-1], settings.weight)

@@ -1,4 +1,4 @@
-"""Several fresh critics of one simple kind, for the critics that are made of them."""
+"""Builds several fresh critics of one simple kind, for the critics that are made of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from decoupled_pp.settings.critics import MlpSrCritic
 
 
 def build_bases(kind: Literal["head", "mlp_sr"], count: int, context: CriticContext) -> list[nn.Module]:
-    """So many critics of one stage, each with weights of its own.
+    """Build `count` critics of one stage, each with weights of its own.
 
     Raises:
         UsageError: That kind does not fit the stage.

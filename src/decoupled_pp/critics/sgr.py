@@ -1,7 +1,9 @@
-"""SGR: a stage's gradient for its input is drawn towards the previous stage's own delta (Yang et al. 2024).
+"""SGR: draws a stage's gradient for its input towards the previous stage's own delta (Yang et al. 2024).
 
-The delta travels forward beside the activations, which doubles the bytes of a link; nothing flows back. The packet
-leaves once the critic has computed it. Legend: B batch.
+The delta is the gradient of a stage's local loss for its output. It travels forward beside the activations, which
+doubles the bytes of a link; nothing flows back. The packet leaves once the critic has computed the delta.
+
+Legend: B batch.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from torch.nn import functional
 
 from decoupled_pp.core.objective import Critic, CriticContext, View
 from decoupled_pp.core.packets import Loss, Payload, as_tuple, first_tensor
-from decoupled_pp.critics.labels import judged_tensor
+from decoupled_pp.critics.requirements import judged_tensor
 from decoupled_pp.critics.several import build_bases
 from decoupled_pp.settings.critics import SgrCritic
 
@@ -20,7 +22,7 @@ _EPSILON = 1e-12
 
 
 class Sgr(Critic):
-    """Stage output -> logits of an ordinary critic; or, after the last stage, the network's own logits.
+    """An ordinary critic with SGR's objective: stage output -> logits.
 
     The objective needs a second derivative through the stage's layers.
     """
@@ -30,7 +32,9 @@ class Sgr(Critic):
 
     def __init__(self, base: nn.Module, settings: SgrCritic) -> None:
         super().__init__()
-        self.base, self.weight, self.kind = base, settings.weight, settings.distance
+        self.base = base
+        self.weight = settings.weight
+        self.kind = settings.distance
 
     def forward(self, hidden: Payload) -> Tensor:
         """Judge a stage's output."""
@@ -38,53 +42,56 @@ class Sgr(Critic):
         return logits
 
     def objective(self, view: View, loss: Loss) -> Tensor:
-        """L_k + lambda d(dL_k/dh_{k-1}, sg(dL_{k-1}/dh_{k-1})), L_k the run's loss of this critic's logits."""
-        label = loss(self(view.hidden), view.target)
-        hidden, follows = first_tensor(view.hidden), len(as_tuple(view.rider)) > 0
-        (delta,) = torch.autograd.grad(label, hidden, retain_graph=True, create_graph=follows)
-        view.delta = delta.detach()
-        if not follows:
-            return label
+        """Return L_k + lambda d(dL_k/dh_{k-1}, sg(dL_{k-1}/dh_{k-1})), L_k the run's loss of this critic's logits."""
+        label_loss = loss(self(view.hidden), view.target)
+        hidden = first_tensor(view.hidden)
+        has_predecessor = len(as_tuple(view.rider)) > 0
+        # The distance is differentiated through both gradients; the first stage has no distance, and needs no graph.
+        (delta,) = torch.autograd.grad(label_loss, hidden, retain_graph=True, create_graph=has_predecessor)
+        view.delta = delta.detach()  # the rider: it leaves with the packet, without the graph
+        if not has_predecessor:
+            return label_loss
         (ours,) = torch.autograd.grad(hidden, first_tensor(view.inputs), delta, create_graph=True)
-        return label + self.weight * self._distance(ours, first_tensor(view.rider))
+        return label_loss + self.weight * self._distance(ours, first_tensor(view.rider))
 
     def rider(self, view: View) -> Payload:
-        """The gradient of this stage's own loss for its output, shaped like it."""
+        """Return the gradient of this stage's own loss for its output, shaped like it."""
         return view.delta
 
     def _distance(self, ours: Tensor, theirs: Tensor) -> Tensor:
-        ours, theirs = ours.flatten(1), theirs.flatten(1)
+        ours = ours.flatten(1)
+        theirs = theirs.flatten(1)
         if self.kind == "cosine":
             return (1 - functional.cosine_similarity(ours, theirs, dim=1, eps=_EPSILON)).mean()
         return ((ours - theirs).square().sum(dim=1) / (theirs.square().sum(dim=1) + _EPSILON)).mean()
 
 
-class Closing(Sgr):
-    """After the last stage, whose output is the logits: no layers, the same objective, and nothing is sent on."""
+class LastStageSgr(Sgr):
+    """SGR's objective after the last stage, whose output is the logits: no layers, and nothing is sent on."""
 
     late = False
 
     def __init__(self, settings: SgrCritic) -> None:
-        super().__init__(_First(), settings)
+        super().__init__(_FirstTensor(), settings)
 
     def rider(self, view: View) -> Payload:
-        """Nothing."""
+        """Return nothing: no stage follows."""
         return ()
 
 
-class _First(nn.Module):
+class _FirstTensor(nn.Module):
     def forward(self, hidden: Payload) -> Tensor:
         return first_tensor(hidden)
 
 
 def build_sgr(settings: SgrCritic, context: CriticContext) -> Sgr:
-    """The SGR critic of one stage before the last.
+    """Build the SGR critic of one stage before the last.
 
     Raises:
         UsageError: The stage's output is neither an image nor a vector, or the network's is not (B, K).
 
     Source: Yang et al. 2024 (ICML), "Towards interpretable deep local learning with successive gradient
-    reconciliation"; the distance is ours to choose, both are free of the deltas' scale.
+    reconciliation". The paper leaves the distance open; neither distance here depends on the deltas' scale.
     """
     judged_tensor("sgr", context)
     return Sgr(build_bases(settings.base, 1, context)[0], settings)

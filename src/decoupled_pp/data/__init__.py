@@ -1,4 +1,4 @@
-"""Seeded, resumable micro-batches from real data: `open_data` and its table of kinds."""
+"""Opens data sets as seeded, resumable micro-batches: `open_data` and its table of kinds."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ KINDS: dict[str, Callable[[Any, int], Data]] = {
     "huggingface": open_huggingface,
     "factory": open_custom,
 }
-"""`data.kind` -> opener. A new kind is a new file here, a section in `settings.py` and a line in this table."""
+"""`data.kind` -> opener. A new kind is a file here, a class in `settings/sections.py` and a line in this table."""
 
 
 def open_data(settings: DataSettings, seed: int) -> Data:
     """Open the data set a configuration names.
 
-    Cheap faults (missing, truncated or malformed files) are found here; the samples themselves are read when
-    `batches` is first called, so ranks that only need `info` hold no data.
+    Faults that are cheap to find (missing, truncated or malformed files) are found here. The samples themselves are
+    read when `batches` is first called, so ranks that only need `info` hold no data.
 
     Args:
         settings: The `data` section.

@@ -1,4 +1,4 @@
-"""Micro-batches as a pure function of (seed, batch number): the endless training stream and the validation pass.
+"""Makes micro-batches a pure function of (seed, batch number): endless training stream and validation pass.
 
     batch number   0     1     2  |  3     4     5  |  6 ...        3 batches per epoch, the rest of an epoch is dropped
     epoch          0              |  1              |  2
@@ -20,6 +20,7 @@ from torch import Tensor
 from decoupled_pp.core.datasets import BatchSource
 from decoupled_pp.core.packets import Batch
 from decoupled_pp.data.seeds import Purpose, generator
+from decoupled_pp.settings.sections import BatchSettings
 
 
 class Samples(ABC):
@@ -27,11 +28,11 @@ class Samples(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """Number of samples, the same in every epoch."""
+        """Return the number of samples, the same in every epoch."""
 
     @abstractmethod
     def take(self, indices: Tensor, epoch: int | None) -> Batch:
-        """New tensors with the samples at `indices` (B,); `epoch` is None in validation."""
+        """Return new tensors with the samples at `indices` (B,); `epoch` is None in validation."""
 
 
 Loader: TypeAlias = Callable[[], Samples]
@@ -42,7 +43,7 @@ Augmentation: TypeAlias = Callable[[Batch, torch.Generator], Batch]
 
 
 class TrainingBatches(BatchSource):
-    """Endless stream: a fresh order for every epoch, without the last partial batch of an epoch.
+    """Endless stream with a fresh order for every epoch, without the last partial batch of an epoch.
 
     A data set smaller than one batch is one batch per epoch, of the whole set.
     """
@@ -54,11 +55,11 @@ class TrainingBatches(BatchSource):
         self._augmentation = augmentation
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
-        """Yield the batches from number `start` on, for ever."""
+        """Yield the batches from number `start` on, without end."""
         samples = self._load()
         size = min(self._batch_size, len(samples))
         per_epoch = len(samples) // size
-        first_epoch, first_position = divmod(start, per_epoch)
+        first_epoch, first_position = divmod(start, per_epoch)  # no batch before `start` is read
         for epoch in count(first_epoch):
             order = torch.randperm(len(samples), generator=generator(self._seed, Purpose.ORDER, epoch))
             for position in range(first_position, per_epoch):
@@ -85,5 +86,11 @@ class ValidationBatches(BatchSource):
         samples = self._load()
         for first in range(start * self._batch_size, len(samples), self._batch_size):
             batch = samples.take(torch.arange(first, min(first + self._batch_size, len(samples))), None)
-            number = first // self._batch_size
-            yield batch if self._change is None else self._change(batch, generator(0, Purpose.HELD_OUT, number))
+            if self._change is not None:
+                batch = self._change(batch, generator(0, Purpose.HELD_OUT, first // self._batch_size))
+            yield batch
+
+
+def validation_batch_size(settings: BatchSettings) -> int:
+    """Return the samples per micro-batch of validation."""
+    return settings.validation_batch_size or settings.batch_size

@@ -1,4 +1,4 @@
-"""CIFAR-10 in its official binary form: records of 1 label byte and 3072 pixel bytes."""
+"""Reads CIFAR-10 in its official binary form: records of 1 label byte and 3072 pixel bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEST_FILES = ("test_batch.bin",)
 
 
 def open_cifar_binary(settings: CifarBinaryData, seed: int) -> Data:
-    """Images (3, 32, 32), normalised with every channel's mean and deviation over the training images; 10 classes.
+    """Open images (3, 32, 32) of 10 classes, normalised per channel with the training images' mean and deviation.
 
     Raises:
         UsageError: A file is missing, not a whole number of records, or has a label over 9.
@@ -38,27 +38,40 @@ def open_cifar_binary(settings: CifarBinaryData, seed: int) -> Data:
 
 
 def check_records(path: Path) -> None:
-    """Refuse a file that cannot be CIFAR-10 records, without keeping it."""
+    """Check that a file holds CIFAR-10 records, without keeping it.
+
+    Raises:
+        UsageError: It is missing, not a whole number of records, or has a label over 9.
+    """
     if not path.is_file():
         raise UsageError(
-            f"data.folder: {path} is missing; name the folder with data_batch_1.bin .. data_batch_5.bin, test_batch.bin"
+            f"`data.folder`: {path} is missing; name the folder with data_batch_1.bin .. data_batch_5.bin and "
+            "test_batch.bin",
+            code="data-file-missing",
+            key="data.folder",
         )
     size = path.stat().st_size
     if size == 0 or size % RECORD:
         raise UsageError(
             f"{path} is truncated or not CIFAR-10: {size} bytes are not a whole number of {RECORD}-byte records; "
-            "fetch it again"
+            "fetch it again",
+            code="data-file-damaged",
+            key="data.folder",
         )
+    # A memory map reads the pages with labels as they are needed; the pixels are not kept.
     labels = np.memmap(path, dtype=np.uint8, mode="r").reshape(-1, RECORD)[:, 0]
     if labels.max() >= CLASSES:
         record = int(labels.argmax())
         raise UsageError(
-            f"{path} is not CIFAR-10: record {record} has label {labels[record]}, the largest possible is {CLASSES - 1}"
+            f"{path} is not CIFAR-10: record {record} has label {labels[record]}, the largest possible is "
+            f"{CLASSES - 1}; fetch it again",
+            code="data-file-damaged",
+            key="data.folder",
         )
 
 
 def read_records(folder: Path, names: tuple[str, ...]) -> Pixels:
-    """The records of the files in order."""
+    """Return the records of the files in order."""
     parts = [np.fromfile(folder / name, dtype=np.uint8).reshape(-1, RECORD) for name in names]
     records = torch.from_numpy(np.concatenate(parts))
     return Pixels(records[:, 1:].reshape(-1, *SHAPE), records[:, 0].long())

@@ -1,4 +1,4 @@
-"""The user's own data function."""
+"""Calls the user's own data function."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ def open_custom(settings: FactoryData, seed: int) -> Data:
     """Call `function(settings, seed, **arguments)`.
 
     Raises:
-        UsageError: The function cannot be imported or returns something else than `Data`.
+        UsageError: The function cannot be imported or returns something other than `Data`.
     """
     data = call_factory(settings.factory, "data.factory", settings, seed, **settings.arguments)
     if not isinstance(data, Data):
         raise UsageError(
-            f"data.factory: {settings.factory!r} returned {type(data).__name__}; return a decoupled_pp.Data"
+            f"`data.factory` {settings.factory!r} returned {type(data).__name__}; return a decoupled_pp.Data",
+            code="factory-wrong-result",
+            key="data.factory",
         )
     return data

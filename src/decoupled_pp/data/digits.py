@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits as images."""
+"""Opens scikit-learn's handwritten digits as images."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from decoupled_pp.settings.sections import DigitsData
 
 
 def open_digits(settings: DigitsData, seed: int) -> Data:
-    """1797 images (1, 8, 8) of 10 classes; values 0..16 are normalised with the training part's mean and deviation.
+    """Open 1797 images (1, 8, 8) of 10 classes; values 0..16 are normalised with the training part's statistics.
 
-    The held-out part is stratified: it has the same share of every class.
+    The held-out part is stratified: every class has the same share in it.
     """
 
     def load() -> tuple[Pixels, Pixels]:

@@ -1,4 +1,4 @@
-"""Sentences and labels from two columns of a Hugging Face data set."""
+"""Reads sentences and labels from two columns of a Hugging Face data set."""
 
 from __future__ import annotations
 
@@ -13,44 +13,48 @@ from decoupled_pp.core.datasets import Data, DataInfo
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.packets import Batch
 from decoupled_pp.data.huggingface_labelled import Reader, open_labelled
-from decoupled_pp.data.streams import Rows, Sample
+from decoupled_pp.data.streams import Rows, Sample, expect_text
 from decoupled_pp.data.vocabulary import Vocabulary, open_vocabulary
 from decoupled_pp.settings.sections import HuggingFaceData
 
 
 def open_sentence_rows(settings: HuggingFaceData, seed: int, train: Rows, validation: Rows | None) -> Data:
-    """Sentence data: ((ids (B, T), mask (B, T) bool), class (B,)), T that of the longest sentence of the batch.
+    """Open sentences: ((ids (B, T), mask (B, T) bool), class (B,)), T the length of the longest sentence of the batch.
 
     Sentences are tokenised when their batch is taken, with the tokenizer's special tokens, and cut to `context` tokens.
 
     Raises:
         UsageError: A column does not hold text or class numbers, or the tokenizer has no padding token.
     """
-    column, vocabulary = settings.text_column or "", open_vocabulary(settings.tokenizer)
+    column = settings.text_column or ""
+    vocabulary = open_vocabulary(settings.tokenizer)
     if vocabulary.pad is None:
         raise UsageError(
-            f"data.tokenizer: {settings.tokenizer} has no padding token, which sentences of several lengths need; give "
-            "it one (tokenizer.pad_token = ..., save_pretrained)"
+            f"`data.tokenizer` {settings.tokenizer} has no padding token, which sentences of several lengths need; "
+            "give it one (tokenizer.pad_token = ..., save_pretrained)",
+            code="no-padding-token",
+            key="data.tokenizer",
         )
-    reader = _Sentences(vocabulary, vocabulary.pad, settings.context, column)
+    reader = _SentenceReader(vocabulary, vocabulary.pad, settings.context, column)
     return open_labelled(settings, seed, train, validation, column, lambda _: reader)
 
 
-class _Sentences(Reader):
-    """Text -> ids, and batches of one length."""
+class _SentenceReader(Reader):
+    """Encodes text, and pads the sentences of a batch to one length."""
 
     def __init__(self, vocabulary: Vocabulary, pad: int, context: int, column: str) -> None:
-        self._vocabulary, self._pad, self._context, self._column = vocabulary, pad, context, column
+        self._vocabulary = vocabulary
+        self._pad = pad
+        self._context = context
+        self._column = column
         self._encode = vocabulary.sentences(context)
 
     def info(self, classes: int) -> DataInfo:
         return DataInfo("sentences", (self._context,), classes, vocabulary=self._vocabulary.size, pad=self._pad)
 
     def read(self, value: Any) -> Tensor:
-        """Text -> ids (T,), T at least 1 and at most `context`."""
-        if not isinstance(value, str):
-            raise UsageError(f"data.text_column: column {self._column!r} holds {type(value).__name__}, not text")
-        return torch.tensor(self._encode(value) or [self._pad])
+        """Encode text as ids (T,), T at least 1 and at most `context`."""
+        return torch.tensor(self._encode(expect_text(value, self._column)) or [self._pad])
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Pad on the right."""

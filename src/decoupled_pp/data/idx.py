@@ -1,4 +1,4 @@
-"""MNIST-like data sets: the IDX format of http://yann.lecun.com/exdb/mnist, plain or gzipped."""
+"""Reads MNIST-like data sets: the IDX format of http://yann.lecun.com/exdb/mnist, plain or gzipped."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _CHUNK = 1 << 20
 
 
 def open_idx(settings: IdxData, seed: int) -> Data:
-    """Images (1, H, W), normalised with the mean and deviation of all training pixels; classes = largest label + 1.
+    """Open images (1, H, W), normalised with the mean and deviation of all training pixels.
 
-    All four files are read through once at open (not kept), so a damaged file is found before training starts.
+    There are as many classes as the largest label + 1. All four files are read through once (not kept), so a damaged
+    file is found before training starts.
 
     Raises:
         UsageError: A file is missing, damaged, or does not belong to the others.
     """
-    train, test = (_Part(Path(settings.folder).expanduser(), prefix) for prefix in ("train", "t10k"))
+    folder = Path(settings.folder).expanduser()
+    train = _ImagesAndLabels(folder, "train")
+    test = _ImagesAndLabels(folder, "t10k")
     if train.shape != test.shape:
-        raise UsageError(
-            f"{test.images} has images of {test.shape}, {train.images} of {train.shape}; "
-            "put the files of one data set into data.folder"
-        )
+        raise _of_several_sets(f"{test.images} has images of {test.shape}, {train.images} of {train.shape}")
     classes = max(train.classes, test.classes)
     return open_pixels(
         image_info((1, *train.shape), classes),
@@ -43,8 +43,25 @@ def open_idx(settings: IdxData, seed: int) -> Data:
     )
 
 
-class _Part:
-    """One images file and its labels file, checked."""
+def _of_several_sets(fault: str) -> UsageError:
+    return UsageError(
+        f"{fault}; put the files of one data set into `data.folder`", code="data-files-disagree", key="data.folder"
+    )
+
+
+def _damaged(fault: str) -> UsageError:
+    return UsageError(f"{fault}; fetch it again", code="data-file-damaged", key="data.folder")
+
+
+class _ImagesAndLabels:
+    """One file of images and its file of labels, checked.
+
+    Attributes:
+        images: Path of the images.
+        labels: Path of the labels.
+        shape: (H, W) of the images.
+        classes: The largest label + 1.
+    """
 
     def __init__(self, folder: Path, prefix: str) -> None:
         self.images = find_file(folder, f"{prefix}-images-idx3-ubyte")
@@ -52,55 +69,59 @@ class _Part:
         count, height, width = check_idx(self.images, 3)
         (label_count,) = check_idx(self.labels, 1)
         if count != label_count:
-            raise UsageError(
-                f"{self.images} has {count} images but {self.labels} {label_count} labels; "
-                "put the files of one data set into data.folder"
-            )
+            raise _of_several_sets(f"{self.images} has {count} images but {self.labels} {label_count} labels")
         self.shape = (height, width)
         self.classes = int(read_idx(self.labels).max()) + 1
 
     def read(self) -> Pixels:
+        """Read both files."""
         return Pixels(read_idx(self.images)[:, None], read_idx(self.labels).long())
 
 
 def find_file(folder: Path, name: str) -> Path:
-    """The file `name` or `name.gz` in `folder`."""
+    """Return the file `name` or `name.gz` in `folder`.
+
+    Raises:
+        UsageError: There is neither.
+    """
     for path in (folder / name, folder / f"{name}.gz"):
         if path.is_file():
             return path
-    raise UsageError(f"data.folder: {folder} has neither {name} nor {name}.gz; name the folder with the four IDX files")
+    raise UsageError(
+        f"`data.folder` {folder} has neither {name} nor {name}.gz; name the folder with the four IDX files",
+        code="data-file-missing",
+        key="data.folder",
+    )
 
 
 def check_idx(path: Path, rank: int) -> tuple[int, ...]:
-    """Read a file of unsigned bytes through without keeping it; return its `rank` dimensions.
+    """Read a file of unsigned bytes through without keeping it, and return its `rank` dimensions.
 
     Raises:
         UsageError: Wrong magic number, no samples, other length than the header says, or a damaged gzip stream.
     """
     found = 0
+    header = 4 + 4 * rank
     try:
         with _open(path) as stream:
-            dimensions = _header(path, stream.read(4 + 4 * rank), rank)
-            expected = found = 4 + 4 * rank
-            expected += math.prod(dimensions)
+            dimensions = _header(path, stream.read(header), rank)
+            expected = header + math.prod(dimensions)
+            found = header
             while chunk := stream.read(_CHUNK):
                 found += len(chunk)
     except EOFError:
-        raise UsageError(
-            f"{path} is truncated: its gzip stream breaks off after about {found} of {expected} bytes; fetch it again"
-            if found
-            else f"{path} is truncated: its gzip stream breaks off in the header; fetch it again"
-        ) from None
+        place = f"after about {found} of {expected} bytes" if found else "in the header"
+        raise _damaged(f"{path} is truncated: its gzip stream breaks off {place}") from None
     except (OSError, zlib.error) as error:
-        raise UsageError(f"cannot read {path}: {error}; fetch it again") from None
+        raise _damaged(f"{path} cannot be read: {error}") from None
     if found != expected:
         fault = "truncated" if found < expected else "too long"
-        raise UsageError(f"{path} is {fault}: expected {expected} bytes, found {found}; fetch it again")
+        raise _damaged(f"{path} is {fault}: expected {expected} bytes, found {found}")
     return dimensions
 
 
 def read_idx(path: Path) -> Tensor:
-    """The values of a checked file, uint8 in the shape its header says."""
+    """Return the values of a checked file, uint8 in the shape that its header gives."""
     with _open(path) as stream:
         content = bytearray(stream.read())
     rank = content[3]
@@ -109,20 +130,22 @@ def read_idx(path: Path) -> Tensor:
 
 
 def _open(path: Path) -> IO[bytes]:
-    return cast("IO[bytes]", gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+    if path.suffix == ".gz":
+        return cast("IO[bytes]", gzip.open(path))
+    return path.open("rb")
 
 
 def _header(path: Path, header: bytes, rank: int) -> tuple[int, ...]:
     length = 4 + 4 * rank
     if len(header) < length:
-        raise UsageError(f"{path} is truncated: expected {length} bytes of header, found {len(header)}; fetch it again")
+        raise _damaged(f"{path} is truncated: expected {length} bytes of header, found {len(header)}")
     magic = bytes((0, 0, 8, rank))  # two zeros, 0x08 = unsigned byte, number of dimensions
     if header[:4] != magic:
-        raise UsageError(
-            f"{path} is not an IDX file of unsigned bytes in {rank} dimensions: "
-            f"its magic number is 0x{header[:4].hex()}, not 0x{magic.hex()}"
+        raise _damaged(
+            f"{path} is not an IDX file of unsigned bytes in {rank} dimensions: its magic number is "
+            f"0x{header[:4].hex()}, not 0x{magic.hex()}"
         )
     dimensions = tuple(int.from_bytes(header[at : at + 4], "big") for at in range(4, length, 4))
     if 0 in dimensions:
-        raise UsageError(f"{path} is empty: its dimensions are {dimensions}; fetch it again")
+        raise _damaged(f"{path} is empty: its dimensions are {dimensions}")
     return dimensions

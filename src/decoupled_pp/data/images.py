@@ -1,4 +1,4 @@
-"""Labelled images kept as bytes, normalised batch by batch; the standard augmentation."""
+"""Keeps labelled images as bytes and normalises them batch by batch; the standard augmentation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from decoupled_pp.core.datasets import Data, DataInfo
 from decoupled_pp.core.packets import Batch, first_tensor
-from decoupled_pp.data.batches import Samples, TrainingBatches, ValidationBatches
+from decoupled_pp.data.batches import Samples, TrainingBatches, ValidationBatches, validation_batch_size
 from decoupled_pp.settings.sections import BatchSettings
 
 PADDING = 4
@@ -26,7 +26,7 @@ class Pixels(NamedTuple):
 
 
 class PixelSamples(Samples):
-    """Images that become float32 and are normalised per channel when taken (a quarter of the memory of floats)."""
+    """Images kept as bytes, a quarter of the memory of floats; they become float32 and are normalised when taken."""
 
     def __init__(self, pixels: Pixels, mean: Tensor, deviation: Tensor) -> None:
         self._pixels = pixels
@@ -34,19 +34,23 @@ class PixelSamples(Samples):
         self._deviation = deviation[:, None, None]
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Return the number of images."""
         return len(self._pixels.images)
 
     def take(self, indices: Tensor, epoch: int | None) -> Batch:
-        """Images (B, C, H, W) float32 and labels (B,) int64."""
+        """Return images (B, C, H, W) float32 and labels (B,) int64."""
         images = self._pixels.images[indices].float()
         return (images - self._mean) / self._deviation, self._pixels.labels[indices]
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) of every channel of byte images (N, C, H, W), exact by counting values."""
+    """Return mean and standard deviation (C,) of every channel of byte images (N, C, H, W).
+
+    They are computed from a count of the 256 values, in double precision: no float copy of the images is made.
+    """
     values = torch.arange(256, dtype=torch.float64)
-    means, deviations = [], []
+    means = []
+    deviations = []
     for channel in range(images.shape[1]):
         share = torch.bincount(images[:, channel].reshape(-1), minlength=256).double()
         share /= share.sum()
@@ -59,13 +63,14 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def crop_and_flip(batch: Batch, random: torch.Generator) -> Batch:
-    """Pad by 4 zeros, crop at random, mirror every second image on average (He et al. 2016, section 4.2).
+    """Pad by 4 zeros, crop at random, mirror half of the images on average (He et al. 2016, section 4.2).
 
     Args:
         batch: Normalised images (B, C, H, W), so the padding is the mean colour; the target is passed on untouched.
         random: The only source of randomness.
     """
-    images, target = first_tensor(batch[0]), batch[1]
+    images = first_tensor(batch[0])
+    target = batch[1]
     size, channels, height, width = images.shape
     top = torch.randint(2 * PADDING + 1, (size, 1), generator=random)
     left = torch.randint(2 * PADDING + 1, (size, 1), generator=random)
@@ -73,6 +78,7 @@ def crop_and_flip(batch: Batch, random: torch.Generator) -> Batch:
     row = top + torch.arange(height)
     column = left + torch.where(mirrored, torch.arange(width).flip(0), torch.arange(width))
     padded = functional.pad(images, (PADDING,) * 4)
+    # One gather for the whole batch: four index tensors that broadcast to (B, C, H, W).
     sample = torch.arange(size)[:, None, None, None]
     channel = torch.arange(channels)[:, None, None]
     return padded[sample, channel, row[:, None, :, None], column[:, None, None, :]], target
@@ -85,17 +91,17 @@ def open_pixels(
     seed: int,
     augment: bool,
 ) -> Data:
-    """Data over byte images; mean and deviation come from the training images, for both parts.
+    """Open byte images; mean and deviation come from the training images, for both parts.
 
     Args:
         info: Shape and classes, known without loading.
         load: Reads (training, validation); called once, by the first of the two sources that is iterated.
         settings: Batch sizes.
         seed: Seed of order and augmentation.
-        augment: Whether training images are cropped and flipped.
+        augment: True to crop and flip training images.
     """
 
-    @cache
+    @cache  # both sources share one copy in memory
     def normalised() -> tuple[Samples, Samples]:
         train, validation = load()
         mean, deviation = channel_statistics(train.images)
@@ -104,10 +110,10 @@ def open_pixels(
     return Data(
         info=info,
         train=TrainingBatches(lambda: normalised()[0], settings.batch_size, seed, crop_and_flip if augment else None),
-        validation=ValidationBatches(lambda: normalised()[1], settings.validation_batch_size or settings.batch_size),
+        validation=ValidationBatches(lambda: normalised()[1], validation_batch_size(settings)),
     )
 
 
 def image_info(shape: tuple[int, int, int], classes: int) -> DataInfo:
-    """The info of an image data set; `shape` is (C, H, W)."""
+    """Return the facts about an image data set; `shape` is (C, H, W)."""
     return DataInfo(form="image", shape=shape, outputs=classes)

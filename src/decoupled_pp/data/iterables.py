@@ -1,4 +1,4 @@
-"""A user's own list, DataLoader or generator function of (input, target) pairs as a `BatchSource`."""
+"""Makes a user's own list, DataLoader or generator function of (input, target) pairs a `BatchSource`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Batches: TypeAlias = Iterable[Any] | Callable[[], Iterable[Any]]
 class ListedBatches(BatchSource):
     """The batches of an iterable, which is iterated anew for every epoch.
 
-    The same number is the same micro-batch only if the iterable says the same every time: a shuffling DataLoader
-    needs a seeded generator of its own. Resuming costs nothing for lists and tuples; other iterables are read
-    through up to the first wanted batch; a one-shot iterator from where it stands.
+    A number always means the same micro-batch only if the iterable yields the same every time: a shuffling DataLoader
+    needs a seeded generator of its own. Resuming costs nothing for lists and tuples; other iterables are read up to the
+    first wanted batch; a one-shot iterator goes on from where it stands.
     """
 
     def __init__(self, batches: Batches, endless: bool = False, first: int = 0) -> None:
@@ -29,7 +29,7 @@ class ListedBatches(BatchSource):
 
         Args:
             batches: List, DataLoader, other iterable, or function that returns an iterable, of (input, target).
-            endless: Start over at the end (training) instead of stopping (validation).
+            endless: True to start over at the end (training), False to stop (validation).
             first: Number of the batch that a one-shot iterator yields next; all else begins with number 0.
         """
         self._batches = batches
@@ -42,7 +42,7 @@ class ListedBatches(BatchSource):
         """Yield the batches from number `start` on.
 
         Raises:
-            UsageError: Nothing to yield, a one-shot iterator ran dry, or a batch is not a pair.
+            UsageError: There is nothing to yield, a one-shot iterator is exhausted, or a batch is not a pair.
         """
         if isinstance(self._batches, Sequence):
             return self._listed(self._batches, start)
@@ -50,7 +50,7 @@ class ListedBatches(BatchSource):
 
     def _listed(self, batches: Sequence[Any], start: int) -> Iterator[Batch]:
         if not batches:
-            raise UsageError("the list of batches is empty; give at least one (input, target)")
+            raise UsageError("the list of batches is empty; give at least one (input, target)", code="no-batches")
         for number in count(start) if self._endless else range(start, len(batches)):
             yield as_batch(batches[number % len(batches)])
 
@@ -58,36 +58,41 @@ class ListedBatches(BatchSource):
         while True:
             if self._one_shot and self._used:
                 raise UsageError(
-                    f"the {type(self._batches).__name__} of batches ran dry: it can be read once only; "
-                    "give a list, a DataLoader, or the generator function itself without calling it"
+                    f"the {type(self._batches).__name__} of batches is exhausted: it can be read only once; "
+                    "give a list, a DataLoader, or the generator function itself without calling it",
+                    code="batches-exhausted",
                 )
             self._used = True
-            empty = True
-            for batch in self._fresh():
-                empty = False
+            is_empty = True
+            for batch in self._new_pass():
+                is_empty = False
                 yield batch
-            if empty:
+            if is_empty:  # an endless source would otherwise loop without ever yielding
                 raise UsageError(
-                    f"the {type(self._batches).__name__} of batches is empty; it must yield (input, target)"
+                    f"the {type(self._batches).__name__} of batches is empty; it must yield (input, target)",
+                    code="no-batches",
                 )
             if not self._endless:
                 return
 
-    def _fresh(self) -> Iterable[Any]:
+    def _new_pass(self) -> Iterable[Any]:
         if isinstance(self._batches, Iterable):
             return self._batches
-        fresh = self._batches()
-        if not isinstance(fresh, Iterable):
-            raise UsageError(f"the function of batches returned {type(fresh).__name__}; return an iterable or `yield`")
-        return fresh
+        made = self._batches()
+        if not isinstance(made, Iterable):
+            raise UsageError(
+                f"the function of batches returned {type(made).__name__}; return an iterable, or yield",
+                code="not-batches",
+            )
+        return made
 
 
 def as_source(batches: Batches | BatchSource, endless: bool = False, first: int = 0) -> BatchSource:
-    """Whatever a user brings along as a `BatchSource`; a `BatchSource` is returned as it is.
+    """Make a `BatchSource` of a user's batches; a `BatchSource` is returned as it is.
 
     Args:
         batches: A `BatchSource`, an iterable of (input, target), or a function that returns one.
-        endless: For an iterable: start over at its end (training) instead of stopping (validation).
+        endless: For an iterable: True to start over at its end (training), False to stop (validation).
         first: For a one-shot iterator: number of the batch that it yields next.
 
     Raises:
@@ -98,7 +103,8 @@ def as_source(batches: Batches | BatchSource, endless: bool = False, first: int 
     if isinstance(batches, Tensor | str | dict) or not (isinstance(batches, Iterable) or callable(batches)):
         raise UsageError(
             f"batches: {type(batches).__name__} is not an iterable of (input, target); give a list, a DataLoader, a "
-            "generator function or a BatchSource"
+            "generator function or a BatchSource",
+            code="not-batches",
         )
     return ListedBatches(batches, endless, first)
 
@@ -110,8 +116,10 @@ def as_batch(value: object) -> Batch:
         UsageError: It is not a pair of tensors or tuples of tensors with one batch dimension.
     """
     if not isinstance(value, tuple | list) or len(value) != 2:
-        size = f" of {len(value)}" if isinstance(value, tuple | list) else ""
-        raise UsageError(f"a batch is a {type(value).__name__}{size}, not a pair; yield (input, target)")
+        size = f" with {len(value)} entries" if isinstance(value, tuple | list) else ""
+        raise UsageError(
+            f"a batch is of type {type(value).__name__}{size}, not a pair; yield (input, target)", code="bad-batch"
+        )
     return _as_payload(value[0], "input"), _as_payload(value[1], "target")
 
 
@@ -120,4 +128,7 @@ def _as_payload(value: object, name: str) -> Payload:
         return value
     if isinstance(value, tuple | list) and value and all(isinstance(item, Tensor) for item in value):
         return tuple(value)
-    raise UsageError(f"the {name} of a batch is a {type(value).__name__}; give a tensor or a tuple of tensors")
+    raise UsageError(
+        f"the {name} of a batch is of type {type(value).__name__}; give a tensor or a tuple of tensors",
+        code="bad-batch",
+    )

@@ -1,4 +1,4 @@
-"""Masked-language-model samples out of next-token ones (Devlin et al. 2019, 1810.04805, section 3.1, task 1)."""
+"""Turns token samples into masked-language-model ones (Devlin et al. 2019, 1810.04805, section 3.1, task 1)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from decoupled_pp.settings.sections import TokenSettings
 
 
 def masking(settings: TokenSettings, vocabulary: Vocabulary) -> Augmentation | None:
-    """What turns a batch of tokens into one with masked tokens; None if the settings ask for next tokens.
+    """Return the function that masks tokens of a batch; None if the settings ask for next tokens.
 
     Raises:
         UsageError: The tokenizer has no mask token.
@@ -24,8 +24,10 @@ def masking(settings: TokenSettings, vocabulary: Vocabulary) -> Augmentation | N
     mask = vocabulary.mask
     if mask is None:
         raise UsageError(
-            "data.target: masked_tokens needs a tokenizer with a mask token; give data.tokenizer the one of a masked "
-            "language model"
+            "`data.target` masked_tokens needs a tokenizer with a mask token; give `data.tokenizer` the one of a "
+            "masked language model",
+            code="no-mask-token",
+            key="data.tokenizer",
         )
 
     def change(batch: Batch, generator: torch.Generator) -> Batch:
@@ -41,16 +43,18 @@ def masked(tokens: Tensor, mask: int, size: int, share: float, generator: torch.
         tokens: (B, T) int64.
         mask: Id of the mask token.
         size: Size of the vocabulary.
-        share: Of the tokens.
+        share: Share of the tokens to predict.
         generator: Draws the choice.
 
     Returns:
         Inputs (B, T), and targets (B, T): the tokens that were chosen, IGNORED elsewhere.
     """
     draws = torch.rand(tokens.shape, generator=generator)
+    # Without a chosen token the loss would be a mean over nothing, NaN: the bound is at least just above the smallest.
     chosen = draws < max(share, float(draws.min()) * (1 + 1e-6))
     fate = torch.rand(tokens.shape, generator=generator)
     others = torch.randint(size, tokens.shape, generator=generator)
+    # The 10 % that stay teach the model to represent tokens it can see; with masks alone it would not have to.
     inputs = torch.where(chosen & (fate < 0.8), mask, tokens)
     inputs = torch.where(chosen & (fate >= 0.9), others, inputs)
     return inputs, torch.where(chosen, tokens, IGNORED)

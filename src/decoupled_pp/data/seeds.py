@@ -1,4 +1,4 @@
-"""Independent random streams from one seed: one well-mixed generator per (seed, purpose, number)."""
+"""Derives independent random streams from one seed: one well-mixed generator per (seed, purpose, number)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _MASK = 2**64 - 1
 
 
 class Purpose(IntEnum):
-    """What a random stream decides; streams of different purposes never share their numbers."""
+    """Purpose of a random stream; streams of different purposes never share their numbers."""
 
     SPLIT = 0
     ORDER = 1
@@ -20,7 +20,7 @@ class Purpose(IntEnum):
 
 
 def mixed_seed(seed: int, purpose: Purpose, number: int = 0) -> int:
-    """A 63-bit seed in which every bit depends on all arguments.
+    """Return a 63-bit seed in which every bit depends on all arguments.
 
     Plain sums such as `seed + epoch` would make epoch 1 of seed 0 equal to epoch 0 of seed 1, and torch's Mersenne
     twister looks at the low 32 bits only. The mixing step is SplitMix64 (Steele et al. 2014, OOPSLA).
@@ -35,5 +35,5 @@ def mixed_seed(seed: int, purpose: Purpose, number: int = 0) -> int:
 
 
 def generator(seed: int, purpose: Purpose, number: int = 0) -> torch.Generator:
-    """A CPU generator of its own for (seed, purpose, number); the global generator is never touched."""
+    """Return a new CPU generator for (seed, purpose, number); the global generator is never touched."""
     return torch.Generator().manual_seed(mixed_seed(seed, purpose, number))

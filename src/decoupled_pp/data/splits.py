@@ -1,4 +1,4 @@
-"""Who is held out for validation: seeded choices of indices."""
+"""Chooses which samples are held out for validation, by a seed."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from decoupled_pp.data.seeds import Purpose, generator
 
 
 def random_split(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Sorted indices (training, held out) of `count` >= 2 things; neither is empty."""
-    amount = min(max(round(fraction * count), 1), count - 1)
+    """Return sorted indices (training, held out) of `count` >= 2 samples; neither is empty."""
+    amount = min(max(round(fraction * count), 1), count - 1)  # at least one sample in either part
     order = torch.randperm(count, generator=generator(seed, Purpose.SPLIT))
     return order[amount:].sort().values.tolist(), order[:amount].sort().values.tolist()
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Sorted indices (training, held out) with the same share of every class in both.
+    """Return sorted indices (training, held out) with the same share of every class in both.
 
     Args:
         labels: Classes (N,).

@@ -1,4 +1,4 @@
-"""Micro-batches from samples that can only be read in order (streaming data sets)."""
+"""Makes micro-batches from samples that can only be read in order (streaming data sets)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from decoupled_pp.core.datasets import BatchSource
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.packets import Batch
-from decoupled_pp.data.batches import Augmentation
+from decoupled_pp.data.batches import Augmentation, validation_batch_size
 from decoupled_pp.data.seeds import Purpose, generator, mixed_seed
 from decoupled_pp.settings.sections import HuggingFaceData
 
@@ -22,13 +22,12 @@ Sample: TypeAlias = tuple[Tensor, Tensor]
 Rows: TypeAlias = Any
 """A `datasets.Dataset` or `datasets.IterableDataset` (the package is optional, so its types cannot be named)."""
 
-
 Collate: TypeAlias = Callable[[Sequence[Sample]], Batch]
-"""Samples -> a batch."""
+"""Makes a batch of samples."""
 
 
 def stacked(samples: Sequence[Sample]) -> Batch:
-    """Samples of one shape as a batch."""
+    """Stack samples of one shape."""
     inputs, targets = zip(*samples, strict=True)
     return torch.stack(inputs), torch.stack(targets)
 
@@ -54,16 +53,18 @@ class StreamedBatches(BatchSource):
         Args:
             samples: Epoch number -> its samples; the same epoch must give the same samples.
             batch_size: Samples per batch.
-            endless: Training: epoch after epoch, without the last partial batch of an epoch (unless it is the only
-                one). Else one pass that keeps it.
-            seed: Of `change`, in training.
+            endless: True for training: epoch after epoch, without the last partial batch of an epoch (unless it is the
+                only one). False for one pass that keeps it.
+            seed: Seed of `change` in training; validation has the same numbers for every seed.
             change: Applied to every batch, with random numbers that depend on its number.
             collate: Makes a batch of samples.
         """
         self._samples = samples
         self._batch_size = batch_size
         self._endless = endless
-        self._seed, self._change, self._collate = seed, change, collate
+        self._seed = seed
+        self._change = change
+        self._collate = collate
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """Yield the batches from number `start` on.
@@ -71,42 +72,49 @@ class StreamedBatches(BatchSource):
         Raises:
             UsageError: The stream holds no samples.
         """
-        return map(self._changed, count(start), islice(self._from_the_first(), start, None))
+        return map(self._changed, count(start), islice(self._all_batches(), start, None))
 
     def _changed(self, number: int, batch: Batch) -> Batch:
         if self._change is None:
             return batch
-        purpose = Purpose.AUGMENTATION if self._endless else Purpose.HELD_OUT
-        return self._change(batch, generator(self._seed if self._endless else 0, purpose, number))
+        if self._endless:
+            random = generator(self._seed, Purpose.AUGMENTATION, number)
+        else:
+            random = generator(0, Purpose.HELD_OUT, number)
+        return self._change(batch, random)
 
-    def _from_the_first(self) -> Iterator[Batch]:
+    def _all_batches(self) -> Iterator[Batch]:
         for epoch in count() if self._endless else (0,):
             complete = 0
             stream = iter(self._samples(epoch))
             while samples := list(islice(stream, self._batch_size)):
                 if len(samples) < self._batch_size and self._endless and complete:
-                    break
+                    break  # every batch of training has one size, unless the whole epoch is smaller
                 complete += 1
                 yield self._collate(samples)
             if not complete:
-                raise UsageError("the streamed data set holds no whole sample; check data.path and data.context")
+                raise UsageError(
+                    "the streamed data set holds no whole sample; check `data.path`, or lower `data.context`",
+                    code="too-little-data",
+                    key="data.path",
+                )
 
 
 def windows(texts: Iterable[Tensor], context: int, skip: int) -> Iterator[Sample]:
     """Cut a stream of token tensors (any lengths) into samples of `context` tokens, after skipping `skip` tokens."""
-    rest = torch.empty(0, dtype=torch.int64)
+    rest = torch.empty(0, dtype=torch.int64)  # tokens that do not fill a window yet
     for tokens in texts:
         rest = torch.cat((rest, tokens.long()))
-        dropped, skip = min(skip, len(rest)), max(skip - len(rest), 0)
-        position = dropped
-        while position + context < len(rest):
+        position = min(skip, len(rest))
+        skip -= position
+        while position + context < len(rest):  # strictly less: a window needs one token more, as its last target
             yield rest[position : position + context], rest[position + 1 : position + context + 1]
             position += context
         rest = rest[position:]
 
 
 def shuffled(rows: Rows, settings: HuggingFaceData, seed: int, epoch: int) -> Rows:
-    """A stream in the order of one epoch: a function of (seed, epoch) only."""
+    """Return a stream in the order of one epoch: a function of (seed, epoch) only."""
     return rows.shuffle(seed=mixed_seed(seed, Purpose.ORDER, epoch), buffer_size=settings.shuffle_buffer)
 
 
@@ -116,9 +124,30 @@ def stream_sources(
     validation: Callable[[int], Iterator[Sample]],
     **more: Any,
 ) -> dict[str, StreamedBatches]:
-    """The two sources of a streamed data set; `more` as for `StreamedBatches`."""
-    held = settings.validation_batch_size or settings.batch_size
+    """Return the two sources of a streamed data set, by the names of `Data`'s fields.
+
+    Args:
+        settings: The section.
+        train: Epoch number -> its training samples.
+        validation: The validation samples, whatever the number.
+        **more: Further arguments of `StreamedBatches`.
+    """
     return {
         "train": StreamedBatches(train, settings.batch_size, endless=True, **more),
-        "validation": StreamedBatches(validation, held, endless=False, **more),
+        "validation": StreamedBatches(validation, validation_batch_size(settings), endless=False, **more),
     }
+
+
+def expect_text(value: object, column: str) -> str:
+    """Return the value of a text column.
+
+    Raises:
+        UsageError: It is no text.
+    """
+    if not isinstance(value, str):
+        raise UsageError(
+            f"`data.text_column` {column!r} holds {type(value).__name__}, not text; name another column",
+            code="wrong-column-type",
+            key="data.text_column",
+        )
+    return value

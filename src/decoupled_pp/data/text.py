@@ -1,4 +1,4 @@
-"""Text files on this machine: the user's own, or the source of Python's standard library."""
+"""Opens text files on this machine: the user's own, or the source of Python's standard library."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib"
 
 
 def open_text(settings: TextData, seed: int) -> Data:
-    """Text files as bytes or through a tokenizer, joined in sorted order without separators.
+    """Open text files as bytes or through a tokenizer, joined in sorted order without separators.
 
     Raises:
         UsageError: A pattern matches no file, a file is unreadable, or there is less text than one sample.
@@ -31,7 +31,7 @@ def open_text(settings: TextData, seed: int) -> Data:
 
 
 def open_python_source(settings: PythonSourceData, seed: int) -> Data:
-    """The bytes of the standard library's `.py` files; which text that is depends on the Python version.
+    """Open the bytes of the standard library's `.py` files; the text depends on the Python version.
 
     Raises:
         UsageError: The standard library of this Python is not there as source files.
@@ -40,14 +40,16 @@ def open_python_source(settings: PythonSourceData, seed: int) -> Data:
     files = find_python_source(folder)
     if len(files) < 2:
         raise UsageError(
-            f"data.kind: python_source found {len(files)} .py files in {folder}; this Python has no library source, "
-            "use data.kind 'text' with data.files"
+            f"`data.kind` python_source found {len(files)} .py files in {folder}; this Python has no library source, "
+            "use kind text with `data.files`",
+            code="data-file-missing",
+            key="data.kind",
         )
     return _open_files(files, BYTES, settings, seed)
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:
-    """The files that match the patterns, sorted, each once.
+    """Return the files that match the patterns, sorted, each once.
 
     Raises:
         UsageError: A pattern matches none.
@@ -58,13 +60,17 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
         found = [Path(name) for name in glob.glob(expanded, recursive=True)]  # noqa: PTH207 - Path.glob is relative only
         matched = [path for path in found if path.is_file()]
         if not matched:
-            raise UsageError(f"data.files: {pattern!r} matches no file (from {Path.cwd()}); check the path")
+            raise UsageError(
+                f"`data.files` {pattern!r} matches no file (from {Path.cwd()}); check the path",
+                code="data-file-missing",
+                key="data.files",
+            )
         files.update(matched)
     return sorted(files)
 
 
 def find_python_source(folder: Path) -> list[Path]:
-    """The `.py` files below a folder, without packages installed into it and without tests, sorted."""
+    """Return the `.py` files below a folder, sorted, without packages installed into it and without tests."""
     files: list[Path] = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]  # do not even walk into them
@@ -73,24 +79,24 @@ def find_python_source(folder: Path) -> list[Path]:
 
 
 class FileCorpus(Corpus):
-    """Every file is one document."""
+    """Files, each a document."""
 
     def __init__(self, files: Sequence[Path], vocabulary: Vocabulary) -> None:
         self._files = files
         self._vocabulary = vocabulary
 
     def __len__(self) -> int:
-        """Number of files."""
+        """Return the number of files."""
         return len(self._files)
 
     def length(self, documents: Sequence[int]) -> int | None:
-        """For bytes the sum of the file sizes."""
+        """Return the sum of the file sizes for bytes; None for a tokenizer."""
         if not self._vocabulary.is_bytes:
             return None
         return sum(self._files[document].stat().st_size for document in documents)
 
     def read(self, documents: Sequence[int]) -> Tensor:
-        """Bytes are not decoded, so any file will do; for a tokenizer the files must be UTF-8."""
+        """Return the tokens of files (N,): of any file as bytes, of UTF-8 files through a tokenizer."""
         contents = (read_bytes(self._files[document]) for document in documents)
         if self._vocabulary.is_bytes:
             return bytes_to_tokens(bytearray().join(contents))
@@ -100,12 +106,18 @@ class FileCorpus(Corpus):
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a file, or UsageError."""
+    """Return the content of a file.
+
+    Raises:
+        UsageError: It cannot be read.
+    """
     try:
         return path.read_bytes()
     except OSError as error:
         raise UsageError(
-            f"cannot read {path}: {error.strerror}; check the file or leave it out of data.files"
+            f"{path} cannot be read: {error.strerror}; check the file, or leave it out of `data.files`",
+            code="data-file-unreadable",
+            key="data.files",
         ) from None
 
 
@@ -114,7 +126,9 @@ def _decode(content: bytes, path: Path) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"{path} is not UTF-8 (byte {error.start}); convert it, or leave out data.tokenizer to train on bytes"
+            f"{path} is not UTF-8 (byte {error.start}); convert it, or leave out `data.tokenizer` to train on bytes",
+            code="data-file-not-utf8",
+            key="data.files",
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Next-token samples: windows over a long text, and the split of a corpus into training and held-out text.
+"""Cuts long texts into next-token samples, and splits a corpus into training and held-out text.
 
 One epoch of training windows, `context` = 4, offset drawn per epoch from 0..3 (y is x shifted by 1):
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from decoupled_pp.core.datasets import Data, DataInfo
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.packets import Batch
-from decoupled_pp.data.batches import Samples, TrainingBatches, ValidationBatches
+from decoupled_pp.data.batches import Samples, TrainingBatches, ValidationBatches, validation_batch_size
 from decoupled_pp.data.masking import masking
 from decoupled_pp.data.seeds import Purpose, mixed_seed
 from decoupled_pp.data.splits import random_split
@@ -42,7 +42,7 @@ class TokenWindows(Samples):
             tokens: Ids (N,) of any integer type.
             context: Tokens per sample.
             seed: Seed of the offset of every epoch; None for validation, which starts at 0.
-            part: What the text is, for the error text.
+            part: "training" or "validation", for the error text.
 
         Raises:
             UsageError: The text is shorter than one window.
@@ -52,23 +52,24 @@ class TokenWindows(Samples):
         self._context = context
         self._seed = seed
         # Training leaves room for every offset below `context` (unless the text is too short to lose a window).
-        room = len(tokens) - 1 if seed is None else len(tokens) - context
+        room = len(tokens) - (1 if seed is None else context)
         self._count = max(room // context, 1)
         self._offsets = min(context, len(tokens) - self._count * context)
 
     def __len__(self) -> int:
-        """Number of windows."""
+        """Return the number of windows."""
         return self._count
 
     def offset(self, epoch: int | None) -> int:
-        """Tokens skipped at the start of an epoch."""
+        """Return how many tokens an epoch skips at its start."""
         if epoch is None or self._seed is None:
             return 0
         return mixed_seed(self._seed, Purpose.OFFSET, epoch) % self._offsets
 
     def take(self, indices: Tensor, epoch: int | None) -> Batch:
-        """Inputs and next tokens, both (B, context) int64."""
+        """Return inputs and next tokens, both (B, context) int64."""
         first = self.offset(epoch) + indices * self._context
+        # One gather for the batch; the tokens stay bytes or int32 in memory and are cast here.
         windows = self._tokens[first[:, None] + torch.arange(self._context + 1)].long()
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
@@ -77,29 +78,31 @@ def check_length(tokens: int, context: int, part: str) -> None:
     """Raise UsageError unless `tokens` fill one window and its next token."""
     if tokens <= context:
         raise UsageError(
-            f"the {part} text has {tokens} tokens, fewer than one sample of data.context {context} + 1; "
-            "give more text, a smaller data.context or another data.validation_fraction"
+            f"the {part} text has {tokens} tokens, fewer than one sample of `data.context` {context} + 1; "
+            "give more text, a smaller `data.context` or another `data.validation_fraction`",
+            code="too-little-data",
+            key="data.context",
         )
 
 
 class Corpus(ABC):
-    """A number of documents that can be read as tokens."""
+    """Documents that can be read as tokens."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """Number of documents."""
+        """Return the number of documents."""
 
     @abstractmethod
     def read(self, documents: Sequence[int]) -> Tensor:
-        """The tokens of these documents in a row, (N,)."""
+        """Return the tokens of these documents in a row, (N,)."""
 
     def length(self, documents: Sequence[int]) -> int | None:
-        """Number of tokens of these documents if known without reading."""
+        """Return the number of tokens of these documents, or None if that is not known without reading."""
         return None
 
 
 @dataclass(frozen=True)
-class Part:
+class TextPart:
     """Training or held-out text.
 
     Attributes:
@@ -111,51 +114,58 @@ class Part:
     length: int | None = None
 
 
-def whole(corpus: Corpus) -> Part:
-    """All documents of a corpus."""
+def all_documents(corpus: Corpus) -> TextPart:
+    """Return all documents of a corpus as one text."""
     documents = range(len(corpus))
-    return Part(lambda: corpus.read(documents), corpus.length(documents))
+    return TextPart(lambda: corpus.read(documents), corpus.length(documents))
 
 
-def split_corpus(corpus: Corpus, fraction: float, seed: int) -> tuple[Part, Part]:
-    """Training and held-out part: by documents (a seeded choice), or, of a single document, the tail held out."""
+def split_corpus(corpus: Corpus, fraction: float, seed: int) -> tuple[TextPart, TextPart]:
+    """Split into training and held-out text by documents (a seeded choice); a single document has its tail held out."""
     if len(corpus) == 1:
         return _split_tail(corpus, fraction)
     train, held = random_split(len(corpus), fraction, seed)
     return (
-        Part(lambda: corpus.read(train), corpus.length(train)),
-        Part(lambda: corpus.read(held), corpus.length(held)),
+        TextPart(lambda: corpus.read(train), corpus.length(train)),
+        TextPart(lambda: corpus.read(held), corpus.length(held)),
     )
 
 
-def _split_tail(corpus: Corpus, fraction: float) -> tuple[Part, Part]:
-    read = cache(lambda: corpus.read([0]))
+def _split_tail(corpus: Corpus, fraction: float) -> tuple[TextPart, TextPart]:
+    read = cache(lambda: corpus.read([0]))  # both parts share one reading
 
-    def cut(length: int) -> int:
+    def kept(length: int) -> int:
         return length - round(fraction * length)
 
+    def head() -> Tensor:
+        return read()[: kept(len(read()))]
+
+    def tail() -> Tensor:
+        return read()[kept(len(read())) :]
+
     length = corpus.length([0])
-    kept = None if length is None else cut(length)
-    return (
-        Part(lambda: read()[: cut(len(read()))], kept),
-        Part(lambda: read()[cut(len(read())) :], None if length is None or kept is None else length - kept),
-    )
+    if length is None:
+        return TextPart(head), TextPart(tail)
+    return TextPart(head, kept(length)), TextPart(tail, length - kept(length))
 
 
 def token_info(settings: TokenSettings, vocabulary: Vocabulary) -> DataInfo:
-    """The info of a token data set."""
-    if settings.target == "masked_tokens":  # nothing to go on from with what such a model predicts
+    """Return the facts about a token data set."""
+    if settings.target == "masked_tokens":  # such a model cannot continue a text, so no encode and decode
         return DataInfo("masked_tokens", (settings.context,), vocabulary.size)
     return DataInfo("tokens", (settings.context,), vocabulary.size, vocabulary.encode, vocabulary.decode)
 
 
-def open_tokens(settings: TokenSettings, seed: int, vocabulary: Vocabulary, train: Part, validation: Part) -> Data:
-    """Data over two texts; each is read when its source is first iterated.
+def open_tokens(
+    settings: TokenSettings, seed: int, vocabulary: Vocabulary, train: TextPart, validation: TextPart
+) -> Data:
+    """Open two texts; each is read when its source is first iterated.
 
     Raises:
         UsageError: A text is shorter than one sample (here if its length is known, else when it is read).
     """
-    context, change = settings.context, masking(settings, vocabulary)
+    context = settings.context
+    change = masking(settings, vocabulary)
     for name, part in (("training", train), ("validation", validation)):
         if part.length is not None:
             check_length(part.length, context, name)
@@ -166,7 +176,7 @@ def open_tokens(settings: TokenSettings, seed: int, vocabulary: Vocabulary, trai
         ),
         validation=ValidationBatches(
             cache(lambda: TokenWindows(validation.read(), context, None, "validation")),
-            settings.validation_batch_size or settings.batch_size,
+            validation_batch_size(settings),
             change,
         ),
     )

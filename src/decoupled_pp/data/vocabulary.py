@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, a Hugging Face tokenizer, or GPT-2's two files."""
+"""Turns text into token ids and back: bytes, a Hugging Face tokenizer, or GPT-2's two files."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.extras import import_extra
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _MODEL_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
@@ -26,9 +27,9 @@ class Vocabulary:
     Attributes:
         size: Number of ids (largest id + 1).
         encode: Text -> ids.
-        decode: Ids -> text; what is not valid UTF-8 becomes U+FFFD.
+        decode: Ids -> text; bytes that are not valid UTF-8 become U+FFFD.
         sentences: Longest length -> (text -> ids of a sentence, special tokens included).
-        is_bytes: Whether ids are the bytes of the text, so that files need no encoding at all.
+        is_bytes: True if ids are the bytes of the text, so that files need no encoding at all.
         mask: Id that stands for a masked token; None: there is none.
         pad: Id that fills up short sentences; None: there is none.
     """
@@ -42,7 +43,7 @@ class Vocabulary:
     pad: int | None = None
 
     def tokens(self, texts: Iterable[str]) -> Tensor:
-        """All ids of the texts in a row, (N,): uint8 for bytes, else int32; a batch is cast when it is taken."""
+        """Return all ids of the texts in a row, (N,): uint8 for bytes, else int32; a batch is cast when it is taken."""
         if self.is_bytes:
             return bytes_to_tokens(bytearray().join(text.encode("utf-8") for text in texts))
         parts = [np.asarray(self.encode(text), dtype=np.int32) for text in texts]
@@ -50,7 +51,7 @@ class Vocabulary:
 
 
 def bytes_to_tokens(content: bytearray) -> Tensor:
-    """The bytes as a uint8 tensor (N,), not copied."""
+    """Return the bytes as a uint8 tensor (N,) that shares their memory."""
     if not content:
         return torch.empty(0, dtype=torch.uint8)  # frombuffer refuses an empty buffer
     return torch.frombuffer(content, dtype=torch.uint8)
@@ -67,7 +68,7 @@ BYTES = Vocabulary(
 
 
 def open_vocabulary(tokenizer: str | None) -> Vocabulary:
-    """The vocabulary of a `tokenizer` setting: None is bytes.
+    """Open the vocabulary of a `tokenizer` setting: None is bytes.
 
     Special tokens, truncation and padding that a tokenizer may ask for are not applied to a stream of text.
 
@@ -78,70 +79,73 @@ def open_vocabulary(tokenizer: str | None) -> Vocabulary:
         return BYTES
     path = Path(tokenizer).expanduser()
     if not path.exists() and not _HUB_NAME.fullmatch(tokenizer):
-        raise UsageError(
-            f"data.tokenizer: {tokenizer} does not exist; give a tokenizer.json, a model's folder or GPT-2's files"
+        raise _fault(
+            "tokenizer-not-found",
+            f"{tokenizer} does not exist; give a tokenizer.json, a model's folder or GPT-2's files",
         )
-    try:
-        import tokenizers
-    except ImportError:
-        raise UsageError(
-            f"data.tokenizer: {tokenizer} needs the package tokenizers; pip install 'decoupled_pp[hf]'"
-        ) from None
+    tokenizers = import_extra("tokenizers", "data.tokenizer", tokenizer)
     if path.is_dir() and not any((path / name).is_file() for name in (*GPT2_FILES, *_MODEL_FILES)):
-        raise UsageError(
-            f"data.tokenizer: folder {tokenizer} has no tokenizer.json, and no encoder.json and vocab.bpe; "
-            "give the folder of a model, or of GPT-2's two files"
+        raise _fault(
+            "tokenizer-not-found",
+            f"{tokenizer} is a folder without tokenizer.json, and without encoder.json and vocab.bpe; give the folder "
+            "of a model, or of GPT-2's two files",
         )
     try:
         if path.is_file():
-            return _vocabulary(tokenizers.Tokenizer.from_file(str(path)))
+            return _as_vocabulary(tokenizers.Tokenizer.from_file(str(path)))
         if all((path / name).is_file() for name in GPT2_FILES):
-            return _vocabulary(_gpt2(path))
-        return _of_a_model(str(path) if path.is_dir() else tokenizer)
+            return _as_vocabulary(_gpt2_tokenizer(path))
+        return _model_vocabulary(str(path) if path.is_dir() else tokenizer)
     except UsageError:
         raise
     except Exception as error:  # the Rust side raises bare Exception, the hub whatever it likes
         fault = " ".join(str(error).split())[:300]
-        where = "is not a usable tokenizer" if path.exists() else "does not exist here, and the hub gives none"
-        raise UsageError(f"data.tokenizer: {tokenizer} {where}: {fault}") from None
+        code = "tokenizer-unusable" if path.exists() else "tokenizer-not-found"
+        reason = "is not a usable tokenizer" if path.exists() else "does not exist here, and the hub gives none"
+        raise _fault(code, f"{tokenizer} {reason}: {fault}") from None
 
 
-def _of_a_model(name: str) -> Vocabulary:
-    """The tokenizer that goes with a model of `transformers`, by folder or hub name."""
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise UsageError(
-            f"data.tokenizer: {name} needs the package transformers; pip install 'decoupled_pp[hf]'"
-        ) from None
-    loaded = AutoTokenizer.from_pretrained(name)
+def _fault(code: str, fault: str) -> UsageError:
+    return UsageError(f"`data.tokenizer` {fault}", code=code, key="data.tokenizer")
+
+
+def _model_vocabulary(name: str) -> Vocabulary:
+    """Load the tokenizer of a model of `transformers`, by folder or hub name."""
+    loaded = import_extra("transformers", "data.tokenizer", name).AutoTokenizer.from_pretrained(name)
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
-        raise UsageError(f"data.tokenizer: {name} is not backed by the package tokenizers; give a tokenizer.json")
-    return _vocabulary(backend, loaded.mask_token_id, loaded.pad_token_id)
+        raise _fault("tokenizer-unusable", f"{name} is not backed by the package tokenizers; give a tokenizer.json")
+    return _as_vocabulary(backend, loaded.mask_token_id, loaded.pad_token_id)
 
 
-def _gpt2(folder: Path) -> Any:
-    """GPT-2's byte-level byte-pair encoding (Radford et al. 2019, section 2.2) from its published files."""
+def _gpt2_tokenizer(folder: Path) -> Any:
+    """Build GPT-2's byte-level byte-pair encoding (Radford et al. 2019, section 2.2) from its published files."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary, merges = (str(folder / name) for name in GPT2_FILES)
     tokenizer = Tokenizer(models.BPE.from_file(vocabulary, merges))
     lacking = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - tokenizer.get_vocab().keys())
-    if lacking:  # the model would drop these bytes without a word
-        raise UsageError(
-            f"data.tokenizer: {vocabulary} lacks {len(lacking)} of the 256 byte symbols ({lacking[0]!r} ...), so text "
-            "would be lost; use GPT-2's own file"
+    if lacking:  # the tokenizer would drop these bytes silently
+        raise _fault(
+            "tokenizer-unusable",
+            f"{vocabulary} lacks {len(lacking)} of the 256 byte symbols ({lacking[0]!r} ...), so text would be lost; "
+            "use GPT-2's own file",
         )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-def _vocabulary(tokenizer: Any, mask: int | None = None, pad: int | None = None) -> Vocabulary:
-    """Its special tokens are known by their usual names where nothing else says which they are."""
+def _as_vocabulary(tokenizer: Any, mask: int | None = None, pad: int | None = None) -> Vocabulary:
+    """Return the vocabulary of a tokenizer of the package `tokenizers`.
+
+    Args:
+        tokenizer: The tokenizer; its truncation and padding are switched off.
+        mask: Id of its mask token; None: the token with the usual name.
+        pad: Id of its padding token; None: as its padding says, or the token with the usual name.
+    """
     padding = tokenizer.padding or {}
-    text = tokenizer.to_str()
+    definition = tokenizer.to_str()
     tokenizer.no_truncation()
     tokenizer.no_padding()
 
@@ -154,22 +158,25 @@ def _vocabulary(tokenizer: Any, mask: int | None = None, pad: int | None = None)
         return text
 
     def sentences(length: int) -> Callable[[str], list[int]]:
-        own = type(tokenizer).from_str(text)
+        # Truncation is a state of the tokenizer: sentences get one of their own, the stream of text keeps the other.
+        own = type(tokenizer).from_str(definition)
         own.no_padding()
         own.enable_truncation(length, direction=(own.truncation or {}).get("direction", "right"))
         if own.num_special_tokens_to_add(False) >= length:
-            raise UsageError(f"data.context {length} leaves no room beside the tokenizer's special tokens; raise it")
+            raise UsageError(
+                f"`data.context` {length} leaves no room beside the tokenizer's special tokens; raise it",
+                code="context-too-small",
+                key="data.context",
+            )
         return lambda sentence: list(own.encode(sentence).ids)
 
     def known(*names: str) -> int | None:
-        found = (tokenizer.token_to_id(name) for name in names)
-        return next((one for one in found if one is not None), None)
+        ids = (tokenizer.token_to_id(name) for name in names)
+        return next((found for found in ids if found is not None), None)
 
-    return Vocabulary(
-        max(tokenizer.get_vocab().values()) + 1,
-        encode,
-        decode,
-        sentences,
-        mask=known("[MASK]", "<mask>") if mask is None else mask,
-        pad=padding.get("pad_id", known("[PAD]", "<pad>")) if pad is None else pad,
-    )
+    if mask is None:
+        mask = known("[MASK]", "<mask>")
+    if pad is None:
+        pad = padding.get("pad_id", known("[PAD]", "<pad>"))
+    size = max(tokenizer.get_vocab().values()) + 1
+    return Vocabulary(size, encode, decode, sentences, mask=mask, pad=pad)

@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from decoupled_pp.core.channels import Control
 from decoupled_pp.core.errors import LAUNCHER_GONE, Fault, LinkError, PeerError, ReportedError, UsageError
-from decoupled_pp.core.reports import Record
+from decoupled_pp.core.records import write_message
+from decoupled_pp.core.reports import Record, read_record
 
 
 class LocalControl(Control):
@@ -56,8 +57,8 @@ class LocalControl(Control):
         return self._stop
 
     def gather(self, name: str, value: Any, timeout_seconds: float) -> list[Any]:
-        """Return the one value: there is one process."""
-        return [value]
+        """Return the one value; the way through JSON makes it what it is among several processes."""
+        return [json.loads(write_message(value))]
 
     def from_rank_0(self, name: str, make: Callable[[], Any], timeout_seconds: float) -> Any:
         """Make the value: this process is rank 0."""
@@ -83,7 +84,7 @@ class StoreControl(Control):
     def post(self, record: Record) -> None:
         """Put the record into the store under the next number of this rank."""
         with self._lock:
-            self._try(lambda: self._store.set(f"record/{self._rank}/{self._posted}", json.dumps(record)))
+            self._try(lambda: self._store.set(f"record/{self._rank}/{self._posted}", write_message(record)))
             self._posted += 1
 
     def collect(self) -> list[Record]:
@@ -91,7 +92,7 @@ class StoreControl(Control):
         records: list[Record] = []
         for rank in range(self._size):
             while (text := self._get(f"record/{rank}/{self._collected[rank]}")) is not None:
-                records.append(json.loads(text))
+                records.append(read_record(json.loads(text)))
                 self._try(lambda key=f"record/{rank}/{self._collected[rank]}": self._store.delete_key(key))
                 self._collected[rank] += 1
         return records
@@ -144,7 +145,7 @@ class StoreControl(Control):
 
     def gather(self, name: str, value: Any, timeout_seconds: float) -> list[Any]:
         """Through the store, one key per rank."""
-        self._try(lambda: self._store.set(f"gather/{name}/{self._rank}", json.dumps(value)))
+        self._try(lambda: self._store.set(f"gather/{name}/{self._rank}", write_message(value)))
         keys = [f"gather/{name}/{rank}" for rank in range(self._size)]
         return [json.loads(self._await(k, timeout_seconds, f"{name} from rank {r}")) for r, k in enumerate(keys)]
 

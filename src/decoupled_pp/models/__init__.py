@@ -1,4 +1,4 @@
-"""The networks one can name in a settings file: the table of kinds. Each is an `nn.Sequential` of named layers."""
+"""The table of networks that a settings file can name. Each builder returns an `nn.Sequential` of named layers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def build_model(settings: ModelSettings, info: DataInfo) -> nn.Sequential:
 
     Args:
         settings: The `model` section.
-        info: The data it is for: form, sample shape, number of outputs.
+        info: Facts about the data: form, sample shape, number of outputs.
 
     Returns:
         The layers in order, under readable names.

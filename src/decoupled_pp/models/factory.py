@@ -1,4 +1,4 @@
-"""The user's own network, built by a function named in the settings."""
+"""Builds the user's own network, by a function named in the settings."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ def build_from_factory(settings: FactoryModel, info: DataInfo) -> nn.Sequential:
     if isinstance(network, list | tuple) and network and all(isinstance(layer, nn.Module) for layer in network):
         return nn.Sequential(*network)
     raise UsageError(
-        f"model.factory: {settings.factory!r} returned {type(network).__name__}; "
-        "return an nn.Sequential or a non-empty list of nn.Module, the layers in order"
+        f"`model.factory` {settings.factory!r} returned {type(network).__name__}; "
+        "return an nn.Sequential or a non-empty list of nn.Module, the layers in order",
+        code="factory-wrong-result",
+        key="model.factory",
     )

@@ -5,14 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from decoupled_pp.core.device import kept_modes
 from decoupled_pp.core.errors import UsageError
-
-
-def _choose(logits_V: Tensor, temperature: float, generator: torch.Generator) -> int:
-    if temperature == 0:
-        return int(logits_V.argmax())
-    probabilities = torch.softmax(logits_V.float() / temperature, dim=-1).to(generator.device)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
 @torch.no_grad()
@@ -27,7 +21,8 @@ def generate(  # noqa: PLR0917 - six plain facts, each once
     """Sample a continuation, one token at a time (no key-value cache: the module stays a plain one).
 
     Args:
-        module: Maps (1, T) int64 token ids to (1, T, V) logits, T <= `context`. In eval mode here, restored after.
+        module: Maps (1, T) int64 token ids to (1, T, V) logits, T <= `context`. It runs in eval mode; its modes are
+            restored.
         prompt_tokens: At least one token id; only the last `context` are seen.
         tokens: How many tokens to generate.
         context: The longest input the module takes.
@@ -41,17 +36,25 @@ def generate(  # noqa: PLR0917 - six plain facts, each once
         UsageError: The prompt is empty.
     """
     if not prompt_tokens:
-        raise UsageError("the prompt has no tokens; give a sample.prompt of at least one token")
+        raise UsageError(
+            "the prompt has no tokens; give a `sample.prompt` of at least one token",
+            code="empty-prompt",
+            key="sample.prompt",
+        )
     parameter = next(module.parameters(), None)
-    device = parameter.device if parameter is not None else torch.device("cpu")
+    device = torch.device("cpu") if parameter is None else parameter.device
     sequence = list(prompt_tokens)
-    was_training = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
+    with kept_modes(module):
+        module.eval()
         for _ in range(tokens):
             window = torch.tensor([sequence[-context:]], device=device)
             sequence.append(_choose(module(window)[0, -1], temperature, generator))
-    finally:
-        for part, flag in was_training:
-            part.training = flag
     return sequence[len(prompt_tokens) :]
+
+
+def _choose(logits_V: Tensor, temperature: float, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits_V.argmax())
+    # The generator lives on one device; the same seed must give the same text wherever the module runs.
+    probabilities = torch.softmax(logits_V.float() / temperature, dim=-1).to(generator.device)
+    return int(torch.multinomial(probabilities, 1, generator=generator))

@@ -1,4 +1,4 @@
-"""GPT: a pre-norm decoder with causal attention, as a list of layers.
+"""Builds GPT, a pre-norm decoder with causal attention, as a list of layers.
 
 Legend: B batch, T tokens, D width, H heads, V vocabulary.
 
@@ -42,16 +42,22 @@ class Embedding(nn.Module):
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Embed token ids; T must not exceed the context the model was built for."""
-        length, context = tokens_BT.shape[1], self.position.num_embeddings
+        length = tokens_BT.shape[1]
+        context = self.position.num_embeddings
         if length > context:
-            raise UsageError(f"the GPT was built for a context of {context} tokens but got {length}; shorten the input")
+            raise UsageError(
+                f"the GPT was built for a context of {context} tokens but got {length}; shorten the input, or raise "
+                "`data.context`",
+                code="context-exceeded",
+                key="data.context",
+            )
         positions_T = torch.arange(length, device=tokens_BT.device)
         hidden_BTD: Tensor = self.dropout(self.token(tokens_BT) + self.position(positions_T))
         return hidden_BTD
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention: (B, T, D) -> (B, T, D); a position sees itself and the past."""
+    """Causal multi-head self-attention: (B, T, D) -> (B, T, D); a position attends to itself and the past."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -64,6 +70,7 @@ class Attention(nn.Module):
         batch, length, width = hidden_BTD.shape
         split = (batch, length, 3, self.heads, width // self.heads)
         query, key, value = self.queries_keys_values(hidden_BTD).view(split).permute(2, 0, 3, 1, 4).unbind(0)
+        # One fused projection and one view: (B, T, 3, H, D/H) -> three of (B, H, T, D/H).
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         mixed_BTD: Tensor = self.projection(mixed.transpose(1, 2).reshape(batch, length, width))
         return mixed_BTD
@@ -86,7 +93,7 @@ class Block(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise afresh as GPT-2 does (also what a critic that copies this block calls)."""
+        """Initialise afresh as GPT-2 does; a critic that copies this block calls it, too."""
         for norm in (self.attention_norm, self.mlp_norm):
             norm.reset_parameters()
         for linear, std in (
@@ -99,7 +106,7 @@ class Block(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def auglocal_copy(self, in_channels: int, stride: int, out_channels: int) -> Block:
-        """A fresh block of another width, with heads as wide as they can be: for a narrow AugLocal critic."""
+        """Build a block of another width for a narrow AugLocal critic; its heads are about as wide as here."""
         size = self.attention.queries_keys_values.in_features // self.attention.heads
         heads = max(1, out_channels // size)
         while out_channels % heads:
@@ -117,8 +124,8 @@ class Block(nn.Module):
 class Head(nn.Module):
     """Final norm and vocabulary projection: (B, T, D) -> (B, T, V).
 
-    Initial weights are torch's own, of a standard deviation of 1/sqrt(3 D): at GPT-2's width of 768 that is its 0.02,
-    and for narrow networks more, which learn much faster so (docs/log.md).
+    Initial weights are torch's own, with a standard deviation of 1/sqrt(3 D): at GPT-2's width of 768 that is its 0.02.
+    Narrow networks get more, and learn much faster for it (docs/log.md).
     """
 
     def __init__(self, width: int, vocabulary: int) -> None:

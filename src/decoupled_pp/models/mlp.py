@@ -1,4 +1,4 @@
-"""Multi-layer perceptron on the flattened input, as a list of layers."""
+"""Builds a multi-layer perceptron on the flattened input, as a list of layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from decoupled_pp.settings.sections import MlpModel
 
 def _hidden_layer(inputs: int, width: int, dropout: float, flatten: bool) -> nn.Sequential:
     parts: OrderedDict[str, nn.Module] = OrderedDict()
-    if flatten:  # inside the first layer: alone it would be a layer, and so perhaps a stage, with nothing to train
+    if flatten:  # not a layer of its own, which could become a stage with nothing to train
         parts["flatten"] = nn.Flatten()
     parts["linear"] = nn.Linear(inputs, width)
     parts["relu"] = nn.ReLU()

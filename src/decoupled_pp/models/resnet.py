@@ -1,4 +1,4 @@
-"""CIFAR ResNet (He et al. 2016, section 4.2), as a list of layers.
+"""Builds the CIFAR ResNet (He et al. 2016, section 4.2), as a list of layers.
 
 Shortcuts are the paper's option A: where a block halves the image and widens, the shortcut takes every second pixel and
 pads the new channels with zeros. It has no parameters, and it is what the paper used on CIFAR-10.
@@ -48,7 +48,9 @@ class Block(nn.Module):
         if in_channels > out_channels:
             raise UsageError(
                 f"a ResNet block with option A shortcuts cannot narrow {in_channels} channels to {out_channels}; "
-                "cut the network elsewhere or choose critic.kind head"
+                "`cut` the network elsewhere, or choose `critic.kind` head",
+                code="layer-not-copyable",
+                key="critic.kind",
             )
         self.out_channels = out_channels
         self.stride = stride
@@ -67,17 +69,19 @@ class Block(nn.Module):
             norm.reset_parameters()
 
     def auglocal_copy(self, in_channels: int, stride: int, out_channels: int) -> Block:
-        """A fresh block for another input: what an AugLocal critic puts on a narrower stage output."""
+        """Build a block for another input: an AugLocal critic puts it on a narrower stage output."""
         return Block(in_channels, out_channels, stride)
 
     def _shortcut(self, hidden: Tensor) -> Tensor:
         if self.stride > 1:
-            hidden = hidden[:, :, :: self.stride, :: self.stride]
+            hidden = hidden[:, :, :: self.stride, :: self.stride]  # every second pixel, as in the paper: no averaging
+        if not self.padding:
+            return hidden
         before = self.padding // 2
-        return F.pad(hidden, (0, 0, 0, 0, before, self.padding - before)) if self.padding else hidden
+        return F.pad(hidden, (0, 0, 0, 0, before, self.padding - before))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """relu(shortcut + residual)."""
+        """Compute relu(shortcut + residual)."""
         residual = F.relu(self.norm1(self.convolution1(hidden)))
         return F.relu(self._shortcut(hidden) + self.norm2(self.convolution2(residual)))
 
@@ -99,12 +103,14 @@ def build_resnet(settings: ResnetModel, info: DataInfo) -> nn.Sequential:
     """
     expect_form(info, "resnet", "image")
     layers: OrderedDict[str, nn.Module] = OrderedDict(stem=Stem(info.shape[0], settings.width))
-    channels, blocks = settings.width, (settings.depth - 2) // 6
+    channels = settings.width
+    blocks = (settings.depth - 2) // 6
     for index in range(3 * blocks):
         group = index // blocks
-        first_of_wider_group = group > 0 and index % blocks == 0
-        layers[f"block{index}"] = Block(channels, settings.width * 2**group, stride=2 if first_of_wider_group else 1)
-        channels = settings.width * 2**group
+        width = settings.width * 2**group
+        begins_wider_group = group > 0 and index % blocks == 0
+        layers[f"block{index}"] = Block(channels, width, stride=2 if begins_wider_group else 1)
+        channels = width
     layers["head"] = nn.Sequential(
         OrderedDict(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), linear=nn.Linear(channels, info.outputs))
     )

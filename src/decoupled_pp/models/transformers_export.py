@@ -1,4 +1,4 @@
-"""Models of `transformers` that were split, as folders that `from_pretrained` loads."""
+"""Saves models of `transformers` that were split, as folders that `from_pretrained` loads."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import nn
 
 from decoupled_pp.core.datasets import DataInfo
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.models.huggingface import load_transformers, split_of_run
+from decoupled_pp.models.huggingface import split_of_run
 from decoupled_pp.models.splitting import Split
+from decoupled_pp.models.transformers_load import load_transformers
 from decoupled_pp.settings.sections import HuggingFaceModel
 
 if TYPE_CHECKING:
@@ -22,34 +23,29 @@ if TYPE_CHECKING:
 def save_transformers(model: PreTrainedModel, found: Split, output: str | Path, *, tied: bool = False) -> None:
     """Write a folder that `from_pretrained` loads with the model's present weights.
 
-    Where a weight was one with another's and has become its own (the output projection, mostly), the config says so
-    (`tie_word_embeddings: false`). What is still one weight under several names is written under each of them, for
-    that setting undoes all ties.
+    Splitting unties shared weights (mostly the output projection); the saved config says so with
+    `tie_word_embeddings: false`. That setting undoes all ties, so a weight that is still shared is written under each
+    of its names.
 
     Args:
         model: The model that was split; every rank may have the weights of all (`Trainer.export`).
-        found: What `split_transformers` returned.
+        found: The result of `split_transformers`.
         output: The folder.
-        tied: Make one weight again of those that were: the later user's (the output projection). In the folder; the
-            model keeps two.
+        tied: True to make one weight again of those that were untied: the later user's (the output projection). This
+            holds for the folder; the model keeps two.
 
     Raises:
-        UsageError: Nothing was tied that could be again.
+        UsageError: `tied` is True, but splitting this model untied no weights.
     """
-    _say_how_tied(model, found, tied=tied)
+    _set_tying(model, found, tied=tied)
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    for later, first in found.untied.items() if tied else ():
-        state[first] = state[later].clone()
+    if tied:
+        for later, first in found.untied.items():
+            state[first] = state[later].clone()
+    # save_pretrained may write its own view of tying into the config.
     before = model.config.tie_word_embeddings
     model.save_pretrained(output, state_dict=state)
     model.config.tie_word_embeddings = before
-
-
-def _say_how_tied(model: PreTrainedModel, found: Split, *, tied: bool) -> None:
-    if tied and not found.untied:
-        raise UsageError(f"--tied: no weight of a {type(model).__name__} was tied and is two now; leave it out")
-    if found.untied:
-        model.config.tie_word_embeddings = tied
 
 
 def export_transformers(
@@ -66,22 +62,23 @@ def export_transformers(
 
     Args:
         settings: The `model` section of the run.
-        info: Its data.
+        info: Facts about its data.
         load: Puts the trained weights into the layers it is given.
         write: For a model on the meta device: writes the trained weights to a folder, given the names of all tensors
             and, for tied ones, name -> the one written instead.
         output: The folder.
-        tied: As for `save_transformers`.
+        tied: See `save_transformers`.
         tokenizer: The data's: a file, or the folder or name of a model.
 
     Raises:
-        UsageError: Nothing was tied that could be again.
+        UsageError: `tied` is True, but splitting this model untied no weights.
     """
     model = load_transformers(settings, info, weights=False)
     found = split_of_run(settings, model, info)
     if settings.meta:
-        _say_how_tied(model, found, tied=tied)
+        _set_tying(model, found, tied=tied)
         write(output, found.names, {first: later for later, first in found.untied.items()} if tied else {})
+        # The model was never saved by the library, which would have written these files.
         model.config.architectures = [type(model).__name__]
         for config in (model.config, getattr(model, "generation_config", None)):
             if config is not None:
@@ -92,6 +89,17 @@ def export_transformers(
     _copy_tokenizer(tokenizer, settings.path, output)
 
 
+def _set_tying(model: PreTrainedModel, found: Split, *, tied: bool) -> None:
+    """Make the config say whether untied weights are saved as one."""
+    if tied and not found.untied:
+        raise UsageError(
+            f"--tied: splitting a {type(model).__name__} unties no weights, so there is nothing to tie; leave it out",
+            code="nothing-tied",
+        )
+    if found.untied:
+        model.config.tie_word_embeddings = tied
+
+
 def _copy_tokenizer(tokenizer: str | None, path: str | None, output: Path) -> None:
     from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -99,6 +107,7 @@ def _copy_tokenizer(tokenizer: str | None, path: str | None, output: Path) -> No
         PreTrainedTokenizerFast(tokenizer_file=tokenizer).save_pretrained(output)  # type: ignore[no-untyped-call]
         tokenizer = None
     for kind, source in ((AutoTokenizer, tokenizer or path), (AutoImageProcessor, path)):
+        if source is None:
+            continue
         with suppress(OSError, ValueError, KeyError, ImportError):  # most models have one of the two
-            if source is not None:
-                kind.from_pretrained(source).save_pretrained(output)
+            kind.from_pretrained(source).save_pretrained(output)

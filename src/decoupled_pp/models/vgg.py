@@ -1,4 +1,4 @@
-"""The VGG-like network of local critic training (Lee & Lee 2019), as a list of layers.
+"""Builds the VGG-like network of local critic training (Lee & Lee 2019), as a list of layers.
 
 On CIFAR-10 it has 7 867 594 parameters. The paper says 7.86M, which is exactly the convolutions and the flattened-4x4
 linear layer (7 861 962) without the 5 632 scales and shifts of batch normalisation; a pooled head would give 7.79M.
@@ -35,7 +35,7 @@ class Layer(nn.Module):
         self.norm.reset_parameters()
 
     def auglocal_copy(self, in_channels: int, stride: int, out_channels: int) -> Layer:
-        """A fresh layer for another input: what an AugLocal critic puts on a narrower stage output."""
+        """Build a layer for another input: an AugLocal critic puts it on a narrower stage output."""
         return Layer(in_channels, out_channels, stride)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -66,7 +66,8 @@ def build_vgg(settings: VggModel, info: DataInfo) -> nn.Sequential:
             stride = 2 if group > 0 and position == 0 else 1
             layers[f"layer{len(layers)}"] = Layer(channels, settings.width * 2**group, stride)
             channels = settings.width * 2**group
-            height, width = -(-height // stride), -(-width // stride)
+            height = -(-height // stride)
+            width = -(-width // stride)
     layers["head"] = nn.Sequential(
         OrderedDict(flatten=nn.Flatten(), linear=nn.Linear(channels * height * width, info.outputs))
     )

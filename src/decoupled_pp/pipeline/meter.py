@@ -1,4 +1,4 @@
-"""What one stage measures while it runs: phases by the device's clock, losses, throughput, and the spans of a trace."""
+"""Measures one stage while it runs: phases by the device's clock, losses, throughput, and the spans of a trace."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from decoupled_pp.core.device import Clock, Mark
 from decoupled_pp.core.errors import TrainingError
-from decoupled_pp.core.reports import PHASES, Record
+from decoupled_pp.core.reports import PHASES, Record, Span, SpansRecord, StepSeconds, TrainRecord
 
 BUSY = ("forward", "critic", "backward", "step")
 """Phases in which a stage computes."""
@@ -23,7 +23,7 @@ PAUSES = ("evaluate", "save")
 
 
 class StageProgress(Protocol):
-    """How far a stage is; `Stage` is one."""
+    """The progress of a stage; `Stage` has it."""
 
     @property
     def updates(self) -> int:
@@ -42,6 +42,12 @@ class StageMeter:
     """Counts for one stage. Nothing here waits for the device except `flush`, every `every` packets.
 
     Phases are contiguous: `lap(phase)` gives the time since the lap before to `phase`.
+
+    Attributes:
+        totals: Phase -> its seconds, up to the last flush.
+        last_loss: Mean training loss between the last two flushes; None if this rank knows no loss.
+        last_exit: Held-out loss and accuracy of the last evaluation, or None.
+        last_knn: Accuracy of the nearest-neighbour probe at the last evaluation, or None.
     """
 
     def __init__(
@@ -64,37 +70,53 @@ class StageMeter:
             trace: Packet numbers whose spans go into the trace.
             updates_every: Laps of phase `step` per optimizer update.
         """
-        self._stage, self._clock, self._post = stage, clock, post
-        self._every, self._trace = every, trace
-        self._packets_since = 0
-        self._last_packet = 0
-        self._paused = self._pausing = 0.0  # seconds of pauses before the last step, and before now
-        self._step_ends: list[float] = []  # training time at the end of every `step`
+        self._stage = stage
+        self._clock = clock
+        self._post = post
+        self._every = every
+        self._trace = trace
         self._updates_every = updates_every
+        # What has gathered since the last flush. Marks are read then: on a GPU that waits for the device.
         self._marks: list[Mark] = [clock.mark()]
         self._phases: list[tuple[str, int]] = []
         self._losses: list[tuple[int, Tensor]] = []
+        self._packets_since = 0
         self._samples_since = 0
+        # Where the stage is.
         self._packet = 0
-        self.totals: defaultdict[str, float] = defaultdict(float)
+        self._last_packet = 0
         self._samples = 0
-        self.started: float | None = None
-        self.trained_until: float | None = None
+        # Times up to the last flush. Pauses after the last step are not yet between two steps: they are kept apart.
+        self._started: float | None = None
+        self._trained_until: float | None = None
+        self._paused_before_last_step = 0.0
+        self._paused = 0.0
+        self._step_ends: list[float] = []  # in training time
+        self.totals: defaultdict[str, float] = defaultdict(float)
         self.last_loss: float | None = None
         self.last_exit: tuple[float, float | None] | None = None
         self.last_knn: float | None = None
 
     def lap(self, phase: str) -> None:
-        """The work since the last lap was `phase`."""
+        """Give the time since the last lap to `phase`."""
         self._marks.append(self._clock.mark())
         self._phases.append((phase, self._packet))
 
     def begin(self, packet: int) -> None:
-        """The laps from here on belong to training packet `packet`."""
+        """Let the laps from here on belong to training packet `packet`."""
         self._packet = packet
 
     def trained(self, packet: int, loss: Tensor | None, samples: int) -> bool:
-        """Note a training packet and its loss, 0-dim on the device, if it is known here. Returns if a flush is due."""
+        """Count a training packet.
+
+        Args:
+            packet: Its number.
+            loss: Its loss, 0-dim, on the device; None where another rank knows it.
+            samples: Its samples.
+
+        Returns:
+            True if a flush is due.
+        """
         if loss is not None:
             self._losses.append((packet, loss))
         self._last_packet = packet
@@ -115,90 +137,106 @@ class StageMeter:
         """
         times = self._clock.seconds(self._marks)
         sums: defaultdict[str, float] = defaultdict(float)
-        spans: list[list[object]] = []
+        spans: list[Span] = []
         for (phase, packet), start, end in zip(self._phases, times[:-1], times[1:], strict=True):
             sums[phase] += end - start
             if phase in PAUSES:
-                self._pausing += end - start
+                self._paused += end - start
             elif phase == "step":
-                self.trained_until, self._paused = end, self._pausing
-                self._step_ends.append(end - self._pausing)
+                self._trained_until = end
+                self._paused_before_last_step = self._paused
+                self._step_ends.append(end - self._paused)
             if packet in self._trace:
-                spans.append([phase, start, end - start, packet])
-        self._marks, self._phases = [self._marks[-1]], []
+                spans.append(Span(phase, start, end - start, packet))
+        self._marks = [self._marks[-1]]
+        self._phases = []
         for phase, seconds in sums.items():
             self.totals[phase] += seconds
-        if self.started is None:
-            self.started = times[0]
+        if self._started is None:
+            self._started = times[0]
         if spans:
-            self._post({"kind": "spans", "stage": self._stage, "spans": spans})
+            self._post(SpansRecord(stage=self._stage, spans=tuple(spans)))
         if self._packets_since:
             self._post_training(times[-1] - times[0], sum(sums[phase] for phase in BUSY), stage, queue)
 
     def _post_training(self, elapsed: float, busy: float, stage: StageProgress, queue: int) -> None:
-        losses = torch.stack([loss for _, loss in self._losses]).tolist() if self._losses else []
+        self.last_loss = self._mean_loss()
+        record = TrainRecord(
+            stage=self._stage,
+            packet=self._last_packet,
+            step=stage.updates,
+            samples=stage.samples,
+            loss=self.last_loss,
+            samples_per_second=_ratio(self._samples_since, elapsed),
+            busy_fraction=_ratio(busy, elapsed),
+            queue=queue,
+            lr=stage.learning_rate,
+            seconds=self.seconds(),
+            training_seconds=self.training_seconds(),
+        )
+        self._post(record)
+        self._losses.clear()
+        self._packets_since = 0
+        self._samples_since = 0
+
+    def _mean_loss(self) -> float | None:
+        if not self._losses:
+            return None
+        # One stack, so that the device is waited for once and not per loss.
+        losses: list[float] = torch.stack([loss for _, loss in self._losses]).tolist()
         for (packet, _), loss in zip(self._losses, losses, strict=True):
             if not math.isfinite(loss):
                 raise TrainingError(
-                    f"stage {self._stage}: the loss is {loss} at packet {packet}; lower the learning rate, "
-                    "clip gradients (training.clip_norm), or look at the data"
+                    f"stage {self._stage}: the loss is {loss} at packet {packet}; lower `optimizer.lr`, clip "
+                    "gradients (`training.clip_norm`), or look at the data",
+                    code="loss-not-finite",
                 )
-        self.last_loss = sum(losses) / len(losses) if losses else None
-        self._post(
-            {
-                "kind": "train",
-                "stage": self._stage,
-                "packet": self._last_packet,
-                "step": stage.updates,
-                "samples": stage.samples,
-                "loss": self.last_loss,
-                "samples_per_second": self._samples_since / elapsed if elapsed > 0 else 0.0,
-                "busy_fraction": busy / elapsed if elapsed > 0 else 0.0,
-                "queue": queue,
-                "lr": stage.learning_rate,
-                "seconds": self.seconds(),
-                "training_seconds": self.training_seconds(),
-            }
-        )
-        self._losses.clear()
-        self._packets_since = self._samples_since = 0
+        return sum(losses) / len(losses)
 
     def seconds(self) -> float:
-        """Seconds from the start to the last flush."""
-        if self.started is None or self.trained_until is None:
+        """Returns the seconds from the start to the last optimizer step."""
+        if self._started is None or self._trained_until is None:
             return 0.0
-        return self.trained_until - self.started
+        return self._trained_until - self._started
 
     def training_seconds(self) -> float:
-        """The same without evaluations and checkpoints."""
-        return self.seconds() - self._paused
+        """Returns the seconds from the start to the last optimizer step, without evaluations and checkpoints."""
+        return self.seconds() - self._paused_before_last_step
 
-    def step_seconds(self) -> dict[str, float] | None:
-        """Mean and percentiles of the training time from one optimizer update to the next, in steady state.
+    def step_seconds(self) -> StepSeconds | None:
+        """Returns the training time from one optimizer update to the next, in steady state.
 
         The first tenth of the updates (warm-up, fill of the pipeline) does not count. None with fewer than two others.
         """
         updates = self._step_ends[self._updates_every - 1 :: self._updates_every]
-        steady = updates[-(-len(updates) // 10) :]
+        warm_up = math.ceil(len(updates) / 10)
+        steady = updates[warm_up:]
         if len(steady) < 2:
             return None
         periods = numpy.diff(steady)
         middle, high = numpy.percentile(periods, [50, 95])
-        return {"mean": float(periods.mean()), "p50": float(middle), "p95": float(high)}
+        return StepSeconds(float(periods.mean()), float(middle), float(high))
 
-    def summary(self) -> Record:
-        """Totals of the run so far, for `summary.json`."""
-        busy = sum(self.totals[phase] for phase in BUSY)
-        compute = busy - self.totals["step"]
-        whole = sum(self.totals[phase] for phase in PHASES)
-        return {
-            "seconds": self.seconds(),
-            "training_seconds": self.training_seconds(),
-            "step_seconds": self.step_seconds(),
-            "samples_per_second": self._samples / self.training_seconds() if self.training_seconds() else 0.0,
-            "critic_time_fraction": self.totals["critic"] / compute if compute else 0.0,
-            "busy_fraction": busy / whole if whole else 0.0,
-            "wait_in_seconds": self.totals["wait_in"],
-            "wait_out_seconds": self.totals["wait_out"],
-            "phase_seconds": {phase: self.totals[phase] for phase in PHASES},
-        }
+    def samples_per_second(self) -> float:
+        """Returns the training samples per training second."""
+        return _ratio(self._samples, self.training_seconds())
+
+    def phase_seconds(self) -> dict[str, float]:
+        """Returns the seconds of every phase of training."""
+        return {phase: self.totals[phase] for phase in PHASES}
+
+    def busy_fraction(self) -> float:
+        """Returns the share of all phases in which the stage computed."""
+        return _ratio(self._busy_seconds(), sum(self.phase_seconds().values()))
+
+    def critic_time_fraction(self) -> float:
+        """Returns the share of forward, critic and backward that the critic took."""
+        return _ratio(self.totals["critic"], self._busy_seconds() - self.totals["step"])
+
+    def _busy_seconds(self) -> float:
+        return sum(self.totals[phase] for phase in BUSY)
+
+
+def _ratio(part: float, whole: float) -> float:
+    """Returns part / whole; 0 where nothing has been measured."""
+    return part / whole if whole > 0 else 0.0

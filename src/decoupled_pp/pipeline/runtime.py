@@ -19,7 +19,7 @@ from decoupled_pp.core.channels import Ends
 from decoupled_pp.core.device import own_stream
 from decoupled_pp.core.errors import ReportedError
 from decoupled_pp.core.packets import Packet, PacketKind
-from decoupled_pp.core.reports import Record
+from decoupled_pp.core.reports import Record, ValidationRecord
 from decoupled_pp.pipeline.meter import StageMeter
 from decoupled_pp.pipeline.rules.rule import Done
 from decoupled_pp.pipeline.stage import Stage
@@ -128,9 +128,17 @@ class Worker:
         if score is None:
             return
         loss, accuracy = score
-        record = {"stage": self.stage.index, "step": self.stage.updates, "samples": self.stage.samples}
-        times = {"seconds": self.meter.seconds(), "training_seconds": self.meter.training_seconds()}
-        self._post({"kind": "validation", **record, "loss": loss, "accuracy": accuracy, **found, **times})
+        record = ValidationRecord(
+            stage=self.stage.index,
+            step=self.stage.updates,
+            samples=self.stage.samples,
+            loss=loss,
+            accuracy=accuracy,
+            knn_accuracy=self.meter.last_knn,
+            seconds=self.meter.seconds(),
+            training_seconds=self.meter.training_seconds(),
+        )
+        self._post(record)
 
     @contextmanager
     def _errors_named(self) -> Iterator[None]:

@@ -1,1 +1,1 @@
-"""What a run keeps and shows: its folder, log, terminal view, pictures, trace, report and checkpoints."""
+"""Keeps and shows a run: its folder, log, terminal view, pictures, trace, report and checkpoints."""

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from decoupled_pp.core.reports import Record
+from decoupled_pp.core.reports import Record, TrainRecord, ValidationRecord
 
 TERMINAL_SECONDS = 0.25
 PLAIN_SECONDS = 5.0
 
+_Shown = TypeVar("_Shown", TrainRecord, ValidationRecord)
+
 
 class LiveView:
-    """What rank 0 prints of the records of all stages.
+    """Prints the records of all stages, on rank 0.
 
     It draws only inside `update`, `note` and `close`: there is no background thread.
 
@@ -39,27 +41,30 @@ class LiveView:
         interval_seconds: float | None = None,
         exits: int | None = None,
     ) -> None:
-        self._stages, self._steps, self._exits = stages, steps, stages if exits is None else exits
+        self._stages = stages
+        self._steps = steps
+        self._exits = stages if exits is None else exits
         self._console = console or Console()
         self._tty = self._console.is_terminal and not self._console.is_dumb_terminal
         default = TERMINAL_SECONDS if self._tty else PLAIN_SECONDS
         self._interval = default if interval_seconds is None else interval_seconds
-        self._train: dict[int, Record] = {}
-        self._validation: dict[int, Record] = {}
-        self._passes: dict[int, dict[int, Record]] = {}  # optimizer step -> stage -> its validation
-        self._first: Record | None = None
+        self._train: dict[int, TrainRecord] = {}
+        self._validation: dict[int, ValidationRecord] = {}
+        self._passes: dict[int, dict[int, ValidationRecord]] = {}  # optimizer step -> stage -> its validation
+        self._first: TrainRecord | None = None  # the pace counts from here
         self._drawn = -math.inf
-        self._stale = self._order_said = False
+        self._stale = False
+        self._order_said = False
         self._live: Live | None = None
 
     def update(self, records: Iterable[Record]) -> None:
         """Take in new records; redraw if the last time is long enough ago. Kinds that are not shown are ignored."""
         for record in records:
-            if record.get("kind") == "train":
-                self._train[record["stage"]] = record
-                self._first = self._first or record
+            if isinstance(record, TrainRecord):
+                self._train[record.stage] = record
+                self._first = record if self._first is None else self._first
                 self._stale = True
-            elif record.get("kind") == "validation":
+            elif isinstance(record, ValidationRecord):
                 self._take_validation(record)
         if self._stale and time.monotonic() - self._drawn >= self._interval:
             self._draw()
@@ -80,30 +85,29 @@ class LiveView:
             self._live.stop()
             self._live = None
 
-    def _take_validation(self, record: Record) -> None:
-        stage, step = record["stage"], record["step"]
-        self._validation[stage] = record
-        self._stale = self._stale or self._tty
+    def _take_validation(self, record: ValidationRecord) -> None:
+        self._validation[record.stage] = record
         if self._tty:
+            self._stale = True
             return
         # Stages reach the same validation one after another: one line when the last of them has.
-        done = self._passes.setdefault(step, {})
-        done[stage] = record
+        done = self._passes.setdefault(record.step, {})
+        done[record.stage] = record
         if len(done) == self._exits:
-            self._note_validation(step, self._passes.pop(step))
+            self._note_validation(record.step, self._passes.pop(record.step))
 
     def _say_order(self) -> None:
-        """Before the first line with values of several stages."""
+        """Say once, before the first line with values of several stages, in which order they are."""
         if not self._order_said and self._stages > 1 and not self._tty:
             self.note(f"values are listed per stage, stage 0 first, stage {self._stages - 1} last")
         self._order_said = True
 
-    def _note_validation(self, step: int, done: dict[int, Record]) -> None:
+    def _note_validation(self, step: int, done: Mapping[int, ValidationRecord]) -> None:
         self._say_order()
-        parts = [f"validation at step {step}", "held-out loss " + self._join(done, "loss", _loss)]
-        if any(record.get("accuracy") is not None for record in done.values()):
-            parts.append("accuracy % " + self._join(done, "accuracy", _percent))
-        self.note(_clock(max(record["seconds"] for record in done.values())) + " | ".join(parts))
+        parts = [f"validation at step {step}", "held-out loss " + self._join(done, _loss)]
+        if _have_accuracy(done):
+            parts.append("accuracy % " + self._join(done, _accuracy))
+        self.note(_clock(max(record.seconds for record in done.values())) + " | ".join(parts))
 
     def _draw(self) -> None:
         if not self._tty:
@@ -114,25 +118,32 @@ class LiveView:
             self._live.start(refresh=True)
         else:
             self._live.update(self._table(), refresh=True)
-        self._drawn, self._stale = time.monotonic(), False
+        self._drawn = time.monotonic()
+        self._stale = False
 
     def _plain_line(self) -> str:
-        steps = sorted({self._train[stage]["step"] if stage in self._train else 0 for stage in range(self._stages)})
-        progress = f"step {steps[0]}" + (f"-{steps[-1]}" if len(steps) > 1 else "") + f"/{self._steps}"
+        steps = {self._step(stage) for stage in range(self._stages)}
+        first, last = min(steps), max(steps)
+        done = str(first) if first == last else f"{first}-{last}"
         parts = [
-            progress,
-            "loss " + self._join(self._train, "loss", _loss),
-            "samples/s " + self._join(self._train, "samples_per_second", _rate),
-            "busy % " + self._join(self._train, "busy_fraction", _whole_percent),
-            "queue " + self._join(self._train, "queue", str),
+            f"step {done}/{self._steps}",
+            "loss " + self._join(self._train, _loss),
+            "samples/s " + self._join(self._train, _rate),
+            "busy % " + self._join(self._train, _busy),
+            "queue " + self._join(self._train, _queue),
         ]
         left = self._seconds_left()
         if left is not None:
             parts.append(f"about {_duration(left)} left")
         return _clock(self._seconds()) + " | ".join(parts)
 
-    def _join(self, records: dict[int, Record], field: str, form: Callable[[Any], str]) -> str:
-        return " ".join(_value(records.get(stage), field, form) for stage in range(self._stages))
+    def _step(self, stage: int) -> int:
+        """Returns the optimizer step that a stage has told; 0 before its first record."""
+        return self._train[stage].step if stage in self._train else 0
+
+    def _join(self, records: Mapping[int, _Shown], cell: Callable[[_Shown], str]) -> str:
+        """Returns one cell per stage, "-" for stages without a record."""
+        return " ".join(_cell(records.get(stage), cell) for stage in range(self._stages))
 
     def _table(self) -> Table:
         left = self._seconds_left()
@@ -140,7 +151,7 @@ class LiveView:
         if left is not None:
             caption += f", about {_duration(left)} left"
         table = Table(caption=caption, caption_justify="left")
-        accuracy = any(record.get("accuracy") is not None for record in self._validation.values())
+        accuracy = _have_accuracy(self._validation)
         titles = ["stage", "step", "train loss", "held-out loss", "accuracy %", "samples/s", "busy %", "queue"]
         for title in titles:
             if accuracy or title != "accuracy %":
@@ -151,47 +162,56 @@ class LiveView:
 
     def _row(self, stage: int, accuracy: bool) -> list[str]:
         train, held_out = self._train.get(stage), self._validation.get(stage)
-        cells = [str(stage), f"{train['step'] if train else 0}/{self._steps}", _value(train, "loss", _loss)]
-        cells.append(_value(held_out, "loss", _loss))
+        cells = [str(stage), f"{self._step(stage)}/{self._steps}", _cell(train, _loss), _cell(held_out, _loss)]
         if accuracy:
-            cells.append(_value(held_out, "accuracy", _percent))
-        cells.append(_value(train, "samples_per_second", _rate))
-        cells.append(_value(train, "busy_fraction", _whole_percent))
-        cells.append(_value(train, "queue", str))
-        return cells
+            cells.append(_cell(held_out, _accuracy))
+        return [*cells, _cell(train, _rate), _cell(train, _busy), _cell(train, _queue)]
 
     def _seconds(self) -> float:
-        """Seconds since the start of the run, as of the newest record."""
-        return max((record["seconds"] for record in (*self._train.values(), *self._validation.values())), default=0.0)
+        """Returns the seconds since the start of the run, as of the newest record."""
+        trained = [record.seconds for record in self._train.values()]
+        validated = [record.seconds for record in self._validation.values()]
+        return max([*trained, *validated], default=0.0)
 
     def _seconds_left(self) -> float | None:
-        """A guess from the pace of the last stage since the first record seen; None without a pace, or at the end."""
+        """Returns a guess from the pace of the last stage since the first record; None without a pace, or at the end.
+
+        Only steps since that record count: a resumed run took no time for those before.
+        """
         last = self._train.get(self._stages - 1)
-        if last is None or self._first is None or last["step"] <= self._first["step"]:
+        if last is None or self._first is None or last.step <= self._first.step:
             return None
-        pace: float = (last["seconds"] - self._first["seconds"]) / (last["step"] - self._first["step"])
-        return max(0.0, pace * (self._steps - last["step"])) or None
+        pace = (last.seconds - self._first.seconds) / (last.step - self._first.step)
+        return max(0.0, pace * (self._steps - last.step)) or None
 
 
-def _value(record: Record | None, field: str, form: Callable[[Any], str]) -> str:
-    value = record.get(field) if record else None
-    return "-" if value is None else form(value)
+def _cell(record: _Shown | None, form: Callable[[_Shown], str]) -> str:
+    return "-" if record is None else form(record)
 
 
-def _loss(value: float) -> str:
-    return f"{value:.4f}"
+def _loss(record: TrainRecord | ValidationRecord) -> str:
+    return "-" if record.loss is None else f"{record.loss:.4f}"
 
 
-def _rate(value: float) -> str:
-    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+def _accuracy(record: ValidationRecord) -> str:
+    return "-" if record.accuracy is None else f"{100 * record.accuracy:.2f}"
 
 
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.2f}"
+def _rate(record: TrainRecord) -> str:
+    rate = record.samples_per_second
+    return f"{rate:.1f}" if rate < 100 else f"{rate:.0f}"
 
 
-def _whole_percent(fraction: float) -> str:
-    return f"{100 * fraction:.0f}"
+def _busy(record: TrainRecord) -> str:
+    return f"{100 * record.busy_fraction:.0f}"
+
+
+def _queue(record: TrainRecord) -> str:
+    return str(record.queue)
+
+
+def _have_accuracy(records: Mapping[int, ValidationRecord]) -> bool:
+    return any(record.accuracy is not None for record in records.values())
 
 
 def _duration(seconds: float) -> str:

@@ -5,30 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.core.reports import Record
+from decoupled_pp.core.records import write_json
+from decoupled_pp.core.reports import RECORDS, Record, SpansRecord, TrainRecord, ValidationRecord, read_record
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
-
-_TAGS = {
-    "train": {
-        "loss": "loss/train",
-        "samples_per_second": "throughput/samples_per_second",
-        "busy_fraction": "busy_fraction",
-        "queue": "queue",
-        "lr": "lr",
-    },
-    "validation": {"loss": "loss/validation", "accuracy": "accuracy/validation"},
-}
-"""Record kind -> field -> TensorBoard tag; `/stage<k>` is appended."""
 
 
 class RunLog:
@@ -57,7 +46,7 @@ class RunLog:
 
     def write(self, records: Iterable[Record]) -> None:
         """Append records and flush, so that a killed run keeps all that was written before."""
-        kept = [record for record in records if record.get("kind") != "spans"]
+        kept = [record for record in records if not isinstance(record, SpansRecord)]
         if not kept:
             return
         # One write call for all lines: a reader meets at most one half-written line, the last.
@@ -77,29 +66,47 @@ class RunLog:
 
 
 def read_records(path: Path) -> list[Record]:
-    """Return all records of a `metrics.jsonl`; a half-written last line (a run killed or still going) is left out.
+    """Returns the records of a `metrics.jsonl`; those of a kind that this version does not know are left out.
+
+    A half-written last line (a run killed or still going) is left out as well.
 
     Raises:
-        UsageError: A line before the last is no JSON object.
+        UsageError: A line before the last is no JSON object, or a record lacks a key.
     """
+    objects = [content for content in _read_objects(path) if content.get("kind") in RECORDS]
+    try:
+        return [read_record(content) for content in objects]
+    except KeyError as error:
+        raise UsageError(
+            f"{path} holds a record that lacks {error}; remove its line or the file", code="metrics-damaged"
+        ) from error
+
+
+def _read_objects(path: Path) -> list[dict[str, Any]]:
+    """Returns the JSON objects of the file, whatever they are."""
     # Bytes, not text: a half-written last line may end inside a UTF-8 character.
     lines = path.read_bytes().splitlines()
-    records: list[Record] = []
+    objects: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            content = json.loads(line)
         except ValueError:
-            record = None
-        if isinstance(record, dict):
-            records.append(record)
+            content = None
+        if isinstance(content, dict):
+            objects.append(content)
         elif number < len(lines):
-            raise UsageError(f"{path} line {number} is no JSON object: {line[:60]!r}; remove the line or the file")
-    return records
+            start = line[:60].decode(errors="replace")
+            raise UsageError(
+                f"{path} line {number} is no JSON object: {start!r}; remove the line or the file",
+                code="metrics-damaged",
+            )
+    return objects
 
 
 def _truncate(path: Path, last_step: int | None) -> None:
     """Drop a half-written last line and all records of steps after `last_step`, in one atomic replacement."""
-    kept = [record for record in read_records(path) if last_step is None or _step(record) <= last_step]
+    # Objects, not records: what a later version wrote must survive a resume by this one.
+    kept = [content for content in _read_objects(path) if last_step is None or _step(content) <= last_step]
     replacement = path.with_name(path.name + ".new")
     with replacement.open("w", encoding="utf-8") as file:
         file.writelines(map(_line, kept))
@@ -108,25 +115,14 @@ def _truncate(path: Path, last_step: int | None) -> None:
     replacement.replace(path)
 
 
-def _step(record: Record) -> float:
-    """The optimizer step of a record; a record without one belongs to no step and always stays."""
-    step = record.get("step")
+def _step(content: Mapping[str, Any]) -> float:
+    """Returns the optimizer step of a record; one without a step is of no step and always stays."""
+    step = content.get("step")
     return float(step) if step is not None else -math.inf
 
 
-def _line(record: Record) -> str:
-    return json.dumps(finite(record), allow_nan=False) + "\n"
-
-
-def finite(value: Any) -> Any:
-    """`value` with every NaN and infinity replaced by None, for JSON knows neither."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value
+def _line(content: Mapping[str, Any]) -> str:
+    return write_json(content) + "\n"
 
 
 def _open_events(folder: Path, resume_step: int | None) -> SummaryWriter:
@@ -139,7 +135,21 @@ def _open_events(folder: Path, resume_step: int | None) -> SummaryWriter:
 
 
 def _add_scalars(events: SummaryWriter, record: Record) -> None:
-    for field, tag in _TAGS.get(record["kind"], {}).items():
-        value = record.get(field)
+    if not isinstance(record, TrainRecord | ValidationRecord):
+        return
+    for tag, value in _scalars(record).items():
         if value is not None:
-            events.add_scalar(f"{tag}/stage{record['stage']}", value, record["step"])
+            events.add_scalar(f"{tag}/stage{record.stage}", value, record.step)
+
+
+def _scalars(record: TrainRecord | ValidationRecord) -> dict[str, float | None]:
+    """Returns TensorBoard tag -> value, before `/stage<k>` is appended to the tag."""
+    if isinstance(record, ValidationRecord):
+        return {"loss/validation": record.loss, "accuracy/validation": record.accuracy}
+    return {
+        "loss/train": record.loss,
+        "throughput/samples_per_second": record.samples_per_second,
+        "busy_fraction": record.busy_fraction,
+        "queue": record.queue,
+        "lr": record.lr,
+    }

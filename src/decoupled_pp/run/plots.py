@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -14,16 +14,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from decoupled_pp.core.reports import Record
-
-Span: TypeAlias = Sequence[Any]
-"""(phase, start in seconds, duration in seconds, packet number)."""
+from decoupled_pp.core.reports import Record, Span, TrainRecord, ValidationRecord
 
 WINDOW_PACKETS = 9
 """Packets that the timeline shows."""
 
 
 class _Look(NamedTuple):
+    """Appearance of the boxes of one phase."""
+
     label: str
     face: str
     hatch: str = ""
@@ -89,8 +88,8 @@ def plot_timeline(spans_by_stage: Mapping[int, Sequence[Span]], path: Path) -> N
 
 
 def add_legend(figure: Figure, spans: Iterable[Span]) -> None:
-    """Say below a figure what the boxes of these spans are."""
-    seen = {span[0] for span in spans}
+    """Add a legend of the phases of these spans below a figure."""
+    seen = {span.phase for span in spans}
     looks = [look for phase, look in LOOKS.items() if phase in seen]
     handles = [Patch(fc=look.face, ec=look.edge, hatch=look.hatch, label=look.label) for look in looks]
     figure.legend(handles=handles, loc="outside lower center", ncols=max(1, min(len(handles), 6)), frameon=False)
@@ -102,20 +101,19 @@ def plot_losses(records: Sequence[Record], path: Path, unit: str) -> None:
     Nothing is smoothed: a training point is the mean since the record before it, drawn where that interval ends.
 
     Args:
-        records: Records of the run; those of kind "train" and "validation" are drawn.
+        records: Records of the run; those of training and validation are drawn.
         path: The PNG file.
         unit: Unit of the loss, e.g. "nats/token".
     """
-    drawn = [record for record in records if record.get("kind") in ("train", "validation")]
-    drawn = [record for record in drawn if record.get("loss") is not None and math.isfinite(record["loss"])]
+    points = [point for point in map(_loss_point, records) if point is not None]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.0, 5.0), layout="constrained")
         axes = figure.add_subplot()
-        if drawn:
-            stages = 1 + max(record["stage"] for record in drawn)
-            for stage in sorted({record["stage"] for record in drawn}):
-                _draw_exit(axes, [record for record in drawn if record["stage"] == stage], stage, stages)
-            _dress_losses(axes, [record["loss"] for record in drawn], unit)
+        if points:
+            stages = 1 + max(point.stage for point in points)
+            for stage in sorted({point.stage for point in points}):
+                _draw_exit(axes, [point for point in points if point.stage == stage], stage, stages)
+            _label_losses(axes, [point.loss for point in points], unit)
         else:
             _say_empty(axes, "no losses recorded")
         _save(figure, path)
@@ -134,12 +132,12 @@ def plot_exits(exits: Sequence[tuple[float, float]], early: Sequence[tuple[float
         axes = figure.add_subplot()
         if exits:
             points = [(x, 100 * y) for x, y in exits]
-            axes.plot(*_columns(points), color="#0072b2", label="one exit for all", **_HELD_OUT)
+            axes.plot(*_columns(points), color="#0072b2", label="one exit for all samples", **_HELD_OUT)
             for number, point in enumerate(points):
                 axes.annotate(f"exit {number}", point, textcoords="offset points", xytext=(7, -11))
             if early:
                 row = sorted((x, 100 * y, threshold) for x, y, threshold in early)
-                axes.plot(*_columns([(x, y) for x, y, _ in row]), color="#d55e00", label="leaves early", **_HELD_OUT)
+                axes.plot(*_columns([(x, y) for x, y, _ in row]), color="#d55e00", label="early exit", **_HELD_OUT)
                 for x, y, threshold in row:
                     axes.annotate(f"> {threshold:g}", (x, y), textcoords="offset points", xytext=(7, 6))
             axes.set_xlim(left=0)
@@ -154,24 +152,47 @@ def plot_exits(exits: Sequence[tuple[float, float]], early: Sequence[tuple[float
         _save(figure, path)
 
 
+class _LossPoint(NamedTuple):
+    """One point of a loss curve."""
+
+    stage: int
+    samples: int
+    loss: float
+    held_out: bool
+
+
+def _loss_point(record: Record) -> _LossPoint | None:
+    """Returns the point of a record; None of one without a loss that can be drawn."""
+    if not isinstance(record, TrainRecord | ValidationRecord):
+        return None
+    if record.loss is None or not math.isfinite(record.loss):
+        return None
+    return _LossPoint(record.stage, record.samples, record.loss, isinstance(record, ValidationRecord))
+
+
 def _window(rows: Mapping[int, Sequence[Span]]) -> tuple[float, float]:
-    """Start and end of the time to show: `WINDOW_PACKETS` packets around the middle of what all stages share."""
-    first = max(min(span[1] for span in spans) for spans in rows.values())
-    last = min(max(span[1] + span[2] for span in spans) for spans in rows.values())
+    """Returns start and end of the time to show: `WINDOW_PACKETS` packets in the middle of what all stages share."""
+    starts = [min(span.start for span in spans) for spans in rows.values()]
+    ends = [max(span.end for span in spans) for spans in rows.values()]
+    first, last = max(starts), min(ends)
     if last <= first:
-        everything = [span for spans in rows.values() for span in spans]
-        return min(span[1] for span in everything), max(span[1] + span[2] for span in everything) + 1e-9
+        return min(starts), max(ends) + 1e-9
     # The busiest row has a forward per packet; the mean over the shared time is the pace of the pipeline.
-    forwards = max(sum(span[0] == "forward" and first <= span[1] < last for span in spans) for spans in rows.values())
+    forwards = max(_forwards(spans, first, last) for spans in rows.values())
     width = min(last - first, (last - first) * WINDOW_PACKETS / max(1, forwards))
     middle = (first + last) / 2
     return middle - width / 2, middle + width / 2
 
 
+def _forwards(spans: Sequence[Span], first: float, last: float) -> int:
+    """Returns how many forward passes began between two times."""
+    return sum(span.phase == "forward" and first <= span.start < last for span in spans)
+
+
 def draw_row(axes: Axes, position: int, spans: Sequence[Span], start: float, end: float) -> None:
     """Draw the spans of one rank between two times as boxes, in milliseconds since `start`, on the row `position`."""
     for phase, look in LOOKS.items():
-        boxes = [_clip(span, start, end) for span in spans if span[0] == phase]
+        boxes = [_clip(span, start, end) for span in spans if span.phase == phase]
         visible = [(left, width) for left, width in boxes if width > 0]
         axes.broken_barh(
             visible, (position - 0.36, 0.72), facecolor=look.face, edgecolor=look.edge, hatch=look.hatch, linewidth=0.4
@@ -179,28 +200,31 @@ def draw_row(axes: Axes, position: int, spans: Sequence[Span], start: float, end
     milliseconds_per_inch = (end - start) * 1e3 / (_WIDTH - 1.1)
     for span in spans:
         left, width = _clip(span, start, end)
-        letters_inches = len(str(span[3])) * 0.7 * _NUMBER_SIZE / 72
-        if span[0] == "forward" and width > letters_inches * milliseconds_per_inch:
+        number = str(span.packet)
+        # A digit is about 0.7 of the font size wide, and 72 points are one inch.
+        number_inches = len(number) * 0.7 * _NUMBER_SIZE / 72
+        if span.phase == "forward" and width > number_inches * milliseconds_per_inch:
             style: dict[str, Any] = {"ha": "center", "va": "center", "color": "white", "fontsize": _NUMBER_SIZE}
-            axes.text(left + width / 2, position, str(span[3]), **style)
+            axes.text(left + width / 2, position, number, **style)
 
 
 def _working(spans: Sequence[Span], start: float, end: float) -> float:
-    """Share of the window in which a stage does not wait."""
-    widths = (_clip(span, start, end)[1] for span in spans if not span[0].startswith("wait"))
+    """Returns the share of the window in which a stage does not wait."""
+    widths = (_clip(span, start, end)[1] for span in spans if not span.phase.startswith("wait"))
     return sum(width for width in widths if width > 0) / ((end - start) * 1e3)
 
 
 def _clip(span: Span, start: float, end: float) -> tuple[float, float]:
-    """(left, width) of a span inside the window, in milliseconds since its start; width <= 0 if outside."""
-    left, right = max(span[1], start), min(span[1] + span[2], end)
+    """Returns (left, width) of a span inside the window, in milliseconds since its start; width <= 0 if outside."""
+    left = max(span.start, start)
+    right = min(span.end, end)
     return (left - start) * 1e3, (right - left) * 1e3
 
 
-def _draw_exit(axes: Axes, records: Sequence[Record], stage: int, stages: int) -> None:
+def _draw_exit(axes: Axes, points: Sequence[_LossPoint], stage: int, stages: int) -> None:
     colour = _colour(stage, stages)
-    train = [(record["samples"], record["loss"]) for record in records if record["kind"] == "train"]
-    held_out = [(record["samples"], record["loss"]) for record in records if record["kind"] == "validation"]
+    train = [(point.samples, point.loss) for point in points if not point.held_out]
+    held_out = [(point.samples, point.loss) for point in points if point.held_out]
     axes.plot(*_columns(train), color=colour, linewidth=0.7, alpha=0.6)
     label = f"exit {stage} ({_role(stage, stages)})"
     if held_out:
@@ -213,18 +237,19 @@ def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[f
 
 
 def _colour(stage: int, stages: int) -> str:
-    """Exits run from light to dark with depth; the network's own head stands out."""
+    """Returns the colour of an exit: from light to dark with depth; the network's own head stands out."""
     if stage == stages - 1:
         return "#d55e00"
     share = stage / (stages - 2) if stages > 2 else 0.5
     return matplotlib.colors.to_hex(matplotlib.colormaps["viridis_r"](0.2 + 0.75 * share))
 
 
-def _dress_losses(axes: Axes, losses: Sequence[float], unit: str) -> None:
+def _label_losses(axes: Axes, losses: Sequence[float], unit: str) -> None:
     logarithmic = min(losses) > 0 and max(losses) / min(losses) > 20
     if logarithmic:
         axes.set_yscale("log")
-    axes.set_ylabel(f"loss ({unit}{', log scale' if logarithmic else ''})")
+    scale = ", log scale" if logarithmic else ""
+    axes.set_ylabel(f"loss ({unit}{scale})")
     axes.set_xlabel("samples trained on")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))

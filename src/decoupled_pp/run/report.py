@@ -1,67 +1,155 @@
-"""What the ranks measured -> one report, the same on every rank."""
+"""Joins what every rank measured into one report, the same on every rank; baselines use it as well."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from decoupled_pp.core.channels import LinkEnd
+import torch
+from torch import nn
+
+from decoupled_pp.core.channels import LinkCounters, LinkEnd
 from decoupled_pp.core.device import peak_memory
-from decoupled_pp.core.plans import Plan, count_parameters
-from decoupled_pp.core.reports import Exit, Record, Report
+from decoupled_pp.core.plans import count_parameters
+from decoupled_pp.core.records import JsonRecord, tuple_of
+from decoupled_pp.core.reports import Exit, FinalScores, LinkSummary, Report, StageSummary, StepSeconds
 from decoupled_pp.pipeline.meter import StageMeter
 from decoupled_pp.pipeline.stage import Stage
 
 
-def stage_record(stage: Stage, meter: StageMeter) -> Record:
-    """Measurements of one stage."""
-    summary = meter.summary()
-    if stage.critic is None:
-        summary["critic_time_fraction"] = 0.0  # the last stage's loss on the network's own head is no critic
-    return {
-        "stage": stage.index,
-        "parameters": count_parameters(stage.trunk),
-        "critic_parameters": count_parameters(stage.critic),
-        "saved_activation_bytes_peak": stage.saved_activation_bytes_peak,
-        "memory_bytes_peak": peak_memory(stage.body.device),
-        **summary,
-        "steps": stage.updates,
-        "train_loss": meter.last_loss,
-        "exit": meter.last_exit,
-        "knn": meter.last_knn,
-    }
+@dataclass(frozen=True, kw_only=True)
+class StageMeasurement(JsonRecord):
+    """The figures of one stage at the end of a run, on the rank that trained it; most are those of `Report`.
+
+    Attributes:
+        summary: The part of it that the report shows for every stage.
+        train_loss: Mean training loss over the last metrics interval; None if this rank knows no loss.
+        exit: Held-out score of the exit behind the stage; None if it has none (a rank of a baseline).
+    """
+
+    summary: StageSummary = field(metadata={"read": StageSummary.from_json})
+    steps: int
+    seconds: float
+    training_seconds: float
+    step_seconds: StepSeconds | None = field(metadata={"read": StepSeconds.from_json})
+    samples_per_second: float
+    train_loss: float | None
+    exit: Exit | None = field(metadata={"read": Exit.from_json})
 
 
-def link_records(ends: Sequence[object]) -> list[Record]:
-    """Counters of those of this process's inlets and outlets that are ends of links; `from` and `to` are stages."""
-    links = [end for end in dict.fromkeys(ends) if isinstance(end, LinkEnd)]  # in one process a link is both its ends
-    return [{"from": end.sender, "to": end.sender + 1, **vars(end.counters)} for end in links]
+@dataclass(frozen=True, kw_only=True)
+class RankMeasurement(JsonRecord):
+    """The part of the report that one process knows.
+
+    Attributes:
+        stages: Measurements of its stages.
+        links: Counters of its ends of links.
+        stopped: Why the run ends early, as far as this process knows, or None.
+    """
+
+    stages: tuple[StageMeasurement, ...] = field(metadata={"read": tuple_of(StageMeasurement.from_json)})
+    links: tuple[LinkSummary, ...] = field(metadata={"read": tuple_of(LinkSummary.from_json)})
+    stopped: str | None = None
 
 
-def make_report(gathered: list[dict[str, Any]], plan: Plan, stopped: str | None) -> Report:
-    """Join what every process gathered."""
-    stages = sorted((record for part in gathered for record in part["stages"]), key=lambda record: record["stage"])
-    links: dict[int, Record] = {k: {"from": k, "to": k + 1} for k in range(plan.stages - 1)}
-    for part in gathered:
-        for record in part["links"]:
-            link = links[record["from"]]
-            for key, value in record.items():
-                link[key] = value if key in ("from", "to") else link.get(key, 0) + value
-    last = stages[-1]
-    exits = tuple(
-        Exit(r["stage"], r["exit"][0] if r["exit"] else None, r["exit"][1] if r["exit"] else None, r.get("knn"))
-        for r in stages
+def measure_stage(stage: Stage, meter: StageMeter) -> StageMeasurement:
+    """Returns the measurement of a decoupled stage."""
+    loss, accuracy = meter.last_exit or (None, None)
+    return measure(
+        meter,
+        index=stage.index,
+        layers=[stage.trunk],
+        critic=stage.critic,
+        saved_activation_bytes_peak=stage.saved_activation_bytes_peak,
+        device=stage.body.device,
+        steps=stage.updates,
+        exit=Exit(stage.index, loss, accuracy, meter.last_knn),
     )
-    hidden = ("exit", "knn", "train_loss", "steps", "seconds", "samples_per_second", "training_seconds", "step_seconds")
+
+
+def measure(
+    meter: StageMeter,
+    *,
+    index: int,
+    layers: Iterable[nn.Module],
+    critic: nn.Module | None,
+    saved_activation_bytes_peak: int | None,
+    device: torch.device,
+    steps: int,
+    exit: Exit | None,
+) -> StageMeasurement:
+    """Returns the measurement of a stage of any strategy: what its meter counted, and what only its trainer knows."""
+    phases = meter.phase_seconds()
+    summary = StageSummary(
+        stage=index,
+        parameters=sum(count_parameters(part) for part in layers),
+        critic_parameters=count_parameters(critic),
+        saved_activation_bytes_peak=saved_activation_bytes_peak,
+        memory_bytes_peak=peak_memory(device),
+        # Without a critic the phase `critic` is the loss on the network's own head.
+        critic_time_fraction=meter.critic_time_fraction() if critic is not None else 0.0,
+        busy_fraction=meter.busy_fraction(),
+        wait_in_seconds=phases["wait_in"],
+        wait_out_seconds=phases["wait_out"],
+        phase_seconds=phases,
+    )
+    return StageMeasurement(
+        summary=summary,
+        steps=steps,
+        seconds=meter.seconds(),
+        training_seconds=meter.training_seconds(),
+        step_seconds=meter.step_seconds(),
+        samples_per_second=meter.samples_per_second(),
+        train_loss=meter.last_loss,
+        exit=exit,
+    )
+
+
+def link_summaries(ends: Iterable[object]) -> tuple[LinkSummary, ...]:
+    """Returns the counters of those of this process's inlets and outlets that are ends of links."""
+    # In one process a link is its own two ends: `dict.fromkeys` keeps one of them.
+    links = [end for end in dict.fromkeys(ends) if isinstance(end, LinkEnd)]
+    return tuple(summarize_link(end.sender, end.sender + 1, end.counters) for end in links)
+
+
+def summarize_link(sender: int, receiver: int, counters: LinkCounters) -> LinkSummary:
+    """Returns what one end of a link counted."""
+    return LinkSummary(sender=sender, receiver=receiver, **vars(counters))
+
+
+def make_report(gathered: Sequence[Mapping[str, Any]]) -> Report:
+    """Makes the report from the `RankMeasurement` of every process, in order of ranks, as `Control.gather` gives them.
+
+    Times and training loss are those of the last stage with an exit, through which all samples have gone.
+    """
+    ranks = [RankMeasurement.from_json(content) for content in gathered]
+    stages = sorted((stage for rank in ranks for stage in rank.stages), key=lambda stage: stage.summary.stage)
+    exits = tuple(stage.exit for stage in stages if stage.exit is not None)
+    last = [stage for stage in stages if stage.exit is not None][-1]
     return Report(
-        steps=last["steps"],
-        seconds=last["seconds"],
-        training_seconds=last["training_seconds"],
-        step_seconds=last["step_seconds"],
-        samples_per_second=last["samples_per_second"],
-        train_loss=last["train_loss"],
+        steps=last.steps,
+        seconds=last.seconds,
+        training_seconds=last.training_seconds,
+        step_seconds=last.step_seconds,
+        samples_per_second=last.samples_per_second,
+        final=FinalScores(last.train_loss, exits[-1].val_loss, exits[-1].val_accuracy),
         exits=exits,
-        per_stage=tuple({k: v for k, v in record.items() if k not in hidden} for record in stages),
-        links=tuple(links.values()),
-        stopped=stopped,
+        per_stage=tuple(stage.summary for stage in stages),
+        links=_join_ends(end for rank in ranks for end in rank.links),
+        stopped=ranks[0].stopped,
     )
+
+
+def _join_ends(ends: Iterable[LinkSummary]) -> tuple[LinkSummary, ...]:
+    """Returns one summary per link, in order of senders: each of its two ends counts what the other does not."""
+    links: dict[tuple[int, int], LinkSummary] = {}
+    for end in ends:
+        key = (end.sender, end.receiver)
+        links[key] = _add(links[key], end) if key in links else end
+    return tuple(links[key] for key in sorted(links))
+
+
+def _add(one: LinkSummary, other: LinkSummary) -> LinkSummary:
+    names = [counter.name for counter in fields(LinkCounters)]
+    return replace(one, **{name: getattr(one, name) + getattr(other, name) for name in names})

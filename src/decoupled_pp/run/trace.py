@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from decoupled_pp.core.errors import UsageError
-
-Span: TypeAlias = Sequence[Any]
-"""(phase, start in seconds, duration in seconds, packet number); the phases are `reports.PHASES`."""
+from decoupled_pp.core.reports import Span
 
 _COLOURS = {
     "wait_in": "grey",
@@ -36,7 +34,7 @@ def write_trace(path: Path, spans_by_stage: Mapping[int, Sequence[Span]]) -> Non
     Source:
         "Trace Event Format" (Google, 2016), complete events ("X") and metadata events ("M").
     """
-    origin = min((span[1] for spans in spans_by_stage.values() for span in spans), default=0.0)
+    origin = min((span.start for spans in spans_by_stage.values() for span in spans), default=0.0)
     events = [_metadata("process_name", 0, {"name": "decoupled_pp"})]
     for stage, spans in sorted(spans_by_stage.items()):
         events.append(_metadata("thread_name", stage, {"name": f"stage {stage}"}))
@@ -49,20 +47,24 @@ def write_trace(path: Path, spans_by_stage: Mapping[int, Sequence[Span]]) -> Non
     replacement.replace(path)
 
 
-def read_trace(path: Path) -> dict[int, list[tuple[str, float, float, int]]]:
-    """Return stage -> [(phase, start, duration, packet number), ...] in seconds since the earliest span, by start.
+def read_trace(path: Path) -> dict[int, list[Span]]:
+    """Returns stage -> its spans by start, in seconds since the earliest span of all.
 
     Raises:
         UsageError: The file is no trace that `write_trace` wrote.
     """
-    spans: dict[int, list[tuple[str, float, float, int]]] = {}
+    spans: dict[int, list[Span]] = {}
     try:
         for event in json.loads(path.read_bytes())["traceEvents"]:
-            row = spans.setdefault(event["tid"], []) if event["ph"] == "X" or event["name"] == "thread_name" else []
             if event["ph"] == "X":
-                row.append((event["name"], event["ts"] / 1e6, event["dur"] / 1e6, event["args"]["packet"]))
+                span = Span(event["name"], event["ts"] / 1e6, event["dur"] / 1e6, event["args"]["packet"])
+                spans.setdefault(event["tid"], []).append(span)
+            elif event["name"] == "thread_name":
+                spans.setdefault(event["tid"], [])  # a stage without spans has a row, too
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is no trace of decoupled_pp ({error}); give the trace.json of a run") from error
+        raise UsageError(
+            f"{path} is no trace of decoupled_pp; give the trace.json of a run", code="trace-damaged"
+        ) from error
     return spans
 
 
@@ -71,18 +73,29 @@ def _metadata(name: str, stage: int, arguments: dict[str, Any]) -> dict[str, Any
 
 
 def _complete_events(stage: int, spans: Sequence[Span], origin: float) -> list[dict[str, Any]]:
-    """The "X" events of one row, by start, in microseconds with three decimals."""
-    times = sorted((round((span[1] - origin) * 1e9), round(span[2] * 1e9), index) for index, span in enumerate(spans))
+    """Returns the "X" events of one row, by start, in microseconds with three decimals."""
+    # Whole nanoseconds, so that touching slices touch exactly; floats of Unix time are coarser than that.
+    times = sorted(
+        (round((span.start - origin) * 1e9), round(span.seconds * 1e9), index) for index, span in enumerate(spans)
+    )
     events = []
     for position, (start, duration, index) in enumerate(times):
         following = times[position + 1] if position + 1 < len(times) else None
         if following is not None and following[0] < start + duration < following[0] + following[1]:
             # Clock jitter: Perfetto drops a slice that overlaps its neighbour, so this one ends where the next begins.
             duration = following[0] - start  # noqa: PLW2901
-        phase, packet = spans[index][0], spans[index][3]
-        event = {"ph": "X", "pid": 0, "tid": stage, "name": phase, "cat": "wait" if "wait" in phase else "work"}
-        event |= {"ts": start / 1e3, "dur": duration / 1e3, "args": {"packet": packet}}
-        if phase in _COLOURS:
-            event["cname"] = _COLOURS[phase]
+        span = spans[index]
+        event = {
+            "ph": "X",
+            "pid": 0,
+            "tid": stage,
+            "name": span.phase,
+            "cat": "wait" if "wait" in span.phase else "work",
+            "ts": start / 1e3,
+            "dur": duration / 1e3,
+            "args": {"packet": span.packet},
+        }
+        if span.phase in _COLOURS:
+            event["cname"] = _COLOURS[span.phase]
         events.append(event)
     return events

@@ -14,7 +14,7 @@ from decoupled_pp.core.datasets import BatchSource
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.packets import as_tuple
 from decoupled_pp.core.plans import Plan
-from decoupled_pp.core.reports import Exit, Record, Report
+from decoupled_pp.core.reports import CheckpointRecord, Exit, NoteRecord, Record, Report
 from decoupled_pp.core.topology import Topology
 from decoupled_pp.data.iterables import Batches, as_source
 from decoupled_pp.links import StoreControl
@@ -27,7 +27,7 @@ from decoupled_pp.run.checkpoints.folder import CheckpointFolder, tied_weights
 from decoupled_pp.run.checkpoints.parts import Checkpoint, latest_checkpoint
 from decoupled_pp.run.checkpoints.resume import load_model, load_stage, refuse_other_network, with_cut_of
 from decoupled_pp.run.live import LiveView
-from decoupled_pp.run.report import link_records, make_report, stage_record
+from decoupled_pp.run.report import RankMeasurement, link_summaries, make_report, measure_stage
 from decoupled_pp.settings.run import CheckpointSettings, TrainingSettings, ValidationSettings
 from decoupled_pp.training.base import BaseTrainer, Observer
 from decoupled_pp.training.build import build_stages, plan_digest
@@ -95,7 +95,7 @@ class DecoupledTrainer(BaseTrainer):
         if resume is not None and resume is not self._loaded:
             for stage in self._stages:
                 notes = load_stage(resume, stage, self.plan)
-                self._notes += [{"kind": "note", "stage": stage.index, "text": note} for note in notes]
+                self._notes += [NoteRecord(stage=stage.index, text=note) for note in notes]
         self._loaded = resume
 
     def fit(
@@ -262,14 +262,14 @@ class DecoupledTrainer(BaseTrainer):
     def _gather(self, workers: list[Worker]) -> Report:
         """Return the report of what all ranks measured, the same on each."""
         ends = [worker.ends.outlet for worker in workers] + [worker.ends.inlet for worker in workers]
-        mine = {
-            "stages": [stage_record(worker.stage, worker.meter) for worker in workers],
-            "links": link_records(ends),
-            "stopped": self._control.stop_requested(),
-        }
+        mine = RankMeasurement(
+            stages=tuple(measure_stage(worker.stage, worker.meter) for worker in workers),
+            links=link_summaries(ends),
+            stopped=self._control.stop_requested(),
+        )
         # Stages end one after the other, so the first may wait for all the others.
         gathered = self._control.gather("summary", mine, self._timeout * self.plan.stages)
-        return make_report(gathered, self.plan, gathered[0]["stopped"])
+        return make_report(gathered)
 
     def _refuse_unused(self, unused: ValidationSettings | None, checkpoint: CheckpointSettings) -> None:
         """Raise UsageError for options of `fit` that would do nothing."""
@@ -296,13 +296,13 @@ class DecoupledTrainer(BaseTrainer):
 
     def _save(self, stage: Stage, packet: int) -> None:
         if self._checkpoints is not None and self._checkpoints.save(stage, self.plan, packet):
-            self._post({"kind": "checkpoint", "stage": stage.index, "step": stage.updates})
+            self._post(CheckpointRecord(stage=stage.index, step=stage.updates))
 
     def _ensure_saved(self) -> None:
         """Rank 0, once all ranks have written their parts: no run ends well without its last checkpoint."""
         step = self._stages[0].updates
         if self._checkpoints is not None and self._checkpoints.ensure_committed(step, self.plan.stages):
-            self._post({"kind": "checkpoint", "stage": 0, "step": step})
+            self._post(CheckpointRecord(stage=0, step=step))
 
 
 def _checkpoint_folder(plan: Plan, recipe: Recipe, folder: Path | None) -> CheckpointFolder | None:

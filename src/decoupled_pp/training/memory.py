@@ -18,8 +18,9 @@ from decoupled_pp.core.objective import CriticBuilder
 from decoupled_pp.core.packets import Loss, Payload, as_tuple, map_payload, payload_bytes
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.models.cutting import critic_context, stand_in_objective, trace
-from decoupled_pp.models.cutting.layers import present
-from decoupled_pp.models.cutting.measure import Judged, Objective, look_of
+from decoupled_pp.models.cutting.layers import zeros_if_meta
+from decoupled_pp.models.cutting.measure import critic_signature
+from decoupled_pp.models.cutting.objective import CriticWithLoss, Objective
 from decoupled_pp.pipeline.activations import SavedActivations
 from decoupled_pp.pipeline.optim import OptimizerFactory, build_optimizers
 from decoupled_pp.settings.run import OptimizerSettings
@@ -84,7 +85,7 @@ def predict_memory(
                 plan.module, hiddens, output, boundary=plan.boundaries[stage + 1], stage=stage, stages=plan.stages
             )
             objective = stand_in_objective(loss, context.output)
-            judge = Judged(critic(context), context, objective).to(place)
+            judge = CriticWithLoss(critic(context), context, objective).to(place)
         else:
             objective = stand_in_objective(loss, output)
         given = hiddens[plan.boundaries[stage]]
@@ -150,7 +151,7 @@ class Room:
         self._module, self._critic, self._optimizer = module, critic, optimizer
         self._limits, self._accumulates = list(limits), accumulate > 1
         hiddens, output = trace(module, sample)
-        self._hiddens, self._output = [map_payload(present, hidden) for hidden in hiddens], present(output)
+        self._hiddens, self._output = [map_payload(zeros_if_meta, hidden) for hidden in hiddens], zeros_if_meta(output)
         self._objective = objective = stand_in_objective(loss, self._output)
         self._layers = [
             self._alone(layer, hidden, objective if index == len(module) - 1 else None)
@@ -180,9 +181,9 @@ class Room:
                 self._module, self._hiddens, self._output, boundary=boundary, stage=stage, stages=len(self._limits)
             )
             critic = self._critic(context)
-            look = boundary, look_of(critic)
+            look = boundary, critic_signature(critic)
             if look not in self._alike:
-                self._alike[look] = self._alone(Judged(critic, context, self._objective), context.hidden, None)
+                self._alike[look] = self._alone(CriticWithLoss(critic, context, self._objective), context.hidden, None)
             self._critics[stage, boundary] = self._alike[look]
         return self._critics[stage, boundary]
 

@@ -18,7 +18,7 @@ from decoupled_pp.data import open_data
 from decoupled_pp.links import LocalControl
 from decoupled_pp.models import build_model
 from decoupled_pp.models.cutting import By
-from decoupled_pp.models.cutting.layers import LAYER_FAULTS, describe, present, trace
+from decoupled_pp.models.cutting.layers import LAYER_FAULTS, describe, trace, zeros_if_meta
 from decoupled_pp.pipeline.optim import find_optimizer
 from decoupled_pp.run import folder as run_folder
 from decoupled_pp.settings.run import Settings
@@ -104,7 +104,7 @@ def check_loss(plan: Plan, loss: Loss, data: Data | None) -> None:
         _, output = trace(plan.module, given)
         met = f"the network's output {describe(output)} and a {name} target {describe(target)}"
         try:
-            result = loss(present(output), target)
+            result = loss(zeros_if_meta(output), target)
         except LAYER_FAULTS as error:
             if isinstance(error, UsageError):
                 raise

@@ -3,10 +3,9 @@
 import math
 
 import pytest
-from compared import contender, flushes, run, stage
+from compared import contender, flushes, run
 
 from decoupled_pp.commands.compare.figures import (
-    Spread,
     busy_shares,
     critic_ratio,
     expected_speed_up,
@@ -17,6 +16,8 @@ from decoupled_pp.commands.compare.figures import (
     textbook_bubble,
     traffic,
 )
+from decoupled_pp.commands.spread import Spread
+from recorded import stage_summary
 
 
 def test_busy_shares_are_taken_between_updates():
@@ -25,31 +26,34 @@ def test_busy_shares_are_taken_between_updates():
 
 def test_share_of_ideal_and_bubble():
     figures = run_figures(run())
-    assert figures["share_of_ideal"] == pytest.approx(0.6)
-    assert figures["bubble"] == pytest.approx(0.5)
+    assert figures.share_of_ideal == pytest.approx(0.6)
+    assert figures.bubble == pytest.approx(0.5)
 
 
 def test_a_run_too_short_for_two_updates_has_no_bubble_to_tell():
     spans = {rank: row[:3] for rank, row in flushes().items()}
     figures = run_figures(run(spans=spans))
-    assert figures["share_of_ideal"] is None and figures["bubble"] is None
+    assert figures.share_of_ideal is None and figures.bubble is None
 
 
 def test_throughput_is_samples_per_update_over_the_mean_period():
     figures = run_figures(run(mean=0.02))
-    assert figures["samples_per_update"] == 4
-    assert figures["samples_per_second"] == pytest.approx(200)
+    assert figures.samples_per_update == 4
+    assert figures.samples_per_second == pytest.approx(200)
 
 
 def test_the_worst_rank_counts_for_memory():
-    rows = [stage(saved_activation_bytes_peak=10, memory_bytes_peak=7), stage(saved_activation_bytes_peak=30)]
+    rows = [
+        stage_summary(saved_activation_bytes_peak=10, memory_bytes_peak=7),
+        stage_summary(saved_activation_bytes_peak=30),
+    ]
     figures = run_figures(run(stages=rows))
-    assert figures["activation_bytes"] == 30 and figures["memory_bytes"] == 5000
+    assert figures.activation_bytes == 30 and figures.memory_bytes == 5000
 
 
 def test_critic_ratio_is_of_the_stage_with_the_costliest_critic():
-    assert critic_ratio({"per_stage": [stage(critic_parameters=5), stage()]}) == pytest.approx(0.5 / 3)
-    assert critic_ratio({"per_stage": [stage(), stage()]}) is None
+    assert critic_ratio([stage_summary(critic_parameters=5), stage_summary()]) == pytest.approx(0.5 / 3)
+    assert critic_ratio([stage_summary(), stage_summary()]) is None
 
 
 def test_the_target_is_the_best_pipeline_of_the_same_repeat():
@@ -64,8 +68,8 @@ def test_a_loss_that_is_not_finite_is_the_worst_and_no_target():
     runs = [run("1f1b", losses=(None,)), run("zbv", losses=(1.5,)), run("1f1b", repeat=1, losses=(None,))]
     assert targets(runs) == {0: 1.5}
     row = summarize(contender("1f1b"), [*runs, run("1f1b", repeat=2)], 2, 2)
-    assert row["val_loss"] == Spread(math.inf, 1.0, math.inf)
-    assert row["reached_target"] == "1 of 2"
+    assert row.val_loss == Spread(math.inf, 1.0, math.inf)
+    assert row.reached_target == "1 of 2"
 
 
 def test_time_to_target_is_of_the_first_evaluation_that_reached_it():
@@ -78,13 +82,13 @@ def test_a_summary_pairs_repeats():
     runs = [run("1f1b", mean=0.02), run("1f1b", repeat=1, mean=0.04)]
     runs += [run("decoupled", mean=0.01, losses=(5.0,)), run("decoupled", repeat=1, mean=0.01, losses=(0.5,))]
     row = summarize(contender("decoupled"), runs, 2, 2)
-    assert row["ratio_to_1f1b"] == Spread(3.0, 2.0, 4.0)
-    assert row["reached_target"] == "1 of 2" and row["seconds_to_target"] == Spread(1.0, 1.0, 1.0)
-    assert row["ratio_to_backprop"] is None
+    assert row.ratio_to_1f1b == Spread(3.0, 2.0, 4.0)
+    assert row.reached_target == "1 of 2" and row.seconds_to_target == Spread(1.0, 1.0, 1.0)
+    assert row.ratio_to_backprop is None
 
 
 def test_traffic_is_per_training_sample():
-    assert traffic(run()) == [{"from": 0, "to": 1, "forward": 10.0, "backward": 2.0}]
+    assert [dict(one) for one in traffic(run())] == [{"from": 0, "to": 1, "forward": 10.0, "backward": 2.0}]
 
 
 @pytest.mark.parametrize(

@@ -150,9 +150,9 @@ def test_the_command_says_it_all(run, capsys, tmp_path):
     text = capsys.readouterr().out
     for part in (
         "MFLOPs/sample",
-        "leaves above",
+        "confidence",
         "0.5",
-        "all exits together",
+        "ensemble of all exits",
         "cosine of local and true",
         str(picture),
     ):

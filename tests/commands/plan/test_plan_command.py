@@ -70,7 +70,7 @@ def test_a_strategy_that_cannot_run_does_not_stop_the_others(tmp_path, capsys):
     assert run_dpp("plan", CONFIG, "--ranks=4", "--micro-batches=2", "--strategies=decoupled,1f1b,zbv,gpipe") == 0
     told = capsys.readouterr().out
     assert "1f1b: not predicted: 1f1b takes at least as many micro-batches as ranks" in told
-    assert "zbv: not predicted: stages is 8 but the network has only 5 layers" in told
+    assert "zbv: not predicted: `stages` is 8 but the network has only 5 layers" in told
     assert "\ngpipe " in told
 
 

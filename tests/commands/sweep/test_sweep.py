@@ -9,7 +9,10 @@ from decoupled_pp.commands.main import main
 from decoupled_pp.commands.sweep.command import load_sweep
 from decoupled_pp.commands.sweep.figures import figures
 from decoupled_pp.commands.sweep.runs import Outcome, Trial
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.settings.load import load_settings
+from kit import refused
+from recorded import report, stage_summary
 
 ROOT = Path(__file__).parents[3]
 CONFIG = """
@@ -67,19 +70,36 @@ def test_variants_over_seeds(here, capsys):
 
 
 @pytest.mark.parametrize(
-    ("text", "line"),
+    ("text", "part"),
     [
-        (SWEEP.replace("reference: plain", "reference: plane"), "reference 'plane' is no variant; of plain, head"),
-        (SWEEP.replace("critic: {kind: head}", "critic: {kind: hat}"), "'hat' is not known"),
-        (SWEEP.replace("seeds", "sedes"), "sedes: Extra inputs are not permitted"),
-        ("config: [", "is not YAML"),
+        (SWEEP.replace("reference: plain", "reference: plane"), "plane"),
+        (SWEEP.replace("critic: {kind: head}", "critic: {kind: hat}"), "hat"),
     ],
 )
-def test_bad_input(text, line, here, capsys):
+def test_bad_input(text, part, here, capsys):
     (here / "few.yaml").write_text(text)
     assert sweep() == 2
-    assert line in capsys.readouterr().err
+    assert part in capsys.readouterr().err
     assert not (here / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "part"),
+    [
+        (SWEEP.replace("seeds", "sedes"), "bad-sweep-file", "sedes"),
+        (SWEEP.replace("[3]", "[]"), "bad-sweep-file", "seeds"),
+        ("config: [", "not-yaml", "line 1"),
+    ],
+)
+def test_a_file_that_is_no_sweep(text, code, part, here):
+    (here / "few.yaml").write_text(text)
+    with refused(code, UsageError, part):
+        load_sweep(here / "few.yaml")
+
+
+def test_a_sweep_that_is_not_there(tmp_path):
+    with refused("sweep-not-readable", UsageError, "nowhere.yaml"):
+        load_sweep(tmp_path / "nowhere.yaml")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
@@ -91,14 +111,12 @@ def test_published_sweeps_are_sound(path, monkeypatch):
 
 
 def outcome(variant, seed, loss, accuracy):
-    final = {"val_loss": loss, "val_accuracy": accuracy}
     seconds = {"wait_in": 9, "forward": 4, "wait_out": 9, "critic": 2, "backward": 3, "step": 1}
-    rows = [
-        {"critic_time_fraction": 0.2, "critic_parameters": 7, "parameters": 13, "phase_seconds": seconds},
-        {"critic_time_fraction": 0.0, "critic_parameters": 0, "parameters": 13, "phase_seconds": seconds},
-    ]
-    summary = {"final": final, "exits": [final], "per_stage": rows, "training_seconds": 2.0}
-    return Outcome(Trial(variant, seed, "x.yaml", (), None, 1), summary)
+    rows = (
+        stage_summary(critic_time_fraction=0.2, critic_parameters=7, parameters=13, phase_seconds=seconds),
+        stage_summary(critic_time_fraction=0.0, critic_parameters=0, parameters=13, phase_seconds=seconds),
+    )
+    return Outcome(Trial(variant, seed, "x.yaml", (), None, 1), report(loss, accuracy, per_stage=rows))
 
 
 def test_differences_are_taken_seed_by_seed():
@@ -108,13 +126,13 @@ def test_differences_are_taken_seed_by_seed():
         outcome("b", 0, 1.1, 0.91),
         outcome("b", 1, 2.4, 0.77),
     ]
-    row = figures(runs, "a")["variants"]["b"]
-    assert row["loss_change"] == pytest.approx({"median": 15, "min": 10, "max": 20})
-    assert row["accuracy_change"] == pytest.approx({"median": -1, "min": -3, "max": 1})
-    assert (row["critic_share"], row["critic_parameters"]) == (pytest.approx(0.235), 7)  # (2 + 1 x 7/20) of 10
+    row = figures(runs, "a").variants["b"]
+    assert dict(row.loss_change) == pytest.approx({"median": 15, "min": 10, "max": 20})
+    assert dict(row.accuracy_change) == pytest.approx({"median": -1, "min": -3, "max": 1})
+    assert (row.critic_share, row.critic_parameters) == (pytest.approx(0.235), 7)  # (2 + 1 x 7/20) of 10
 
 
 def test_a_seed_without_the_reference_has_no_difference():
     runs = [outcome("a", 0, 1.0, None), outcome("b", 1, 2.0, None)]
-    row = figures(runs, "a")["variants"]["b"]
-    assert row["loss_change"] is None and row["accuracy_change"] is None and row["accuracy"] is None
+    row = figures(runs, "a").variants["b"]
+    assert row.loss_change is None and row.accuracy_change is None and row.accuracy is None

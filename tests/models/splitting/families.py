@@ -1,4 +1,4 @@
-"""Small models of many families, and the table of those that pass: `python -m tests.splitting.families`."""
+"""Small models of many families, and the table of those that pass: `python -m tests.models.splitting.families`."""
 
 from __future__ import annotations
 
@@ -140,8 +140,8 @@ def table():
         "",
         "Each is split at its blocks by one general mechanism, without an adapter, and checked with small fresh",
         "weights against the model in one piece: output bit for bit for three shapes of input, padding included, and",
-        "the weights after one training step. Written by `python -m tests.splitting.families`; a test holds it to",
-        "what the checks run.",
+        "the weights after one training step. Written by `python -m tests.models.splitting.families`; a test holds it",
+        "to what the checks run.",
         "",
         "| family | class | blocks | beside the hidden state travel | untied |",
         "| --- | --- | --- | --- | --- |",

@@ -8,6 +8,7 @@ from torch import nn
 
 import decoupled_pp as dpp
 from decoupled_pp.core.errors import UsageError
+from kit import refused
 
 SAMPLE = torch.randn(4, 6)
 
@@ -65,7 +66,7 @@ def test_a_marked_network_trains_and_exports_under_its_own_names():
 
 
 @pytest.mark.parametrize(
-    ("names", "reason"),
+    ("names", "part"),
     [
         (["layer9"], "'layer9' is no layer of the network; its layers are layer1, layer2.0"),
         (["layer"], "'layer' is no layer"),
@@ -73,16 +74,16 @@ def test_a_marked_network_trains_and_exports_under_its_own_names():
         (["layer2", "layer1"], "'layer1' does not come after"),
     ],
 )
-def test_wrong_marks_are_named(names, reason):
-    with pytest.raises(UsageError, match=reason):
+def test_wrong_marks_are_named(names, part):
+    with refused("bad-cut-point", UsageError, part):
         dpp.cut_after(nested(), names)
 
 
 def test_too_few_marks_are_named():
-    with pytest.raises(UsageError, match="stages is 3 but the network is marked to be cut in 1 places"):
+    with refused("too-few-cut-places"):
         dpp.partition(dpp.cut_after(nested(), ["layer2"]), 3, "uniform", SAMPLE)
 
 
 def test_what_is_no_sequential_is_refused():
-    with pytest.raises(UsageError, match=r"a TransformerEncoderLayer is no nn\.Sequential"):
+    with refused("not-a-layer-list", UsageError, "TransformerEncoderLayer"):
         dpp.flatten(nn.TransformerEncoderLayer(8, 2))

@@ -7,6 +7,7 @@ from torch import nn
 
 import decoupled_pp as dpp
 from decoupled_pp.core.errors import UsageError
+from kit import refused
 
 
 class Residual(nn.Module):
@@ -258,8 +259,8 @@ class Scale(nn.Module):
         return image * torch.rand(len(image), 1, 1, 1) * share if self.training else image
 
 
-class Told(ResNet):
-    """A module that asks for its mode is told a number, which no trace of it tells."""
+class GivenAFlag(ResNet):
+    """A module that asks for its mode is given a number, which no trace of it tells."""
 
     def __init__(self):
         super().__init__()
@@ -295,24 +296,29 @@ class LengthOfBatch(ResNet):
 
 
 @pytest.mark.parametrize(
-    ("model", "names", "reason"),
+    ("model", "names", "code", "part"),
     [
-        (ResNet, ["layer9"], "'layer9' is no module of ResNet"),
-        (RunsTwice, ["layer1.1"], "1 names give 3 parts; each must name a module that runs once"),
-        (FunctionalDropout, ["layer1"], r"calls aten\.dropout\.default itself"),
-        (Branching, ["layer1"], r"torch\.export cannot trace Branching"),
-        (DropPath, ["layer1"], r"the model asks whether it trains \(self\.training\)"),
-        (TwoInputs, ["layer1"], r"mixed asks whether it trains"),
-        (Frozen, ["layer1"], r"torch\.export cannot trace Frozen"),
-        (LengthOfBatch, ["layer1"], "gives another output for 11 samples in evaluation"),
-        (Told, ["layer1"], "scale asks whether it trains and is given more than a tensor"),
-        (ScaledInTraining, ["layer1"], r"the model asks whether it trains"),
-        (Idle, ["idle", "layer1"], "between two of the cuts nothing is computed"),
+        (ResNet, ["layer9"], "bad-cut-point", "'layer9'"),
+        (RunsTwice, ["layer1.1"], "bad-cut-point", "1 names give 3 parts"),
+        (FunctionalDropout, ["layer1"], "mode-fixed-by-trace", "aten.dropout.default"),
+        (DropPath, ["layer1"], "mode-fixed-by-trace", "the model asks whether it trains"),
+        (TwoInputs, ["layer1"], "mode-fixed-by-trace", "mixed asks"),
+        (LengthOfBatch, ["layer1"], "split-changes-output", "11 samples in evaluation"),
+        (GivenAFlag, ["layer1"], "mode-fixed-by-trace", "scale asks whether it trains and is given more"),
+        (ScaledInTraining, ["layer1"], "mode-fixed-by-trace", "the model asks whether it trains"),
+        (Idle, ["idle", "layer1"], "bad-cut-point", "nothing is computed"),
     ],
 )
-def test_what_cannot_be_traced_is_named(model, names, reason):
-    with pytest.raises(UsageError, match=reason):
+def test_what_cannot_be_traced_is_named(model, names, code, part):
+    with refused(code, UsageError, part):
         dpp.split_traced(model(), IMAGES, names)
+
+
+@pytest.mark.parametrize("model", [Branching, Frozen])
+def test_what_the_tracer_refuses_is_named(model):
+    with pytest.raises(UsageError, match=model.__name__) as caught:  # the rest of the text is torch's own
+        dpp.split_traced(model(), IMAGES, ["layer1"])
+    assert caught.value.code == "not-traceable"
 
 
 class Tokens(nn.Module):

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from tests.splitting.families import FAMILIES, TABLE, inputs_of, model_of, table
+from tests.models.splitting.families import FAMILIES, TABLE, inputs_of, model_of, table
 from torch import nn
 
 import decoupled_pp as dpp
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.critics.fresh import fresh_copy
 from decoupled_pp.models.huggingface import split_transformers
+from kit import refused
 
 transformers = pytest.importorskip("transformers")
 
@@ -62,7 +63,7 @@ def test_a_family_learns_as_in_one_piece(family):
 
 def test_an_encoder_decoder_is_refused():
     config = transformers.T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2)
-    with pytest.raises(UsageError, match="T5ForConditionalGeneration is an encoder-decoder"):
+    with refused("encoder-decoder-model", UsageError, "T5ForConditionalGeneration"):
         split_transformers(transformers.T5ForConditionalGeneration(config), {"input_ids": torch.ones(1, 3).long()})
 
 
@@ -83,7 +84,7 @@ def test_critics_make_fresh_copies_of_blocks_by_the_librarys_own_rule():
     for _ in range(2):
         torch.manual_seed(0)
         copies.append(fresh_copy(block, "block0"))
-    assert copies[0].rule is block.rule  # the model itself is not copied along
+    assert copies[0].initialiser is block.initialiser  # the model itself is not copied along
     for first, second, own in zip(*(one.parameters() for one in (*copies, block)), strict=True):
         assert torch.equal(first, second) and bool((own == 7.0).all()) and not bool((first == 7.0).any())
     plan = dpp.partition(split_transformers(model_of("Llama"), inputs).layers, 2, "uniform", ids)

@@ -127,7 +127,7 @@ def _train(steps, options, delays):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stage, "train", slow)
         report = trained.fit(batches(steps), steps)
-    return weights(trained), report.links
+    return weights(trained), [dict(link) for link in report.links]
 
 
 def test_ranks_equal_one_process_whatever_the_timing(tmp_path):

@@ -132,7 +132,7 @@ def _train(steps, delays):
         for name in ("train", "resume"):
             patch.setattr(Stage, name, slow(getattr(Stage, name)))
         report = trained.fit(batches(steps), steps, validate=batches(2), validate_every=2)
-    return weights(trained), report.links
+    return weights(trained), [dict(link) for link in report.links]
 
 
 def test_ranks_equal_one_process_whatever_the_timing(tmp_path):

@@ -13,7 +13,7 @@ from torch import nn
 from decoupled_pp.commands.bench.emulated import CLASSES, emulated_plan, micro_batch
 from decoupled_pp.commands.bench.workload import TIMEOUT, Durations, Workload
 from decoupled_pp.commands.plan.orders import SPLIT
-from decoupled_pp.core.reports import Record
+from decoupled_pp.core.reports import Record, SpansRecord
 from decoupled_pp.links import World
 from decoupled_pp.pipeline.losses import cross_entropy
 from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings
@@ -81,11 +81,8 @@ class Decoupled(Contender):
 
     def _observe(self, records: list[Record]) -> None:
         for record in records:
-            if record["kind"] != "spans" or record["stage"] != self._work.ranks - 1:
-                continue
-            for phase, start, seconds, number in record["spans"]:
-                if phase == "step":
-                    self._ends[number] = start + seconds
+            if isinstance(record, SpansRecord) and record.stage == self._work.ranks - 1:
+                self._ends.update((span.packet, span.end) for span in record.spans if span.phase == "step")
 
     def period(self) -> float:
         """Measures between two ends of the last stage's steps, once the pipeline is full; rank 0 collects the spans."""

@@ -124,7 +124,7 @@ def make_packets(size: StageSize, device: torch.device, count: int) -> list[Pack
 
 def measure_stage(
     size: StageSize, device: torch.device, *, compiled: bool, steps: int, warm_up: int, repeats: int
-) -> Record:
+) -> dict[str, Any]:
     """Measures steps of one stage that is fed directly, its output dropped.
 
     Returns:
@@ -160,7 +160,7 @@ def _timed_steps(stage: Stage, packets: Sequence[Packet], device: torch.device) 
     return dict(meter.totals)
 
 
-def stage_figures(measured: Record, size: StageSize, matmul_rate: float) -> dict[str, list[float]]:
+def stage_figures(measured: dict[str, Any], size: StageSize, matmul_rate: float) -> dict[str, list[float]]:
     """Derives rates and shares from the times, one value per repeat.
 
     Args:
@@ -254,7 +254,9 @@ def _plain_step(stage: Stage, hidden: Tensor, target: Tensor) -> Tensor:
     return output.detach()
 
 
-def measure_two_stages(size: StageSize, device: torch.device, *, steps: int, warm_up: int, repeats: int) -> Record:
+def measure_two_stages(
+    size: StageSize, device: torch.device, *, steps: int, warm_up: int, repeats: int
+) -> dict[str, Any]:
     """Measures packets per second of both ways to train two stages on one device, by the host's clock."""
     packets = make_packets(size, device, max(steps, warm_up))
     rates: dict[str, list[float]] = {}

@@ -13,6 +13,7 @@ from decoupled_pp.commands.bench.contenders import Contender, build_contender
 from decoupled_pp.commands.bench.emulated import emulated_plan, micro_batch
 from decoupled_pp.commands.bench.workload import TIMEOUT, Durations, Workload
 from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.reports import NoteRecord
 from decoupled_pp.links import join_world
 from decoupled_pp.training.baselines.alone import message_seconds
 
@@ -110,7 +111,7 @@ class _Rank:
     def leave(self) -> None:
         """Keeps rank 0 until the others have ended: without torchrun it hosts the store that they still need."""
         if self._world.rank:
-            self._channel.post({"rank": self._world.rank})
+            self._channel.post(NoteRecord(stage=self._world.rank, text="this rank is done"))
             return
         deadline = time.monotonic() + TIMEOUT
         left = self._work.ranks - 1

@@ -27,6 +27,7 @@ from decoupled_pp.commands.bench.two_hosts import (
 )
 from decoupled_pp.commands.bench.wan_report import Condition
 from decoupled_pp.commands.bench.workload import TIMEOUT, WIDTH
+from decoupled_pp.commands.child import say
 from decoupled_pp.core import environment
 from decoupled_pp.core.errors import TrainingError, UsageError
 
@@ -107,23 +108,18 @@ def packet_bytes(chosen: argparse.Namespace) -> int:
 
 
 def _measure(chosen: argparse.Namespace, folder: Path | None) -> None:
-    _say(wan_report.headline(chosen, packet_bytes(chosen), needed_capacity(chosen)))
+    say(wan_report.headline(chosen, packet_bytes(chosen), needed_capacity(chosen)))
     conditions = [Condition(mbit, round_trip) for mbit in chosen.mbit for round_trip in chosen.round_trips]
     figures: dict[str, Any] = {}
     for repeat in range(chosen.repeats):
         for condition in conditions:
             _measure_once(chosen, condition, first=repeat == 0)
-            _say(f"repeat {repeat + 1}/{chosen.repeats}, {condition.progress()}")
+            say(f"repeat {repeat + 1}/{chosen.repeats}, {condition.progress()}")
         figures = wan_report.summarize(conditions, chosen, shlex.join(["dpp", *sys.argv[1:]]))
         if folder is not None:  # after every repeat, so that an interrupted command leaves what it has measured
             (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
             wan_report.draw(figures, folder / "share.png")
-    _say(wan_report.describe(figures, chosen))
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text.rstrip() + "\n")
-    sys.stdout.flush()
+    say(wan_report.describe(figures, chosen))
 
 
 def _make_folder(name: str | None) -> Path | None:

@@ -1,4 +1,4 @@
-"""`dpp compare`: the same model and data trained by several strategies, and one report of what each buys and costs."""
+"""`dpp compare`: trains one model by several strategies, and reports what each buys and costs."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import shlex
 import sys
 from pathlib import Path
 
+from decoupled_pp.commands.child import say
 from decoupled_pp.commands.compare.contenders import STRATEGIES, contenders, with_own_settings
-from decoupled_pp.commands.compare.pages import Comparison, write_pages
+from decoupled_pp.commands.compare.pages import Comparison, Setup, write_pages
 from decoupled_pp.commands.compare.runs import run_all
 from decoupled_pp.core import environment
 from decoupled_pp.core.errors import TrainingError, UsageError
-from decoupled_pp.run import folder as run_folder
+from decoupled_pp.run.folder import CONFIG_FILE, write_config
+from decoupled_pp.run.output_folder import OutputFolder
 from decoupled_pp.settings.load import load_settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own arguments."""
+    """Add the command's own arguments."""
     parser.add_argument("config", help="YAML file with the settings (docs/configuration.md)")
     parser.add_argument(
         "--strategies",
@@ -47,19 +49,25 @@ def run_command(chosen: argparse.Namespace) -> int:
     """Check everything, run everybody, write the report."""
     settings = load_settings(chosen.config, tuple(chosen.set))
     if environment.world_size() > 1:
-        raise UsageError("dpp compare starts the ranks itself: run it without torchrun")
+        raise UsageError("dpp compare starts the ranks itself: run it without torchrun", code="under-torchrun")
     if chosen.repeats < 1:
-        raise UsageError(f"--repeats {chosen.repeats} must be at least 1")
+        raise UsageError(f"--repeats {chosen.repeats} must be at least 1", code="too-few-repeats")
     micro_batches = chosen.micro_batches if chosen.micro_batches is not None else 2 * chosen.ranks
-    entries = contenders(settings, [kind.strip() for kind in chosen.strategies.split(",")], chosen.ranks, micro_batches)
-    entries = with_own_settings(entries, chosen.set_for)
+    kinds = [kind.strip() for kind in chosen.strategies.split(",")]
+    entries = with_own_settings(contenders(settings, kinds, chosen.ranks, micro_batches), chosen.set_for)
     for entry in entries:
         load_settings(chosen.config, (*chosen.set, *entry.own))  # a wrong one is refused before anybody runs
     folder = Path(chosen.output) if chosen.output else Path(settings.runs) / f"{settings.name}-compare"
-    run_folder.check(folder, resume=False, overwrite=chosen.overwrite)
-    run_folder.claim(folder, environment.job(), resume=False, overwrite=chosen.overwrite)
-    (folder / run_folder.CHECKPOINTS).rmdir()  # a comparison has none of its own
-    run_folder.write_config(folder, settings, None)
+    output = OutputFolder(
+        path=folder,
+        noun="folder of a comparison",
+        marker=CONFIG_FILE,
+        if_it_exists="--overwrite starts anew, or give another --output",
+        elsewhere="give another --output",
+    )
+    output.check(resume=False, overwrite=chosen.overwrite)
+    output.make(empty=True)
+    write_config(folder, settings, None)
     threads = settings.threads or max(1, environment.cores() // chosen.ranks)
     runs, failures = run_all(
         chosen.config,
@@ -69,19 +77,19 @@ def run_command(chosen: argparse.Namespace) -> int:
         repeats=chosen.repeats,
         seed=settings.seed,
         threads=threads,
-        say=_say,
+        say=say,
     )
     if not runs:
-        raise TrainingError(f"none of the strategies ran: {failures[0].reason}")
-    command = shlex.join(["dpp", *sys.argv[1:]])
-    context = getattr(settings.data, "context", None)
-    size = (chosen.ranks, micro_batches, settings.data.batch_size)
-    comparison = Comparison(chosen.config, command, *size, context, threads, entries, runs, failures)
-    for path in write_pages(folder, comparison):
-        _say(str(path))
+        raise TrainingError(f"none of the strategies ran: {failures[0].reason}", code="nothing-ran")
+    setup = Setup(
+        config=chosen.config,
+        command=shlex.join(["dpp", *sys.argv[1:]]),
+        ranks=chosen.ranks,
+        micro_batches=micro_batches,
+        batch_size=settings.data.batch_size,
+        tokens_per_sample=getattr(settings.data, "context", None),
+        threads=threads,
+    )
+    for path in write_pages(folder, Comparison(setup, entries, runs, failures)):
+        say(str(path))
     return 0
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Who is compared: every strategy with its ranks, steps and updates, so that all train on the same samples."""
+"""Makes the entries of a comparison: strategies with ranks, steps and updates, all on the same samples."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from decoupled_pp.core.errors import UsageError
 from decoupled_pp.settings.run import STAGES_ALONE, Settings, Strategy
 
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
-"""What can be compared."""
+"""The strategies that can be compared."""
 
 BOTH_UPDATES = {"decoupled": "decoupled_per_flush", "backprop": "backprop_per_micro_batch"}
-"""Strategies that can update at either pace, and the name of the second entry that the comparison adds for them."""
+"""Strategy that can update at either pace -> name of the second entry that the comparison adds for it."""
 
 EVALUATIONS = 10
 """Held-out evaluations of a run whose settings name none."""
@@ -23,7 +23,7 @@ SHARED = (
     "name", "runs", "seed", "threads", "device", "training.precision", "model", "data", "validation", "loss",
     "start_from",
 )  # fmt: skip
-"""Settings, or sections of them, that no contender may have to itself: what makes them comparable."""
+"""Settings, or sections of them, that no contender may have to itself: they make the entries comparable."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Contender:
 
 
 def contenders(settings: Settings, kinds: list[str], ranks: int, micro_batches: int) -> list[Contender]:
-    """The entries of a comparison.
+    """Returns the entries of a comparison.
 
     All see the same micro-batches. A pipelined baseline updates once per flush of `micro_batches`. A decoupled stage
-    may update after every micro-batch, as configured, so `decoupled` appears twice: so, and with an update per flush.
-    `backprop` appears twice too, for each pace has its plain reference.
+    may update after every micro-batch, as configured. So `decoupled` appears twice: as configured, and with an update
+    per flush. `backprop` appears twice too, for each pace has its plain reference.
 
     Args:
         settings: The configuration; `training.steps` x `training.accumulate` micro-batches are trained on.
@@ -65,37 +65,54 @@ def contenders(settings: Settings, kinds: list[str], ranks: int, micro_batches: 
     Raises:
         UsageError: An unknown strategy, or micro-batches that do not fit the configuration.
     """
+    _check(settings, kinds, ranks, micro_batches)
+    own = settings.training.accumulate
+    found = []
+    for kind in kinds:
+        pace, other_pace = (own, micro_batches) if kind == "decoupled" else (micro_batches, own)
+        found.append(_contender(kind, kind, settings, ranks, pace, micro_batches))
+        if kind in BOTH_UPDATES and micro_batches != own:
+            found.append(_contender(BOTH_UPDATES[kind], kind, settings, ranks, other_pace, micro_batches))
+    return found
+
+
+def _check(settings: Settings, kinds: list[str], ranks: int, micro_batches: int) -> None:
+    """Raises UsageError unless these entries can be compared."""
     if unknown := [kind for kind in kinds if kind not in STRATEGIES]:
-        raise UsageError(f"--strategies: {unknown[0]!r} is not known; of {', '.join(STRATEGIES)}")
+        raise UsageError(
+            f"--strategies: {unknown[0]!r} is not known; give some of {', '.join(STRATEGIES)}", code="unknown-strategy"
+        )
     if len(set(kinds)) < len(kinds):
-        raise UsageError(f"--strategies: {', '.join(kinds)} names one twice; name each once")
+        raise UsageError(f"--strategies: {', '.join(kinds)} names one twice; name each once", code="strategy-twice")
     if ranks < 2:
-        raise UsageError(f"--ranks {ranks} must be at least 2: a pipeline has several ranks (backprop always has one)")
+        raise UsageError(
+            f"--ranks {ranks} must be at least 2: a pipeline has several ranks (backprop always has one)",
+            code="too-few-ranks",
+        )
     own = settings.training.accumulate
     if micro_batches < 1 or micro_batches % own:
-        raise UsageError(f"--micro-batches {micro_batches} must be a multiple of training.accumulate, {own}")
+        raise UsageError(
+            f"--micro-batches {micro_batches} must be a multiple of `training.accumulate`, {own}",
+            code="uneven-flush",
+            key="training.accumulate",
+        )
     flushes = settings.training.steps * own // micro_batches
     if flushes < EVALUATIONS:
         packets = settings.training.steps * own
         raise UsageError(
-            f"{packets} micro-batches (training.steps x accumulate) make {flushes} flushes of {micro_batches}, too few "
-            f"to compare; set training.steps to at least {EVALUATIONS * micro_batches // own}, or lower --micro-batches"
+            f"{packets} micro-batches (`training.steps` x `training.accumulate`) make {flushes} flushes of "
+            f"{micro_batches}, too few to compare; set `training.steps` to at least "
+            f"{EVALUATIONS * micro_batches // own}, or lower --micro-batches",
+            code="too-few-flushes",
+            key="training.steps",
         )
-    found = []
-    for kind in kinds:
-        configured = kind == "decoupled"
-        found.append(_contender(kind, kind, settings, ranks, own if configured else micro_batches, micro_batches))
-        if kind in BOTH_UPDATES and micro_batches != own:
-            pace = micro_batches if configured else own
-            found.append(_contender(BOTH_UPDATES[kind], kind, settings, ranks, pace, micro_batches))
-    return found
 
 
 def with_own_settings(entries: Sequence[Contender], given: Sequence[tuple[str, str]]) -> list[Contender]:
-    """The entries, some with settings of their own: a learning rate that suits one pace of updates, say.
+    """Returns the entries, some with settings of their own: a learning rate that suits one pace of updates, say.
 
     Args:
-        entries: Of the comparison.
+        entries: The entries of the comparison.
         given: Pairs of an entry's name and `key=value`.
 
     Raises:
@@ -104,21 +121,37 @@ def with_own_settings(entries: Sequence[Contender], given: Sequence[tuple[str, s
     fixed = {entry.name: {*SHARED, *(one.split("=", 1)[0] for one in entry.overrides)} for entry in entries}
     for name, override in given:
         if name not in fixed:
-            raise UsageError(f"--set-for {name}: no such entry; of {', '.join(sorted(fixed))}")
+            raise UsageError(
+                f"--set-for {name}: there is no such entry; give one of {', '.join(sorted(fixed))}",
+                code="unknown-entry",
+            )
         key = override.split("=", 1)[0].strip()
         if any(f"{key}.".startswith(f"{one}.") or one.startswith(f"{key}.") for one in fixed[name]):
-            raise UsageError(f"--set-for {name} {key}: all entries share it, or the comparison sets it for them")
+            raise UsageError(
+                f"--set-for {name}: all entries share `{key}`, or the comparison sets it for them; leave it out",
+                code="shared-setting",
+                key=key,
+            )
     return [replace(entry, own=tuple(one for name, one in given if name == entry.name)) for entry in entries]
 
 
 def _contender(  # noqa: PLR0917 - what an entry is made of, each once
     name: str, kind: str, settings: Settings, ranks: int, accumulate: int, micro_batches: int
 ) -> Contender:
-    own, schedule = settings.training.accumulate, settings.schedule
+    """Makes one entry, which updates every `accumulate` micro-batches.
+
+    Steps of the settings are counted in updates of `training.accumulate` micro-batches: they become updates of this
+    entry at the same samples.
+    """
+    own = settings.training.accumulate
+    schedule = settings.schedule
     flushes = settings.training.steps * own // micro_batches
     steps = flushes * micro_batches // accumulate
-    every = settings.validation.every
-    flushes_between = max(1, round(every * own / micro_batches) if every is not None else flushes // EVALUATIONS)
+    # Evaluations lie between flushes, so that all entries are evaluated after the same samples.
+    if settings.validation.every is None:
+        flushes_between = flushes // EVALUATIONS
+    else:
+        flushes_between = max(1, round(settings.validation.every * own / micro_batches))
     overrides = [
         f"strategy={kind}",
         f"stages={ranks}",
@@ -136,4 +169,5 @@ def _contender(  # noqa: PLR0917 - what an entry is made of, each once
         overrides += [f"{key}={json.dumps(value)}" for key, value in STAGES_ALONE.items()]
     if not isinstance(settings.cut, str) and len(settings.cut) != ranks:
         overrides.append("cut=time")
-    return Contender(name, kind, 1 if kind == "backprop" else ranks, accumulate, steps, tuple(overrides))
+    processes = 1 if kind == "backprop" else ranks
+    return Contender(name, kind, processes, accumulate, steps, tuple(overrides))

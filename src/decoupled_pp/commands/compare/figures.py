@@ -1,104 +1,119 @@
-"""What the runs of a comparison say in numbers: per run, and per contender as median with the spread."""
+"""Reckons the numbers of a comparison: per run, and per contender as median with the spread of its repeats."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Generic, TypeVar
 
 from decoupled_pp.commands.compare.contenders import Contender
 from decoupled_pp.commands.compare.runs import Run
-from decoupled_pp.core.reports import Record
+from decoupled_pp.commands.spread import Spread, loss_or_infinity
+from decoupled_pp.core.records import JsonRecord
+from decoupled_pp.core.reports import Span, StageSummary
 from decoupled_pp.pipeline.meter import BUSY, PAUSES
+
+_Value = TypeVar("_Value")
 
 TARGET_TOLERANCE = 1e-3
 """Share of the target by which a loss may be above it and still count as having reached it."""
 
-REFERENCES = ("1f1b", "backprop")
-"""Whom the speed of every contender is set against."""
 
+@dataclass(frozen=True, kw_only=True)
+class Figures(JsonRecord, Generic[_Value]):
+    """Numbers of one run, or spreads of them; times in seconds, sizes in bytes, None for what cannot be told.
 
-@dataclass(frozen=True)
-class Spread:
-    """Median, least and greatest of the repeats."""
-
-    median: float
-    low: float
-    high: float
-
-    @staticmethod
-    def of(values: Iterable[float | None]) -> Spread | None:
-        """Of the values that there are; None if there are none."""
-        known = [value for value in values if value is not None]
-        return Spread(statistics.median(known), min(known), max(known)) if known else None
-
-
-def run_figures(run: Run) -> dict[str, float | None]:
-    """The numbers of one run; times in seconds, sizes in bytes.
-
-    Throughput and periods are of the steady state (`Report.step_seconds`). Share of ideal and bubble come from the
-    spans of the middle of the run: a rank computes while it is in any phase but the waits. The ideal is the busiest
-    rank's own compute, back to back; the bubble is the mean idle share of all ranks.
+    Attributes:
+        samples_per_second: Throughput in steady state (`Report.step_seconds`).
+        samples_per_update: Training samples per optimizer update.
+        step_p50: Median period of an update.
+        step_p95: 95th percentile of the period.
+        share_of_ideal: Share of the time in which the busiest rank computes. The ideal is that rank's own compute,
+            back to back.
+        bubble: Mean idle share of all ranks.
+        critic_ratio: C / (F + B) of the stage where it is largest; None without critics.
+        activation_bytes: Saved activations of the worst rank.
+        memory_bytes: Peak memory of the worst rank.
+        training_seconds: Training time, without evaluations and checkpoints.
+        val_loss: Final held-out loss; infinite if it was not finite.
+        val_accuracy: Final held-out accuracy.
     """
-    summary, steps = run.summary, run.summary["steps"]
-    samples = run.validations[-1]["samples"]
-    period: dict[str, float | None] = summary["step_seconds"] or dict.fromkeys(("mean", "p50", "p95"))
-    mean = period["mean"]
+
+    samples_per_second: _Value
+    samples_per_update: _Value
+    step_p50: _Value
+    step_p95: _Value
+    share_of_ideal: _Value
+    bubble: _Value
+    critic_ratio: _Value
+    activation_bytes: _Value
+    memory_bytes: _Value
+    training_seconds: _Value
+    val_loss: _Value
+    val_accuracy: _Value
+
+
+def run_figures(run: Run) -> Figures[float | None]:
+    """Returns the numbers of one run.
+
+    Share of ideal and bubble come from the spans of the middle of the run: a rank computes while it is in any phase
+    but the waits.
+    """
+    report = run.report
+    period = report.step_seconds
+    per_update = run.samples / report.steps
     busy = list(busy_shares(run).values())
-    final = summary["final"]
-    return {
-        "samples_per_second": samples / steps / mean if mean else None,
-        "samples_per_update": samples / steps,
-        "step_p50": period["p50"],
-        "step_p95": period["p95"],
-        "share_of_ideal": max(busy) if busy else None,
-        "bubble": 1 - statistics.mean(busy) if busy else None,
-        "critic_ratio": critic_ratio(summary),
-        "activation_bytes": max(row["saved_activation_bytes_peak"] or 0 for row in summary["per_stage"]),
-        "memory_bytes": max(row["memory_bytes_peak"] for row in summary["per_stage"]),
-        "training_seconds": summary["training_seconds"],
-        "val_loss": loss_of(final["val_loss"]),
-        "val_accuracy": final["val_accuracy"],
-    }
+    return Figures(
+        samples_per_second=per_update / period.mean if period is not None else None,
+        samples_per_update=per_update,
+        step_p50=period.p50 if period is not None else None,
+        step_p95=period.p95 if period is not None else None,
+        share_of_ideal=max(busy) if busy else None,
+        bubble=1 - statistics.mean(busy) if busy else None,
+        critic_ratio=critic_ratio(report.per_stage),
+        activation_bytes=max(stage.saved_activation_bytes_peak or 0 for stage in report.per_stage),
+        memory_bytes=max(stage.memory_bytes_peak for stage in report.per_stage),
+        training_seconds=report.training_seconds,
+        val_loss=loss_or_infinity(report.final.val_loss),
+        val_accuracy=report.final.val_accuracy,
+    )
 
 
 def busy_shares(run: Run) -> dict[int, float]:
-    """Rank -> share of the training time it computes, between the first and last update of the rank with most.
+    """Returns rank -> share of the training time it computes, between the first and last update of the rank with most.
 
     Evaluations and checkpoints are no training time.
     """
-    ends = max(
-        ([start + took for phase, start, took, _ in spans if phase == "step"] for spans in run.spans.values()),
-        key=len,
-        default=[],
-    )
+    updates = [[span.end for span in spans if span.phase == "step"] for spans in run.spans.values()]
+    ends = max(updates, key=len, default=[])
     if len(ends) < 2:
         return {}
-    first, last = ends[0], ends[-1]
-    found = {}
-    for rank, spans in run.spans.items():
-        within: dict[str, float] = defaultdict(float)
-        for phase, start, took, _ in spans:
-            within[phase] += max(0.0, min(start + took, last) - max(start, first))
-        found[rank] = sum(within[phase] for phase in BUSY) / (last - first - sum(within[phase] for phase in PAUSES))
-    return found
+    return {rank: _busy_share(spans, ends[0], ends[-1]) for rank, spans in run.spans.items()}
 
 
-def critic_ratio(summary: Record) -> float | None:
-    """C / (F + B) of the stage where it is largest: critic time over forward and backward; None without critics."""
+def _busy_share(spans: Sequence[Span], first: float, last: float) -> float:
+    within: dict[str, float] = defaultdict(float)
+    for span in spans:
+        within[span.phase] += max(0.0, min(span.end, last) - max(span.start, first))
+    training = last - first - sum(within[phase] for phase in PAUSES)
+    return sum(within[phase] for phase in BUSY) / training
+
+
+def critic_ratio(stages: Sequence[StageSummary]) -> float | None:
+    """Returns C / (F + B) of the stage where it is largest: critic time over forward and backward."""
     ratios = [
-        row["phase_seconds"]["critic"] / (row["phase_seconds"]["forward"] + row["phase_seconds"]["backward"])
-        for row in summary["per_stage"]
-        if row["critic_parameters"]
+        stage.phase_seconds["critic"] / (stage.phase_seconds["forward"] + stage.phase_seconds["backward"])
+        for stage in stages
+        if stage.critic_parameters
     ]
     return max(ratios, default=None)
 
 
 def textbook_bubble(strategy: str, ranks: int, micro_batches: int) -> float | None:
-    """Idle share of a step by the textbook, with equal stages, B = 2 F, W = F and free links.
+    """Returns the idle share of a step by the textbook, with equal stages, B = 2 F, W = F and free links.
 
     GPipe, 1F1B: (p-1) / (m + p-1). Interleaved, v = 2 stages a rank: (p-1) / (v m + p-1) (Megatron-LM, 2104.04473).
     Zero-bubble (interleaved): (p-1)(F + B - 2W) = (p-1) F idle a step, on half-size stages; ZBV: 0 (2401.10241).
@@ -117,71 +132,107 @@ def textbook_bubble(strategy: str, ranks: int, micro_batches: int) -> float | No
 
 
 def expected_speed_up(critic: float, ranks: int, micro_batches: int) -> float:
-    """Decoupled over 1F1B at equal updates, equal stages, free links: (1 + (p-1)/m) / (1 + C/(F+B))."""
+    """Returns decoupled over 1F1B at equal updates, equal stages, free links: (1 + (p-1)/m) / (1 + C/(F+B))."""
     return (1 + (ranks - 1) / micro_batches) / (1 + critic)
 
 
 def targets(runs: Sequence[Run]) -> dict[int, float]:
-    """Repeat -> the least final held-out loss of a pipeline trained by backpropagation (else of any baseline)."""
+    """Returns repeat -> least final held-out loss of a pipeline trained by backpropagation (else of any baseline)."""
     rivals = [run for run in runs if run.contender.strategy != "decoupled"]
     pipelined = [run for run in rivals if run.contender.strategy not in {"backprop", "data_parallel"}]
     found: dict[int, float] = {}
     for run in pipelined or rivals:
-        loss = loss_of(run.summary["final"]["val_loss"])
+        loss = loss_or_infinity(run.report.final.val_loss)
         if loss < found.get(run.repeat, math.inf):
             found[run.repeat] = loss
     return found
 
 
-def loss_of(recorded: float | None) -> float:
-    """A recorded loss; one that was not finite (None in JSON) is infinite: worse than all others, and no target."""
-    return math.inf if recorded is None else recorded
-
-
 def seconds_to(run: Run, target: float) -> float | None:
-    """Training seconds at the first evaluation that reached the target; None if none did.
-
-    Sums in another order do not decide: pipelines that compute the same end a few millionths apart.
-    """
+    """Returns the training seconds at the first evaluation that reached the target; None if none did."""
+    # Pipelines that compute the same sums in another order end a few millionths apart: that must not decide.
     reached = target + TARGET_TOLERANCE * abs(target)
-    times = (record["training_seconds"] for record in run.validations if loss_of(record["loss"]) <= reached)
+    times = (one.training_seconds for one in run.validations if loss_or_infinity(one.loss) <= reached)
     return next(times, None)
 
 
-def traffic(run: Run) -> list[Record]:
-    """Bytes per training sample over every link, forward and backward."""
-    samples = run.validations[-1]["samples"]
+@dataclass(frozen=True, kw_only=True)
+class LinkTraffic(JsonRecord):
+    """Bytes per training sample over one link.
+
+    Attributes:
+        sender: The stage or rank that sends activations; `from` in JSON.
+        receiver: The one that receives them; `to` in JSON.
+        forward: Bytes with the activations.
+        backward: Bytes against them.
+    """
+
+    sender: int = field(metadata={"key": "from"})
+    receiver: int = field(metadata={"key": "to"})
+    forward: float
+    backward: float
+
+
+def traffic(run: Run) -> list[LinkTraffic]:
+    """Returns the bytes per training sample over every link."""
     return [
-        {
-            "from": link["from"],
-            "to": link["to"],
-            "forward": link["training_bytes_forward"] / samples,
-            "backward": link["payload_bytes_backward"] / samples,
-        }
-        for link in run.summary["links"]
+        LinkTraffic(
+            sender=link.sender,
+            receiver=link.receiver,
+            forward=link.training_bytes_forward / run.samples,
+            backward=link.payload_bytes_backward / run.samples,
+        )
+        for link in run.report.links
     ]
 
 
-def summarize(contender: Contender, runs: Sequence[Run], micro_batches: int, ranks: int) -> dict[str, Any]:
-    """One contender's numbers over its repeats; `runs` are those of all contenders."""
+@dataclass(frozen=True, kw_only=True)
+class ContenderFigures(Figures[Spread | None]):
+    """One contender's numbers over its repeats.
+
+    Attributes:
+        ratio_to_1f1b: Throughput over that of `1f1b` in the same repeat.
+        ratio_to_backprop: Throughput over that of `backprop` in the same repeat.
+        seconds_to_target: Training seconds to the target of the repeat.
+        reached_target: How many of the repeats with a target reached it, in words.
+        activation_bytes_by_rank: Saved activations of every rank in the first repeat.
+        textbook_bubble: Idle share by the textbook.
+        traffic: Bytes per training sample over every link, in the first repeat.
+    """
+
+    ratio_to_1f1b: Spread | None
+    ratio_to_backprop: Spread | None
+    seconds_to_target: Spread | None
+    reached_target: str
+    activation_bytes_by_rank: Sequence[int | None]
+    textbook_bubble: float | None
+    traffic: Sequence[LinkTraffic]
+
+
+def summarize(contender: Contender, runs: Sequence[Run], micro_batches: int, ranks: int) -> ContenderFigures:
+    """Returns one contender's numbers over its repeats; `runs` are those of all contenders."""
     own = [run for run in runs if run.contender.name == contender.name]
     per_run = [run_figures(run) for run in own]
-    row: dict[str, Any] = {key: Spread.of(one[key] for one in per_run) for key in per_run[0]}
-    for reference in REFERENCES:
-        row[f"ratio_to_{reference}"] = Spread.of(_ratio(run, runs, reference) for run in own)
+    spreads = {one.name: Spread.over(getattr(run, one.name) for run in per_run) for one in fields(Figures)}
     goals = targets(runs)
     times = [seconds_to(run, goals[run.repeat]) for run in own if run.repeat in goals]
-    row["seconds_to_target"] = Spread.of(times)
-    row["reached_target"] = f"{sum(one is not None for one in times)} of {len(times)}"
-    row["activation_bytes_by_rank"] = [stage["saved_activation_bytes_peak"] for stage in own[0].summary["per_stage"]]
-    row["textbook_bubble"] = textbook_bubble(contender.strategy, ranks, micro_batches)
-    row["traffic"] = traffic(own[0])
-    return row
+    return ContenderFigures(
+        **spreads,
+        ratio_to_1f1b=Spread.over(_ratio(run, runs, "1f1b") for run in own),
+        ratio_to_backprop=Spread.over(_ratio(run, runs, "backprop") for run in own),
+        seconds_to_target=Spread.over(times),
+        reached_target=f"{sum(one is not None for one in times)} of {len(times)}",
+        activation_bytes_by_rank=[stage.saved_activation_bytes_peak for stage in own[0].report.per_stage],
+        textbook_bubble=textbook_bubble(contender.strategy, ranks, micro_batches),
+        traffic=traffic(own[0]),
+    )
 
 
 def _ratio(run: Run, runs: Sequence[Run], reference: str) -> float | None:
-    """Throughput over that of the reference in the same repeat."""
+    """Returns the throughput over that of the reference in the same repeat."""
     other = next((one for one in runs if one.contender.name == reference and one.repeat == run.repeat), None)
-    mine = run_figures(run)["samples_per_second"]
-    theirs = run_figures(other)["samples_per_second"] if other is not None else None
+    if other is None:
+        return None
+    mine = run_figures(run).samples_per_second
+    theirs = run_figures(other).samples_per_second
     return mine / theirs if mine and theirs else None

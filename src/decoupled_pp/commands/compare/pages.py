@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
-import json
 import platform
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from decoupled_pp.commands.compare import pictures
 from decoupled_pp.commands.compare.contenders import Contender
-from decoupled_pp.commands.compare.figures import Spread, expected_speed_up, run_figures, summarize, targets
+from decoupled_pp.commands.compare.figures import (
+    ContenderFigures,
+    expected_speed_up,
+    run_figures,
+    summarize,
+    targets,
+)
 from decoupled_pp.commands.compare.runs import Failure, Run
+from decoupled_pp.commands.spread import Spread
 from decoupled_pp.core import environment
-from decoupled_pp.run.log import finite
+from decoupled_pp.core.records import JsonRecord, write_json
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """All that a report is made of.
+@dataclass(frozen=True, kw_only=True)
+class Setup(JsonRecord):
+    """The settings that all entries of a comparison share.
 
     Attributes:
         config: The configuration file.
         command: The command line that made it.
         ranks: Ranks of every contender but `backprop`.
-        micro_batches: Per flush.
+        micro_batches: Micro-batches per flush.
         batch_size: Samples per micro-batch.
-        tokens_per_sample: For text; None otherwise.
+        tokens_per_sample: Tokens per sample of text; None otherwise.
         threads: CPU threads of every rank.
-        contenders: Everybody who was to run.
-        runs: Those that did.
-        failures: Those that did not, and why.
     """
 
     config: str
@@ -44,150 +47,199 @@ class Comparison:
     batch_size: int
     tokens_per_sample: int | None
     threads: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that a report is made of.
+
+    Attributes:
+        setup: The settings that all share.
+        contenders: Everybody who was to run.
+        runs: The runs that ended well.
+        failures: The contenders that did not run, and why.
+    """
+
+    setup: Setup
     contenders: Sequence[Contender]
     runs: Sequence[Run]
     failures: Sequence[Failure]
 
-    def rows(self) -> dict[str, dict[str, Any]]:
-        """Contender -> its numbers (`figures.summarize`), of those that ran."""
+    def rows(self) -> dict[str, ContenderFigures]:
+        """Returns contender -> its numbers, of those that ran."""
         names = {run.contender.name for run in self.runs}
-        measured = [contender for contender in self.contenders if contender.name in names]
-        return {one.name: summarize(one, self.runs, self.micro_batches, self.ranks) for one in measured}
+        return {
+            one.name: summarize(one, self.runs, self.setup.micro_batches, self.setup.ranks)
+            for one in self.contenders
+            if one.name in names
+        }
 
 
-COLUMNS = (
-    ("tokens_per_second", "tokens/s", ",.0f", 1.0),
-    ("samples_per_second", "samples/s", ",.0f", 1.0),
-    ("ratio_to_1f1b", "x 1f1b", ".2f", 1.0),
-    ("ratio_to_backprop", "x backprop", ".2f", 1.0),
-    ("samples_per_update", "samples/update", ".0f", 1.0),
-    ("step_p50", "update p50, ms", ".1f", 1e3),
-    ("step_p95", "update p95, ms", ".1f", 1e3),
-    ("share_of_ideal", "share of ideal", ".3f", 1.0),
-    ("bubble", "bubble", ".3f", 1.0),
-    ("textbook_bubble", "bubble by the book", ".3f", 1.0),
+class Column(NamedTuple):
+    """One column of a table.
+
+    Attributes:
+        title: Its title.
+        read: Returns the value of a contender.
+        form: How a number is formatted.
+        unit: What a number is multiplied by before.
+        missing: What stands for no value.
+    """
+
+    title: str
+    read: Callable[[ContenderFigures], Spread | float | str | None]
+    form: str = ""
+    unit: float = 1.0
+    missing: str = "-"
+
+
+SPEED = (
+    Column("samples/s", lambda row: row.samples_per_second, ",.0f"),
+    Column("x 1f1b", lambda row: row.ratio_to_1f1b, ".2f"),
+    Column("x backprop", lambda row: row.ratio_to_backprop, ".2f"),
+    Column("samples/update", lambda row: row.samples_per_update, ".0f"),
+    Column("update p50, ms", lambda row: row.step_p50, ".1f", 1e3),
+    Column("update p95, ms", lambda row: row.step_p95, ".1f", 1e3),
+    Column("share of ideal", lambda row: row.share_of_ideal, ".3f"),
+    Column("bubble", lambda row: row.bubble, ".3f"),
+    Column("bubble by the book", lambda row: row.textbook_bubble, ".3f"),
 )
-"""Key, title, format and unit of the speed table."""
 
 QUALITY = (
-    ("val_loss", "final held-out loss", ".4f", 1.0),
-    ("val_accuracy", "accuracy, %", ".2f", 100.0),
-    ("training_seconds", "training, s", ".1f", 1.0),
-    ("seconds_to_target", "s to target", ".1f", 1.0),
-    ("reached_target", "reached", "", 1.0),
+    Column("final held-out loss", lambda row: row.val_loss, ".4f"),
+    Column("accuracy, %", lambda row: row.val_accuracy, ".2f", 100.0),
+    Column("training, s", lambda row: row.training_seconds, ".1f"),
 )
 
 MEMORY = (
-    ("activation_bytes", "saved activations, MiB (worst rank)", ".2f", 2**-20),
-    ("memory_bytes", "peak memory, MiB (worst rank)", ".0f", 2**-20),
+    Column("saved activations, MiB (worst rank)", lambda row: row.activation_bytes, ".2f", 2**-20),
+    Column("peak memory, MiB (worst rank)", lambda row: row.memory_bytes, ".0f", 2**-20),
 )
 
 
 def write_pages(folder: Path, comparison: Comparison) -> list[Path]:
     """Write the three files; returns their paths."""
-    content = _content(comparison)
-    loader = Environment(
+    rows = comparison.rows()
+    data = folder / "compare.json"
+    data.write_text(write_json(_raw(comparison, rows), indent=2) + "\n", encoding="utf-8")
+    content = _content(comparison, rows)
+    templates = Environment(
         loader=PackageLoader("decoupled_pp.commands.compare"),
         autoescape=lambda name: name is not None and ".html" in name,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    paths = [folder / name for name in ("compare.json", "compare.md", "report.html")]
-    paths[0].write_text(json.dumps(finite(_raw(comparison)), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    for path, template in zip(paths[1:], ("compare.md.j2", "report.html.j2"), strict=True):
-        path.write_text(loader.get_template(template).render(**content) + "\n", encoding="utf-8")
-    return paths
+    pages = [folder / "compare.md", folder / "report.html"]
+    for page in pages:
+        text = templates.get_template(f"{page.name}.j2").render(**content)
+        page.write_text(text + "\n", encoding="utf-8")
+    return [data, *pages]
 
 
-def table(
-    rows: dict[str, dict[str, Any]],
-    columns: Sequence[tuple[str, str, str, float]],
-    missing: dict[str, str] | None = None,
-) -> dict[str, Any]:
-    """Titles and cells; a column nobody has a value for is left out. `missing`: key -> what stands for no value."""
-    used = [column for column in columns if any(row[column[0]] is not None for row in rows.values())]
-    none = missing or {}
-    cells = {
-        name: [_cell(row[key], form, unit, none.get(key, "-")) for key, _, form, unit in used]
-        for name, row in rows.items()
-    }
-    return {"titles": [title for _, title, _, _ in used], "rows": cells}
-
-
-def _cell(value: Any, form: str, unit: float, none: str = "-") -> tuple[str, str]:
-    """A value (or what stands for none), and the range of the repeats if they differ."""
-    if value is None:
-        return none, ""
-    if isinstance(value, Spread):
-        middle, low, high = (format(x * unit, form) for x in (value.median, value.low, value.high))
-        return middle, f"{low} .. {high}" if low != high else ""
-    return (format(value * unit, form) if form else str(value)), ""
-
-
-def _content(comparison: Comparison) -> dict[str, Any]:
-    rows, goals = comparison.rows(), targets(comparison.runs)
-    speed = {name: row for name, row in rows.items() if row["samples_per_second"] is not None}
-    for row in speed.values():
-        row["tokens_per_second"] = _tokens(row["samples_per_second"], comparison.tokens_per_sample)
+def table(rows: Mapping[str, ContenderFigures], columns: Sequence[Column]) -> dict[str, Any]:
+    """Returns titles and cells; a column nobody has a value for is left out."""
+    used = [column for column in columns if any(column.read(row) is not None for row in rows.values())]
     return {
-        "comparison": comparison,
+        "titles": [column.title for column in used],
+        "rows": {name: [_cell(column, row) for column in used] for name, row in rows.items()},
+    }
+
+
+def _cell(column: Column, row: ContenderFigures) -> tuple[str, str]:
+    """Returns a value (or what stands for none), and the range of the repeats if they differ."""
+    value = column.read(row)
+    if value is None:
+        return column.missing, ""
+    if isinstance(value, str):
+        return value, ""
+    if not isinstance(value, Spread):
+        return format(value * column.unit, column.form), ""
+    spread = value.scaled(column.unit)
+    low, high = format(spread.low, column.form), format(spread.high, column.form)
+    return format(spread.median, column.form), f"{low} .. {high}" if low != high else ""
+
+
+def _content(comparison: Comparison, rows: Mapping[str, ContenderFigures]) -> dict[str, Any]:
+    """Returns what the templates show."""
+    goals = targets(comparison.runs)
+    measured = {name: row for name, row in rows.items() if row.samples_per_second is not None}
+    return {
+        "setup": comparison.setup,
+        "contenders": comparison.contenders,
+        "failures": comparison.failures,
         "machine": f"{environment.cores()} CPU cores, torch {torch.__version__}, Python {platform.python_version()}",
-        "speed": table(speed, COLUMNS),
-        "quality": table(rows, QUALITY, {"seconds_to_target": "not reached"} if goals else None),
+        "speed": table(measured, [_tokens_column(comparison.setup.tokens_per_sample), *SPEED]),
+        "quality": table(rows, [*QUALITY, *_target_columns("not reached" if goals else "-")]),
         "updates": _updates(comparison),
         "memory": table(rows, MEMORY),
-        "activations": {name: row["activation_bytes_by_rank"] for name, row in rows.items()},
-        "traffic": {name: row["traffic"] for name, row in rows.items()},
+        "activations": {name: row.activation_bytes_by_rank for name, row in rows.items()},
+        "traffic": {name: row.traffic for name, row in rows.items()},
         "target": goals.get(0),
-        "theory": _theory(comparison, rows),
-        "pictures": {
-            "timelines": pictures.timelines(comparison.runs, comparison.micro_batches),
-            "quality": pictures.quality(comparison.runs, comparison.contenders, goals.get(0)),
-            "speed": pictures.bars(rows, "samples_per_second", "samples per second", lambda x: f"{x:,.0f}"),
-            "memory": pictures.bars(
-                rows, "activation_bytes", "saved activations, bytes (worst rank)", lambda x: f"{x / 2**20:.2f} MiB"
-            ),
-        },
+        "theory": _theory(comparison.setup, rows),
+        "pictures": _pictures(comparison, rows, goals.get(0)),
+    }
+
+
+def _tokens_column(tokens_per_sample: int | None) -> Column:
+    """Returns the throughput in tokens; a column without values if the data are no text."""
+
+    def read(row: ContenderFigures) -> Spread | None:
+        if tokens_per_sample is None or row.samples_per_second is None:
+            return None
+        return row.samples_per_second.scaled(tokens_per_sample)
+
+    return Column("tokens/s", read, ",.0f")
+
+
+def _target_columns(missing: str) -> list[Column]:
+    return [
+        Column("s to target", lambda row: row.seconds_to_target, ".1f", missing=missing),
+        Column("reached", lambda row: row.reached_target),
+    ]
+
+
+def _pictures(comparison: Comparison, rows: Mapping[str, ContenderFigures], target: float | None) -> dict[str, str]:
+    """Returns the pictures of the HTML page as SVG."""
+    speeds = {name: row.samples_per_second for name, row in rows.items()}
+    activations = {name: row.activation_bytes for name, row in rows.items()}
+    return {
+        "timelines": pictures.timelines(comparison.runs, comparison.setup.micro_batches),
+        "quality": pictures.quality(comparison.runs, comparison.contenders, target),
+        "speed": pictures.bars(speeds, "samples per second", lambda x: f"{x:,.0f}"),
+        "memory": pictures.bars(activations, "saved activations, bytes (worst rank)", lambda x: f"{x / 2**20:.2f} MiB"),
     }
 
 
 def _updates(comparison: Comparison) -> dict[str, Any]:
-    """Updates and samples per update of every contender."""
-    size = comparison.batch_size
+    """Returns a table of updates and samples per update of every contender."""
+    size = comparison.setup.batch_size
     cells = {one.name: [(f"{one.steps:,}", ""), (f"{one.accumulate * size:,}", "")] for one in comparison.contenders}
     return {"titles": ["updates", "samples per update"], "rows": cells}
 
 
-def _tokens(samples: Spread, tokens_per_sample: int | None) -> Spread | None:
-    if tokens_per_sample is None:
-        return None
-    return Spread(*(value * tokens_per_sample for value in (samples.median, samples.low, samples.high)))
-
-
-def _theory(comparison: Comparison, rows: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-    """What decoupled over 1F1B should be, beside what it was; None unless both ran."""
+def _theory(setup: Setup, rows: Mapping[str, ContenderFigures]) -> dict[str, Any] | None:
+    """Returns what decoupled over 1F1B should be, beside what it was; None unless both ran."""
     name = next((one for one in ("decoupled_per_flush", "decoupled") if one in rows), None)
-    if name is None or "1f1b" not in rows or rows[name]["critic_ratio"] is None:
+    if name is None or "1f1b" not in rows:
         return None
-    critic = rows[name]["critic_ratio"].median
+    critic = rows[name].critic_ratio
+    if critic is None:
+        return None
     return {
         "name": name,
-        "critic": critic,
-        "expected": expected_speed_up(critic, comparison.ranks, comparison.micro_batches),
-        "measured": _cell(rows[name]["ratio_to_1f1b"], ".3f", 1.0),
+        "critic": critic.median,
+        "expected": expected_speed_up(critic.median, setup.ranks, setup.micro_batches),
+        "measured": _cell(Column("", lambda row: row.ratio_to_1f1b, ".3f"), rows[name]),
     }
 
 
-def _raw(comparison: Comparison) -> dict[str, Any]:
-    rows = comparison.rows()
+def _raw(comparison: Comparison, rows: Mapping[str, ContenderFigures]) -> dict[str, Any]:
+    """Returns the content of `compare.json`."""
     return {
-        **{key: value for key, value in vars(comparison).items() if key not in ("contenders", "runs", "failures")},
-        "strategies": {
-            name: {key: asdict(value) if isinstance(value, Spread) else value for key, value in row.items()}
-            for name, row in rows.items()
-        },
-        "own_settings": {one.name: list(one.own) for one in comparison.contenders if one.own},
+        **comparison.setup,
+        "strategies": rows,
+        "own_settings": {one.name: one.own for one in comparison.contenders if one.own},
         "not_measured": {failure.contender.name: failure.reason for failure in comparison.failures},
         "targets": targets(comparison.runs),
         "runs": [

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -15,7 +14,8 @@ from matplotlib.ticker import EngFormatter
 
 from decoupled_pp.commands.compare.contenders import Contender
 from decoupled_pp.commands.compare.runs import Run
-from decoupled_pp.core.reports import Record
+from decoupled_pp.commands.spread import Spread, loss_or_infinity
+from decoupled_pp.core.reports import Span
 from decoupled_pp.pipeline.meter import PAUSES
 from decoupled_pp.run.plots import STYLE, add_legend, draw_row
 
@@ -26,44 +26,49 @@ _WIDTH = 11.0
 
 
 def timelines(runs: Sequence[Run], micro_batches: int) -> str:
-    """One panel per contender, all over the same length of time, each beginning at an update of its last rank."""
+    """Draws one panel per contender, all over the same length of time, each from an update of its last rank on."""
     firsts = [run for run in runs if run.repeat == 0 and any(run.spans.values())]
     width = max((_seconds_per_micro_batch(run) for run in firsts), default=0.0) * micro_batches * FLUSHES
     rows = sum(len(run.spans) for run in firsts)
+    heights = [len(run.spans) + 0.6 for run in firsts]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH, 1.2 + 0.34 * rows + 0.42 * len(firsts)), layout="constrained")
-        panels = figure.subplots(
-            max(1, len(firsts)), 1, squeeze=False, height_ratios=[len(run.spans) + 0.6 for run in firsts] or None
-        )
-        for axes, run in zip(panels[:, 0], firsts, strict=False):
-            start = _start(run, width)
-            for position, (_, spans) in enumerate(sorted(run.spans.items())):
-                draw_row(axes, position, spans, start, start + width)
-            axes.set_xlim(0, width * 1e3)
-            axes.set_ylim(len(run.spans) - 0.5, -0.5)
-            axes.set_yticks(range(len(run.spans)), [f"rank {rank}" for rank in sorted(run.spans)])
-            axes.tick_params(axis="y", length=0)
-            axes.spines["left"].set_visible(False)
-            axes.set_title(run.contender.name)
-            if run is not firsts[-1]:
-                axes.set_xticklabels([])
-        panels[-1, 0].set_xlabel("milliseconds, the same scale for all; numbers: micro-batches in forward")
-        spans = [span for run in firsts for row in run.spans.values() for span in row if span[0] not in PAUSES]
-        add_legend(figure, spans)
+        panels = figure.subplots(max(1, len(firsts)), 1, squeeze=False, height_ratios=heights or None)[:, 0]
+        for axes, run in zip(panels, firsts, strict=False):
+            _timeline(axes, run, width)
+        for axes in panels[:-1]:
+            axes.set_xticklabels([])
+        panels[-1].set_xlabel("milliseconds, the same scale for all; numbers: micro-batches in forward")
+        shown = [span for run in firsts for span in _all_spans(run) if span.phase not in PAUSES]
+        add_legend(figure, shown)
         return _svg(figure)
 
 
+def _timeline(axes: Axes, run: Run, width: float) -> None:
+    """Draw one panel, `width` seconds wide."""
+    start = _start(run, width)
+    ranks = sorted(run.spans)
+    for position, rank in enumerate(ranks):
+        draw_row(axes, position, run.spans[rank], start, start + width)
+    axes.set_xlim(0, width * 1e3)
+    axes.set_ylim(len(ranks) - 0.5, -0.5)
+    axes.set_yticks(range(len(ranks)), [f"rank {rank}" for rank in ranks])
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_title(run.contender.name)
+
+
 def quality(runs: Sequence[Run], contenders: Sequence[Contender], target: float | None) -> str:
-    """Held-out loss of every run against samples seen, and against training time."""
+    """Draws the held-out loss of every run against samples seen, and against training time."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH, 4.6), layout="constrained")
         by_samples, by_time = figure.subplots(1, 2, sharey=True)
         for number, contender in enumerate(contenders):
             for run in (one for one in runs if one.contender.name == contender.name):
                 style = _line(number, run)
-                losses = [math.nan if record["loss"] is None else record["loss"] for record in run.validations]
-                by_samples.plot([record["samples"] for record in run.validations], losses, **style)
-                by_time.plot([record["training_seconds"] for record in run.validations], losses, **style)
+                losses = [loss_or_infinity(record.loss) for record in run.validations]  # infinity is not drawn
+                by_samples.plot([record.samples for record in run.validations], losses, **style)
+                by_time.plot([record.training_seconds for record in run.validations], losses, **style)
         for axes in (by_samples, by_time):
             axes.grid(alpha=0.25, linewidth=0.6)
             if target is not None:
@@ -76,14 +81,14 @@ def quality(runs: Sequence[Run], contenders: Sequence[Contender], target: float 
         return _svg(figure)
 
 
-def bars(rows: dict[str, dict[str, Any]], key: str, title: str, form: Callable[[float], str]) -> str:
-    """A bar per contender: the median, and a line from the least to the greatest of the repeats."""
-    known = {name: row[key] for name, row in rows.items() if row[key] is not None}
+def bars(spreads: Mapping[str, Spread | None], title: str, form: Callable[[float], str]) -> str:
+    """Draws a bar per contender: the median, and a line from the least to the greatest of the repeats."""
+    known = {name: spread for name, spread in spreads.items() if spread is not None}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH / 2, 0.8 + 0.32 * max(1, len(known))), layout="constrained")
         axes: Axes = figure.add_subplot()
         for position, (name, spread) in enumerate(known.items()):
-            colour = _colour(list(rows).index(name))
+            colour = _colour(list(spreads).index(name))
             axes.barh(position, spread.median, color=colour, height=0.6)
             axes.plot([spread.low, spread.high], [position, position], color="black", linewidth=1.2)
             axes.text(max(spread.high, spread.median), position, f" {form(spread.median)}", va="center", fontsize=8)
@@ -96,37 +101,54 @@ def bars(rows: dict[str, dict[str, Any]], key: str, title: str, form: Callable[[
 
 
 def _line(number: int, run: Run) -> dict[str, Any]:
-    label: Record = {"label": run.contender.name} if run.repeat == 0 else {}
-    dashes = {"linestyle": "--"} if run.contender.name != run.contender.strategy else {}
-    return {"color": _colour(number), "linewidth": 1.3, "alpha": 0.85, "marker": ".", **label, **dashes}
+    """Returns how the curve of a run looks; dashed is a contender at its strategy's second pace of updates."""
+    style: dict[str, Any] = {"color": _colour(number), "linewidth": 1.3, "alpha": 0.85, "marker": "."}
+    if run.repeat == 0:  # one entry in the legend for all repeats
+        style["label"] = run.contender.name
+    if run.contender.name != run.contender.strategy:
+        style["linestyle"] = "--"
+    return style
 
 
 def _colour(number: int) -> str:
     return matplotlib.colors.to_hex(matplotlib.colormaps["tab10"](number % 10))
 
 
-def _updates(run: Run) -> list[tuple[float, int]]:
-    """(end of the update, micro-batch) of the last rank that recorded some."""
-    rows = (spans for _, spans in sorted(run.spans.items(), reverse=True))
-    ends = ([(start + took, packet) for phase, start, took, packet in row if phase == "step"] for row in rows)
-    return next((one for one in ends if one), [])
+def _all_spans(run: Run) -> list[Span]:
+    return [span for spans in run.spans.values() for span in spans]
+
+
+def _updates(run: Run) -> list[Span]:
+    """Returns the optimizer steps of the last rank that recorded some."""
+    for rank in sorted(run.spans, reverse=True):
+        steps = [span for span in run.spans[rank] if span.phase == "step"]
+        if steps:
+            return steps
+    return []
 
 
 def _start(run: Run, width: float) -> float:
-    """The end of an update, if possible one that no evaluation or checkpoint follows within `width` seconds."""
-    ends = [end for end, _ in _updates(run)] or [0.0]
-    pauses = [(at, at + took) for spans in run.spans.values() for phase, at, took, _ in spans if phase in PAUSES]
-    free = [end for end in ends if end + width <= ends[-1] and not any(a < end + width and b > end for a, b in pauses)]
+    """Returns the end of an update, if possible one that no evaluation or checkpoint follows within `width` seconds."""
+    ends = [span.end for span in _updates(run)] or [0.0]
+    pauses = [span for span in _all_spans(run) if span.phase in PAUSES]
+    free = [
+        end
+        for end in ends
+        if end + width <= ends[-1] and not any(pause.start < end + width and pause.end > end for pause in pauses)
+    ]
     return free[len(free) // 2] if free else ends[len(ends) // 3]
 
 
 def _seconds_per_micro_batch(run: Run) -> float:
-    ends = _updates(run)
-    return (ends[-1][0] - ends[0][0]) / (ends[-1][1] - ends[0][1]) if len(ends) > 1 else 0.0
+    updates = _updates(run)
+    if len(updates) < 2:
+        return 0.0
+    first, last = updates[0], updates[-1]
+    return (last.end - first.end) / (last.packet - first.packet)
 
 
 def _svg(figure: Figure) -> str:
-    """The `<svg>` element alone, without the XML prologue that HTML does not take."""
+    """Returns the `<svg>` element alone, without the XML prologue that HTML does not take."""
     FigureCanvasSVG(figure)
     text = io.StringIO()
     figure.savefig(text, format="svg", facecolor="white", metadata={"Date": None})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,10 +65,9 @@ def run_command(chosen: argparse.Namespace) -> int:
 
 
 def _write(found: Evaluation, path: Path) -> None:
-    from decoupled_pp.run.log import finite
+    from decoupled_pp.core.records import write_json
 
-    text = json.dumps(finite(dataclasses.asdict(found)), indent=2, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    path.write_text(write_json(dataclasses.asdict(found), indent=2) + "\n", encoding="utf-8")
 
 
 def _draw(found: Evaluation, path: Path) -> None:

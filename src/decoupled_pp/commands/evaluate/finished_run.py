@@ -15,7 +15,7 @@ from decoupled_pp.commands.evaluate.gradient_probe import gradient_cosines
 from decoupled_pp.core import environment
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.plans import Layers
-from decoupled_pp.core.reports import Record
+from decoupled_pp.core.reports import NoteRecord, Record
 from decoupled_pp.models import build_model
 from decoupled_pp.models.transformers_export import export_transformers
 from decoupled_pp.run import folder as run_folder
@@ -108,8 +108,8 @@ def evaluate_run(
 
 def _pass_on_notes(records: Sequence[Record], note: Callable[[str], None]) -> None:
     for record in records:
-        if record["kind"] == "note":
-            note(record["text"])
+        if isinstance(record, NoteRecord):
+            note(record.text)
 
 
 def export_folder(folder: Path, output: Path, *, tied: bool = False) -> None:

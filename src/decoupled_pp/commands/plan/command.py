@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from decoupled_pp.commands.plan.text import describe_curves, describe_plan
 from decoupled_pp.commands.plan.transformer import Transformer
 from decoupled_pp.core import units
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.run.log import finite
+from decoupled_pp.core.records import write_json
 
 if TYPE_CHECKING:
     from decoupled_pp.commands.plan.predict import Cut
@@ -98,7 +97,7 @@ def run_command(chosen: argparse.Namespace) -> int:
     plan = _plan_network if chosen.devices is None else _plan_devices
     text, figures = plan(chosen, strategies, link)
     if chosen.output is not None:
-        Path(chosen.output).write_text(json.dumps(finite(figures), indent=1) + "\n", encoding="utf-8")
+        Path(chosen.output).write_text(write_json(figures, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(text)
     return 0
 

@@ -18,8 +18,9 @@ from decoupled_pp.core.objective import CriticBuilder, CriticContext
 from decoupled_pp.core.packets import Loss, Payload, as_tuple, map_payload, payload_bytes
 from decoupled_pp.critics import build_critic
 from decoupled_pp.models.cutting import measure_passes, stand_in_objective, trace
-from decoupled_pp.models.cutting.layers import LAYER_FAULTS, critic_context, misfit, present
-from decoupled_pp.models.cutting.measure import Judged, Objective, runnable_copy
+from decoupled_pp.models.cutting.layers import LAYER_FAULTS, critic_context, misfit, zeros_if_meta
+from decoupled_pp.models.cutting.measure import runnable_copy
+from decoupled_pp.models.cutting.objective import CriticWithLoss, Objective
 from decoupled_pp.pipeline.activations import SavedActivations
 from decoupled_pp.pipeline.losses import find_loss
 from decoupled_pp.pipeline.optim import OptimizerFactory
@@ -67,7 +68,7 @@ def measure_profile(
         UsageError: A layer fails in training mode.
     """
     hiddens, output = trace(module, sample)
-    objective = stand_in_objective(loss, present(output).to(device))
+    objective = stand_in_objective(loss, zeros_if_meta(output).to(device))
     outputs = [*hiddens[1:], output]
     method = _Method(device, objective, optimizer, repeats)
     kept, beside = _saved(module, sample, device, objective)
@@ -145,7 +146,7 @@ def _piece(
     except UsageError:
         raise
     except LAYER_FAULTS as error:
-        raise misfit(name, module, given, error) from error
+        raise misfit(f"layer {name!r}", module, given, error) from error
     step, state = optimizer_cost(copied, method.optimizer)
     parameters = tuple(copied.parameters())
     trainable = payload_bytes(tuple(p for p in parameters if p.requires_grad))
@@ -208,14 +209,14 @@ def _critic(
     Its saved activations are counted beside those of the layer below it, because both may keep that layer's output.
     """
     try:
-        built = Judged(critic(context), context, method.objective)
+        built = CriticWithLoss(critic(context), context, method.objective)
         piece = _piece("critic", built, context.hidden, method, None)
     except UsageError:
         return None
     built = built.to(method.device).train()
     kept = _kept(built, map_payload(lambda tensor: tensor.to(method.device), context.hidden), None)
     below = runnable_copy(context.layers[context.boundary - 1], method.device).train()
-    given = map_payload(lambda tensor: present(tensor).to(method.device), below_input)
+    given = map_payload(lambda tensor: zeros_if_meta(tensor).to(method.device), below_input)
     both = _kept(nn.Sequential(below, built), given, None)
     beside = max(0, both - _kept(below, given, None))
     return replace(piece, saved_bytes=kept, saved_beside=beside)

@@ -1,30 +1,35 @@
-"""`dpp sweep FILE`: train variants of one configuration over several seeds, and say how they differ, seed by seed."""
+"""`dpp sweep FILE`: trains variants of one configuration over several seeds, and says how they differ seed by seed."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import Field, ValidationError
 
+from decoupled_pp.commands.child import say
 from decoupled_pp.commands.sweep.figures import figures, table
 from decoupled_pp.commands.sweep.picture import draw
 from decoupled_pp.commands.sweep.runs import Trial, run_trials
 from decoupled_pp.core import environment
 from decoupled_pp.core.errors import TrainingError, UsageError
-from decoupled_pp.run.log import finite
+from decoupled_pp.core.records import write_json
+from decoupled_pp.core.suggestions import did_you_mean
+from decoupled_pp.run.output_folder import OutputFolder
 from decoupled_pp.settings.load import load_settings
 from decoupled_pp.settings.sections import Section
 from decoupled_pp.settings.yaml_text import read_yaml
 
+MARKER = "sweep.yaml"
+"""The copy of the sweep file that stands in the folder of every sweep."""
+
 
 class SweepSettings(Section):
-    """A sweep file."""
+    """The content of a sweep file."""
 
     config: str
     """The configuration that all variants share; a path from the working directory."""
@@ -39,7 +44,7 @@ class SweepSettings(Section):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own arguments."""
+    """Add the command's own arguments."""
     parser.add_argument("file", help="YAML file: config, variants, reference, seeds (docs/sweep.md)")
     parser.add_argument("--output", help="folder of the table and of all runs; default: runs/<name of the file>")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process of its own; default: 1")
@@ -52,40 +57,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_command(chosen: argparse.Namespace) -> int:
     """Check every variant, run all, write `sweep.json`, `sweep.md` and `sweep.png`."""
     if environment.world_size() > 1:
-        raise UsageError("dpp sweep starts the runs itself: run it without torchrun")
+        raise UsageError("dpp sweep starts the runs itself: run it without torchrun", code="under-torchrun")
     if chosen.jobs < 1:
-        raise UsageError(f"--jobs {chosen.jobs} must be at least 1")
-    sweep = load_sweep(Path(chosen.file))
+        raise UsageError(f"--jobs {chosen.jobs} must be at least 1", code="too-few-jobs")
+    file = Path(chosen.file)
+    sweep = load_sweep(file)
     reference = sweep.reference or next(iter(sweep.variants))
     if reference not in sweep.variants:
-        raise UsageError(f"{chosen.file}: reference {reference!r} is no variant; of {', '.join(sweep.variants)}")
-    overrides = {name: [f"{k}={json.dumps(v)}" for k, v in one.items()] for name, one in sweep.variants.items()}
-    also = {name: [f"{k}={json.dumps(v)}" for k, v in one.items()] for name, one in sweep.also.items()}
-    checked = {name: load_settings(sweep.config, (*chosen.set, *own)) for name, own in overrides.items()}
-    for own in also.values():
-        load_settings(sweep.config, (*chosen.set, *own))
-    folder = Path(chosen.output or f"runs/{Path(chosen.file).stem}")
-    _claim(folder, Path(chosen.file), resume=chosen.resume, overwrite=chosen.overwrite)
-    share = max(1, environment.cores() // chosen.jobs)
-    trials = [
-        Trial(name, seed, sweep.config, [*chosen.set, *own], folder, checked[name].threads or share, also)
-        for seed in sweep.seeds
-        for name, own in overrides.items()
-    ]
-    outcomes = run_trials(trials, jobs=chosen.jobs, resume=chosen.resume, say=_say)
+        raise UsageError(
+            f"{file}: reference {reference!r} is no variant; give one of {', '.join(sweep.variants)}",
+            code="unknown-reference",
+        )
+    folder = Path(chosen.output or f"runs/{file.stem}")
+    trials = _trials(sweep, folder, chosen.set, jobs=chosen.jobs)
+    _claim(folder, file, resume=chosen.resume, overwrite=chosen.overwrite)
+    outcomes = run_trials(trials, jobs=chosen.jobs, resume=chosen.resume, say=say)
     if all(outcome.failure for outcome in outcomes):
-        raise TrainingError(f"none of the runs ended well: {outcomes[0].failure}")
+        raise TrainingError(f"none of the runs ended well: {outcomes[0].failure}", code="nothing-ran")
     found = figures(outcomes, reference)
-    text = table(found, outcomes, f"{chosen.file}: {sweep.config}", reference)
-    (folder / "sweep.json").write_text(json.dumps(finite(found), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    text = table(found, outcomes, f"{file}: {sweep.config}")
+    (folder / "sweep.json").write_text(write_json(found, indent=2) + "\n", encoding="utf-8")
     (folder / "sweep.md").write_text(text, encoding="utf-8")
     draw(found, folder / "sweep.png")
-    _say(text)
+    say(text)
     return 0
 
 
+def _trials(sweep: SweepSettings, folder: Path, common: list[str], *, jobs: int) -> list[Trial]:
+    """Returns all runs of a sweep, one seed after the other, once every one of their settings has been checked."""
+    variants = {name: _overrides(changes) for name, changes in sweep.variants.items()}
+    also = {name: _overrides(changes) for name, changes in sweep.also.items()}
+    settings = {name: load_settings(sweep.config, (*common, *own)) for name, own in variants.items()}
+    for own in also.values():
+        load_settings(sweep.config, (*common, *own))
+    share = max(1, environment.cores() // jobs)
+    return [
+        Trial(name, seed, sweep.config, [*common, *own], folder, settings[name].threads or share, also)
+        for seed in sweep.seeds
+        for name, own in variants.items()
+    ]
+
+
+def _overrides(changes: Mapping[str, Any]) -> list[str]:
+    """Returns changes of settings as `key=value`; JSON is YAML, too."""
+    return [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+
+
 def load_sweep(path: Path) -> SweepSettings:
-    """Read and check a sweep file; its variants are not looked into.
+    """Returns the content of a sweep file, checked; its variants are not looked into.
 
     Raises:
         UsageError: One line with the file, the fault and the remedy.
@@ -94,36 +113,41 @@ def load_sweep(path: Path) -> SweepSettings:
         raw = read_yaml(path.read_text(encoding="utf-8"))
         found: SweepSettings = SweepSettings.model_validate(raw)
     except OSError as error:
-        raise UsageError(f"cannot read the sweep {path}: {error.strerror}; give the path of a YAML file") from None
+        raise UsageError(
+            f"cannot read the sweep {path}: {error.strerror}; give the path of a YAML file", code="sweep-not-readable"
+        ) from None
     except ValidationError as error:
-        fault = error.errors()[0]
-        place = ".".join(map(str, fault["loc"]))
-        raise UsageError(f"{path}: {place}: {fault['msg']}; a sweep has config, variants, reference, seeds") from None
+        raise UsageError(f"{path}: {_explain(error)}", code="bad-sweep-file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        text = " ".join(str(error).split())
+        raise UsageError(f"{path} is not YAML: {text}; quote or correct it", code="not-yaml") from None
     return found
 
 
+def _explain(error: ValidationError) -> str:
+    """Returns the first fault of a sweep file: where, and what."""
+    fault = error.errors()[0]
+    place = ".".join(map(str, fault["loc"]))
+    if fault["type"] == "extra_forbidden":
+        keys = SweepSettings.model_fields
+        return f"{place}: unknown key" + (did_you_mean(place, keys) or f"; use one of {', '.join(keys)}")
+    return f"{place}: {fault['msg']}; given {fault['input']!r}"
+
+
 def _claim(folder: Path, file: Path, *, resume: bool, overwrite: bool) -> None:
-    """Make the folder, or take over the one of an earlier sweep, which has a copy of its file in it.
+    """Make the folder, or take over the one of an earlier sweep.
 
     Raises:
         UsageError: It exists and neither is allowed, or is no sweep's folder.
     """
-    marker = folder / "sweep.yaml"
-    if resume and overwrite:
-        raise UsageError("--resume and --overwrite contradict each other; give one")
-    if folder.exists() and any(folder.iterdir()):
-        if not resume and not overwrite:
-            raise UsageError(f"{folder} exists; --resume goes on, --overwrite starts anew, or give another --output")
-        if not marker.is_file():
-            raise UsageError(f"{folder} holds no sweep.yaml, so it is no sweep's folder and is left alone")
-        if overwrite:
-            shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    marker.write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    output = OutputFolder(
+        path=folder,
+        noun="folder of a sweep",
+        marker=MARKER,
+        if_it_exists="--resume goes on, --overwrite starts anew, or give another --output",
+        elsewhere="give another --output",
+    )
+    text = file.read_text(encoding="utf-8")  # it may lie in the folder that is cleared
+    output.check(resume=resume, overwrite=overwrite)
+    output.make(empty=overwrite)
+    (folder / MARKER).write_text(text, encoding="utf-8")

@@ -1,18 +1,17 @@
-"""The runs of a sweep, each in a process of its own."""
+"""Runs the trials of a sweep, each in a process of its own."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from decoupled_pp.core.reports import Record
-from decoupled_pp.run.folder import SUMMARY_FILE, failure_in
+from decoupled_pp.commands.child import describe_scores, run_dpp
+from decoupled_pp.core.reports import Exit, Report
+from decoupled_pp.run.folder import SUMMARY_FILE, read_summary
 
 
 @dataclass(frozen=True)
@@ -20,12 +19,12 @@ class Trial:
     """One run to do.
 
     Attributes:
-        variant: Whose.
-        seed: Its seed.
+        variant: Name of the variant.
+        seed: Seed of the run.
         config: The configuration file.
-        overrides: What it changes.
+        overrides: Settings in which it differs from the configuration, as `key=value`.
         folder: Where run folders and logs go.
-        threads: CPU threads; the settings' own, if they name a number.
+        threads: CPU threads of the run.
         also: Name -> settings of other held-out data that the finished run is scored on.
     """
 
@@ -39,18 +38,25 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Of its run folder."""
+        """Name of its run folder."""
         return f"{self.variant}-{self.seed}"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: with a summary and its scores on other data by name, or with a line that says why not."""
+    """The end of a trial: scores, or a failure.
+
+    Attributes:
+        trial: The trial.
+        report: What its run did; None if it failed.
+        failure: Why it failed, in one line.
+        also: Name of other held-out data -> score of the network's own head on them.
+    """
 
     trial: Trial
-    summary: Record | None
+    report: Report | None
     failure: str | None = None
-    also: Mapping[str, Record] = field(default_factory=dict)
+    also: Mapping[str, Exit] = field(default_factory=dict)
 
 
 def run_trials(trials: Sequence[Trial], *, jobs: int, resume: bool, say: Callable[[str], None]) -> list[Outcome]:
@@ -61,35 +67,38 @@ def run_trials(trials: Sequence[Trial], *, jobs: int, resume: bool, say: Callabl
 
 def _run(trial: Trial, resume: bool, say: Callable[[str], None]) -> Outcome:
     run = trial.folder / trial.name
-    done, log = run / SUMMARY_FILE, trial.folder / f"{trial.name}.log"
     start = time.monotonic()
-    if not (resume and done.is_file()):
-        own = [f"name={trial.name}", f"runs={trial.folder}", f"seed={trial.seed}", f"threads={trial.threads}"]
-        fixed = ["logging.tensorboard=false", "sample=null", *own]
-        settings = [f"--set={one}" for one in (*trial.overrides, *fixed)]
-        if failure := _dpp(log, "train", trial.config, "--overwrite", *settings):
-            say(f"{trial.name}: failed: {failure}")
-            return Outcome(trial, None, failure)
+    if failure := _train(trial, run, resume):
+        say(f"{trial.name}: failed: {failure}")
+        return Outcome(trial, None, failure)
     also = {}
     for name, overrides in trial.also.items():
-        written = run / f"also-{name}.json"
-        own = [f"--set={one}" for one in (*overrides, f"threads={trial.threads}")]
-        if not (resume and written.is_file()) and (failure := _dpp(log, "evaluate", run, f"--json={written}", *own)):
+        scores = run / f"also-{name}.json"
+        if failure := _evaluate(trial, run, scores, overrides, resume):
             say(f"{trial.name}: failed: {failure}")
             return Outcome(trial, None, f"evaluation on {name}: {failure}")
-        also[name] = json.loads(written.read_text(encoding="utf-8"))["exits"][-1]
-    summary: Record = json.loads(done.read_text(encoding="utf-8"))
-    final = summary["final"]
-    scores = [f"loss {final['val_loss']:.4f}" if final["val_loss"] is not None else "loss not finite"]
-    if final["val_accuracy"] is not None:
-        scores.append(f"accuracy {100 * final['val_accuracy']:.2f} %")
-    say(f"{trial.name}: {', '.join(scores)} ({time.monotonic() - start:.0f} s)")
-    return Outcome(trial, summary, also=also)
+        also[name] = Exit.from_json(json.loads(scores.read_text(encoding="utf-8"))["exits"][-1])
+    report = read_summary(run)
+    say(f"{trial.name}: {describe_scores(report.final)} ({time.monotonic() - start:.0f} s)")
+    return Outcome(trial, report, also=also)
 
 
-def _dpp(log: Path, *arguments: str | Path) -> str | None:
-    """Run a command with its output appended to a log; the reason if it fails."""
-    with log.open("a", encoding="utf-8") as output:
-        command = [sys.executable, "-m", "decoupled_pp", *map(str, arguments)]
-        code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
-    return failure_in(log, code) if code else None
+def _train(trial: Trial, run: Path, resume: bool) -> str | None:
+    """Train, unless a resumed sweep has done so; returns the reason of a failure."""
+    if resume and (run / SUMMARY_FILE).is_file():
+        return None
+    own = [f"name={trial.name}", f"runs={trial.folder}", f"seed={trial.seed}", f"threads={trial.threads}"]
+    settings = [*trial.overrides, "logging.tensorboard=false", "sample=null", *own]
+    return run_dpp(_log(trial), "train", trial.config, "--overwrite", *(f"--set={one}" for one in settings))
+
+
+def _evaluate(trial: Trial, run: Path, scores: Path, overrides: Sequence[str], resume: bool) -> str | None:
+    """Score the finished run on other data, unless a resumed sweep has done so; returns the reason of a failure."""
+    if resume and scores.is_file():
+        return None
+    settings = [*overrides, f"threads={trial.threads}"]
+    return run_dpp(_log(trial), "evaluate", run, f"--json={scores}", *(f"--set={one}" for one in settings))
+
+
+def _log(trial: Trial) -> Path:
+    return trial.folder / f"{trial.name}.log"

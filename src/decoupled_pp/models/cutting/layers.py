@@ -1,4 +1,4 @@
-"""A network as a list of layers: what counts as one, and one pass through it to learn its shapes."""
+"""A network as a list of layers: checks that it is one, and learns the shapes from one pass through it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from decoupled_pp.core.device import untouched
-from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.errors import UsageError, first_line
 from decoupled_pp.core.objective import CriticContext
 from decoupled_pp.core.packets import Payload, as_tuple, check_payload, map_payload
 
 LAYER_FAULTS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError)
-"""What a layer raises when its input does not fit."""
+"""Exceptions that a layer raises when its input does not fit."""
 
 
 def as_sequential(layers: object) -> nn.Sequential:
-    """The network as an `nn.Sequential` whose children are the layers; each gets exactly what the previous returned.
+    """Return the network as an `nn.Sequential` of its layers; each gets exactly what the previous one returned.
 
     Args:
         layers: An `nn.Sequential` (returned as it is), or a list or tuple of modules (named "0", "1", ...).
@@ -27,69 +27,88 @@ def as_sequential(layers: object) -> nn.Sequential:
         UsageError: It is anything else, is empty, or holds one module twice.
     """
     if isinstance(layers, nn.Sequential):
-        if type(layers).forward is not nn.Sequential.forward:
+        if not is_plain_sequential(layers):
             raise UsageError(
                 f"{type(layers).__name__} is an nn.Sequential with a forward of its own, so its children are not its "
-                "layers; pass the layers as a list"
+                "layers; pass the layers as a list",
+                code="not-a-layer-list",
             )
         module = layers
     elif isinstance(layers, list | tuple):
         for index, layer in enumerate(layers):
             if not isinstance(layer, nn.Module):
-                raise UsageError(f"layer {index} is a {type(layer).__name__}; every layer must be an nn.Module")
+                raise UsageError(
+                    f"layer {index} is of type {type(layer).__name__}; every layer must be an nn.Module",
+                    code="layer-not-a-module",
+                )
         module = nn.Sequential(*layers)
     else:
         raise UsageError(
             f"a network must be an nn.Sequential or a list of layers, not {type(layers).__name__}; list its layers in "
             "the order in which they run, or pass the .layers that dpp.split_transformers, split_blocks or "
-            "split_traced make"
+            "split_traced return",
+            code="not-a-layer-list",
         )
     _refuse_duplicates(module)
     return module
 
 
+def is_plain_sequential(module: nn.Module) -> bool:
+    """Return whether a module runs its children one after another: a subclass may have a forward of its own."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def missing_layer(name: str) -> UsageError:
+    """Return the error for a layer that is None."""
+    return UsageError(f"layer {name!r} is None; leave it out or use nn.Identity()", code="layer-not-a-module")
+
+
 def _refuse_duplicates(module: nn.Sequential) -> None:
     if not len(module):
-        raise UsageError("the network has no layers; pass at least one")
+        raise UsageError("the network has no layers; pass at least one", code="too-few-layers")
     seen: dict[int, str] = {}
     for name, layer in module._modules.items():  # named_children() would skip the second one silently
         if layer is None:
-            raise UsageError(f"layer {name!r} is None; leave it out or use nn.Identity()")
+            raise missing_layer(name)
         if id(layer) in seen:
             raise UsageError(
                 f"layers {seen[id(layer)]!r} and {name!r} are one {type(layer).__name__} object, used twice; "
-                "make a second one (copy.deepcopy)"
+                "make a second one (copy.deepcopy)",
+                code="layer-used-twice",
             )
         seen[id(layer)] = name
 
 
 def describe(payload: Payload) -> str:
-    """Shapes and dtypes of a payload, for an error text."""
+    """Return shapes and dtypes of a payload, for an error text."""
     return ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in as_tuple(payload))
 
 
-def misfit(name: str, layer: nn.Module, given: Payload, error: Exception) -> UsageError:
-    """The error for a layer that fails on what it is given: one line."""
-    reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
+def misfit(name: str, module: nn.Module, given: Payload, error: Exception) -> UsageError:
+    """Return the error for a layer or critic that fails on its input.
+
+    Args:
+        name: How the text names it, such as "layer 'block0'".
+        module: The layer or critic.
+        given: Its input.
+        error: What it raised.
+    """
     return UsageError(
-        f"layer {name!r} ({type(layer).__name__}) does not fit its input {describe(given)}: {reason}; "
-        "each layer gets what the previous one returned, correct one of the two"
+        f"{name} ({type(module).__name__}) does not fit its input {describe(given)}: {first_line(error)}; "
+        "correct it, or the layer that returns its input",
+        code="layer-shape-mismatch",
     )
-
-
-def _copy_for(layer: nn.Module, payload: Payload) -> Payload:
-    """A copy on the layer's device; a copy, because the layer may work in place."""
-    own = next(chain(layer.parameters(), layer.buffers()), None)
-    return map_payload(lambda tensor: tensor.to(own.device if own is not None else tensor.device, copy=True), payload)
 
 
 @torch.no_grad()
 def trace(module: nn.Sequential, sample: Payload) -> tuple[list[Payload], Tensor]:
-    """Run a sample through the layers, in eval mode and without gradients; leaves no trace in module or generators.
+    """Run a sample through the layers, in eval mode and without gradients.
+
+    Train/eval flags, buffers and random generators are as before afterwards.
 
     Args:
         module: The network.
-        sample: An input micro-batch; it follows the layers to their devices (those that trained may be on a GPU).
+        sample: An input micro-batch; it follows the layers to their devices (trained layers may be on a GPU).
 
     Returns:
         The input of every layer, in order, and the network's output.
@@ -108,17 +127,26 @@ def trace(module: nn.Sequential, sample: Payload) -> tuple[list[Payload], Tensor
             except UsageError:
                 raise
             except LAYER_FAULTS as error:
-                raise misfit(name, layer, current, error) from error
+                raise misfit(f"layer {name!r}", layer, current, error) from error
             current = check_payload(result, f"layer {name!r} ({type(layer).__name__})")
     if not isinstance(current, Tensor) or not current.is_floating_point():
-        raise UsageError(f"the network returned {describe(current)}; its last layer must return one floating tensor")
+        raise UsageError(
+            f"the network returned {describe(current)}; its last layer must return one floating tensor",
+            code="output-not-a-tensor",
+        )
     return hiddens, current
+
+
+def _copy_for(layer: nn.Module, payload: Payload) -> Payload:
+    """Return a copy on the layer's device; a copy, because the layer may work in place."""
+    own = next(chain(layer.parameters(), layer.buffers()), None)
+    return map_payload(lambda tensor: tensor.to(tensor.device if own is None else own.device, copy=True), payload)
 
 
 def critic_context(
     module: nn.Sequential, hiddens: list[Payload], output: Tensor, *, boundary: int, stage: int, stages: int
 ) -> CriticContext:
-    """What the critic of one stage may look at.
+    """Return what the critic of one stage may look at.
 
     Args:
         module: The network.
@@ -132,24 +160,28 @@ def critic_context(
         stage=stage,
         stages=stages,
         boundary=boundary,
-        hidden=map_payload(present, hiddens[boundary]),
-        output=present(output),
+        hidden=map_payload(zeros_if_meta, hiddens[boundary]),
+        output=zeros_if_meta(output),
         layers=tuple(module.children()),
         hiddens=tuple(hiddens[boundary:]),
-        sample=map_payload(present, hiddens[0]),
+        sample=map_payload(zeros_if_meta, hiddens[0]),
     )
 
 
 _zeros: WeakValueDictionary[object, Tensor] = WeakValueDictionary()
-"""Zeros that are in use, by shape and dtype: the contexts of many places share them."""
+"""Zeros in use, by shape and dtype: the contexts of many places share them, so memory does not grow with places."""
 
 
-def present(tensor: Tensor) -> Tensor:
-    """The tensor, or zeros of its shape if it is on the meta device (`Layers.weights`); they are not to be changed."""
+def zeros_if_meta(tensor: Tensor) -> Tensor:
+    """Return the tensor itself, or CPU zeros of its shape if it is on the meta device (`Layers.weights`).
+
+    The zeros are shared: do not change them in place.
+    """
     if not tensor.is_meta:
         return tensor
     key = tensor.shape, tensor.dtype
     zeros = _zeros.get(key)
     if zeros is None:
-        _zeros[key] = zeros = torch.zeros_like(tensor, device="cpu")
+        zeros = torch.zeros_like(tensor, device="cpu")
+        _zeros[key] = zeros
     return zeros

@@ -1,10 +1,11 @@
-"""One forward pass of a model, watched: which of its parts were called, in which order, with what."""
+"""Watches one forward pass of a model: which of its parts were called, in which order, with what."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, is_dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -16,12 +17,12 @@ from decoupled_pp.core.errors import UsageError
 
 @dataclass
 class Call:
-    """A call of a module.
+    """One call of a module.
 
     Attributes:
-        module: Which.
-        begin: Its place in the order of all beginnings and ends.
-        end: The same for its end.
+        module: The module.
+        begin: Position of the call's begin in the order of all begins and ends.
+        end: Position of its end in that order; -1 until it has ended.
         given: Leaves of (args, kwargs).
         given_form: How the leaves make up (args, kwargs).
         made: Leaves of the result.
@@ -37,68 +38,65 @@ class Call:
     made_form: pytree.TreeSpec | None = None
 
 
-def _flatten(value: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """As pytree does, and into dataclasses, which it is told of the first time one is met."""
-    leaves, form = pytree.tree_flatten(value)
-    kinds = {
-        type(leaf)
-        for leaf in leaves
-        if is_dataclass(leaf) and any(isinstance(one, torch.Tensor) for one in vars(leaf).values())
-    }
-    for kind in kinds:
-        pytree.register_dataclass(kind)
-    return _flatten(value) if kinds else (leaves, form)
-
-
 def observe(run: Callable[[], object], modules: Iterable[nn.Module]) -> list[Call]:
-    """Every call of these modules while `run` runs, without gradients; the tensors of the calls are kept.
+    """Return every call of these modules while `run` runs, without gradients; the calls keep their tensors alive.
 
     Args:
         run: Calls the model.
-        modules: Parts of it to watch.
+        modules: Parts of the model to watch.
     """
     calls: list[Call] = []
-    clock = iter(range(1_000_000_000))
+    clock = count()
 
-    def begins(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         leaves, form = _flatten((args, dict(kwargs)))
         calls.append(Call(module, next(clock), leaves, form))
 
-    def ends(module: nn.Module, _args: object, _kwargs: object, result: object) -> None:
+    def after(module: nn.Module, _args: object, _kwargs: object, result: object) -> None:
+        # A module may be called again before its first call has ended: the latest open call is the one that ends.
         call = next(call for call in reversed(calls) if call.module is module and call.end < 0)
         call.made, call.made_form = _flatten(result)
         call.end = next(clock)
 
     with ExitStack() as hooks, torch.no_grad():
         for module in modules:
-            for handle in (
-                module.register_forward_pre_hook(begins, with_kwargs=True),
-                module.register_forward_hook(ends, with_kwargs=True),
-            ):
-                hooks.callback(handle.remove)
+            hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            hooks.callback(module.register_forward_hook(after, with_kwargs=True).remove)
         run()
     return calls
 
 
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The `nn.ModuleList` that the model mostly consists of: the one with the most parameters, outermost first.
+def _flatten(value: Any) -> tuple[list[Any], pytree.TreeSpec]:
+    """Flatten as pytree does, and dataclasses too: pytree must be told of each class before it looks inside."""
+    leaves, form = pytree.tree_flatten(value)
+    unknown = {type(leaf) for leaf in leaves if is_dataclass(leaf) and _has_tensors(leaf)}
+    for kind in unknown:
+        pytree.register_dataclass(kind)
+    return _flatten(value) if unknown else (leaves, form)
 
-    Returns:
-        Its name and itself.
+
+def _has_tensors(value: object) -> bool:
+    return any(isinstance(one, torch.Tensor) for one in vars(value).values())
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Return name and module of the `nn.ModuleList` with the most parameters: the model's repeated blocks.
 
     Raises:
-        UsageError: There is none with more than one entry.
+        UsageError: There is no such list with more than one entry.
     """
     lists = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) > 1]
     if not lists:
         raise UsageError(
-            f"{type(model).__name__} has no nn.ModuleList of repeated blocks; pass its layers as a list, or trace it"
+            f"{type(model).__name__} has no nn.ModuleList of repeated blocks; pass its layers as a list, or trace it",
+            code="no-block-list",
         )
+    # Of equal ones max takes the first, and named_modules yields the outer before the inner.
     return max(lists, key=lambda one: sum(parameter.numel() for parameter in one[1].parameters()))
 
 
-def units(model: nn.Module, blocks: nn.ModuleList) -> dict[str, nn.Module]:
-    """The outermost parts of the model that hold none of the blocks, by name."""
+def parts_around(model: nn.Module, blocks: nn.ModuleList) -> dict[str, nn.Module]:
+    """Return the outermost parts of the model that hold none of the blocks, by name."""
     own = {id(part) for part in blocks.modules()}
     found: dict[str, nn.Module] = {}
 

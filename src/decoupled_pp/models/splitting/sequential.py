@@ -1,4 +1,4 @@
-"""Networks of nested `nn.Sequential`: flattened, and marked where they may be cut."""
+"""Flattens networks of nested `nn.Sequential`, and marks where they may be cut."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from torch import nn
 
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.plans import Layers
+from decoupled_pp.models.cutting.layers import is_plain_sequential, missing_layer
 
 
 def flatten(network: nn.Sequential) -> Layers:
-    """The layers of nested `nn.Sequential`s in one list, under the names that they have in the network.
+    """Return the layers of nested `nn.Sequential`s in one list, under the names that they have in the network.
 
     Args:
         network: Its layers stay the same modules, so `state_dict()` has the same keys and tensors as before.
@@ -19,14 +20,16 @@ def flatten(network: nn.Sequential) -> Layers:
     Raises:
         UsageError: It is no `nn.Sequential`.
     """
-    if not _is_plain(network):
+    if not is_plain_sequential(network):
         raise UsageError(
             f"a {type(network).__name__} is no nn.Sequential, so its layers do not simply follow one another; "
-            "pass them as a list, or split it at its blocks or by tracing"
+            "pass them as a list, or split it at its blocks or by tracing",
+            code="not-a-layer-list",
         )
     flat = Layers(_leaves(network, ""))
-    flat.tied = network.tied if isinstance(network, Layers) else flat.tied
-    flat.training = network.training  # the outermost flag alone: layers in evaluation mode stay so
+    if isinstance(network, Layers):
+        flat.tied = network.tied
+    flat.training = network.training  # not train(), which would wake layers that are in evaluation mode
     return flat
 
 
@@ -47,26 +50,25 @@ def cut_after(network: nn.Sequential, names: Sequence[str]) -> Layers:
     places: list[int] = []
     for name in names:
         inside = [index for index, key in enumerate(keys) if key == name or key.startswith(f"{name}.")]
+        fault = None
         if not inside:
-            raise UsageError(f"cut_after: {name!r} is no layer of the network; its layers are {', '.join(keys)}")
-        if inside[-1] + 1 == len(keys):
-            raise UsageError(f"cut_after: {name!r} is the end of the network; name layers before it")
-        if places and inside[-1] + 1 <= places[-1]:
-            raise UsageError(f"cut_after: {name!r} does not come after the layer named before it; name them in order")
+            fault = f"is no layer of the network; its layers are {', '.join(keys)}"
+        elif inside[-1] + 1 == len(keys):
+            fault = "is the end of the network; name layers before it"
+        elif places and inside[-1] + 1 <= places[-1]:
+            fault = "does not come after the layer named before it; name them in order"
+        if fault is not None:
+            raise UsageError(f"cut_after: {name!r} {fault}", code="bad-cut-point")
         places.append(inside[-1] + 1)
     flat.places = tuple(places)
     return flat
 
 
-def _is_plain(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-
-
 def _leaves(network: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     for name, child in network._modules.items():
         if child is None:
-            raise UsageError(f"layer {prefix}{name} is None; leave it out or use nn.Identity()")
-        if _is_plain(child) and len(child._modules):
+            raise missing_layer(f"{prefix}{name}")
+        if is_plain_sequential(child) and len(child._modules):
             yield from _leaves(child, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", child

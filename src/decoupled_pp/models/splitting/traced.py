@@ -1,6 +1,8 @@
-"""Models that are no chain in Python, through `torch.export`: cut after named modules; skip connections travel along.
+"""Splits models that are no chain in Python, through `torch.export`: cut after named modules.
 
-names ["down", "mid"]:      inputs -> [.. down] -> (h, skip) -> [.. mid] -> (h, skip) -> [..] -> output
+Skip connections travel along. For names ["down", "mid"]:
+
+    inputs -> [.. down] -> (h, skip) -> [.. mid] -> (h, skip) -> [..] -> output
 """
 
 from __future__ import annotations
@@ -8,9 +10,8 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from contextvars import ContextVar
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any, TypeAlias
@@ -20,48 +21,34 @@ from torch import Tensor, fx, nn
 from torch.distributed.pipelining import Pipe, SplitPoint, pipeline
 
 from decoupled_pp.core.device import untouched
-from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.errors import UsageError, first_line
 from decoupled_pp.core.packets import Payload, as_tuple
 from decoupled_pp.core.plans import Layers
 from decoupled_pp.models.splitting.blocks import Split, picked
-from decoupled_pp.models.splitting.modes import calls_of, module_of, moody, own_module, plain_name, refuse_told
+from decoupled_pp.models.splitting.modes import functional_calls, mode_dependent, plain_name, refuse_extra_arguments
+from decoupled_pp.models.splitting.revive import TRACED_BATCH, revive, running_batch
 
 Value: TypeAlias = tuple[int, int]
 """(part that makes it, place in its result); part -1 for the inputs."""
 
-_ROWS = 13
-"""Samples of the micro-batch that is traced: a multiple of 13 among sizes can hardly be anything but the batch."""
-
-_SHAPED = (
-    "view",
-    "_unsafe_view",
-    "reshape",
-    "expand",
-    "zeros",
-    "ones",
-    "full",
-    "empty",
-    "new_zeros",
-    "new_ones",
-    "new_full",
-)
-_OPERATORS: dict[str, Callable[..., Any]] = {}
-"""Operators of traces that are called for the batch and the device at hand, by name."""
-
-_AT_HAND: ContextVar[tuple[int, torch.device]] = ContextVar("batch and device of the running part")
-
 
 @dataclass(frozen=True)
 class _Part:
-    """What a part takes and makes, as values of the whole."""
+    """One part of the trace.
+
+    Attributes:
+        module: Its graph.
+        takes: Its arguments, as values of the whole.
+        makes: Number of tensors in its result.
+    """
 
     module: nn.Module
     takes: tuple[Value, ...]
     makes: int
 
 
-class Traced(nn.Module):
-    """One part: picks what it takes from the payload, passes on what later parts need."""
+class TracedLayer(nn.Module):
+    """Runs one part: picks its arguments from the payload, and passes on what later parts need."""
 
     def __init__(self, part: nn.Module, takes: Sequence[int], gives: Sequence[tuple[bool, int]], *, last: bool) -> None:
         """Wrap a part.
@@ -70,16 +57,19 @@ class Traced(nn.Module):
             part: Its graph.
             takes: Places in the payload that are its arguments.
             gives: For every tensor of the outgoing payload whether the part has made it, and its place.
-            last: The part's only result is the network's output.
+            last: True if the part's only result is the network's output.
         """
         super().__init__()
         self.part = part
-        self._takes, self._gives, self._last = tuple(takes), tuple(gives), last
+        self._takes = tuple(takes)
+        self._gives = tuple(gives)
+        self._last = last
 
     def forward(self, payload: Payload) -> Payload:
         """Payload -> payload, or the output."""
         given = as_tuple(payload)
-        _AT_HAND.set((given[0].shape[0], given[0].device))
+        # Operators of the graph ask for it; a context variable, so that stages in several threads do not mix it up.
+        running_batch.set((given[0].shape[0], given[0].device))
         result = self.part(*(given[place] for place in self._takes))
         made = (result,) if isinstance(result, Tensor) else tuple(result)
         outgoing = tuple(made[place] if own else given[place] for own, place in self._gives)
@@ -91,7 +81,9 @@ class _Whole(nn.Module):
 
     def __init__(self, model: nn.Module, output: Callable[[Any], Tensor], names: Sequence[str]) -> None:
         super().__init__()
-        self.model, self._output, self._names = model, output, tuple(names)
+        self.model = model
+        self._output = output
+        self._names = tuple(names)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         if self._names:
@@ -110,52 +102,80 @@ def split_traced(
 
     `torch.export` must be able to trace it. What later parts need of earlier ones (skip connections) travels in the
     payload, behind the result of the last module. Modules of `torch.nn` stay as they are and follow `train()` and
-    `eval()`; so do others that ask in which mode they are (stochastic depth), if they take one tensor and give one.
+    `eval()`; so do others that ask in which mode they are (stochastic depth), if they take one tensor and return one.
 
     Args:
         model: It becomes part of the layers.
         sample: An input micro-batch: the tensors of its positional arguments, or a dictionary of keyword arguments.
         cut_after: Names of modules (dotted), each of which runs once; they end the parts, in the order they run in.
-        output: The tensor of the model's result that is the network's output.
+        output: Picks the network's output from the model's result.
 
     Raises:
         UsageError: It cannot be traced or cut there, or the parts do not give the model's output for micro-batches of
-            any size; why is said.
+            any size; the text says why.
     """
     named = sample if isinstance(sample, Mapping) else {}
     inputs = tuple(named.values()) or as_tuple(sample)  # type: ignore[arg-type]
-    inputs = tuple(_rows(tensor, _ROWS) for tensor in inputs)
+    inputs = tuple(_rows(tensor, TRACED_BATCH) for tensor in inputs)
     known = dict(model.named_modules())
-    for name in cut_after:
+    for name in cut_after:  # torch's own error would not say which name is wrong
         if name not in known:
-            raise UsageError(f"cut_after: {name!r} is no module of {type(model).__name__}")
+            raise _bad_cut(f"{name!r} is no module of {type(model).__name__}; name modules as named_modules() does")
     modes = {id(part): part.training for part in model.modules()}
     with untouched(model, inputs[0].device):
         whole = _Whole(model, output, list(named))
-        whole.eval()
-        evaluation = calls_of(_stages(_pipe(whole, inputs, ())), whole)
-        whole.train()  # what does nothing in evaluation leaves no trace in it
-        pipe = _pipe(whole, inputs, cut_after)
-        modules = _stages(pipe)
-        if len(modules) != len(cut_after) + 1:
-            raise UsageError(
-                f"cut_after: {len(cut_after)} names give {len(modules)} parts; each must name a module that runs once"
-            )
-        kept = moody(modules, evaluation, calls_of(modules, whole))
-        refuse_told(whole, inputs, kept)
-        for module in modules:
-            _revive(module, whole, kept)
-        parts = _parts(pipe.split_gm.graph, modules)
+        modules, graph = _cut(whole, inputs, cut_after)
+        parts = _parts(graph, modules)
         layers = Layers([(f"part{index}", layer) for index, layer in enumerate(_chain(parts, len(inputs)))])
         _check(layers, whole, inputs)
-    for part in layers.modules():
+    for part in layers.modules():  # the model's own modules keep their modes, those of the trace get the model's
         part.training = modes.get(id(part), model.training)
     names = {key: plain_name(key.split(".part.model.", 1)[1]) for key in layers.state_dict()}
     return Split(layers, names, {})
 
 
-def _stages(pipe: Pipe) -> list[nn.Module]:
-    """The parts of a trace.
+def _bad_cut(fault: str) -> UsageError:
+    return UsageError(f"cut_after: {fault}", code="bad-cut-point")
+
+
+def _cut(whole: _Whole, inputs: tuple[Tensor, ...], cut_after: Sequence[str]) -> tuple[list[nn.Module], fx.Graph]:
+    """Trace the model and return its parts, with the model's own modules in them, and the graph of their calls."""
+    # The model is traced in both modes, and the difference tells which modules depend on the mode.
+    whole.eval()
+    evaluation = functional_calls(_stage_modules(_trace(whole, inputs, ())), whole)
+    whole.train()  # the trace that is kept: dropout and the like leave nothing in a trace of evaluation
+    pipe = _trace(whole, inputs, cut_after)
+    modules = _stage_modules(pipe)
+    if len(modules) != len(cut_after) + 1:
+        raise _bad_cut(f"{len(cut_after)} names give {len(modules)} parts; each must name a module that runs once")
+    kept = mode_dependent(modules, evaluation, functional_calls(modules, whole))
+    refuse_extra_arguments(whole, inputs, kept)
+    for module in modules:
+        revive(module, whole, kept)
+    return modules, pipe.split_gm.graph
+
+
+def _trace(whole: _Whole, inputs: tuple[Tensor, ...], cut_after: Sequence[str]) -> Pipe:
+    """Trace a copy that shares all tensors: `pipeline` annotates the modules that it is given."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*whole.parameters(), *whole.buffers())}
+    copied = copy.deepcopy(whole, memo)
+    try:
+        # torch.export prints what it does and warns of its own internals.
+        with redirect_stdout(StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return pipeline(copied, inputs, split_spec={f"model.{name}": SplitPoint.END for name in cut_after})
+    except Exception as error:
+        if isinstance(error.__cause__, UsageError):  # ours, raised by `picked` while torch.export ran it
+            raise error.__cause__ from None
+        raise UsageError(
+            f"torch.export cannot trace {type(whole.model).__name__}: {first_line(error.__cause__ or error)}; pass its "
+            "layers as a list",
+            code="not-traceable",
+        ) from error
+
+
+def _stage_modules(pipe: Pipe) -> list[nn.Module]:
+    """Return the parts of a trace.
 
     Raises:
         UsageError: A part computes nothing.
@@ -163,138 +183,81 @@ def _stages(pipe: Pipe) -> list[nn.Module]:
     try:
         return [pipe.get_stage_module(index) for index in range(pipe.num_stages)]
     except AttributeError as error:
-        raise UsageError("cut_after: between two of the cuts nothing is computed; leave one out") from error
-
-
-def _pipe(whole: _Whole, inputs: tuple[Tensor, ...], cut_after: Sequence[str]) -> Pipe:
-    """Trace a copy that shares all tensors: annotating changes modules."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*whole.parameters(), *whole.buffers())}
-    copied = copy.deepcopy(whole, memo)
-    try:
-        with redirect_stdout(StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.export's own
-            return pipeline(copied, inputs, split_spec={f"model.{name}": SplitPoint.END for name in cut_after})
-    except Exception as error:
-        cause = error.__cause__ or error
-        reason = (str(cause).strip() or type(cause).__name__).split("\n", 1)[0]
-        raise UsageError(f"torch.export cannot trace {type(whole.model).__name__}: {reason}") from error
-
-
-def _revive(part: nn.Module, whole: nn.Module, kept: Container[str]) -> None:
-    """Put the model's own modules in place of their traces (`torch.nn`'s and those that are to be kept).
-
-    The rest is made to take any batch.
-    """
-    for name, module in list(part.named_modules()):
-        own = own_module(whole, name, kept)
-        if own is not None:
-            holder, _, key = name.rpartition(".")
-            part.get_submodule(holder).register_module(key, own)
-        elif "@" in name:  # traced once more: its tensors are the same all the same
-            original = whole.get_submodule(plain_name(name))
-            for tensors in (module._parameters, module._buffers):
-                tensors.update({key: getattr(original, key) for key, one in tensors.items() if one is not None})
-    _forget_buffers(part, whole)
-    for module in part.modules():
-        if isinstance(graph := getattr(module, "graph", None), fx.Graph):
-            for node in graph.nodes:
-                _revive_call(node)
-        if isinstance(module, fx.GraphModule):
-            module.recompile()
-
-
-def _forget_buffers(part: nn.Module, whole: nn.Module) -> None:
-    """A trace would save buffers that the model does not."""
-    for name, module in part.named_modules():
-        if (original := module_of(whole, name)) is not None:
-            module._non_persistent_buffers_set |= original._non_persistent_buffers_set & module._buffers.keys()
-
-
-def _revive_call(node: fx.Node) -> None:
-    """Let an operator follow the batch and the device at hand."""
-    if node.op != "call_function":
-        return
-    kind = str(node.target).split(".")[1:2]
-    if (kind and kind[0] in _SHAPED and any(map(_is_batched, node.args))) or "device" in node.kwargs:
-        assert callable(node.target)
-        _OPERATORS[str(node.target)] = node.target
-        node.args, node.target = (str(node.target), *node.args), _at_hand
-
-
-def _is_batched(argument: object) -> bool:
-    return isinstance(argument, list | tuple) and any(isinstance(n, int) and n and n % _ROWS == 0 for n in argument)
-
-
-def _at_hand(operator_name: str, *args: Any, **kwargs: Any) -> Any:
-    """An operator with the sizes and the device of the trace replaced by those of the batch at hand."""
-    rows, device = _AT_HAND.get()
-    sized = [
-        [n // _ROWS * rows if isinstance(n, int) and n and n % _ROWS == 0 else n for n in argument]
-        if _is_batched(argument)
-        else argument
-        for argument in args
-    ]
-    if "device" in kwargs:
-        kwargs = {**kwargs, "device": device}
-    return _OPERATORS[operator_name](*sized, **kwargs)
+        raise _bad_cut("between two of the cuts nothing is computed; leave one out") from error
 
 
 def _parts(graph: fx.Graph, modules: Sequence[nn.Module]) -> list[_Part]:
-    """What every part takes and makes, from the graph of their calls."""
+    """Return what every part takes and makes, from the graph of their calls."""
     values: dict[fx.Node, Value] = {}
     parts: list[_Part] = []
+    inputs = 0
     for node in graph.nodes:
         if node.op == "placeholder":
-            values[node] = (-1, sum(part == -1 for part, _ in values.values()))
+            values[node] = (-1, inputs)
+            inputs += 1
         elif node.op == "call_module":
             values[node] = (len(parts), 0)
-            makes = len([user for user in node.users if user.target is operator.getitem]) or 1
+            # A part that returns several tensors is followed by one getitem for each; one that returns one, by none.
+            unpacked = [user for user in node.users if user.target is operator.getitem]
             takes = tuple(values[argument] for argument in node.args)
-            parts.append(_Part(modules[len(parts)], takes, makes))
+            parts.append(_Part(modules[len(parts)], takes, len(unpacked) or 1))
         elif node.target is operator.getitem:
-            values[node] = (values[node.args[0]][0], node.args[1])
+            maker, _ = values[node.args[0]]
+            values[node] = (maker, node.args[1])
     return parts
 
 
-def _chain(parts: Sequence[_Part], inputs: int) -> Iterator[Traced]:
-    """Each part with the places of its arguments in the payload, and the payload for those behind it."""
+def _chain(parts: Sequence[_Part], inputs: int) -> Iterator[TracedLayer]:
+    """Yield every part with the places of its arguments in the payload, and the payload for those behind it."""
     incoming: list[Value] = [(-1, place) for place in range(inputs)]
     for index, part in enumerate(parts):
         needed = {value for later in parts[index + 1 :] for value in later.takes}
-        own = [(index, place) for place in range(part.makes)]
-        last = index == len(parts) - 1
-        outgoing = own if last else [value for value in (*own, *incoming) if value in needed]
-        gives = [(value[0] == index, value[1] if value[0] == index else incoming.index(value)) for value in outgoing]
-        yield Traced(part.module, [incoming.index(value) for value in part.takes], gives, last=last)
+        outgoing = [(index, place) for place in range(part.makes)]
+        is_last = index == len(parts) - 1
+        if not is_last:
+            outgoing = [value for value in (*outgoing, *incoming) if value in needed]
+        gives = []
+        for maker, place in outgoing:
+            own = maker == index
+            gives.append((own, place if own else incoming.index((maker, place))))
+        yield TracedLayer(part.module, [incoming.index(value) for value in part.takes], gives, last=is_last)
         incoming = outgoing
 
 
 def _check(layers: nn.Module, whole: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Raises UsageError unless the layers give the model's output, in both modes, for micro-batches of two sizes."""
-    for rows, training in ((_ROWS, False), (_ROWS, True), (_ROWS - 2, False)):
+    """Check that the layers give the model's output, bit for bit, in both modes and for micro-batches of two sizes.
+
+    Raises:
+        UsageError: They do not.
+    """
+    for rows, training in ((TRACED_BATCH, False), (TRACED_BATCH, True), (TRACED_BATCH - 2, False)):
         given = tuple(_rows(tensor, rows) for tensor in inputs)
         layers.train(training)
         whole.train(training)
-        seed = torch.seed()  # the generators are the user's again afterwards
+        seed = torch.seed()  # the caller restores the generators
         try:
             with torch.no_grad(), _slow_attention():
                 found = layers(given if len(given) > 1 else given[0])
-                torch.manual_seed(seed)
+                torch.manual_seed(seed)  # dropout draws the same numbers again
                 expected = whole(*given)
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
             raise UsageError(
-                f"traced with {_ROWS} samples, the model fails with {rows}: {reason}; "
-                "write the size of the batch as tensor.shape[0] or -1 in it"
+                f"traced with {TRACED_BATCH} samples, the model fails with {rows}: {first_line(error)}; write the size "
+                "of the batch as tensor.shape[0] or -1 in it",
+                code="batch-size-fixed-by-trace",
             ) from error
         if not torch.equal(found, expected):
             mode = "training" if training else "evaluation"
-            raise UsageError(f"in parts, the model gives another output for {rows} samples in {mode} than in one piece")
+            raise UsageError(
+                f"split into layers, the model gives another output for {rows} samples in {mode} than in one piece; "
+                "pass its layers as a list",
+                code="split-changes-output",
+            )
 
 
 @contextmanager
 def _slow_attention() -> Iterator[None]:
-    """`nn.MultiheadAttention` as in training: in evaluation it has a fused kernel, which rounds otherwise."""
+    """Run `nn.MultiheadAttention` as in training: in evaluation it has a fused kernel, which rounds otherwise."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -304,4 +267,5 @@ def _slow_attention() -> Iterator[None]:
 
 
 def _rows(tensor: Tensor, rows: int) -> Tensor:
+    """Return `rows` rows of a tensor, cycling through its own."""
     return tensor[torch.arange(rows, device=tensor.device) % tensor.shape[0]]

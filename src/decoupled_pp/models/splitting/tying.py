@@ -1,8 +1,8 @@
-"""Parameters that several layers share: each later user gets its own, because stages exchange no gradients."""
+"""Unties parameters that several layers share: each later user gets its own, because stages exchange no gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -12,8 +12,8 @@ from decoupled_pp.core.plans import Layers
 def untie(network: nn.Sequential | Sequence[nn.Module]) -> Layers:
     """Give every layer parameters of its own.
 
-    Where two layers use one parameter, a token embedding and an output projection, say, the later one gets a copy. They
-    then train apart; `Trainer(refresh_tied=True)` keeps the earlier one in step.
+    Where two layers use one parameter (such as a token embedding and an output projection), the later one gets a copy.
+    They then train apart; `Trainer(refresh_tied=True)` keeps the earlier one in step.
 
     Args:
         network: Layers; they stay the same modules. An `nn.Sequential` keeps its layers' names.
@@ -35,26 +35,31 @@ def give_copies(groups: Sequence[Mapping[str, nn.Module]]) -> dict[str, str]:
         groups: Modules by name; within a group they may go on sharing.
 
     Returns:
-        Name of the copy -> name of the first.
+        Name of the copy -> name of the parameter in the first group that has it.
     """
+    # Parameters are told apart by identity: equal values do not make two parameters one.
     seen: dict[int, str] = {}
     copies: dict[str, str] = {}
     for group in groups:
-        met: dict[int, str] = {}
+        new: dict[int, str] = {}
         own: dict[int, nn.Parameter] = {}
-        for prefix, part in group.items():
-            for name, module in part.named_modules(prefix=prefix):
-                for key, parameter in list(module._parameters.items()):
-                    if parameter is None:
-                        continue
-                    first = seen.get(id(parameter))
-                    if first is not None:
-                        if id(parameter) not in own:
-                            copy = parameter.detach().clone()
-                            own[id(parameter)] = nn.Parameter(copy, requires_grad=parameter.requires_grad)
-                        module._parameters[key] = own[id(parameter)]
-                        copies[f"{name}.{key}"] = first
-                    else:
-                        met.setdefault(id(parameter), f"{name}.{key}")
-        seen |= met
+        for name, module, key, parameter in _parameters(group):
+            first = seen.get(id(parameter))
+            if first is None:
+                new.setdefault(id(parameter), name)
+                continue
+            if id(parameter) not in own:
+                own[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+            module._parameters[key] = own[id(parameter)]
+            copies[name] = first
+        seen |= new  # only now: within a group parameters may be shared
     return copies
+
+
+def _parameters(group: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """Yield (name, module, key, parameter), also of parameters that occur again (`named_parameters` skips those)."""
+    for prefix, part in group.items():
+        for module_name, module in part.named_modules(prefix=prefix):
+            for key, parameter in list(module._parameters.items()):
+                if parameter is not None:
+                    yield f"{module_name}.{key}", module, key, parameter

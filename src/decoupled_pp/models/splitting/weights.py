@@ -10,17 +10,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.errors import UsageError, first_line
 from decoupled_pp.core.plans import Weights
 
 INDEX = "model.safetensors.index.json"
-"""File beside the shards of a model that says which tensor is in which."""
+"""File beside the shards of a model that says which tensor is in which shard."""
 
 
 class StoredWeights(Weights):
     """Tensors in safetensors files, under the names of the model that was split.
 
-    One file, or a folder as `save_pretrained` writes it.
+    The files are one file, or a folder as `save_pretrained` writes it.
     """
 
     def __init__(
@@ -34,58 +34,67 @@ class StoredWeights(Weights):
         """Look up where every tensor is; none is read.
 
         Args:
-            source: The file or folder; None: there is none, `prepare` makes the weights.
+            source: The file or folder; None if there is none and `prepare` makes the weights.
             names: Key of the layers -> name in the model.
-            untied: Name of a parameter that was another's in the model -> that one's.
+            untied: Name of a parameter that was another's in the model -> name of that one.
             prepare: Fills a part that has storage and no content: buffers that are not saved, fresh weights.
-            shared: Names in the model of what is one parameter, group by group; a file may have one of a group.
+            shared: Groups of names in the model that are one parameter; a file may have only one name of a group.
 
         Raises:
             UsageError: The files cannot be read, or lack a tensor.
         """
-        self._names, self._untied, self._prepare = names, untied, prepare
-        self._alike = {name: tuple(group) for group in shared for name in group}
-        self._files = _files(source) if source is not None else {}
+        self._source = source
+        self._names = names
+        self._untied = untied
+        self._prepare = prepare
+        self._same_tensor = {name: tuple(group) for group in shared for name in group}
+        self._files = {} if source is None else _files_of_tensors(source)
         if source is not None:
             for name in names.values():
-                self._found(name, source)
+                self._stored_name(name)
 
     def fill(self, part: nn.Module, device: torch.device) -> None:
         """Give a part that is on the meta device storage and content.
 
         Args:
             part: Layers of the network under their names in it.
-            device: Where to.
+            device: Where to put it.
         """
         shared = shared_parameters(part)
         part.to_empty(device=device)
-        for group in shared:  # each has become a parameter of its own
-            (module, key), *others = group
+        # to_empty makes a parameter of its own for every place of a shared one.
+        for (module, key), *others in shared:
             for other, name in others:
                 other._parameters[name] = module._parameters[key]
         with torch.no_grad():
-            self._prepare(part)
+            self._prepare(part)  # buffers that no file has; whatever a file has is overwritten below
             state = part.state_dict()
             wanted: dict[Path, list[str]] = {}
-            for key in state if self._files else ():
-                wanted.setdefault(self._files[self._found(self._names[key])], []).append(key)
+            if self._files:
+                for key in state:
+                    wanted.setdefault(self._files[self._stored_name(self._names[key])], []).append(key)
+            # Grouped by file, so that each shard is opened once; safetensors reads only the tensors asked for.
             for file, keys in wanted.items():
                 with safe_open(str(file), framework="pt") as tensors:
                     for key in keys:
-                        state[key].copy_(tensors.get_tensor(self._found(self._names[key])))
+                        state[key].copy_(tensors.get_tensor(self._stored_name(self._names[key])))
 
-    def _found(self, name: str, source: Path | None = None) -> str:
-        for one in (name, *self._alike.get(name, ()), self._untied.get(name, name)):
-            if one in self._files:
-                return one
+    def _stored_name(self, name: str) -> str:
+        """Return the name under which the files have a tensor: a tied one is saved under one of its names."""
+        for candidate in (name, *self._same_tensor.get(name, ()), self._untied.get(name, name)):
+            if candidate in self._files:
+                return candidate
         raise UsageError(
-            f"{source} has no tensor {name!r}: it is of another model, or of one whose names its library converts when "
-            "it loads (mixtures of experts, ViT), which only from_pretrained can read"
+            f"{self._source} has no tensor {name!r}: it is of another model, or of one whose names the library "
+            "converts when it loads (mixtures of experts, ViT); load it with from_pretrained, without the meta device "
+            "(`model.meta`)",
+            code="weight-missing",
+            key="model.path",
         )
 
 
 def shared_parameters(part: nn.Module) -> list[list[tuple[nn.Module, str]]]:
-    """Places (module, key) of every parameter that has several, place by place."""
+    """Return the places (module, key) of every parameter that has more than one."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in part.modules():
         for key, parameter in module._parameters.items():
@@ -94,8 +103,8 @@ def shared_parameters(part: nn.Module) -> list[list[tuple[nn.Module, str]]]:
     return [group for group in places.values() if len(group) > 1]
 
 
-def _files(source: Path) -> dict[str, Path]:
-    """Name of every tensor -> its file."""
+def _files_of_tensors(source: Path) -> dict[str, Path]:
+    """Return name of every tensor -> its file."""
     try:
         if (source / INDEX).is_file():
             listed = json.loads((source / INDEX).read_text(encoding="utf-8"))["weight_map"]
@@ -104,5 +113,8 @@ def _files(source: Path) -> dict[str, Path]:
         with safe_open(str(file), framework="pt") as tensors:
             return dict.fromkeys(tensors.keys(), file)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
-        raise UsageError(f"cannot read the weights in {source}: {reason}; give a folder of save_pretrained") from None
+        raise UsageError(
+            f"cannot read the weights in {source}: {first_line(error)}; give a folder of save_pretrained",
+            code="weights-unreadable",
+            key="model.path",
+        ) from None

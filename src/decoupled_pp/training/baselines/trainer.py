@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -11,15 +12,16 @@ from torch import Tensor, nn
 
 from decoupled_pp.core import environment
 from decoupled_pp.core.datasets import BatchSource
-from decoupled_pp.core.device import Clock, RandomStream, on_device, peak_memory
+from decoupled_pp.core.device import Clock, RandomStream, on_device
 from decoupled_pp.core.errors import LinkError, UsageError
 from decoupled_pp.core.packets import Batch, as_tuple, map_payload
-from decoupled_pp.core.plans import Plan, count_parameters
-from decoupled_pp.core.reports import Exit, Record, Report
+from decoupled_pp.core.plans import Plan
+from decoupled_pp.core.reports import Exit, Report, ValidationRecord
 from decoupled_pp.data.iterables import Batches, as_source
 from decoupled_pp.pipeline.losses import ExitScore
 from decoupled_pp.pipeline.meter import StageMeter
 from decoupled_pp.run.checkpoints.parts import Checkpoint
+from decoupled_pp.run.report import RankMeasurement, make_report, measure, summarize_link
 from decoupled_pp.training.base import BaseTrainer, Observer
 from decoupled_pp.training.baselines import Strategy, Training, build_baseline
 from decoupled_pp.training.recipe import Recipe
@@ -206,42 +208,36 @@ class BaselineTrainer(BaseTrainer):
         self._score = loss, accuracy = ExitScore.of_sums(sums)
         meter.lap("evaluate")
         if self.rank == self._judge(self._built()):
-            record = {"kind": "validation", "stage": self.rank, "step": self.updates, "samples": self.samples}
-            times = {"seconds": meter.seconds(), "training_seconds": meter.training_seconds()}
-            self._control.post({**record, "loss": loss, "accuracy": accuracy, **times})
+            record = ValidationRecord(
+                stage=self.rank,
+                step=self.updates,
+                samples=self.samples,
+                loss=loss,
+                accuracy=accuracy,
+                seconds=meter.seconds(),
+                training_seconds=meter.training_seconds(),
+            )
+            self._control.post(record)
 
     def _report(self, strategy: Strategy, meter: StageMeter) -> Report:
-        mine = {
-            "stage": self.rank,
-            "parameters": sum(count_parameters(part) for part in strategy.parts.values()),
-            "critic_parameters": 0,
-            "saved_activation_bytes_peak": strategy.saved_activation_bytes_peak,
-            "memory_bytes_peak": peak_memory(self.device),
-            **meter.summary(),
-            "critic_time_fraction": 0.0,  # the phase `critic` is the loss of the network itself
-        }
-        sent = [{"from": a, "to": b, **vars(counters)} for (a, b), counters in strategy.links.items()]
-        gathered = self._control.gather("summary", [mine, meter.last_loss, sent], self._timeout)
-        judge = self._judge(strategy)
-        rows, (_, last_loss, _) = [row for row, _, _ in gathered], gathered[judge]
-        links: dict[tuple[int, int], Record] = {}
-        for record in (record for _, _, records in gathered for record in records):
-            link = links.setdefault((record["from"], record["to"]), {"from": record["from"], "to": record["to"]})
-            link |= {key: link.get(key, 0) + n for key, n in record.items() if key not in ("from", "to")}
-        seconds = rows[judge]["training_seconds"]
+        judges = self.rank == self._judge(strategy)
         score = self._score or (None, None)
-        hidden = ("seconds", "samples_per_second", "training_seconds", "step_seconds")
-        return Report(
+        own = measure(
+            meter,
+            index=self.rank,
+            layers=strategy.parts.values(),
+            critic=None,
+            saved_activation_bytes_peak=strategy.saved_activation_bytes_peak,
+            device=self.device,
             steps=self.updates,
-            seconds=rows[judge]["seconds"],
-            training_seconds=seconds,
-            step_seconds=rows[judge]["step_seconds"],
-            samples_per_second=self.samples / seconds if seconds else 0.0,
-            train_loss=last_loss,
-            exits=(Exit(self.plan.stages - 1, *score),),
-            per_stage=tuple({key: value for key, value in row.items() if key not in hidden} for row in rows),
-            links=tuple(links[ends] for ends in sorted(links)),
+            exit=Exit(self.plan.stages - 1, *score) if judges else None,
         )
+        # The meter counts what this rank worked on, which is a share where the ranks divide the samples.
+        seconds = own.training_seconds
+        own = replace(own, samples_per_second=self.samples / seconds if seconds else 0.0)
+        sent = tuple(summarize_link(*ends, counters) for ends, counters in strategy.links.items())
+        mine = RankMeasurement(stages=(own,), links=sent)
+        return make_report(self._control.gather("summary", mine, self._timeout))
 
 
 def _samples(batch: Batch) -> int:

@@ -1,8 +1,8 @@
-"""Why a contender was not measured, from its log."""
+"""The reason of a failed child process, from its log."""
 
 import pytest
 
-from decoupled_pp.run.folder import failure_in
+from decoupled_pp.commands.child import failure_in
 
 
 @pytest.mark.parametrize(

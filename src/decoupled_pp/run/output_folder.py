@@ -1,0 +1,90 @@
+"""Refuses, makes or clears the folder that a command writes into; for runs, comparisons and sweeps."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from decoupled_pp.core.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputFolder:
+    """The folder of a command's results.
+
+    Attributes:
+        path: The folder; it need not exist.
+        noun: What such a folder is called: "run folder".
+        marker: A file that stands in every such folder: no other folder is overwritten.
+        if_it_exists: What the user can do about a folder that exists.
+        elsewhere: How the user chooses another folder.
+        key: The setting that does so, if there is one.
+    """
+
+    path: Path
+    noun: str
+    marker: str
+    if_it_exists: str
+    elsewhere: str
+    key: str | None = None
+
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Decide whether the command may use the folder; only looks.
+
+        Args:
+            resume: Go on with what is there.
+            overwrite: Clear what is there.
+
+        Raises:
+            UsageError: It exists and neither is allowed, it was made by something else, or it cannot be written.
+        """
+        if resume and overwrite:
+            raise UsageError("--resume and --overwrite contradict each other; give one", code="resume-and-overwrite")
+        with self.named():
+            if self.path.exists() and any(self.path.iterdir()):
+                self._check_content(resume, overwrite)
+            nearest = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not nearest.is_dir():
+            raise self._unwritable(f"{nearest} is not a directory")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise self._unwritable(f"no permission to write {nearest}")
+
+    def _check_content(self, resume: bool, overwrite: bool) -> None:
+        if not (resume or overwrite):
+            raise UsageError(f"{self.noun} {self.path} exists; {self.if_it_exists}", code="output-exists")
+        if not (self.path / self.marker).is_file():
+            refused = "resumed" if resume else "overwritten"
+            raise UsageError(
+                f"{self.path} holds no {self.marker}, so it is no {self.noun} and is not {refused}; {self.elsewhere}",
+                code="not-an-output-folder",
+            )
+
+    def make(self, *, empty: bool) -> None:
+        """Make the folder, after `check`.
+
+        Args:
+            empty: Clear what is there.
+
+        Raises:
+            UsageError: It cannot be written after all.
+        """
+        with self.named():
+            if empty and self.path.exists():
+                shutil.rmtree(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Turn what the file system refuses inside the block into one line that names the folder."""
+        try:
+            yield
+        except OSError as error:
+            raise self._unwritable(error.strerror or str(error)) from error
+
+    def _unwritable(self, reason: str) -> UsageError:
+        text = f"cannot write the {self.noun} {self.path}: {reason}; {self.elsewhere}"
+        return UsageError(text, code="output-not-writable", key=self.key)

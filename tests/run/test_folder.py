@@ -1,0 +1,58 @@
+"""Weights, data information and summaries of a run folder: read back, or refused with the fault named."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.run import folder
+from kit import refused
+
+
+def test_a_run_without_checkpoint_is_not_resumed(tmp_path):
+    (tmp_path / folder.CONFIG_FILE).write_text("")
+    with refused("nothing-to-resume"):
+        folder.check(tmp_path, resume=True, overwrite=False)
+
+
+def test_weights_come_back(tmp_path):
+    one, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    save_file(one.state_dict(), tmp_path / folder.WEIGHTS_FILE)
+    folder.load_weights(tmp_path, other)
+    assert torch.equal(one.weight, other.weight)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "part"),
+    [
+        ({"weight": torch.zeros(2, 3)}, "lacks bias"),
+        ({"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "scale": torch.zeros(1)}, "has scale"),
+        ({"weight": torch.zeros(2, 4), "bias": torch.zeros(3)}, "(2, 4), not (2, 3) (and 1 more)"),
+    ],
+)
+def test_weights_of_another_network(tmp_path, tensors, part):
+    save_file(tensors, tmp_path / "other.safetensors")
+    with refused("weights-of-another-network", UsageError, part) as caught:
+        folder.load_weights(tmp_path / "other.safetensors", nn.Linear(3, 2))
+    assert caught.value.key == "start_from"
+
+
+def test_weights_that_are_none(tmp_path):
+    (tmp_path / "notes.txt").write_text("no weights")
+    with refused("weights-not-readable"):
+        folder.load_weights(tmp_path / "notes.txt", nn.Linear(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("file", "read", "code"),
+    [
+        (folder.INFO_FILE, folder.read_info, "data-info-damaged"),
+        (folder.SUMMARY_FILE, folder.read_summary, "summary-damaged"),
+    ],
+)
+@pytest.mark.parametrize("text", ["{}", "half a f"])
+def test_damaged_files_are_named(tmp_path, file, read, code, text):
+    (tmp_path / file).write_text(text)
+    with refused(code, UsageError, file):
+        read(tmp_path)
