@@ -29,6 +29,7 @@ bench: $(VENV)/.ready   ## share of ideal with emulated compute, 2, 4 and 8 rank
 	for ranks in 2 4 8; do $(BIN)/dpp bench schedule --ranks $$ranks; done
 
 gpu-check: $(VENV)/.ready   ## GPU tests and the one-GPU benchmark; says so and ends well where there is no GPU
+	$(BIN)/python -m pytest tests/gpu -rs
 	$(BIN)/dpp bench gpu
 
 $(VENV)/.ready: pyproject.toml constraints.txt

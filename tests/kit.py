@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from decoupled_pp.commands.main import build_parser
 from decoupled_pp.core.errors import UsageError
 
 TEXTS = Path(__file__).parent / "fault_texts.json"
@@ -33,6 +34,12 @@ def refused(code, kind=UsageError, *parts):
         yield caught
     assert caught.value.code == code, f"{caught.value.code}: {caught.value}"
     check_text(code, str(caught.value), *parts)
+
+
+def run_dpp(*words):
+    """Run a `dpp` command in this process as its front end does, but let its faults through; returns the exit code."""
+    chosen = build_parser(words).parse_args(words)
+    return chosen.run(chosen)
 
 
 def check_text(code, text, *parts):

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import decoupled_pp
-from decoupled_pp.commands.main import _parser
+from decoupled_pp.commands.main import build_parser
 from decoupled_pp.settings.load import load_settings
 from decoupled_pp.settings.reference import reference
 from decoupled_pp.training.job import run_rank
@@ -137,7 +137,7 @@ def test_commands_and_flags_exist(page):
 
 def _flags(words):
     """The flags of a `dpp` command, named by its first words; None if there is no such command."""
-    parser = _parser()
+    parser = build_parser()
     while subcommands := [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]:
         if not words:
             break

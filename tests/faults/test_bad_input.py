@@ -74,7 +74,7 @@ COMMAND_LINES = {
     "override that is no YAML": (["run.yaml", "--set=model={"], ["'model={'", "not YAML"]),
     "other ranks than stages": (["run.yaml", "--ranks=3"], ["stages is 2", "not 3"]),
     "no ranks": (["run.yaml", "--ranks=0"], ["stages is 2", "not 0"]),
-    "fewer restarts than none": (["run.yaml", "--ranks=2", "--max-restarts=-1"], ["--max-restarts -1", "below 0"]),
+    "fewer restarts than none": (["run.yaml", "--ranks=2", "--max-restarts=-1"], ["--max-restarts -1", "at least 0"]),
     "restarts of one process": (["run.yaml", "--max-restarts=5"], ["--max-restarts 5", "--ranks 2"]),
     "both ways": (["run.yaml", "--resume", "--overwrite"], ["--resume", "--overwrite", "contradict"]),
     "unknown option": (["run.yaml", "--resum=3"], ["--resum", "dpp"]),

@@ -5,9 +5,9 @@ import threading
 
 import pytest
 import torch
+from joined_stages import waiting_forbidden
 from on_gpu import CUDA_ONLY, DEVICE, GPU, ON_CUDA, busy
 
-from decoupled_pp.commands.bench.gpu_measure import Shape, steps_without_waiting, waiting_forbidden
 from decoupled_pp.core.channels import LinkTerms
 from decoupled_pp.core.device import Clock, Fence, RandomStream, on_device, own_stream, seeded
 from decoupled_pp.core.packets import Packet, PacketKind
@@ -193,14 +193,3 @@ def test_a_batch_comes_through_page_locked_memory():
         moved = [on_device(batch + number, DEVICE) for number in range(5)]
         moved = [tensor - number for number, tensor in enumerate(moved)]
     assert all(torch.equal(tensor.cpu(), batch) for tensor in moved)
-
-
-def test_the_loop_does_not_wait_for_the_device():
-    assert steps_without_waiting(Shape(64, 1, 4, 32, 2, 97), DEVICE, steps=5, warm_up=3) is None
-
-
-@CUDA_ONLY
-def test_a_wait_in_the_loop_would_be_found():
-    with pytest.raises(RuntimeError, match="synchroniz"), waiting_forbidden(DEVICE):
-        torch.ones(1, device=DEVICE).item()
-    assert torch.cuda.get_sync_debug_mode() == 0

@@ -1,4 +1,4 @@
-"""`dpp train --ranks N`: starts N ranks of this machine through torchrun's own launcher, in this process."""
+"""Starts the ranks of `dpp train --ranks N` on this machine, with torchrun's own launcher in this process."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from decoupled_pp.commands.terminal import USAGE, say
 from decoupled_pp.core import environment
 
-USAGE_EXIT, SIGNAL_EXIT = 2, 128
+_SIGNAL = 128
+"""A shell's exit code of a process that a signal ended is this plus the signal's number."""
 
 
 def launch(arguments: list[str], ranks: int, *, max_restarts: int, grace_seconds: float) -> int:
-    """Run `python -m decoupled_pp ARGUMENTS` on `ranks` ranks, as `torchrun --standalone` does.
+    """Runs `python -m decoupled_pp ARGUMENTS` on `ranks` ranks, as `torchrun --standalone` does.
 
     Args:
         arguments: Command line of every rank.
@@ -28,45 +30,56 @@ def launch(arguments: list[str], ranks: int, *, max_restarts: int, grace_seconds
     Returns:
         The exit code: 0, or that of the rank that failed first, or 128 + the signal.
     """
-    logging.disable(logging.ERROR)  # torch's own reports: the ranks say themselves what is wrong
-    # The threads as by torchrun (ranks set theirs by the settings); warnings of torch's C++ come with its call stack.
-    environment.set_defaults({"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"})
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id=environment.DPP_RUN + uuid.uuid4().hex,  # by which a restart knows the run folder of its own job
-        max_restarts=0,  # restarts are counted here: torchrun's own would also repeat what cannot succeed
-        monitor_interval=0.1,
-        shutdown_timeout=max(1, int(grace_seconds)),
-        local_addr="localhost",
-    )
+    logging.disable(logging.ERROR)  # torch's own reports are pages long; the ranks say in one line what is wrong
+    environment.set_defaults({
+        "OMP_NUM_THREADS": "1",  # as torchrun does, so that ranks do not fight for cores before they set their threads
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # a warning of torch's C++ brings its call stack along
+    })  # fmt: skip
     try:
-        for attempt in range(max_restarts + 1):
-            environment.begin_attempt(attempt)
-            code = _attempt(config, arguments)
-            if code in (0, USAGE_EXIT):
-                break
-        return code
+        return _attempts(_config(ranks, grace_seconds), arguments, max_restarts)
     except SignalException as error:
         if error.sigval is signal.SIGTERM:
-            sys.stderr.write("dpp: got SIGTERM, so all ranks were told to end\n")
-        return SIGNAL_EXIT + int(error.sigval)
+            say("got SIGTERM, so all ranks were told to end")
+        return _SIGNAL + int(error.sigval)
     finally:
         logging.disable(logging.NOTSET)
 
 
+def _config(ranks: int, grace_seconds: float) -> LaunchConfig:
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",  # port 0: a free one, so that several launches do not meet
+        run_id=environment.DPP_RUN + uuid.uuid4().hex,  # by which a restart knows the run folder of its own job
+        max_restarts=0,  # restarts are counted in `_attempts`: torchrun would also repeat what cannot succeed
+        monitor_interval=0.1,
+        shutdown_timeout=max(1, int(grace_seconds)),
+        local_addr="localhost",
+    )
+
+
+def _attempts(config: LaunchConfig, arguments: list[str], max_restarts: int) -> int:
+    """Starts the ranks until they end well, or for bad input, or too often; returns the last exit code."""
+    code = 0
+    for attempt in range(max_restarts + 1):
+        environment.begin_attempt(attempt)
+        code = _attempt(config, arguments)
+        if code in (0, USAGE):
+            break
+    return code
+
+
 def _attempt(config: LaunchConfig, arguments: list[str]) -> int:
-    """Start the ranks once and wait for them; the exit code as of `launch`."""
+    """Starts the ranks once and waits for them; returns the exit code as `launch` does."""
     try:
         elastic_launch(config, sys.executable)("-m", "decoupled_pp", *arguments)
     except ChildFailedError as error:
         rank, first = error.get_first_failure()
         if first.exitcode > 0:
             return first.exitcode
-        name = signal.Signals(-first.exitcode).name  # a killed rank cannot say so itself
-        sys.stderr.write(f"dpp: rank {rank} (process {first.pid}) was killed by {name}\n")
-        return SIGNAL_EXIT - first.exitcode
+        name = signal.Signals(-first.exitcode).name
+        say(f"rank {rank} (process {first.pid}) was killed by {name}")  # a killed rank cannot say so itself
+        return _SIGNAL - first.exitcode
     return 0

@@ -1,4 +1,4 @@
-"""Prints what `dpp train` and `dpp evaluate` found, as tables on the terminal."""
+"""Prints the results of `dpp train`: exits, links, files."""
 
 from __future__ import annotations
 
@@ -7,17 +7,41 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from decoupled_pp.commands.evaluate.exits import Evaluation
 from decoupled_pp.core.reports import Exit, LinkSummary
 from decoupled_pp.run.folder import SUMMARY_FILE, WEIGHTS_FILE
 from decoupled_pp.training.job import Outcome
 
 
+def print_exits(exits: Sequence[Exit], console: Console | None = None) -> None:
+    """Prints one row per exit: the loss and accuracy after the stages up to it."""
+    probed = any(one.knn_accuracy is not None for one in exits)
+    table = Table("exit", "judged by", "held-out loss", "accuracy %", *(["nearest neighbours %"] if probed else []))
+    for one in exits:
+        table.add_row(
+            str(one.stage),
+            judge_of(one, exits),
+            shown(one.val_loss, ".4f"),
+            shown(one.val_accuracy, ".2f", 100),
+            *([shown(one.knn_accuracy, ".2f", 100)] if probed else []),
+        )
+    (console or Console()).print(table)
+
+
+def judge_of(one: Exit, exits: Sequence[Exit]) -> str:
+    """Returns what makes the logits of an exit: its critic, or after the last stage the network's own head."""
+    return "network's head" if one is exits[-1] else "critic"
+
+
+def shown(value: float | None, form: str, unit: float = 1.0) -> str:
+    """Formats a number in units of `1 / unit`, or a dash where nothing was measured."""
+    return "-" if value is None else format(unit * value, form)
+
+
 def print_outcome(outcome: Outcome, console: Console | None = None) -> None:
-    """Print scores, traffic, where the files are, and the generated text if there is some."""
+    """Prints scores, traffic, where the files are, and the generated text if there is some."""
     console = console or Console()
     report = outcome.report
-    console.print(_exits_table(report.exits))
+    print_exits(report.exits, console)
     if report.links:
         console.print(_links_table(report.links))
     console.print(
@@ -29,72 +53,8 @@ def print_outcome(outcome: Outcome, console: Console | None = None) -> None:
         console.print(outcome.text, markup=False, highlight=False)
         console.rule()
     for path in (*outcome.pictures, outcome.folder / SUMMARY_FILE, outcome.folder / WEIGHTS_FILE):
-        if path.exists():  # there are no weights of a network that no rank has whole
+        if path.exists():  # a network too large for one rank is not written as a whole
             console.print(str(path), soft_wrap=True, highlight=False, markup=False)
-
-
-def print_evaluation(found: Evaluation, console: Console | None = None) -> None:
-    """Print scores and costs of the exits; early exit, the ensemble of exits and the gradient probe if asked for."""
-    console = console or Console()
-    console.print(_costs_table(found))
-    if found.progressive:
-        console.print(_early_exit_table(found))
-    if found.ensemble is not None:
-        accuracy = _percent(found.ensemble.accuracy)
-        console.print(f"ensemble of all exits: held-out loss {found.ensemble.loss:.4f}, accuracy {accuracy} %")
-    if found.cosines:
-        console.print(_gradients_table(found))
-
-
-def _exits_table(exits: Sequence[Exit]) -> Table:
-    """Returns one row per exit."""
-    probed = any(one.knn_accuracy is not None for one in exits)
-    table = Table("exit", "judged by", "held-out loss", "accuracy %")
-    if probed:
-        table.add_column("nearest neighbours %")
-    for one in exits:
-        cells = _scores(one, last=one is exits[-1])
-        if probed:
-            cells.append(_percent(one.knn_accuracy))
-        table.add_row(*cells)
-    return table
-
-
-def _costs_table(found: Evaluation) -> Table:
-    """Returns one row per exit: its scores, and what it costs to leave there."""
-    table = Table("exit", "judged by", "held-out loss", "accuracy %", "parameters", "MFLOPs/sample")
-    for one, cost in zip(found.exits, found.costs, strict=True):
-        cells = _scores(one, last=one is found.exits[-1])
-        table.add_row(*cells, f"{cost.parameters:,}", _mega(cost.flops))
-    return table
-
-
-def _scores(one: Exit, *, last: bool) -> list[str]:
-    judge = "network's head" if last else "critic"
-    loss = "-" if one.val_loss is None else f"{one.val_loss:.4f}"
-    return [str(one.stage), judge, loss, _percent(one.val_accuracy)]
-
-
-def _early_exit_table(found: Evaluation) -> Table:
-    """Returns one row per confidence above which samples leave."""
-    table = Table("confidence", "accuracy %", "MFLOPs/sample", "of the whole network", "leave per exit, %")
-    for row in found.progressive:
-        table.add_row(
-            f"{row.threshold:g}",
-            _percent(row.accuracy),
-            _mega(row.flops),
-            f"{100 * row.share_of_flops:.1f} %",
-            " / ".join(f"{100 * share:.1f}" for share in row.left),
-        )
-    return table
-
-
-def _gradients_table(found: Evaluation) -> Table:
-    """Returns one row per stage: how its local gradient lies to the true one."""
-    table = Table("stage", "cosine of local and true gradient", "least .. greatest", "norm, local / true")
-    for one in found.cosines:
-        table.add_row(str(one.stage), f"{one.mean:.3f}", f"{one.low:.3f} .. {one.high:.3f}", f"{one.norm_ratio:.2f}")
-    return table
 
 
 def _links_table(links: Sequence[LinkSummary]) -> Table:
@@ -107,11 +67,3 @@ def _links_table(links: Sequence[LinkSummary]) -> Table:
             f"{link.payload_bytes_backward:,} B",
         )
     return table
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.2f}"
-
-
-def _mega(flops: float) -> str:
-    return f"{flops / 1e6:,.2f}"

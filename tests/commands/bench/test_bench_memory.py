@@ -1,19 +1,19 @@
 """`dpp bench memory`: what a decoupled rank holds depends on neither ranks nor micro-batches; table and figure."""
 
-import argparse
 import json
+import subprocess
+import sys
 
 import pytest
 
-from decoupled_pp.commands.bench import memory
-from decoupled_pp.commands.bench.memory_report import table
+from decoupled_pp.commands.bench.memory import draw, table
+from decoupled_pp.commands.bench.memory_measure import GptSize, measure
 from decoupled_pp.commands.bench.schedule import STRATEGIES
-from decoupled_pp.commands.main import main
+from decoupled_pp.core.errors import UsageError
+from kit import refused, run_dpp
 from ranks import launch
 
-
-def _chosen(*strategies):
-    return argparse.Namespace(strategies=list(strategies), width=8, tokens=6, batch=2, ranks="2,4", per_rank="1,2")
+SMALL = GptSize(width=8, tokens=6, batch=2)
 
 
 def _bytes_of(results, strategy):
@@ -21,7 +21,7 @@ def _bytes_of(results, strategy):
 
 
 def _measured(strategies, multiples, size, folder):
-    results = [r.value for r in launch(memory.measure, _chosen(*strategies), multiples, size=size, folder=folder)]
+    results = [r.value for r in launch(measure, strategies, multiples, SMALL, size=size, folder=folder)]
     assert all(one == results[0] for one in results)
     return results[0]
 
@@ -42,33 +42,43 @@ def test_a_decoupled_rank_holds_the_same_among_more_ranks(tmp_path):
     assert max(four) <= max(two)
 
 
-def test_table_and_figure(tmp_path, capsys):
+def test_table_and_figure(tmp_path):
     one = {"ranks": 2, "micro_batches": 2}
     results = [
         {**one, "strategy": "decoupled", "bytes": [2048, 1024]},
         {**one, "strategy": "zbv", "refused": "too few"},
     ]
-    memory.report(results, _chosen("decoupled", "zbv"), tmp_path)
-    text = (tmp_path / "memory.md").read_text()
-    assert text == table(results, ["decoupled", "zbv"]) == capsys.readouterr().out
+    text = table(results, ["decoupled", "zbv"])
     assert "| 2 | 2 | 2 | refused |\n" in text
     assert "zbv: not measured: too few\n" in text
-    assert json.loads((tmp_path / "memory.json").read_text())["measurements"] == results
+    draw(results, ["decoupled", "zbv"], tmp_path / "memory.png")
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_whole_command(tmp_path):
+    command = [sys.executable, "-m", "decoupled_pp", "bench", "memory", f"--output={tmp_path}"]
+    subprocess.run([*command, "--ranks=2", "--strategies=decoupled,gpipe"], check=True, capture_output=True, timeout=90)
+    written = json.loads((tmp_path / "memory.json").read_text())
+    assert written["arguments"]["width"] == 64
+    found = {(one["strategy"], one["micro_batches"]): max(one["bytes"]) for one in written["measurements"]}
+    assert found["decoupled", 2] == found["decoupled", 8]
+    assert {count: round(found["gpipe", count] / 1024) for count in (2, 4, 8)} == {
+        2: 4904,
+        4: 9808,
+        8: 19616,
+    }  # as published
+    assert {path.name for path in tmp_path.iterdir()} == {"memory.json", "memory.md", "memory.png"}
+
+
 @pytest.mark.parametrize(
-    ("arguments", "line"),
+    ("option", "code", "part"),
     [
-        (["--ranks=2,1"], "--ranks '2,1': each must be at least 2"),
-        (["--per-rank=x"], "--per-rank 'x' must be whole numbers with commas between them"),
-        (["--strategies=backprop"], "--strategies: 'backprop' is not known; of decoupled, gpipe"),
-        (["--width=6"], "--width 6 must be a multiple of 4 (heads); --tokens 64 and --batch 4 at least 1"),
+        ("--ranks=2,1", "option-unreadable", "--ranks 2,1"),
+        ("--ranks=2.5", "option-unreadable", "whole numbers"),
+        ("--strategies=backprop", "unknown-strategy", "'backprop'"),
     ],
 )
-def test_bad_input(arguments, line, tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["bench", "memory", "--output", str(tmp_path / "out"), *arguments])
-    assert ended.value.code == 2
-    assert line in capsys.readouterr().err
+def test_bad_input(option, code, part, tmp_path):
+    with refused(code, UsageError, part):
+        run_dpp("bench", "memory", f"--output={tmp_path / 'out'}", option)
     assert not (tmp_path / "out").exists()

@@ -1,12 +1,14 @@
 """What the planner expects of an emulated pipeline whose durations are drawn."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
-from decoupled_pp.commands.bench.predicted import Emulation, MessageCost, predicted_period
+from decoupled_pp.commands.bench.predicted import MessageCost, predicted_period
+from decoupled_pp.commands.bench.workload import Workload
 
-RANKS, M, STEPS, FILL, CAPACITY, F, B = 3, 4, 3, 6, 2, 10.0, 20.0
+RANKS, M, STEPS, CAPACITY, F, B = 3, 4, 3, 2, 10.0, 20.0
 EXTRA = 0.5
 """What a pass takes beyond its sleep."""
 
@@ -16,7 +18,7 @@ def factors(rank, number):
     return draw.expovariate(1.0), draw.expovariate(1.0)
 
 
-EMULATION = Emulation(RANKS, M, STEPS, STEPS * M, FILL, CAPACITY, 4, F, B, factors)
+WORK = Workload(RANKS, F, B, 4, STEPS * M, M, STEPS, CAPACITY)
 FREE = MessageCost(0.0, 0.0, 0.0)
 
 
@@ -28,20 +30,20 @@ def durations(rank, number):
 def test_decoupled_with_drawn_durations_is_a_tandem_queue():
     """Against the recursion of a tandem of servers with finite queues, written without the simulation."""
     passes = [{rank: (F + EXTRA, B + EXTRA, 0.0)} for rank in range(RANKS)]
-    count = FILL + STEPS * M
+    count = WORK.fill + STEPS * M
     free, taken, ends = [0.0] * RANKS, [[0.0] * count for _ in range(RANKS)], []
     for packet in range(count):
         arrived = 0.0
         for rank in range(RANKS):
-            forward, backward = durations(rank, packet - FILL)
+            forward, backward = durations(rank, packet - WORK.fill)
             taken[rank][packet] = max(free[rank], arrived)
             ready = taken[rank][packet] + forward
             if rank < RANKS - 1 and packet >= CAPACITY:
                 ready = max(ready, taken[rank + 1][packet - CAPACITY])
             arrived, free[rank] = ready, ready + backward
         ends.append(free[-1])
-    expected = (ends[-1] - ends[FILL - 1]) / (STEPS * M)
-    assert predicted_period("decoupled", passes, FREE, EMULATION) == pytest.approx(expected)
+    expected = (ends[-1] - ends[WORK.fill - 1]) / (STEPS * M)
+    assert predicted_period("decoupled", passes, FREE, WORK, factors) == pytest.approx(expected)
 
 
 def test_gpipe_with_drawn_durations():
@@ -57,7 +59,7 @@ def test_gpipe_with_drawn_durations():
             clock[rank] = arrived[number] = max(clock[rank], arrived[number]) + durations(rank, number)[1]
         ends.append(list(clock))
     expected = max(last - first for first, last in zip(ends[0], ends[-1], strict=True)) / (STEPS * M)
-    assert predicted_period("gpipe", passes, FREE, EMULATION) == pytest.approx(expected)
+    assert predicted_period("gpipe", passes, FREE, WORK, factors) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("kind", ["zero_bubble", "zbv", "interleaved_1f1b", "1f1b", "deepspeed"])
@@ -70,7 +72,6 @@ def test_all_sleeps_are_drawn(kind):
     passes = [{stage: (F * share, *halves) for stage in range(stages)}]
 
     def period(by):
-        emulation = Emulation(RANKS, 6, STEPS, STEPS * M, FILL, CAPACITY, 4, F, B, lambda *_: (by, by))
-        return predicted_period(kind, passes, FREE, emulation)
+        return predicted_period(kind, passes, FREE, replace(WORK, micro_batches=6), lambda *_: (by, by))
 
     assert period(2.0) == pytest.approx(2 * period(1.0))

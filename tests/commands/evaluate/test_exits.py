@@ -11,8 +11,8 @@ from decoupled_pp import Trainer, partition
 from decoupled_pp.commands.evaluate.exits import ensemble, exit_costs, progressive
 from decoupled_pp.commands.evaluate.finished_run import evaluate_run, exit_module
 from decoupled_pp.commands.evaluate.gradient_probe import gradient_cosines
-from decoupled_pp.commands.main import main
 from decoupled_pp.core.errors import UsageError
+from kit import refused, run_dpp
 
 CLASSES, WIDTH, BATCHES = 3, 6, 5
 
@@ -119,9 +119,9 @@ def test_gradients_by_hand(trained):
 
 def test_confidences_and_tokens_are_checked(trained):
     costs = exit_costs(trained.stages, batches()[0][0])
-    with pytest.raises(UsageError, match=r"--progressive 1\.5 must be a confidence"):
+    with refused("option-out-of-range", UsageError, "--progressive 1.5"):
         progressive(trained.stages, batches(), costs, [0.5, 1.5])
-    with pytest.raises(UsageError, match="--progressive is for one class per sample"):
+    with refused("progressive-needs-classes"):
         progressive(trained.stages, [(x, torch.randn(8, CLASSES)) for x, _ in batches()], costs, [0.5])
 
 
@@ -134,16 +134,12 @@ def run(tmp_path_factory):
         f"name: tiny\nruns: {root}\nstages: 3\nmodel: {{kind: mlp, width: 16, depth: 4}}\n"
         "data: {kind: digits, batch_size: 64}\ntraining: {steps: 60}\nthreads: 1\nlogging: {tensorboard: false}\n"
     )
-    with pytest.raises(SystemExit) as ended:
-        main(["train", str(config)])
-    assert ended.value.code == 0
+    assert run_dpp("train", str(config)) == 0
     return root / "tiny"
 
 
 def dpp(*arguments):
-    with pytest.raises(SystemExit) as ended:
-        main([str(one) for one in arguments])
-    return ended.value.code
+    return run_dpp(*map(str, arguments))
 
 
 def test_the_command_says_it_all(run, capsys, tmp_path):
@@ -166,11 +162,19 @@ def test_the_command_says_it_all(run, capsys, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_bad_input(run, capsys):
-    assert dpp("evaluate", run, "--progressive=high") == 2
-    assert "--progressive 'high' must be confidences" in capsys.readouterr().err
-    assert dpp("export", run, "--exit=3", "-o", run / "x.safetensors") == 2
-    assert "has exits 0 to 2" in capsys.readouterr().err
+def test_bad_input(run):
+    with refused("option-unreadable", UsageError, "--progressive high"):
+        run_dpp("evaluate", str(run), "--progressive=high")
+    with refused("option-out-of-range", UsageError, "--gradient-probe -1"):
+        run_dpp("evaluate", str(run), "--gradient-probe=-1")
+    with refused("unknown-exit", UsageError, "has exits 0 to 2"):
+        run_dpp("export", str(run), "--exit=3", "-o", str(run / "x.safetensors"))
+    with refused("options-contradict", UsageError, "--tied"):
+        run_dpp("export", str(run), "--exit=1", "--tied", "-o", str(run / "x.safetensors"))
+    with refused("tied-needs-transformers-folder"):
+        run_dpp("export", str(run), "--tied", "-o", str(run / "x.safetensors"))
+    with refused("not-a-run-folder"):
+        run_dpp("evaluate", str(run.parent))
 
 
 def test_a_smaller_network_is_the_exit(run, tmp_path, capsys):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from decoupled_pp.commands.bench.predicted import Emulation, MessageCost, predicted_period
+from decoupled_pp.commands.bench.predicted import MessageCost, predicted_period
+from decoupled_pp.commands.bench.workload import Workload
 from decoupled_pp.commands.plan.orders import stages_per_rank
 
 RESULTS = Path(__file__).parents[3] / "docs" / "results" / "schedules_compared"
@@ -26,20 +27,18 @@ def recomputed(figures, kind):
     per_rank = 1 if kind == "decoupled" else stages_per_rank(kind)
     stages = iter(range(per_rank * figures["ranks"]))
     message = (figures[kind][f"message_{part}_us"]["median"] / 1e6 for part in ("latency", "transfer", "host"))
-    emulation = Emulation(
+    work = Workload(
         ranks=figures["ranks"],
+        forward_seconds=figures["forward_ms"] / 1e3,
+        backward_seconds=figures["backward_ms"] / 1e3,
+        batch=figures["batch"],
+        packets=figures["packets"],
         micro_batches=figures["micro_batches"],
         steps=figures["steps"],
-        packets=figures["packets"],
-        fill=max(5, figures["packets"] // 5),
         capacity=figures["capacity"],
-        message_bytes=4096,
-        forward=figures["forward_ms"] / 1e3,
-        backward=figures["backward_ms"] / 1e3,
-        factors=lambda rank, number: (1.0, 1.0),
     )
     all_passes = [{next(stages): passes for _ in range(per_rank)} for _ in range(figures["ranks"])]
-    return 1e3 * predicted_period(kind, all_passes, MessageCost(*message), emulation)
+    return 1e3 * predicted_period(kind, all_passes, MessageCost(*message), work, lambda *_: (1.0, 1.0))
 
 
 @pytest.mark.parametrize(("name", "kind"), CLAIMED)

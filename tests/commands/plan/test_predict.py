@@ -5,19 +5,14 @@ import math
 
 import pytest
 
+from decoupled_pp.commands.plan.costs import StageCosts, seconds_of
 from decoupled_pp.commands.plan.orders import PIPELINES, SPLIT, Operation, stages_per_rank
-from decoupled_pp.commands.plan.predict import (
-    STRATEGIES,
-    Setting,
-    StageCosts,
-    predict,
-    predict_stages,
-    ring_all_reduce,
-    seconds_of,
-)
+from decoupled_pp.commands.plan.predict import STRATEGIES, Setting, predict, predict_stages, ring_all_reduce
 from decoupled_pp.commands.plan.profile import Piece, Profile, read_profile
 from decoupled_pp.commands.plan.simulate import Link
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.models.cutting.cut import minmax_cut
+from kit import refused
 
 F, B = 1.0, 2.0
 SIZES = [(1, 1), (1, 3), (2, 2), (2, 8), (4, 4), (4, 8), (8, 8), (8, 16)]
@@ -177,17 +172,16 @@ def test_the_cut_is_the_best_one():
 
 
 @pytest.mark.parametrize(
-    ("strategy", "setting", "words"),
+    ("strategy", "setting", "code"),
     [
-        ("2f2b", (2, 2), "not known"),
-        ("1f1b", (4, 2), "at least as many micro-batches as ranks"),
-        ("data_parallel", (4, 6), "multiple of 4"),
-        ("zero_bubble", (4, 9), "multiple of 2"),
-        ("zbv", (8, 16), "only 8 layers"),
+        ("2f2b", (2, 2), "unknown-strategy"),
+        ("1f1b", (4, 2), "schedule-does-not-fit"),
+        ("data_parallel", (4, 6), "schedule-does-not-fit"),
+        ("zero_bubble", (4, 9), "schedule-does-not-fit"),
     ],
 )
-def test_what_cannot_run_says_why(strategy, setting, words):
-    with pytest.raises(ValueError, match=words):
+def test_what_cannot_run_says_why(strategy, setting, code):
+    with refused(code):
         predict(strategy, _profile(), Setting(*setting), minmax_cut)
 
 
@@ -212,11 +206,11 @@ def test_a_profile_comes_back_from_disk():
     ],
 )
 def test_no_profile(text):
-    with pytest.raises(ValueError, match=r"measure again|--save-profile|at least 0"):
+    with refused("profile-unreadable"):
         read_profile(text)
 
 
 def test_counts_below_one_are_refused():
-    with pytest.raises(ValueError, match="capacity is 0"):
+    with refused("option-out-of-range", UsageError, "--capacity 0"):
         Setting(2, 2, capacity=0)
     assert math.isfinite(Setting(2, 2).link.latency)

@@ -1,13 +1,13 @@
-"""A cable that holds every packet back: forwards between two TUN devices, each in a network namespace of its own.
+"""A cable with a delay: forwards packets between two TUN devices, each in a network namespace of its own.
 
     namespace 0                          this process                          namespace 1
     TCP/IP -- dpp0 (TUN) -- read --> [ waits until it is due ] -- write --> dpp0 (TUN) -- TCP/IP
                    write <-- [ waits until it is due ] <-- read
 
-A script of its own (`python -I delay_line.py SECONDS DEVICE NAMESPACE NAMESPACE`) with the standard library only: it
-changes its network namespace, which a process with other work must not, and starts in milliseconds. It ends when its
-standard input does, and takes the namespaces and their processes with it: nothing outlives the command that laid the
-cable, even if that is killed. Linux only; TUN devices as in the kernel's Documentation/networking/tuntap.rst.
+It is a script of its own (`python -I delay_line.py SECONDS DEVICE NAMESPACE NAMESPACE`) with the standard library only,
+because it changes its network namespace, which a process with other work must not, and because it must start quickly.
+It ends when its standard input does, and removes the namespaces with their processes: nothing outlives the command that
+started it, even if that is killed. Linux only; TUN devices as in the kernel's Documentation/networking/tuntap.rst.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _LARGEST_PACKET = 65536
 _BATCH = 32  # packets read at once, before those that are due are written
 
 
-class Way:
-    """One direction: packets leave in the order in which they came, and none before its time.
+class Direction:
+    """One direction of a cable: packets leave in the order in which they came, and none before its time.
 
     Attributes:
         source: Non-blocking file descriptor, one packet per read.
@@ -44,20 +44,23 @@ class Way:
     """
 
     def __init__(self, source: int, sink: int, delay_seconds: float, clock: Callable[[], float]) -> None:
-        """Join `source` to `sink`."""
-        self.source, self.lost = source, 0
-        self._sink, self._delay, self._clock = sink, delay_seconds, clock
+        """Joins `source` to `sink`."""
+        self.source = source
+        self.lost = 0
+        self._sink = sink
+        self._delay = delay_seconds
+        self._clock = clock
         self._held: deque[tuple[float, bytes]] = deque()
 
     def take(self) -> None:
-        """Read what has come, at most one batch."""
+        """Reads the packets that have come, at most one batch."""
         with suppress(BlockingIOError):
             for _ in range(_BATCH):
                 packet = os.read(self.source, _LARGEST_PACKET)
                 self._held.append((self._clock() + self._delay, packet))
 
     def deliver(self) -> None:
-        """Write what is due; a device that is down loses it, as a pulled plug would."""
+        """Writes the packets that are due; a device that is down loses them, as a pulled plug would."""
         held = self._held
         while held and held[0][0] <= self._clock():
             try:
@@ -66,7 +69,7 @@ class Way:
                 self.lost += 1
 
     def due(self) -> float:
-        """When the next packet is to leave; infinite if none is held."""
+        """Returns when the next packet is to leave; infinity if none is held."""
         return self._held[0][0] if self._held else float("inf")
 
 
@@ -76,42 +79,43 @@ class DelayLine:
     def __init__(
         self, ends: tuple[int, int], delay_seconds: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Join two file descriptors.
+        """Joins two file descriptors.
 
         Args:
-            ends: Non-blocking, one packet per read and per write.
-            delay_seconds: Of one direction: half the round trip.
-            clock: Seconds; never goes back.
+            ends: Non-blocking file descriptors, one packet per read and per write.
+            delay_seconds: Delay of one direction, half the round trip.
+            clock: Returns seconds; never goes back.
         """
         first, second = ends
-        self.ways = (Way(first, second, delay_seconds, clock), Way(second, first, delay_seconds, clock))
+        self.directions = (
+            Direction(first, second, delay_seconds, clock),
+            Direction(second, first, delay_seconds, clock),
+        )
         self._clock = clock
 
     def run(self, stop: int) -> None:
-        """Forward until the file descriptor `stop` is readable (or at its end).
-
-        `select` and not `epoll`: its timeout counts microseconds, epoll's rounds up to whole milliseconds.
-        """
-        sources = [way.source for way in self.ways]
+        """Forwards until the file descriptor `stop` is readable (or at its end)."""
+        sources = [direction.source for direction in self.directions]
         while True:
-            wait = min(way.due() for way in self.ways) - self._clock()
+            wait = min(direction.due() for direction in self.directions) - self._clock()
             timeout = None if wait == float("inf") else max(0.0, wait)
+            # Not epoll: its timeout rounds up to whole milliseconds, that of select counts microseconds.
             readable, _, _ = select.select([*sources, stop], [], [], timeout)
             if stop in readable:
                 return
-            for way in self.ways:
-                if way.source in readable:
-                    way.take()
-                way.deliver()
+            for direction in self.directions:
+                if direction.source in readable:
+                    direction.take()
+                direction.deliver()
 
 
 def open_tun(namespace: str, device: str) -> int:
-    """Move this process into a named network namespace and make a TUN device there, which lasts as long as it is open.
+    """Moves this process into a named network namespace and makes a TUN device there, which lasts while it is open.
 
     Without IFF_VNET_HDR the kernel leaves no segmentation to us: a read is one IP packet of at most the device's MTU.
 
     Args:
-        namespace: As given to `ip netns add`.
+        namespace: Name that was given to `ip netns add`.
         device: Name of the device.
 
     Returns:
@@ -133,7 +137,7 @@ def open_tun(namespace: str, device: str) -> int:
 
 
 def remove(namespace: str) -> None:
-    """Kill what runs in a namespace, and remove it; one that is gone already is no fault."""
+    """Kills the processes in a namespace and removes it; one that does not exist any more is no fault."""
     listed = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False)
     for process in map(int, listed.stdout.split()):
         if process != os.getpid():
@@ -143,11 +147,11 @@ def remove(namespace: str) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Lay the cable, say READY, forward until standard input ends; 1 and one line if it cannot be laid."""
+    """Makes the devices, says READY, forwards until standard input ends; returns 1, with one line, if it cannot."""
     seconds, device, *namespaces = arguments
-    gc.disable()  # there are no cycles, and a collection would hold packets up
+    gc.disable()  # there are no reference cycles, and a collection would hold packets up
     with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, -20)  # a cable does not wait for the hosts' processors
+        os.setpriority(os.PRIO_PROCESS, 0, -20)  # a cable must not wait for a processor
     try:
         first, second = (open_tun(name, device) for name in namespaces)
         sys.stdout.write(f"{READY}\n")

@@ -1,14 +1,12 @@
-"""What `dpp bench gpu` measures on one device: a stage's step, a large matmul, two stages on streams of their own."""
+"""Measurements of `dpp bench gpu` on one device: a stage's step, a large matmul, two stages on streams of their own."""
 
 from __future__ import annotations
 
 import gc
-import math
 import statistics
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,14 +33,16 @@ from decoupled_pp.training.join import Session, join_in_process
 from decoupled_pp.training.recipe import Recipe
 
 ADAMW = OptimizerSettings(kind="AdamW", lr=1e-4, arguments={"fused": True})
-MOMENTUM = OptimizerSettings(kind="SGD", lr=1e-2, arguments={"momentum": 0.9})
-_CAPACITY, _TIMEOUT, _SEED, _DISTINCT_PACKETS = 4, 60.0, 0, 4
+_CAPACITY = 4
+_TIMEOUT = 60.0
+_SEED = 0
+_DISTINCT_PACKETS = 4
 _MATMULS = 10
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Sizes of the benchmarked stage: GPT blocks in the middle of a model, judged by a `head` critic."""
+class StageSize:
+    """Sizes of the benchmarked stage: GPT blocks in the middle of a model, with a `head` critic."""
 
     width: int
     blocks: int
@@ -57,8 +57,8 @@ class Shape:
         return self.batch * self.sequence
 
 
-def model_flops(shape: Shape) -> dict[str, int]:
-    """Floating-point operations of one training step, by formula: matrix products only, a multiply-add is two.
+def model_flops(size: StageSize) -> dict[str, int]:
+    """Computes the floating-point operations of a training step: matrix products only, a multiply-add counts two.
 
     A weight costs 6 per token: 2 in forward, 4 in backward (gradients of input and weight; a middle stage needs the
     first block's input gradient too, for the norm before it). A block has 12 D^2 weights in matrices, the critic D V.
@@ -70,14 +70,14 @@ def model_flops(shape: Shape) -> dict[str, int]:
         `trunk` (matrices of the blocks), `attention`, `critic`.
     """
     return {
-        "trunk": 6 * 12 * shape.width**2 * shape.blocks * shape.tokens,
-        "attention": 12 * shape.sequence * shape.width * shape.blocks * shape.tokens,
-        "critic": 6 * shape.width * shape.vocabulary * shape.tokens,
+        "trunk": 6 * 12 * size.width**2 * size.blocks * size.tokens,
+        "attention": 12 * size.sequence * size.width * size.blocks * size.tokens,
+        "critic": 6 * size.width * size.vocabulary * size.tokens,
     }
 
 
 def make_stage(
-    shape: Shape,
+    size: StageSize,
     device: torch.device,
     optimizer: OptimizerSettings = ADAMW,
     *,
@@ -87,58 +87,52 @@ def make_stage(
     compiled: bool = False,
     clip_norm: float | None = None,
 ) -> Stage:
-    """A bf16 stage of GPT blocks with a critic, or (`last`) the network's own head; `index` seeds the weights."""
+    """Builds a bf16 stage of GPT blocks with a critic, or (`last`) the network's head; `index` seeds the weights."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     with seeded(_SEED + index):
-        for number in range(shape.blocks):
-            layers[f"block{number}"] = Block(shape.width, shape.heads, 0.0, 2 * shape.blocks)
-        critic = None if last else _critic(shape, index)
+        for number in range(size.blocks):
+            layers[f"block{number}"] = Block(size.width, size.heads, 0.0, 2 * size.blocks)
+        critic = None if last else _critic(size, index)
         if last:
-            layers["head"] = Head(shape.width, shape.vocabulary)
+            layers["head"] = Head(size.width, size.vocabulary)
     trunk = nn.Sequential(layers).to(device).train()
     critic = critic.to(device).train() if critic is not None else None
     optimizers = build_optimizers(optimizer, trunk, critic, owns_head=last)
     training = StageSettings(precision="bf16", compile=compiled, clip_norm=clip_norm)
-    builder = build_critic(HeadCritic())
-    recipe = Recipe(cross_entropy, builder, optimizer, training=training)
+    recipe = Recipe(cross_entropy, build_critic(HeadCritic()), optimizer, training=training)
     body = Body(index, trunk, critic, cross_entropy, device=device, seed=_SEED, training=training)
     stage = assemble_stage(index, index + 1 if last else index + 2, body, optimizers, recipe)
     stage.update.schedules = build_schedules(schedule or ScheduleSettings(), optimizers, 1000)
     return stage
 
 
-def _critic(shape: Shape, index: int) -> nn.Module:
-    hidden, output = torch.zeros(1, 1, shape.width), torch.zeros(1, 1, shape.vocabulary)
-    return build_critic(HeadCritic())(CriticContext(index, index + 2, shape.blocks, hidden, output, ()))
+def _critic(size: StageSize, index: int) -> nn.Module:
+    hidden, output = torch.zeros(1, 1, size.width), torch.zeros(1, 1, size.vocabulary)
+    return build_critic(HeadCritic())(CriticContext(index, index + 2, size.blocks, hidden, output, ()))
 
 
-def make_packets(shape: Shape, device: torch.device, count: int) -> list[Packet]:
-    """Training packets as a stage before would send them (fp32 hidden states); a few distinct ones, over and over."""
+def make_packets(size: StageSize, device: torch.device, count: int) -> list[Packet]:
+    """Makes training packets as a stage before would send them: fp32 hidden states, a few distinct ones in turn."""
+    made = []
     with seeded(_SEED):
-        made = [
-            (
-                torch.randn(shape.batch, shape.sequence, shape.width).to(device),
-                torch.randint(shape.vocabulary, (shape.batch, shape.sequence)).to(device),
-            )
-            for _ in range(min(count, _DISTINCT_PACKETS))
-        ]
-    return [Packet(PacketKind.TRAIN, n, *made[n % len(made)]) for n in range(count)]
-
-
-# ------------------------------------------------------------------------------------------------- one stage, a matmul
+        for _ in range(min(count, _DISTINCT_PACKETS)):
+            hidden = torch.randn(size.batch, size.sequence, size.width)
+            target = torch.randint(size.vocabulary, (size.batch, size.sequence))
+            made.append((hidden.to(device), target.to(device)))
+    return [Packet(PacketKind.TRAIN, number, *made[number % len(made)]) for number in range(count)]
 
 
 def measure_stage(
-    shape: Shape, device: torch.device, *, compiled: bool, steps: int, warm_up: int, repeats: int
+    size: StageSize, device: torch.device, *, compiled: bool, steps: int, warm_up: int, repeats: int
 ) -> dict[str, Any]:
-    """Steps of one stage fed directly, its output dropped: seconds per phase by the device's clock, and memory.
+    """Measures steps of one stage that is fed directly, its output dropped.
 
     Returns:
-        `phase_seconds` (per step, one dictionary per repeat), `peak_memory_bytes` (None on the CPU),
-        `saved_activation_bytes_peak`.
+        `phase_seconds` (per step by the device's clock, one dictionary per repeat), `peak_memory_bytes` (None on the
+        CPU), `saved_activation_bytes_peak`.
     """
-    stage = make_stage(shape, device, compiled=compiled)
-    packets = make_packets(shape, device, max(steps, warm_up))
+    stage = make_stage(size, device, compiled=compiled)
+    packets = make_packets(size, device, max(steps, warm_up))
     phases = []
     with own_stream(device):
         _timed_steps(stage, packets[:warm_up], device)
@@ -155,45 +149,43 @@ def measure_stage(
 
 
 def _timed_steps(stage: Stage, packets: Sequence[Packet], device: torch.device) -> dict[str, float]:
-    """Seconds of every phase over all packets; as in training, the device is waited for at the end only."""
+    """Returns the seconds of every phase over all packets; as in training, only the end waits for the device."""
     meter = StageMeter(stage.index, Clock(device), _ignore, every=len(packets) + 1, trace=range(0))
-    ends = Ends(Given(packets), Nowhere())
+    ends = Ends(FixedInlet(packets), Nowhere())
     for packet in packets:
         meter.begin(packet.number)
         done = stage.train(packet, ends, meter.lap)
-        meter.trained(packet.number, done.loss if done is not None else None, packet.samples)
+        meter.trained(packet.number, None if done is None else done.loss, packet.samples)
     meter.flush(stage, 0)
     return dict(meter.totals)
 
 
-def stage_figures(measured: dict[str, Any], shape: Shape, matmul_rate: float) -> dict[str, list[float]]:
-    """What the times mean, one value per repeat.
+def stage_figures(measured: dict[str, Any], size: StageSize, matmul_rate: float) -> dict[str, list[float]]:
+    """Derives rates and shares from the times, one value per repeat.
 
     Args:
-        measured: From `measure_stage`.
-        shape: Of the stage.
+        measured: Result of `measure_stage`.
+        size: Sizes of the stage.
         matmul_rate: FLOP/s of the large matmul of the same run.
     """
-    flops = model_flops(shape)
+    flops = model_flops(size)
     whole = sum(flops.values())
-    steps = [sum(phases.values()) for phases in measured["phase_seconds"]]
-    computing = [sum(phases[phase] for phase in BUSY) for phases in measured["phase_seconds"]]
-    critic = [phases["critic"] for phases in measured["phase_seconds"]]
+    phases = measured["phase_seconds"]
+    steps = [sum(one.values()) for one in phases]
+    computing = [sum(one[phase] for phase in BUSY) for one in phases]
     return {
         "step_ms": [seconds * 1000 for seconds in steps],
-        "tokens_per_second": [shape.tokens / seconds for seconds in steps],
+        "tokens_per_second": [size.tokens / seconds for seconds in steps],
         "model_flops_per_second": [whole / seconds for seconds in steps],
         "fraction_of_matmul": [whole / seconds / matmul_rate for seconds in steps],
-        "critic_time_share": [own / seconds for own, seconds in zip(critic, computing, strict=True)],
-        "optimizer_time_share": [
-            phases["step"] / seconds for phases, seconds in zip(measured["phase_seconds"], computing, strict=True)
-        ],
+        "critic_time_share": [one["critic"] / seconds for one, seconds in zip(phases, computing, strict=True)],
+        "optimizer_time_share": [one["step"] / seconds for one, seconds in zip(phases, computing, strict=True)],
         "critic_flops_share": [flops["critic"] / whole],
     }
 
 
 def matmul_rates(size: int, device: torch.device, repeats: int) -> list[float]:
-    """FLOP/s of a square bf16 matrix product, one value per repeat of several products."""
+    """Returns the FLOP/s of a square bf16 matrix product, one value per repeat of several products."""
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     product = torch.mm(left, right)
     rates = []
@@ -208,35 +200,32 @@ def matmul_rates(size: int, device: torch.device, repeats: int) -> list[float]:
     return rates
 
 
-# --------------------------------------------------------------------------------------------------------- two stages
-
-
-class Given(Inlet):
-    """The inlet of a first stage: these packets, then END."""
+class FixedInlet(Inlet):
+    """Inlet of a first stage: hands out given packets, then END."""
 
     def __init__(self, packets: Sequence[Packet]) -> None:
-        """Take the packets."""
+        """Stores the packets."""
         self._packets = iter([*packets, Packet(PacketKind.END, len(packets))])
 
     def receive(self) -> Packet:
-        """The next one."""
+        """Returns the next packet."""
         return next(self._packets)
 
 
-def two_stages(shape: Shape, device: torch.device, optimizer: OptimizerSettings, **options: Any) -> list[Stage]:
-    """A pipeline of two stages of `shape.blocks` blocks each; the second has the network's head."""
-    return [make_stage(shape, device, optimizer, index=k, last=k == 1, **options) for k in range(2)]
+def two_stages(size: StageSize, device: torch.device, optimizer: OptimizerSettings, **options: Any) -> list[Stage]:
+    """Builds two stages of `size.blocks` blocks each; the second has the network's head."""
+    return [make_stage(size, device, optimizer, index=index, last=index == 1, **options) for index in range(2)]
 
 
 def join(stages: Sequence[Stage], packets: Sequence[Packet]) -> list[Worker]:
-    """The stages joined by in-process links, each on a stream of its own; no flush before END."""
+    """Joins the stages by in-process links, each on a stream of its own; metrics are not flushed before END."""
     terms = LinkTerms(_CAPACITY, _TIMEOUT)
-    session = Session(Given(packets), _save_nothing, _ignore, len(packets) + 1, range(0), terms)
+    session = Session(FixedInlet(packets), _save_nothing, _ignore, len(packets) + 1, range(0), terms)
     return join_in_process(session, stages)
 
 
 def run_joined(stages: Sequence[Stage], packets: Sequence[Packet]) -> None:
-    """Train on the packets through the pipeline's own runtime, to the END."""
+    """Trains on the packets through the pipeline's own runtime, to the END."""
     workers = join(stages, packets)
     try:
         run(workers)
@@ -246,7 +235,7 @@ def run_joined(stages: Sequence[Stage], packets: Sequence[Packet]) -> None:
 
 
 def run_plainly(stages: Sequence[Stage], packets: Sequence[Packet]) -> None:
-    """The same training in plain PyTorch: one stage after the other, on the current stream."""
+    """Trains on the packets in plain PyTorch: one stage after the other, on the current stream."""
     for packet in packets:
         hidden = as_tuple(packet.payload)[0]
         for stage in stages:
@@ -265,12 +254,14 @@ def _plain_step(stage: Stage, hidden: Tensor, target: Tensor) -> Tensor:
     return output.detach()
 
 
-def measure_two_stages(shape: Shape, device: torch.device, *, steps: int, warm_up: int, repeats: int) -> dict[str, Any]:
-    """Packets per second of both ways to train two stages on one device, by the host's clock."""
-    packets = make_packets(shape, device, max(steps, warm_up))
+def measure_two_stages(
+    size: StageSize, device: torch.device, *, steps: int, warm_up: int, repeats: int
+) -> dict[str, Any]:
+    """Measures packets per second of both ways to train two stages on one device, by the host's clock."""
+    packets = make_packets(size, device, max(steps, warm_up))
     rates: dict[str, list[float]] = {}
     for name, train in (("plain", run_plainly), ("joined", run_joined)):
-        stages = two_stages(shape, device, ADAMW)
+        stages = two_stages(size, device, ADAMW)
         train(stages, packets[:warm_up])
         rates[name] = [steps / _wall_seconds(train, stages, packets[:steps], device) for _ in range(repeats)]
         del stages
@@ -291,94 +282,10 @@ def _wall_seconds(
     return time.perf_counter() - start
 
 
-def compare_two_stages(shape: Shape, device: torch.device, *, steps: int) -> dict[str, Any]:
-    """How far the weights after `steps` packets through the pipeline are from those of plain PyTorch.
-
-    SGD with momentum: Adam turns a gradient that is nothing but rounding (a key bias has none at all) into a full step,
-    so that it would tell the order of some atomic additions, not an error.
-
-    Returns:
-        `bit_equal`, and `relative_difference`: the norm of the difference over that of what training changed.
-    """
-    packets = make_packets(shape, device, steps)
-    initial = _weights(two_stages(shape, device, MOMENTUM))
-    trained = []
-    for train in (run_plainly, run_joined):
-        stages = two_stages(shape, device, MOMENTUM)
-        train(stages, packets)
-        trained.append(_weights(stages))
-        del stages
-    plain, joined = trained
-    changed = _norm(a - b for a, b in zip(plain, initial, strict=True))
-    apart = _norm(a - b for a, b in zip(joined, plain, strict=True))
-    return {
-        "bit_equal": all(torch.equal(a, b) for a, b in zip(joined, plain, strict=True)),
-        "relative_difference": apart / changed,
-    }
-
-
-def _weights(stages: Sequence[Stage]) -> list[Tensor]:
-    return [p.detach().to("cpu", copy=True) for s in stages for p in s.named_parameters("critic").values()]
-
-
-def _norm(tensors: Iterator[Tensor]) -> float:
-    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
-
-
-# --------------------------------------------------------------------------------------------------- synchronisations
-
-
-def steps_without_waiting(shape: Shape, device: torch.device, *, steps: int, warm_up: int) -> str | None:
-    """Train two joined stages (clipping and a schedule included) while PyTorch refuses to wait for the device.
-
-    Returns:
-        What waited, as PyTorch tells it, or None. On the CPU nothing can.
-    """
-    schedule = ScheduleSettings(kind="cosine", warmup=2)
-    stages = two_stages(shape, device, ADAMW, clip_norm=1.0, schedule=schedule)
-    workers = join(stages, make_packets(shape, device, warm_up + steps))
-    try:
-        _advance(workers, warm_up)
-        for worker in workers:
-            worker.meter.flush(worker.stage, 0)
-        with waiting_forbidden(device):
-            _advance(workers, steps)
-        _advance(workers, 1)  # END, which flushes
-    except RuntimeError as error:
-        if "synchroniz" not in str(error):
-            raise
-        return str(error).splitlines()[0]
-    finally:
-        for worker in workers:
-            worker.close()
-    return None
-
-
-def _advance(workers: Sequence[Worker], packets: int) -> None:
-    for _ in range(packets):
-        for worker in workers:
-            with worker.stream:
-                worker.advance()
-
-
-@contextmanager
-def waiting_forbidden(device: torch.device) -> Iterator[None]:
-    """PyTorch's own synchronising calls (`.item()`, copies to the host, ...) raise in here; the CPU has none."""
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
 def release(device: torch.device) -> None:
-    """Let go of what the last measurement held: it must not count in the next one's peak."""
+    """Frees the memory of the last measurement, which must not count in the next one's peak."""
     torch.compiler.reset()
-    gc.collect()  # schedules and optimizers hold each other
+    gc.collect()  # schedules and optimizers refer to each other
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

@@ -5,165 +5,123 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from decoupled_pp.commands.bench.memory_report import draw, table
+from decoupled_pp.commands.arguments import numbers_of, strategies_of
 from decoupled_pp.commands.bench.schedule import STRATEGIES
-from decoupled_pp.commands.launcher import launch
+from decoupled_pp.commands.drawing import COLOURS, MARKERS, save_png
 from decoupled_pp.core import environment
-from decoupled_pp.core.datasets import DataInfo
-from decoupled_pp.core.device import seeded
-from decoupled_pp.core.errors import UsageError
-from decoupled_pp.core.packets import Batch
-from decoupled_pp.core.plans import Plan
-from decoupled_pp.links import World, join_world
-from decoupled_pp.models import build_model
-from decoupled_pp.pipeline.activations import SavedActivations
-from decoupled_pp.pipeline.losses import cross_entropy
-from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings
-from decoupled_pp.settings.sections import GptModel
-from decoupled_pp.training.baselines import Training, build_baseline, stages_needed
-from decoupled_pp.training.partition import partition
-from decoupled_pp.training.trainer import Trainer
 
-VOCABULARY, HEADS, BLOCKS, TIMEOUT = 256, 4, 2, 60.0
-"""BLOCKS: transformer blocks of a rank, whatever the number of ranks; the interleaved schedules' stages have half."""
-_CPU = torch.device("cpu")
-_OPTIMIZER = OptimizerSettings(kind="SGD", lr=0.01)
+_PER_RANK = (1, 2, 4)
+"""Micro-batches of a step, as multiples of the ranks."""
 
-Measurement = dict[str, Any]
-"""ranks, micro_batches, strategy, and `bytes` of every rank or the reason why it was `refused`."""
+_KIB = 1024
+_LINES = ("-", "--", ":", "-.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own arguments."""
+    """Adds the arguments of `dpp bench memory`."""
     parser.add_argument("--output", required=True, help="folder for memory.json, memory.md and memory.png")
     parser.add_argument("--ranks", default="2,4,8", help="comma-separated numbers of processes")
-    parser.add_argument("--per-rank", default="1,2,4", help="micro-batches of a step, as multiples of the ranks")
     parser.add_argument("--strategies", default=",".join(STRATEGIES), help="comma-separated; the default is all")
-    parser.add_argument("--width", type=int, default=64, help="width of the GPT")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens of a sample")
-    parser.add_argument("--batch", type=int, default=4, help="samples of a micro-batch")
     parser.set_defaults(run=run_command)
 
 
 def run_command(chosen: argparse.Namespace) -> int:
-    """Start the ranks, one number of them after the other, and report; or be one of them."""
-    sizes, multiples = _numbers(chosen.ranks, "--ranks", 2), _numbers(chosen.per_rank, "--per-rank", 1)
-    chosen.strategies = [kind.strip() for kind in chosen.strategies.split(",")]
-    if unknown := [kind for kind in chosen.strategies if kind not in STRATEGIES]:
-        raise UsageError(f"--strategies: {unknown[0]!r} is not known; of {', '.join(STRATEGIES)}")
-    if chosen.width < HEADS or chosen.width % HEADS or min(chosen.tokens, chosen.batch) < 1:
-        raise UsageError(
-            f"--width {chosen.width} must be a multiple of {HEADS} (heads); --tokens {chosen.tokens} and "
-            f"--batch {chosen.batch} at least 1"
-        )
+    """Starts one number of ranks after the other and reports, or is one of the ranks."""
+    sizes = [int(number) for number in numbers_of("--ranks", chosen.ranks, 2, "2,4,8", whole=True)]
+    strategies = strategies_of(chosen.strategies, STRATEGIES)
+    from decoupled_pp.commands.bench.memory_measure import BLOCKS, GptSize, measure
+    from decoupled_pp.commands.launcher import launch
+
     folder = Path(chosen.output)
     if environment.world_size() > 1:
-        measured = measure(chosen, multiples)
+        measured = measure(strategies, _PER_RANK, GptSize())
         if environment.rank() == 0:
             _write(_part(folder, environment.world_size()), measured)
         return 0
     folder.mkdir(parents=True, exist_ok=True)
-    results: list[Measurement] = []
+    results: list[dict[str, Any]] = []
     for ranks in sizes:
         if code := launch(sys.argv[1:], ranks, max_restarts=0, grace_seconds=10):
             return code
-        results += json.loads(_part(folder, ranks).read_text(encoding="utf-8"))
-        _part(folder, ranks).unlink()
-    report(results, chosen, folder)
+        part = _part(folder, ranks)
+        results += json.loads(part.read_text(encoding="utf-8"))
+        part.unlink()
+    arguments = {"ranks": chosen.ranks, "per_rank": _PER_RANK, "strategies": strategies, **asdict(GptSize())}
+    _write(folder / "memory.json", {"arguments": arguments, "blocks_per_rank": BLOCKS, "measurements": results})
+    text = table(results, strategies)
+    (folder / "memory.md").write_text(text, encoding="utf-8")
+    draw(results, strategies, folder / "memory.png")
+    sys.stdout.write(text)
     return 0
 
 
-def report(results: list[Measurement], chosen: argparse.Namespace, folder: Path) -> None:
-    """Write memory.json, memory.md and memory.png, and print the table."""
-    arguments = {key: value for key, value in vars(chosen).items() if key not in ("run", "output")}
-    _write(folder / "memory.json", {"arguments": arguments, "blocks_per_rank": BLOCKS, "measurements": results})
-    text = table(results, chosen.strategies)
-    (folder / "memory.md").write_text(text, encoding="utf-8")
-    draw(results, chosen.strategies, folder / "memory.png")
-    sys.stdout.write(text)
-
-
-def measure(chosen: argparse.Namespace, multiples: list[int]) -> list[Measurement]:
-    """All strategies and numbers of micro-batches on the ranks that there are; equal on all ranks."""
-    torch.set_num_threads(1)
-    world = join_world(TIMEOUT)
-    channel = world.channel()
-    results: list[Measurement] = []
-    for count in (world.size * multiple for multiple in multiples):
-        for kind in chosen.strategies:
-            found: Measurement = {"ranks": world.size, "micro_batches": count, "strategy": kind}
-            batches: list[Batch] = [batch(chosen, number) for number in range(count)]
-            plan = plan_of(world.size, stages_needed(kind, world.size) or world.size, chosen.width, batch(chosen, 0)[0])
-            try:
-                peak = _decoupled(plan, batches) if kind == "decoupled" else _baseline(kind, plan, world, batches)
-            except UsageError as error:  # on every rank alike; the others are measured all the same
-                results.append({**found, "refused": str(error)})
-                continue
-            results.append({**found, "bytes": channel.gather(f"{kind}/{count}", peak, TIMEOUT)})
-    return results
-
-
-def batch(chosen: argparse.Namespace, number: int) -> tuple[Tensor, Tensor]:
-    """Random tokens (B, T), and the ones that follow them."""
-    tokens = torch.randint(
-        VOCABULARY, (chosen.batch, chosen.tokens + 1), generator=torch.Generator().manual_seed(number)
-    )
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-
-def plan_of(ranks: int, stages: int, width: int, sample: Tensor) -> Plan:
-    """A GPT of `BLOCKS` blocks per rank; the first stage has the embedding besides, the last the head."""
-    model = GptModel(kind="gpt", width=width, depth=BLOCKS * ranks, heads=HEADS)
-    with seeded(1):
-        network: nn.Sequential = build_model(model, DataInfo("tokens", (sample.shape[1],), VOCABULARY))
-    sizes = [BLOCKS * ranks // stages] * stages
-    sizes[0] += 1
-    sizes[-1] += 1
-    return partition(network, stages, sizes, sample, device="cpu")
-
-
-def _decoupled(plan: Plan, batches: list[Batch]) -> int:
-    """Peak bytes of this rank over a whole optimizer step that accumulates all micro-batches, critic included.
-
-    (What `Stage` itself measures is its first packet; that no more are held together is the point here.)
-    """
-    options: dict[str, Any] = {"device": "cpu", "accumulate": len(batches), "timeout_seconds": TIMEOUT}
-    trainer = Trainer(plan, optimizer={"kind": "SGD", "lr": 0.01}, observer=lambda records: None, **options)
-    trainer.fit(batches, 1)
-    stage = trainer.stages[0]
-    modules = [module for module in (stage.trunk, stage.critic) if module is not None]
-    with SavedActivations([tensor for m in modules for tensor in (*m.parameters(), *m.buffers())]) as saved:
-        trainer.fit(batches, 1)
-    return max(saved.peak, stage.saved_activation_bytes_peak or 0)
-
-
-def _baseline(kind: str, plan: Plan, world: World, batches: list[Batch]) -> int:
-    """Peak bytes of this rank over the first step."""
-    training = Training(cross_entropy, _OPTIMIZER, ScheduleSettings(), 1)
-    strategy = build_baseline(kind, plan, training, _CPU, rank=world.rank, ranks=world.size)
-    strategy.step(batches)
-    return strategy.saved_activation_bytes_peak or 0
-
-
-def _numbers(text: str, option: str, least: int) -> list[int]:
-    try:
-        numbers = [int(word) for word in text.split(",")]
-    except ValueError as error:
-        raise UsageError(f"{option} {text!r} must be whole numbers with commas between them") from error
-    if min(numbers) < least:
-        raise UsageError(f"{option} {text!r}: each must be at least {least}")
-    return numbers
-
-
 def _part(folder: Path, ranks: int) -> Path:
+    """Returns the file in which rank 0 hands over what was measured on so many ranks."""
     return folder / f"ranks-{ranks}.json"
 
 
 def _write(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def table(results: Sequence[dict[str, Any]], strategies: Sequence[str]) -> str:
+    """Returns Markdown: the fullest rank for every number of ranks and of micro-batches, and what was refused."""
+    text = "Saved activations of the fullest rank, KiB\n\n"
+    text += f"| ranks | micro-batches | {' | '.join(strategies)} |\n" + "| --- " * (2 + len(strategies)) + "|\n"
+    rows: dict[tuple[int, int], dict[str, str]] = {}
+    for one in results:
+        cell = f"{max(one['bytes']) / _KIB:.0f}" if "bytes" in one else "refused"
+        rows.setdefault((one["ranks"], one["micro_batches"]), {})[one["strategy"]] = cell
+    for (ranks, count), cells in rows.items():
+        text += f"| {ranks} | {count} | {' | '.join(cells[kind] for kind in strategies)} |\n"
+    refused = {one["strategy"]: one["refused"] for one in results if "refused" in one}
+    return text + "".join(f"\n{kind}: not measured: {reason}\n" for kind, reason in refused.items())
+
+
+def draw(results: Sequence[dict[str, Any]], strategies: Sequence[str], path: Path) -> None:
+    """Draws the fullest rank against ranks with as many micro-batches, and against micro-batches, as a PNG."""
+    measured = [one for one in results if "bytes" in one]
+    figure = Figure(figsize=(11.0, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    most = max((one["ranks"] for one in results), default=0)
+    fewest = [one for one in measured if one["micro_batches"] == _PER_RANK[0] * one["ranks"]]
+    _draw_panel(left, fewest, strategies, "ranks", "Against ranks (fewest micro-batches of each)")
+    on_most = [one for one in measured if one["ranks"] == most]
+    _draw_panel(right, on_most, strategies, "micro_batches", f"On {most} ranks")
+    left.set_ylabel("saved activations of the fullest rank, KiB")
+    handles, labels = left.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False)
+    save_png(figure, path)
+
+
+def _draw_panel(axes: Axes, results: Sequence[dict[str, Any]], strategies: Sequence[str], key: str, title: str) -> None:
+    for place, kind in enumerate(strategies):
+        points = sorted((one[key], max(one["bytes"]) / _KIB) for one in results if one["strategy"] == kind)
+        # Some curves lie on top of each other: a later one has smaller markers, and gaps in its line.
+        axes.plot(
+            [x for x, _ in points],
+            [y for _, y in points],
+            color=COLOURS[place],
+            marker=MARKERS[place],
+            markersize=max(4.0, 11.0 - 1.3 * place),
+            linestyle=_LINES[place % len(_LINES)],
+            label=kind,
+        )
+    ticks = sorted({one[key] for one in results})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.set_xlabel(key.replace("_", "-") + ("" if key == "ranks" else " per step"))
+    axes.set_title(title, loc="left", fontsize=10.5)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,7 +1,7 @@
 """The planner's prediction of an emulated pipeline, from its parts measured apart on the same ranks.
 
-What goes in: every stage's passes alone, a message between neighbours, and what the sleeps were multiplied by. What
-comes out: the schedule's effect. Nothing is fitted to the pipeline's own time.
+It combines every stage's passes alone, a message between neighbours, and the factors of the sleeps; what it adds is the
+schedule's effect. Nothing is fitted to the pipeline's own time.
 """
 
 from __future__ import annotations
@@ -9,14 +9,19 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
+from decoupled_pp.commands.bench.workload import Workload
+from decoupled_pp.commands.plan.costs import StageCosts, seconds_of
 from decoupled_pp.commands.plan.orders import SPLIT, Operation, rank_of, stages_per_rank
-from decoupled_pp.commands.plan.predict import StageCosts, seconds_of
-from decoupled_pp.commands.plan.programs import Shape, decoupled, flushed
+from decoupled_pp.commands.plan.programs import PipelineShape, decoupled, flushed
 from decoupled_pp.commands.plan.simulate import Link, simulate
-from decoupled_pp.training.baselines.alone import MessageSeconds
+
+Passes: TypeAlias = Sequence[Mapping[int, tuple[float, float, float]]]
+"""For every rank: stage -> seconds of forward, input's and weights' gradients, with sleeps of nominal length."""
+
+Factors: TypeAlias = Callable[[int, int], tuple[float, float]]
+"""(rank, micro-batch) -> factors of its forward and backward sleeps; measured micro-batches count from 0."""
 
 
 class MessageCost(NamedTuple):
@@ -27,104 +32,75 @@ class MessageCost(NamedTuple):
     host: float
 
     @staticmethod
-    def of(tiny: Sequence[MessageSeconds], whole: Sequence[MessageSeconds]) -> MessageCost:
-        """From what the ranks have measured with a message of hardly any bytes, and with a whole one."""
+    def of(tiny: Sequence[tuple[float | None, float]], whole: Sequence[tuple[float | None, float]]) -> MessageCost:
+        """Combines the (latency, host) that the ranks measured with a message of few bytes, and with a whole one."""
         latency = _mean_latency(tiny)
-        host = statistics.mean(one.host for one in whole)
+        host = statistics.mean(host for _, host in whole)
         return MessageCost(latency, max(0.0, _mean_latency(whole) - latency), host)
 
 
-@dataclass(frozen=True)
-class Emulation:
-    """What was measured.
-
-    Attributes:
-        ranks: Number of ranks.
-        micro_batches: Per optimizer step of a flushed pipeline.
-        steps: Its measured optimizer steps, after one that does not count.
-        packets: Measured packets of a decoupled pipeline, after `fill` that do not count.
-        fill: See `packets`.
-        capacity: Packets a decoupled link may hold.
-        message_bytes: What goes from stage to stage, forward or backward.
-        forward: Seconds that a rank sleeps in the forward passes of a micro-batch.
-        backward: The same of its backward passes.
-        factors: (rank, micro-batch) -> what forward and backward sleeps were multiplied by; measured ones count from 0.
-    """
-
-    ranks: int
-    micro_batches: int
-    steps: int
-    packets: int
-    fill: int
-    capacity: int
-    message_bytes: int
-    forward: float
-    backward: float
-    factors: Callable[[int, int], tuple[float, float]]
+def _mean_latency(costs: Sequence[tuple[float | None, float]]) -> float:
+    return statistics.mean(latency for latency, _ in costs if latency is not None)
 
 
-def _mean_latency(costs: Sequence[MessageSeconds]) -> float:
-    return statistics.mean(one.latency for one in costs if one.latency is not None)
-
-
-def predicted_period(
-    kind: str,
-    passes: Sequence[Mapping[int, tuple[float, float, float]]],
-    message: MessageCost,
-    emulation: Emulation,
-) -> float:
-    """Seconds per micro-batch, over the very micro-batches that are measured.
+def predicted_period(kind: str, passes: Passes, message: MessageCost, work: Workload, factors: Factors) -> float:
+    """Predicts the seconds per micro-batch, over the very micro-batches that are measured.
 
     Args:
-        kind: Strategy.
-        passes: For every rank: stage -> seconds of forward, input's and weights' gradients with sleeps times 1.
-        message: What a message between neighbours costs.
-        emulation: What was measured.
+        kind: Name of the strategy.
+        passes: Passes of every rank's stages.
+        message: Cost of a micro-batch's activations.
+        work: The work.
+        factors: Factors of the sleeps.
     """
-    times = {int(stage): seconds for one in passes for stage, seconds in one.items()}
-    costs = [StageCosts(*times[stage], 0.0, 0, 0) for stage in range(len(times))]
-    sizes = (emulation.message_bytes,) * (len(costs) - 1)
-    bandwidth = emulation.message_bytes / message.transfer if message.transfer else math.inf
+    # Ranks exchange their passes as JSON, which makes the stages strings.
+    by_stage = {int(stage): seconds for one in passes for stage, seconds in one.items()}
+    costs = [StageCosts(*by_stage[stage], step=0.0, memory=0, saved=0) for stage in sorted(by_stage)]
+    sizes = (work.message_bytes,) * (len(costs) - 1)
+    bandwidth = work.message_bytes / message.transfer if message.transfer else math.inf
     link = Link(message.latency, bandwidth, message.host)
-    shape, per_step = Shape(kind, emulation.ranks, sizes, sizes), emulation.micro_batches
+    shape = PipelineShape(kind, work.ranks, sizes, sizes)
     if kind == "decoupled":
-        per_step, before, measured = 1, emulation.fill, emulation.packets
-        programs = decoupled(shape, emulation.capacity, before + measured)
+        per_step = 1
+        uncounted = work.fill
+        counted = work.packets
+        programs = decoupled(shape, work.capacity, uncounted + counted)
     else:
-        before, measured = 1, emulation.steps
-        programs = flushed(shape, per_step, before + measured)
-    even = seconds_of(kind, costs, emulation.ranks)
-    timeline = simulate(programs, _with_sleeps(kind, even, emulation, before * per_step), link)
-    timed = timeline.spans[-1:] if kind == "decoupled" else timeline.spans  # the last stage, or whoever takes longest
-    ends = [[span.end for span in row if span.operation.kind == "S"] for row in timed]
-    return max(row[-1] - row[before - 1] for row in ends) / measured / per_step
+        per_step = work.micro_batches
+        uncounted = 1
+        counted = work.steps
+        programs = flushed(shape, per_step, uncounted + counted)
+    nominal = seconds_of(kind, costs, work.ranks)
+    timeline = simulate(programs, _with_factors(kind, nominal, work, factors, uncounted * per_step), link)
+    # Decoupled is timed at the last stage; of a pipeline with a flush the rank counts that takes longest.
+    timed = timeline.spans[-1:] if kind == "decoupled" else timeline.spans
+    ends = [[span.end for span in spans if span.operation.kind == "S"] for spans in timed]
+    return max(end[-1] - end[uncounted - 1] for end in ends) / counted / per_step
 
 
-def _with_sleeps(
-    kind: str, even: Callable[[Operation], float], emulation: Emulation, uncounted: int
+def _with_factors(
+    kind: str, nominal: Callable[[Operation], float], work: Workload, factors: Factors, uncounted: int
 ) -> Callable[[Operation], float]:
-    """The times of `even`, in which sleeps count once, with sleeps as long as they were."""
+    """Returns the times of `nominal` with the sleeps in them multiplied by their factors."""
     share = 1 / stages_per_rank(kind)
 
     def seconds(operation: Operation) -> float:
         name, stage, number = operation
         if name not in "FBIW":
-            return even(operation)
-        forward, backward = emulation.factors(rank_of(kind, stage, emulation.ranks), number - uncounted)
+            return nominal(operation)
+        forward, backward = factors(rank_of(kind, stage, work.ranks), number - uncounted)
         if name == "F":
-            return even(operation) + (forward - 1) * emulation.forward * share
+            return nominal(operation) + (forward - 1) * work.forward_seconds * share
         whole = {"B": 1.0, "I": 0.5, "W": 0.5}[name]
-        if kind in SPLIT and stage == 0:  # not split: see `seconds_of`
+        if kind in SPLIT and stage == 0:  # the first stage's backward pass is not split: see `seconds_of`
             whole = 0.0 if name == "I" else 1.0
-        return even(operation) + (backward - 1) * emulation.backward * share * whole
+        return nominal(operation) + (backward - 1) * work.backward_seconds * share * whole
 
     return seconds
 
 
-def figures(
-    period: float, predicted: float, passes: Sequence[Mapping[int, tuple[float, float, float]]], message: MessageCost
-) -> dict[str, Any]:
-    """Predicted beside measured, and what the prediction is made of: median passes of the stages, and a message."""
+def figures(period: float, predicted: float, passes: Passes, message: MessageCost) -> dict[str, Any]:
+    """Returns predicted beside measured, and what the prediction is made of: median passes, and a message."""
     forward, to_input, weights = zip(*(seconds for one in passes for seconds in one.values()), strict=True)
     return {
         "predicted_ms": predicted * 1000,

@@ -1,7 +1,7 @@
 """Measures a path between two hosts: round trip by ICMP echo, throughput by one TCP stream.
 
-A script of its own (`python -I probe.py ping|listen|flood ...`) with the standard library only: it runs inside a
-network namespace, and starts in milliseconds.
+It is a script of its own (`python -I probe.py ping|listen|flood ...`), because it runs inside a network namespace, and
+uses the standard library only, to start quickly.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ Start = Callable[[int, list[str]], "subprocess.Popen[str]"]
 
 
 def measure_ping(start: Start, address: str, count: int) -> list[float]:
-    """Round trips from host 0 to `address`, in milliseconds, one after the other, after one that wakes everything."""
+    """Returns `count` round trips from host 0 to `address`, in milliseconds."""
+    # The first one, which resolves addresses and wakes everything, does not count.
     milliseconds: list[float] = json.loads(_output(start(0, _script("ping", address, str(count + 1)))))
     return milliseconds[1:]
 
 
 def measure_throughput(start: Start, address: str, seconds: float) -> float:
-    """Mbit/s of one TCP stream from host 0 to host 1 at `address`, without headers."""
+    """Returns the Mbit/s of one TCP stream from host 0 to host 1 at `address`, headers left out."""
     listener = start(1, _script("listen", address))
     try:
         if listener.stdout is not None:
-            listener.stdout.readline()  # it listens
+            listener.stdout.readline()  # until it listens
         _output(start(0, _script("flood", address, str(seconds))))
         mbit: float = json.loads(_output(listener))
     finally:
@@ -79,14 +80,14 @@ def _ping(address: str, count: int) -> list[float]:
 
 
 def _checksum(data: bytes) -> int:
-    """RFC 1071, of an even number of bytes."""
+    """Returns the checksum of RFC 1071 of an even number of bytes."""
     total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     total = (total >> 16) + (total & 0xFFFF)
     return ~(total + (total >> 16)) & 0xFFFF
 
 
 def _listen(address: str) -> float:
-    """Take one stream; Mbit/s between its first byte and its last."""
+    """Accepts one stream; returns the Mbit/s between its first byte and its last."""
     with socket.create_server((address, PORT)) as server:
         sys.stdout.write("listening\n")
         sys.stdout.flush()
@@ -110,7 +111,7 @@ def _flood(address: str, seconds: float) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Be one side of a measurement; what it measured is JSON on standard output."""
+    """Runs one side of a measurement; writes its result to standard output as JSON."""
     role, address, *more = arguments
     if role == "ping":
         sys.stdout.write(json.dumps(_ping(address, int(more[0]))))

@@ -1,6 +1,6 @@
-"""Two hosts on one machine: two network namespaces, joined by a delay line and nothing else, gone when it is over.
+"""Makes two hosts of one machine: two network namespaces, joined by a delay line only, and removed at the end.
 
-with two_hosts(round_trip_seconds=0.05, mbit=100, mtu=9000) as hosts:
+with two_hosts(round_trip_seconds=0.05, mbit=100) as hosts:
     hosts.start(0, ["ping", ADDRESSES[1]])
 """
 
@@ -22,7 +22,8 @@ from decoupled_pp.core.errors import TrainingError
 ADDRESSES = ("10.99.0.1", "10.99.0.2")
 DEVICE = "dpp0"
 _PATIENCE_SECONDS = 20.0
-_BURST_BYTES = 32768  # of the rate limit: 2.6 ms at 100 Mbit/s
+_MTU = 9000  # fewer packets cost the delay line less time
+_BURST_BYTES = 32768  # of the rate limit: 2.6 ms at 100 Mbit/s; tbf drops a packet that is larger
 _QUEUE_MEGABYTES = 16  # of the rate limit: more than TCP keeps there, so that it never loses a packet
 _QUEUE_PACKETS = 10000
 _KERNEL = {
@@ -33,15 +34,19 @@ _KERNEL = {
     "ipv4/tcp_congestion_control": "cubic",  # Linux's default, and always there
     "ipv6/conf/default/disable_ipv6": "1",
 }
-"""Settings of both namespaces, below /proc/sys/net. (net.core.rmem_max bounds SO_RCVBUF only, which gloo leaves.)"""
+"""Settings of both namespaces, below /proc/sys/net. (net.core.rmem_max bounds SO_RCVBUF, which gloo does not set.)"""
 
 
 class UnavailableError(TrainingError):
-    """Two hosts cannot be made here; says why and how to get them."""
+    """Raised when two hosts cannot be made here; its text says why and how to get them."""
+
+    def __init__(self, text: str) -> None:
+        """Stores the text."""
+        super().__init__(text, code="hosts-unavailable")
 
 
 def check_available() -> None:
-    """Look for what two hosts need, before anything is made.
+    """Looks for what two hosts need, before anything is made.
 
     Raises:
         UnavailableError: Something is missing.
@@ -57,10 +62,10 @@ def check_available() -> None:
 
 
 class Hosts:
-    """The two hosts, 0 and 1, with the addresses of `ADDRESSES` on the interface `DEVICE`."""
+    """Hosts 0 and 1, with the addresses of `ADDRESSES` on the interface `DEVICE`."""
 
     def __init__(self, names: tuple[str, str]) -> None:
-        """Take over namespaces, which exist."""
+        """Takes over two existing namespaces."""
         self._names = names
         self._started: list[subprocess.Popen[str]] = []
 
@@ -71,16 +76,16 @@ class Hosts:
         variables: Mapping[str, str] | None = None,
         errors: IO[str] | None = None,
     ) -> subprocess.Popen[str]:
-        """Start a command on a host.
+        """Starts a command on a host.
 
         Args:
             host: 0 or 1.
             command: Program and arguments.
             variables: Environment variables besides those of this process.
-            errors: Where standard error goes; None: to ours.
+            errors: File for its standard error; None: ours.
 
         Returns:
-            The process, with its standard output piped; it is killed with the hosts.
+            The process, with its standard output piped; it is killed when the hosts are removed.
         """
         process = subprocess.Popen(
             ["ip", "netns", "exec", self._names[host], *command],
@@ -95,7 +100,7 @@ class Hosts:
         return process
 
     def kill(self) -> None:
-        """Kill what was started and still runs."""
+        """Kills the started processes that still run."""
         for process in self._started:
             if process.poll() is None:
                 process.kill()
@@ -105,36 +110,36 @@ class Hosts:
 
 
 @contextmanager
-def two_hosts(*, round_trip_seconds: float, mbit: float, mtu: int) -> Iterator[Hosts]:
-    """Make two hosts; on leaving, however, processes, devices and namespaces are gone.
+def two_hosts(*, round_trip_seconds: float, mbit: float) -> Iterator[Hosts]:
+    """Makes two hosts; at the end of the context, however it comes, processes, devices and namespaces are removed.
 
     Args:
-        round_trip_seconds: Half of it in each direction.
+        round_trip_seconds: Delay in both directions together.
         mbit: Limit of each direction in Mbit/s by the kernel's token bucket (tbf); 0: none.
-        mtu: Bytes of the largest IP packet; fewer packets cost the delay line less time.
 
     Raises:
-        UnavailableError: This machine does not let us.
+        UnavailableError: This machine does not allow it.
     """
     names = (f"dpp-wan-{os.getpid()}-0", f"dpp-wan-{os.getpid()}-1")
-    hosts, cable = Hosts(names), None
+    hosts = Hosts(names)
+    cable = None
     try:
         for name in names:
             _run("ip", "netns", "add", name)
         cable = _lay_cable(round_trip_seconds / 2, names)
         for name, address in zip(names, ADDRESSES, strict=True):
-            _configure(name, address, mbit, mtu)
+            _configure(name, address, mbit)
         yield hosts
     finally:
         hosts.kill()
         if cable is not None:
-            _take_up(cable)
+            _end(cable)
         for name in names:
             delay_line.remove(name)
 
 
 def _lay_cable(delay_seconds: float, names: tuple[str, str]) -> subprocess.Popen[str]:
-    """Start the delay line; it ends with its standard input, also if this process is killed."""
+    """Starts the delay line; it ends with its standard input, also if this process is killed."""
     cable = subprocess.Popen(
         [sys.executable, "-I", delay_line.__file__, str(delay_seconds), DEVICE, *names],
         stdin=subprocess.PIPE,
@@ -145,33 +150,33 @@ def _lay_cable(delay_seconds: float, names: tuple[str, str]) -> subprocess.Popen
     )
     line = cable.stdout.readline().strip() if cable.stdout is not None else ""
     if line != delay_line.READY:
-        _take_up(cable)
+        _end(cable)
         raise UnavailableError(f"this kernel or container does not allow TUN devices in network namespaces ({line})")
     return cable
 
 
-def _take_up(cable: subprocess.Popen[str]) -> None:
-    with cable:  # closes its standard input
+def _end(cable: subprocess.Popen[str]) -> None:
+    with cable:  # closes its standard input, at which it removes the namespaces and ends
         try:
             cable.communicate(timeout=_PATIENCE_SECONDS)
         finally:
             cable.kill()
 
 
-def _configure(name: str, address: str, mbit: float, mtu: int) -> None:
-    """Address, limits and kernel settings of one host."""
+def _configure(name: str, address: str, mbit: float) -> None:
+    """Sets address, limits and kernel settings of one host."""
     for setting, value in _KERNEL.items():
         _run("ip", "netns", "exec", name, "sh", "-c", f"echo {value} > /proc/sys/net/{setting}", required=False)
     _run("ip", "-n", name, "link", "set", "lo", "up")
     _run("ip", "-n", name, "address", "add", f"{address}/24", "dev", DEVICE)
-    _run("ip", "-n", name, "link", "set", DEVICE, "mtu", str(mtu), "txqueuelen", str(_QUEUE_PACKETS), "up")
+    _run("ip", "-n", name, "link", "set", DEVICE, "mtu", str(_MTU), "txqueuelen", str(_QUEUE_PACKETS), "up")
     if mbit:
-        burst = max(_BURST_BYTES, 2 * mtu)  # tbf drops a packet that is larger
-        limits = ("burst", f"{burst}b", "limit", f"{_QUEUE_MEGABYTES}mb")
+        limits = ("burst", f"{_BURST_BYTES}b", "limit", f"{_QUEUE_MEGABYTES}mb")
         _run("tc", "-n", name, "qdisc", "add", "dev", DEVICE, "root", "tbf", "rate", f"{mbit}mbit", *limits)
 
 
 def _run(*command: str, required: bool = True) -> None:
+    """Runs a command of the system; only a required one must succeed."""
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE_SECONDS)
     if required and done.returncode:
         cause = " ".join(done.stderr.split()) or f"exit code {done.returncode}"

@@ -10,13 +10,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from decoupled_pp.commands.arguments import flag, numbers_of
 from decoupled_pp.commands.bench import probe, schedule, wan_report
-from decoupled_pp.commands.bench.contestants import TIMEOUT, WIDTH
 from decoupled_pp.commands.bench.two_hosts import (
     ADDRESSES,
     DEVICE,
@@ -26,87 +26,71 @@ from decoupled_pp.commands.bench.two_hosts import (
     two_hosts,
 )
 from decoupled_pp.commands.bench.wan_report import Condition
+from decoupled_pp.commands.bench.workload import TIMEOUT, WIDTH
 from decoupled_pp.core import environment
 from decoupled_pp.core.errors import TrainingError, UsageError
 
-_RANKS, _PORT = 2, 29500
+_RANKS = 2
+_PORT = 29500
 _STRATEGIES = "decoupled,1f1b,gpipe,zero_bubble,zbv,interleaved_1f1b"
-_PINGS, _FLOOD_SECONDS = 10, 1.5
-_SAMPLE_BYTES = 4 * WIDTH + 8  # float32 features and an int64 target
+_PINGS = 10
+_STREAM_SECONDS = 1.5
+_TARGET_BYTES = 8
 _POLL_SECONDS = 0.05
-_MTU = range(1280, 65521)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own arguments."""
+    """Adds the arguments of `dpp bench wan`."""
     schedule.add_work_arguments(parser)
     parser.add_argument("--round-trips", default="1,10,50,200", help="ms, comma-separated; 0 is always measured")
     parser.add_argument("--mbit", default="0,100", help="limits of each direction, comma-separated; 0: none")
-    parser.add_argument("--mtu", type=int, default=9000, help="bytes of the largest IP packet")
-    parser.add_argument("--output", help="folder for figures.json, log.txt and share.png")
+    parser.add_argument("--output", help="folder for figures.json and share.png")
     # A packet of 135 KB, so that 100 Mbit/s matter: a third of them at 30 ms per packet, and 11 ms of transfer.
     parser.set_defaults(strategies=_STRATEGIES, micro_batches=4, steps=2, batch=512, capacity=None)
     parser.set_defaults(ranks=_RANKS, run=run_command)
 
 
 def run_command(chosen: argparse.Namespace) -> int:
-    """Measure every condition in turn, `repeats` times; where two hosts cannot be made, say so and end well."""
+    """Measures every condition in turn, `repeats` times; where two hosts cannot be made, says so and ends well."""
     _check(chosen)
     try:
         check_available()
         for mbit in chosen.mbit:
-            with two_hosts(round_trip_seconds=0.0, mbit=mbit, mtu=chosen.mtu):
-                pass  # it can be done
+            with two_hosts(round_trip_seconds=0.0, mbit=mbit):
+                pass
     except UnavailableError as error:
         sys.stdout.write(f"dpp bench wan: nothing measured: {error}\n")
         return 0
-    with _Output(chosen.output) as output:
-        _measure(chosen, output)
+    _measure(chosen, _make_folder(chosen.output))
     return 0
 
 
 def _check(chosen: argparse.Namespace) -> None:
-    """Check the arguments and fill in what follows from others.
+    """Checks the arguments and fills in those that follow from others.
 
     Raises:
         UsageError: One of them cannot be honoured.
     """
     if environment.world_size() > 1:
-        raise UsageError("bench wan starts its own ranks: run it without a launcher")
-    schedule.check_work(chosen, "wan")
-    chosen.round_trips = sorted({0.0, *_numbers("--round-trips", chosen.round_trips)})
-    chosen.mbit = sorted(set(_numbers("--mbit", chosen.mbit)))
-    if chosen.batch < 1 or min(chosen.forward_ms, chosen.backward_ms) <= 0:
-        raise UsageError(
-            f"bench wan needs --batch of at least 1, --forward-ms and --backward-ms above 0, not {chosen.batch}, "
-            f"{chosen.forward_ms:g} and {chosen.backward_ms:g}"
-        )
-    if chosen.mtu not in _MTU:
-        raise UsageError(f"--mtu {chosen.mtu} must be {_MTU.start} to {_MTU.stop - 1} bytes")
+        raise UsageError("bench wan starts its own ranks: run it without a launcher", code="launcher-refused")
+    chosen.round_trips = sorted({0.0, *numbers_of("--round-trips", chosen.round_trips, 0, "1,10,50")})
+    chosen.mbit = sorted(set(numbers_of("--mbit", chosen.mbit, 0, "0,100")))
+    for name in ("forward_ms", "backward_ms"):
+        if getattr(chosen, name) <= 0:
+            raise UsageError(f"{flag(name)} {getattr(chosen, name):g} must be above 0", code="option-out-of-range")
     if chosen.capacity is None:
         chosen.capacity = math.ceil(needed_capacity(chosen))
-    if chosen.capacity < 1:
-        raise UsageError(f"--capacity {chosen.capacity} must be at least 1")
+    schedule.workload_of(chosen)
     if chosen.packets < 3 * chosen.capacity:
         raise UsageError(
             f"--packets {chosen.packets} are too few to see a link of capacity {chosen.capacity} in steady state: take "
-            f"at least {3 * chosen.capacity}"
+            f"at least {3 * chosen.capacity}",
+            code="option-out-of-range",
         )
 
 
-def _numbers(option: str, text: str) -> list[float]:
-    """Comma-separated numbers from 0."""
-    try:
-        numbers = [float(word) for word in text.split(",")]
-    except ValueError:
-        numbers = [-1.0]
-    if not all(0 <= number < math.inf for number in numbers):
-        raise UsageError(f"{option} {text}: must be comma-separated numbers of at least 0, such as 1,10,50")
-    return numbers
-
-
 def needed_capacity(chosen: argparse.Namespace) -> float:
-    """Packets that a link must hold for its round trip to stay hidden: 1 + (round trip + transfer) / period.
+    """Returns the packets that a link must hold to hide its round trip: 1 + (round trip + transfer) / period.
 
     A credit comes back one round trip and one transfer after it was taken (docs/links.md); the one more is for the
     packet that the stage is about to take.
@@ -118,80 +102,62 @@ def needed_capacity(chosen: argparse.Namespace) -> float:
 
 
 def packet_bytes(chosen: argparse.Namespace) -> int:
-    """Activations and targets of a micro-batch."""
-    return int(chosen.batch * _SAMPLE_BYTES)
+    """Returns the bytes of a micro-batch's activations and targets."""
+    return int(chosen.batch * (4 * WIDTH + _TARGET_BYTES))
 
 
-class _Output:
-    """What is printed, and the folder that keeps it."""
-
-    def __init__(self, folder: str | None) -> None:
-        self._folder = None if folder is None else Path(folder)
-        self._log: IO[str] | None = None
-
-    def __enter__(self) -> _Output:
-        if self._folder is not None:
-            try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                self._log = (self._folder / "log.txt").open("w", encoding="utf-8")
-            except OSError as error:
-                raise UsageError(
-                    f"--output {self._folder}: cannot be written ({error}); name another folder"
-                ) from error
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        if self._log is not None:
-            self._log.close()
-
-    def say(self, text: str, *, details: bool = False) -> None:
-        """One or more lines; details go to the log only."""
-        for stream in (None if details else sys.stdout, self._log):
-            if stream is not None:
-                stream.write(text.rstrip() + "\n")
-                stream.flush()
-
-    def keep(self, figures: dict[str, Any]) -> None:
-        """Write what is measured so far."""
-        if self._folder is not None:
-            (self._folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-            wan_report.draw(figures, self._folder / "share.png")
-
-
-def _measure(chosen: argparse.Namespace, output: _Output) -> None:
-    output.say(wan_report.headline(chosen, packet_bytes(chosen), needed_capacity(chosen)))
-    conditions = [Condition(mbit, trip) for mbit in chosen.mbit for trip in chosen.round_trips]
+def _measure(chosen: argparse.Namespace, folder: Path | None) -> None:
+    _say(wan_report.headline(chosen, packet_bytes(chosen), needed_capacity(chosen)))
+    conditions = [Condition(mbit, round_trip) for mbit in chosen.mbit for round_trip in chosen.round_trips]
+    figures: dict[str, Any] = {}
     for repeat in range(chosen.repeats):
         for condition in conditions:
             _measure_once(chosen, condition, first=repeat == 0)
-            output.say(f"repeat {repeat + 1}/{chosen.repeats}, {condition.progress()}")
+            _say(f"repeat {repeat + 1}/{chosen.repeats}, {condition.progress()}")
         figures = wan_report.summarize(conditions, chosen, shlex.join(["dpp", *sys.argv[1:]]))
-        output.keep(figures)  # what is measured stays, whatever comes next
-    output.say(wan_report.details(figures, chosen), details=True)
-    output.say(wan_report.describe(figures, chosen))
+        if folder is not None:  # after every repeat, so that an interrupted command leaves what it has measured
+            (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+            wan_report.draw(figures, folder / "share.png")
+    _say(wan_report.describe(figures, chosen))
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text.rstrip() + "\n")
+    sys.stdout.flush()
+
+
+def _make_folder(name: str | None) -> Path | None:
+    """Makes the folder for the results before anything is measured."""
+    if name is None:
+        return None
+    try:
+        Path(name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"--output {name} cannot be made: {error.strerror}; name another folder", code="folder-unwritable"
+        ) from None
+    return Path(name)
 
 
 def _measure_once(chosen: argparse.Namespace, condition: Condition, *, first: bool) -> None:
-    """Add one repeat to the condition, on hosts, connections and processes of its own."""
-    trip, mbit = condition.round_trip_ms, condition.mbit
-    with two_hosts(round_trip_seconds=trip / 1000, mbit=mbit, mtu=chosen.mtu) as hosts:
+    """Adds one repeat to the condition, on hosts, connections and processes of its own."""
+    with two_hosts(round_trip_seconds=condition.round_trip_ms / 1000, mbit=condition.mbit) as hosts:
         try:
             condition.pings += probe.measure_ping(hosts.start, ADDRESSES[1], _PINGS)
-            if first and trip == 0:
-                condition.stream_mbit = probe.measure_throughput(hosts.start, ADDRESSES[1], _FLOOD_SECONDS)
+            if first and condition.round_trip_ms == 0:
+                condition.stream_mbit = probe.measure_throughput(hosts.start, ADDRESSES[1], _STREAM_SECONDS)
         except (OSError, ValueError, subprocess.SubprocessError) as error:
-            raise TrainingError(f"bench wan: {condition}: {error}") from error
-        figures = _run_ranks(chosen, hosts, f"{condition}")
+            raise TrainingError(f"bench wan: {condition}: {error}", code="hosts-unreachable") from error
+        figures = _run_ranks(chosen, hosts, str(condition))
     condition.refused = figures["refused"]
     for kind in figures["strategies"]:
-        if kind in figures["refused"]:
-            continue
-        once = {key: values["median"] for key, values in figures[kind].items()}  # of one repeat
-        condition.repeats.setdefault(kind, []).append(once)
+        if kind not in figures["refused"]:
+            once = {key: values["median"] for key, values in figures[kind].items()}  # the median of one repeat
+            condition.repeats.setdefault(kind, []).append(once)
 
 
 def _run_ranks(chosen: argparse.Namespace, hosts: Hosts, where: str) -> dict[str, Any]:
-    """`dpp bench schedule`, one repeat, with a rank on every host and the store on host 0.
+    """Runs one repeat of `dpp bench schedule`, with a rank on every host and the store on host 0.
 
     Raises:
         TrainingError: A rank failed.
@@ -209,17 +175,18 @@ def _run_ranks(chosen: argparse.Namespace, hosts: Hosts, where: str) -> dict[str
         said = errors[failed].read().strip().splitlines() or ["it said nothing"]
         code = ranks[failed].poll()
         ended = "did not end within its bound" if code is None else f"ended with code {code}"
-        raise TrainingError(f"bench wan: {where}: rank {failed} {ended}: {said[-1]}")
+        raise TrainingError(f"bench wan: {where}: rank {failed} {ended}: {said[-1]}", code="rank-failed")
 
 
-def _arguments(chosen: argparse.Namespace, output: Path) -> Iterator[str]:
-    yield from (f"--strategies={','.join(chosen.strategies)}", "--repeats=1", f"--output={output}")
-    for name in ("ranks", "micro_batches", "packets", "steps", "forward_ms", "backward_ms", "batch", "capacity"):
-        yield f"--{name.replace('_', '-')}={getattr(chosen, name)}"
+def _arguments(chosen: argparse.Namespace, output: Path) -> list[str]:
+    options = [f"--strategies={','.join(chosen.strategies)}", "--repeats=1", f"--output={output}"]
+    names = ["ranks", "micro_batches", "packets", "steps", "forward_ms", "backward_ms", "batch", "capacity", "jitter"]
+    names += [name for name in ("slow_factor", "slow_share") if getattr(chosen, name) is not None]
+    return options + [f"{flag(name)}={getattr(chosen, name)}" for name in names]
 
 
 def _variables(rank: int) -> Mapping[str, str]:
-    """What torchrun would set for one rank per machine, and gloo's interface."""
+    """Returns what torchrun would set for one rank per machine, and gloo's interface."""
     return {
         "RANK": str(rank),
         "WORLD_SIZE": str(_RANKS),
@@ -233,17 +200,18 @@ def _variables(rank: int) -> Mapping[str, str]:
 
 
 def _bound_seconds(chosen: argparse.Namespace) -> float:
-    """Far more than a repeat may take: every wait inside the ranks has a bound of its own."""
+    """Returns far more than a repeat may take: every wait inside the ranks has a bound of its own."""
     packets = chosen.packets + 2 * (chosen.steps + 1) * chosen.micro_batches
     each = chosen.forward_ms + chosen.backward_ms + 10 * max(chosen.round_trips)
     return float(4 * TIMEOUT + len(chosen.strategies) * packets * each / 1000)
 
 
 def _wait(ranks: list[subprocess.Popen[str]], deadline: float) -> int | None:
-    """Wait for all; the rank that failed or outstayed the deadline, or None."""
+    """Waits for all; returns the rank that failed or outstayed the deadline, or None."""
     while True:
         codes = [process.poll() for process in ranks]
-        if failed := [rank for rank, code in enumerate(codes) if code]:
+        failed = [rank for rank, code in enumerate(codes) if code]
+        if failed:
             return failed[0]
         if None not in codes:
             return None

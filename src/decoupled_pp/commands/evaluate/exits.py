@@ -1,4 +1,4 @@
-"""What the exits of a trained network give: their cost, leaving early where one is confident, all of them together."""
+"""Scores the exits of a trained network: their costs, early exit at a confidence, the ensemble of all exits."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from decoupled_pp.commands.evaluate.gradient_probe import GradientCosine
+from decoupled_pp.core.device import untouched
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.core.objective import has_exit
 from decoupled_pp.core.packets import Batch, Payload, as_tuple, is_classification, map_payload
 from decoupled_pp.core.plans import count_parameters
 from decoupled_pp.core.reports import Exit
@@ -22,13 +22,13 @@ from decoupled_pp.pipeline.stage import Stage
 
 @dataclass(frozen=True)
 class ExitCost:
-    """What one exit takes: the stages up to it, and its critic.
+    """Cost of one exit: the stages up to it and its critic.
 
     Attributes:
-        parameters: Of both.
+        parameters: Number of parameters of both.
         flops: Floating-point operations of one sample's forward pass (matrix products, convolutions, attention; a
             multiplication and an addition are two).
-        tried: The same, with the critics of all earlier exits: what it takes to get here by trying them in turn.
+        tried: `flops` and those of all earlier critics: the cost of getting here by trying the exits in turn.
     """
 
     parameters: int
@@ -38,13 +38,13 @@ class ExitCost:
 
 @dataclass(frozen=True)
 class Progressive:
-    """Each sample leaves at the first exit whose largest softmax exceeds the threshold, at the latest at the last.
+    """Early exit: a sample leaves at the first exit whose largest softmax exceeds the threshold, else at the last.
 
     Attributes:
         threshold: The confidence.
-        accuracy: Share of samples classified right where they left.
-        flops: Mean per sample, the critics that were tried included.
-        share_of_flops: Of the whole network's, without critics.
+        accuracy: Share of samples that are classified right at the exit where they left.
+        flops: Mean per sample, including the critics that were tried.
+        share_of_flops: `flops` over those of the whole network without critics.
         left: Share of the samples that left at each exit.
     """
 
@@ -57,7 +57,7 @@ class Progressive:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """The sum of the logits of all exits.
+    """Score of the sum of the logits of all exits.
 
     Attributes:
         loss: Held-out loss of the sum.
@@ -70,14 +70,14 @@ class Ensemble:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a run's exits are worth.
+    """Result of `dpp evaluate`.
 
     Attributes:
-        exits: Their held-out scores.
-        costs: What each takes.
-        progressive: Leaving early, for every confidence that was asked for.
-        ensemble: All exits together, if asked for.
-        cosines: Local beside true gradients of every stage, if asked for.
+        exits: Held-out scores of the exits.
+        costs: Cost of each exit.
+        progressive: Early exit at every confidence that was asked for.
+        ensemble: Score of all exits together, if asked for.
+        cosines: Comparison of local and true gradients of every stage, if asked for.
     """
 
     exits: tuple[Exit, ...]
@@ -89,93 +89,113 @@ class Evaluation:
 
 @torch.no_grad()
 def exit_costs(stages: Sequence[Stage], sample: Payload) -> tuple[ExitCost, ...]:
-    """The cost of every exit, counted on a sample micro-batch."""
+    """Counts the cost of every exit on a sample micro-batch."""
     hidden = map_payload(lambda tensor: tensor.to(stages[0].body.device), sample)
-    count = as_tuple(sample)[0].shape[0]
-    trunks = parameters = critics = 0
+    samples = as_tuple(sample)[0].shape[0]
+    trunk_flops = 0
+    trunk_parameters = 0
+    earlier_critic_flops = 0
     costs = []
     for stage in stages:
-        trunk, critic = copy.deepcopy(stage.trunk).eval(), copy.deepcopy(stage.critic)
-        with FlopCounterMode(display=False) as counter:
-            hidden = trunk(hidden)
-        trunks, parameters = trunks + counter.get_total_flops(), parameters + count_parameters(trunk)
-        own = 0
-        if critic is not None and has_exit(critic):
-            with FlopCounterMode(display=False) as counter:
-                critic.eval()(hidden)
-            own = counter.get_total_flops()
-        critics += own
-        total = parameters + (count_parameters(critic) if has_exit(critic) else 0)
-        costs.append(ExitCost(total, (trunks + own) / count, (trunks + critics) / count))
+        # Copies: counting must not change the modules' modes, nor the statistics of batch normalisation.
+        trunk = copy.deepcopy(stage.trunk).eval()
+        hidden, flops = _counted(trunk, hidden)
+        trunk_flops += flops
+        trunk_parameters += count_parameters(trunk)
+        critic_flops = 0
+        critic_parameters = 0
+        if stage.critic is not None and stage.body.judge.exits:
+            _, critic_flops = _counted(copy.deepcopy(stage.critic).eval(), hidden)
+            critic_parameters = count_parameters(stage.critic)
+        earlier_critic_flops += critic_flops
+        costs.append(
+            ExitCost(
+                parameters=trunk_parameters + critic_parameters,
+                flops=(trunk_flops + critic_flops) / samples,
+                tried=(trunk_flops + earlier_critic_flops) / samples,
+            )
+        )
     return tuple(costs)
 
 
+def _counted(module: nn.Module, hidden: Payload) -> tuple[Payload, int]:
+    """Returns the output of a module, and the floating-point operations of its forward pass."""
+    with FlopCounterMode(display=False) as counter:
+        output = module(hidden)
+    return output, counter.get_total_flops()
+
+
 def exit_logits(stages: Sequence[Stage], batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Payload]]:
-    """Held-out logits of all exits, (exits, B, ..., classes), with the targets, micro-batch by micro-batch.
+    """Yields held-out logits of all exits, (exits, B, ..., classes), with the targets, for every micro-batch.
 
     Raises:
         UsageError: A stage has no exit.
     """
-    if without := [stage.index for stage in stages if not stage.body.judge.exits]:
-        raise UsageError(f"stage {without[0]} has no exit: its critic makes no logits")
-    modules = [(stage.trunk, stage.critic) for stage in stages]
-    modes = [(part, part.training) for pair in modules for m in pair if m is not None for part in m.modules()]
-    for pair in modules:
-        for module in pair:
-            _ = module.eval() if module is not None else None
-    try:
-        for batch in batches:
-            inputs, target = (map_payload(lambda t: t.to(stages[0].body.device), part) for part in batch)
+    without = [stage.index for stage in stages if not stage.body.judge.exits]
+    if without:
+        raise UsageError(
+            f"stage {without[0]} has no exit, because its critic makes no logits; leave out --progressive and "
+            "--ensemble",
+            code="stage-without-exit",
+        )
+    device = stages[0].body.device
+    critics = [stage.critic for stage in stages if stage.critic is not None]
+    modules = nn.ModuleList([*(stage.trunk for stage in stages), *critics])
+    with untouched(modules, device):
+        modules.eval()
+        for inputs, target in batches:
             with torch.no_grad():
-                yield torch.stack(list(_through(modules, inputs))), target
-    finally:
-        for part, mode in modes:
-            part.training = mode
+                logits = torch.stack(list(_logits(stages, map_payload(lambda t: t.to(device), inputs))))
+            yield logits, map_payload(lambda t: t.to(device), target)
 
 
-def _through(modules: Sequence[tuple[nn.Module, nn.Module | None]], hidden: Payload) -> Iterator[Tensor]:
-    for trunk, critic in modules:
-        hidden = trunk(hidden)
-        yield critic(hidden) if critic is not None else as_tuple(hidden)[0]
+def _logits(stages: Sequence[Stage], hidden: Payload) -> Iterator[Tensor]:
+    for stage in stages:
+        hidden = stage.trunk(hidden)
+        yield stage.critic(hidden) if stage.critic is not None else as_tuple(hidden)[0]
 
 
 def progressive(
     stages: Sequence[Stage], batches: Iterable[Batch], costs: Sequence[ExitCost], thresholds: Sequence[float]
 ) -> tuple[Progressive, ...]:
-    """Leave at the first confident exit, for each of several confidences.
+    """Scores early exit at the first confident exit, for each of several confidences.
 
     Raises:
         UsageError: The targets are not one class index per sample, or a threshold is no probability.
     """
-    if bad := [threshold for threshold in thresholds if not 0 < threshold < 1]:
-        raise UsageError(f"--progressive {bad[0]} must be a confidence between 0 and 1")
+    for threshold in thresholds:
+        if not 0 < threshold < 1:
+            raise UsageError(
+                f"--progressive {threshold} must be a confidence between 0 and 1", code="option-out-of-range"
+            )
     correct = torch.zeros(len(thresholds))
     left = torch.zeros(len(thresholds), len(stages))
     for logits, target in exit_logits(stages, batches):
         classes = as_tuple(target)[0].cpu()
         if logits.dim() != 3 or not is_classification(logits[0], target):
-            raise UsageError("--progressive is for one class per sample: each sample leaves as a whole")
-        confidence, guesses = (t.cpu() for t in logits.float().softmax(dim=-1).max(dim=-1))  # (exits, B)
-        for n, threshold in enumerate(thresholds):
+            raise UsageError(
+                "--progressive is for one class per sample, because a sample leaves as a whole; leave it out",
+                code="progressive-needs-classes",
+            )
+        confidence, guesses = (t.cpu() for t in logits.float().softmax(dim=-1).max(dim=-1))  # each (exits, B)
+        for row, threshold in enumerate(thresholds):
             confident = confidence > threshold
             confident[-1] = True
-            exits = confident.float().argmax(dim=0)  # the first that is
-            correct[n] += (guesses.gather(0, exits[None])[0] == classes).sum()
-            left[n] += torch.bincount(exits, minlength=len(stages))
-    whole = costs[-1].flops
-    return tuple(_progressive(t, correct[n], left[n], costs, whole) for n, t in enumerate(thresholds))
+            exits = confident.float().argmax(dim=0)  # argmax returns the first of equal values: the first exit
+            correct[row] += (guesses.gather(0, exits[None])[0] == classes).sum()
+            left[row] += torch.bincount(exits, minlength=len(stages))
+    return tuple(_progressive(*row, costs) for row in zip(thresholds, correct, left, strict=True))
 
 
-def _progressive(
-    threshold: float, correct: Tensor, left: Tensor, costs: Sequence[ExitCost], whole: float
-) -> Progressive:
-    shares = [float(share) for share in left / left.sum()]
+def _progressive(threshold: float, correct: Tensor, left: Tensor, costs: Sequence[ExitCost]) -> Progressive:
+    samples = left.sum()
+    shares = [float(share) for share in left / samples]
     flops = sum(share * cost.tried for share, cost in zip(shares, costs, strict=True))
-    return Progressive(threshold, float(correct / left.sum()), flops, flops / whole, tuple(shares))
+    return Progressive(threshold, float(correct / samples), flops, flops / costs[-1].flops, tuple(shares))
 
 
 def ensemble(stages: Sequence[Stage], batches: Iterable[Batch]) -> Ensemble:
-    """Score the sum of all exits' logits with the run's loss."""
+    """Scores the sum of all exits' logits with the run's loss."""
     score = ExitScore()
     for logits, target in exit_logits(stages, batches):
         summed = logits.sum(dim=0)

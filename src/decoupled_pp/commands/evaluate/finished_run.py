@@ -1,4 +1,4 @@
-"""What can be done with the folder of a run afterwards: score its exits, export its network."""
+"""Reads the folder of a finished run: scores its exits, exports its network."""
 
 from __future__ import annotations
 
@@ -30,25 +30,35 @@ from decoupled_pp.training.prepare import prepare
 
 
 def open_run(folder: Path, overrides: tuple[str, ...] = ()) -> tuple[Settings, Checkpoint | None]:
-    """A run folder's settings, with the cut of its newest checkpoint unless an override says otherwise, and that one.
+    """Returns the settings of a run with the cut of its newest checkpoint, and that checkpoint.
 
-    A baseline saves none: of such a run the settings are those of one stage that starts from its exported weights.
+    A baseline saves no checkpoint. The settings of such a run are those of one stage that starts from the exported
+    weights.
+
+    Args:
+        folder: The run folder.
+        overrides: `key.sub=value`, on top of its settings and of the checkpoint's cut.
 
     Raises:
         UsageError: It is no run folder, or holds no good checkpoint.
     """
     config = folder / run_folder.CONFIG_FILE
     if not config.is_file():
-        raise UsageError(f"{folder} is not a run folder: it has no {run_folder.CONFIG_FILE}")
+        raise UsageError(f"{folder} is not a run folder: it has no {run_folder.CONFIG_FILE}", code="not-a-run-folder")
     checkpoint = latest_checkpoint(folder / run_folder.CHECKPOINTS)
-    if checkpoint is None and load_settings(config).strategy != "decoupled":
-        left_out = (f"{key}={json.dumps(value)}" for key, value in STAGES_ALONE.items())
-        whole = ("strategy=decoupled", "stages=1", "cut=uniform", f"start_from={folder}", *left_out)
-        return load_settings(config, (*whole, *overrides)), None
-    if checkpoint is None:
-        raise UsageError(f"{folder} has no checkpoint yet")
-    sizes = [b - a for a, b in pairwise(checkpoint.boundaries)]
-    return load_settings(config, (f"stages={len(sizes)}", f"cut={sizes}", "start_from=null", *overrides)), checkpoint
+    if checkpoint is not None:
+        sizes = [end - first for first, end in pairwise(checkpoint.boundaries)]
+        as_saved = (f"stages={len(sizes)}", f"cut={sizes}", "start_from=null")
+        return load_settings(config, (*as_saved, *overrides)), checkpoint
+    if load_settings(config).strategy == "decoupled":
+        raise UsageError(
+            f"{folder} has no checkpoint yet; train on until `checkpoint.every` steps are done",
+            code="no-checkpoint",
+            key="checkpoint.every",
+        )
+    as_one_stage = [f"{key}={json.dumps(value)}" for key, value in STAGES_ALONE.items()]
+    as_one_stage += ["strategy=decoupled", "stages=1", "cut=uniform", f"start_from={folder}"]
+    return load_settings(config, (*as_one_stage, *overrides)), None
 
 
 def evaluate_run(
@@ -60,14 +70,14 @@ def evaluate_run(
     together: bool = False,
     gradients: int = 0,
 ) -> Evaluation:
-    """Held-out scores of every exit of a run, in this process, on as much data as its `validation.batches` says.
+    """Scores every exit of a run, in this process, on as much held-out data as `validation.batches` says.
 
     Args:
         folder: The run folder.
         overrides: `key.sub=value`, on top of its settings.
         note: Is told what could not be taken over from the checkpoint (a critic that starts anew).
         thresholds: Confidences at which samples leave early.
-        together: Score the sum of all exits' logits too.
+        together: Whether to score the sum of all exits' logits too.
         gradients: Training micro-batches on which local gradients are compared with the true ones.
 
     Raises:
@@ -77,37 +87,40 @@ def evaluate_run(
     torch.set_num_threads(settings.threads or environment.cores())
     data, _, plan = prepare(settings)
     if data is None:
-        raise UsageError("evaluate runs in one process, not under torchrun")
+        raise UsageError(
+            "dpp evaluate runs in one process; run it without a launcher such as torchrun", code="launcher-refused"
+        )
     trainer = make_decoupled(settings, plan)
-
-    def observe(records: list[Record]) -> None:
-        for record in records:
-            if isinstance(record, NoteRecord):
-                note(record.text)
-
-    trainer.observe(observe)
+    trainer.observe(lambda records: _pass_on_notes(records, note))
     held_out = list(islice(data.validation.batches(), settings.validation.batches))
     exits = trainer.evaluate(held_out, resume=checkpoint)
-    costs = exit_costs(trainer.stages, trainer.plan.sample)
+    stages = trainer.stages
+    costs = exit_costs(stages, trainer.plan.sample)
     probed = islice(data.train.batches(), gradients)
     return Evaluation(
-        exits,
-        costs,
-        progressive(trainer.stages, held_out, costs, thresholds) if thresholds else (),
-        ensemble(trainer.stages, held_out) if together else None,
-        tuple(gradient_cosines(trainer.plan.module, trainer.stages, probed)) if gradients else (),
+        exits=exits,
+        costs=costs,
+        progressive=progressive(stages, held_out, costs, thresholds) if thresholds else (),
+        ensemble=ensemble(stages, held_out) if together else None,
+        cosines=tuple(gradient_cosines(trainer.plan.module, stages, probed)) if gradients else (),
     )
 
 
+def _pass_on_notes(records: Sequence[Record], note: Callable[[str], None]) -> None:
+    for record in records:
+        if isinstance(record, NoteRecord):
+            note(record.text)
+
+
 def export_folder(folder: Path, output: Path, *, tied: bool = False) -> None:
-    """Write the newest checkpoint of a run as plain safetensors; the data need not be there any more.
+    """Writes the newest checkpoint of a run as plain safetensors; the data need not be there any more.
 
     A `transformers` model becomes a folder for `from_pretrained`, unless `output` is called `*.safetensors`.
 
     Args:
         folder: The run folder.
         output: File or folder to write.
-        tied: Make one weight again of those that were (a `transformers` model, as a folder).
+        tied: Whether weights that were tied become one again (a `transformers` model, as a folder).
 
     Raises:
         UsageError: It is no run folder, or nothing was tied.
@@ -118,10 +131,10 @@ def export_folder(folder: Path, output: Path, *, tied: bool = False) -> None:
     def load(module: nn.Module) -> None:
         if checkpoint is None:
             run_folder.load_weights(folder, module)
-        else:
-            if any(parameter.is_meta for parameter in module.parameters()):
-                module.to_empty(device="cpu")
-            load_model(checkpoint, module)
+            return
+        if any(parameter.is_meta for parameter in module.parameters()):
+            module.to_empty(device="cpu")
+        load_model(checkpoint, module)
 
     def write(target: Path, names: Mapping[str, str], instead: Mapping[str, str]) -> object:
         return write_shards(checkpoint or folder / run_folder.CHECKPOINTS, target, names, instead)
@@ -131,35 +144,43 @@ def export_folder(folder: Path, output: Path, *, tied: bool = False) -> None:
         export_transformers(settings.model, info, load, write, output, tied=tied, tokenizer=tokenizer)
         return
     if tied:
-        raise UsageError("--tied: only the folder of a transformers model has a place that says so; leave it out")
+        raise UsageError(
+            "--tied works only where a transformers model is exported as a folder; leave it out",
+            code="tied-needs-transformers-folder",
+        )
     module = build_model(settings.model, info)
     load(module)
     export_safetensors(module, output)
 
 
 def exit_module(folder: str | Path, exit: int) -> nn.Sequential:
-    """A smaller plain network: the layers of the stages up to an exit, under their own names, then its critic, `exit`.
+    """Builds a smaller network: the layers of the stages up to an exit by their own names, then its critic, `exit`.
 
     Args:
-        folder: The run folder; its data must be there, for critics are built to fit them.
-        exit: Index of the stage after which to leave; the last one is the whole network, without a critic.
+        folder: The run folder; its data must be there, because critics are built to fit them.
+        exit: Index of the stage after which to leave; the last one gives the whole network, without a critic.
 
     Raises:
         UsageError: It is no run folder, or has no such exit.
     """
     settings, checkpoint = open_run(Path(folder))
-    if not 0 <= exit < settings.stages:
-        raise UsageError(f"--exit {exit}: the run {folder} has exits 0 to {settings.stages - 1}")
+    last = settings.stages - 1
+    if not 0 <= exit <= last:
+        raise UsageError(f"--exit {exit}: the run {folder} has exits 0 to {last}", code="unknown-exit")
     _, _, plan = prepare(settings)
     trainer = make_decoupled(settings, plan)
     trainer.build(checkpoint)
-    kept = trainer.stages[: exit + 1]
-    layers = {name: layer for stage in kept for name, layer in stage.trunk.named_children()}
+    layers: dict[str, nn.Module] = {}
+    for stage in trainer.stages[: exit + 1]:
+        layers.update(stage.trunk.named_children())
     critic = trainer.stages[exit].critic
-    if critic is not None and exit < settings.stages - 1:
+    if critic is not None and exit < last:
         layers[_unused("exit", layers)] = critic
     return Layers(layers.items()).cpu().eval()
 
 
 def _unused(name: str, taken: Container[str]) -> str:
-    return name if name not in taken else _unused(f"{name}_", taken)
+    """Returns the name, with as many underscores after it as make it a new one."""
+    while name in taken:
+        name += "_"
+    return name

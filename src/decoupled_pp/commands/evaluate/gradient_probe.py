@@ -1,10 +1,11 @@
-"""Where local learning loses: how a stage's local gradient points beside the true one, of the whole network's loss."""
+"""Compares the local gradient of every stage with the true one, that of the whole network's loss."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,13 @@ from decoupled_pp.pipeline.stage import Stage
 
 @dataclass(frozen=True)
 class GradientCosine:
-    """Cosine between the local and the true gradient of one stage's layers.
+    """Cosine between the local and the true gradient of the layers of one stage.
 
     Attributes:
         stage: Index of the stage.
         mean: Over the micro-batches.
-        low: The least of them.
-        high: The greatest of them.
+        low: Smallest of them.
+        high: Largest of them.
         norm_ratio: Mean of the local gradient's norm over the true one's.
     """
 
@@ -34,17 +35,17 @@ class GradientCosine:
 
 
 def gradient_cosines(module: nn.Module, stages: Sequence[Stage], batches: Iterable[Batch]) -> list[GradientCosine]:
-    """Compare gradients on micro-batches, in training mode, with the same dropout; nothing is changed by it.
+    """Compares gradients on micro-batches, in training mode, with equal dropout on both sides; changes nothing.
 
     Args:
-        module: The whole network, of which the stages have the layers.
-        stages: All of them.
+        module: The whole network.
+        stages: Its stages, which share their weights with it.
         batches: Micro-batches; each gives one cosine per stage.
 
     Raises:
         ValueError: There is no micro-batch.
     """
-    rows = [_one(module, stages, batch) for batch in batches]
+    rows = [_compare(module, stages, batch) for batch in batches]
     if not rows:
         raise ValueError("a gradient needs at least one micro-batch")
     found = []
@@ -56,28 +57,25 @@ def gradient_cosines(module: nn.Module, stages: Sequence[Stage], batches: Iterab
     return found
 
 
-def _one(module: nn.Module, stages: Sequence[Stage], batch: Batch) -> list[tuple[float, float]]:
-    """Cosine, and ratio of norms, of every stage."""
-    inputs, target = (map_payload(lambda t: t.to(stages[0].body.device), part) for part in batch)
-    judges = nn.ModuleList([module, *(stage.critic for stage in stages if stage.critic is not None)])
-    with untouched(judges, stages[0].body.device), torch.enable_grad():
-        torch.manual_seed(0)
-        local = _local(stages, inputs, target)
-    with untouched(judges, stages[0].body.device), torch.enable_grad():
-        torch.manual_seed(0)
-        hidden = inputs
-        for stage in stages:
-            torch.manual_seed(stage.index)
-            hidden = stage.trunk(hidden)
-        true = _gradients(stages[-1].body.loss(as_tuple(hidden)[0], target), stages)
-    return [_compared(ours, theirs) for ours, theirs in zip(local, true, strict=True)]
+def _compare(module: nn.Module, stages: Sequence[Stage], batch: Batch) -> list[tuple[float, float]]:
+    """Returns the cosine and the ratio of norms of every stage, on one micro-batch."""
+    device = stages[0].body.device
+    inputs, target = (map_payload(lambda t: t.to(device), part) for part in batch)
+    critics = [stage.critic for stage in stages if stage.critic is not None]
+    everything = nn.ModuleList([module, *critics])
+    with untouched(everything, device), torch.enable_grad():
+        local = _local_gradients(stages, inputs, target)
+    with untouched(everything, device), torch.enable_grad():
+        true = _true_gradients(stages, inputs, target)
+    return [_cosine_and_ratio(ours, theirs) for ours, theirs in zip(local, true, strict=True)]
 
 
-def _local(stages: Sequence[Stage], inputs: Payload, target: Payload) -> list[Tensor]:
+def _local_gradients(stages: Sequence[Stage], inputs: Payload, target: Payload) -> list[Tensor]:
+    """Returns the gradient of every stage's own loss."""
     found = []
     rider: Payload = ()
     for stage in stages:
-        torch.manual_seed(stage.index)
+        torch.manual_seed(stage.index)  # by stage, so that dropout is equal in `_true_gradients`
         view = stage.body.view(Packet(PacketKind.TRAIN, 0, inputs, target, rider))
         found += _gradients(stage.body.local_loss(view), [stage])
         inputs = map_payload(torch.detach, view.hidden)
@@ -85,22 +83,34 @@ def _local(stages: Sequence[Stage], inputs: Payload, target: Payload) -> list[Te
     return found
 
 
+def _true_gradients(stages: Sequence[Stage], hidden: Payload, target: Payload) -> list[Tensor]:
+    """Returns the gradient of the last stage's loss in every stage."""
+    for stage in stages:
+        torch.manual_seed(stage.index)
+        hidden = stage.trunk(hidden)
+    return _gradients(stages[-1].body.loss(as_tuple(hidden)[0], target), stages)
+
+
 def _gradients(loss: Tensor, stages: Sequence[Stage]) -> list[Tensor]:
-    """The gradient of every stage's layers, flat, fp64."""
-    parameters = [[p for p in stage.trunk.parameters() if p.requires_grad] for stage in stages]
-    flat = [p for of_stage in parameters for p in of_stage]
-    gradients = iter(torch.autograd.grad(loss, flat, allow_unused=True) if flat else ())
-    return [
-        torch.cat([torch.zeros(0), *(_flat(next(gradients), p) for p in of_stage)]).double() for of_stage in parameters
-    ]
+    """Returns the gradient of every stage's layers as one fp64 vector on the CPU."""
+    by_stage = [[p for p in stage.trunk.parameters() if p.requires_grad] for stage in stages]
+    parameters = list(chain(*by_stage))
+    if not parameters:
+        return [torch.zeros(0, dtype=torch.float64) for _ in stages]
+    # One call for all stages, because it frees the graph.
+    gradients = iter(torch.autograd.grad(loss, parameters, allow_unused=True))
+    return [torch.cat([torch.zeros(0), *(_flat(next(gradients), p) for p in own)]).double() for own in by_stage]
 
 
 def _flat(gradient: Tensor | None, parameter: Tensor) -> Tensor:
-    return (torch.zeros_like(parameter) if gradient is None else gradient).detach().flatten().cpu()
+    """Returns a gradient as a vector on the CPU; autograd gives None for a parameter that the loss does not use."""
+    found = torch.zeros_like(parameter) if gradient is None else gradient
+    return found.detach().flatten().cpu()
 
 
-def _compared(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
-    norms = float(ours.norm()), float(theirs.norm())
-    if not all(norms):  # nothing to train here, or no gradient
+def _cosine_and_ratio(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
+    our_norm = float(ours.norm())
+    their_norm = float(theirs.norm())
+    if our_norm == 0 or their_norm == 0:  # the stage has nothing to train, or gets no gradient
         return 0.0, 0.0
-    return float(ours @ theirs) / norms[0] / norms[1], norms[0] / norms[1]
+    return float(ours @ theirs) / our_norm / their_norm, our_norm / their_norm

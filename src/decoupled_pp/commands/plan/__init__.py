@@ -1,4 +1,8 @@
-"""What a pipeline would take before it is run: orders of compute, a simulation of them, and predictions.
+"""`dpp plan`: predicts what every strategy would take, before anything is run.
 
-`orders`, `programs`, `simulate`, `profile`, `predict`, `transformer` and `scaling` import no torch; `measure` does.
+All files but `measure` import no torch: a prediction from a saved profile takes a second.
 """
+
+from decoupled_pp.commands.plan.command import add_arguments
+
+__all__ = ["add_arguments"]

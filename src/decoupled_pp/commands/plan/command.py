@@ -1,25 +1,26 @@
-"""`dpp plan`: what every strategy would take, for a configured network on N ranks or a transformer on many devices."""
+"""The command line of `dpp plan`: a configured network on N ranks, or a transformer on many devices."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from decoupled_pp.commands.arguments import add_overrides, check_at_least, flag, strategies_of
+from decoupled_pp.commands.plan.costs import cut_stages
 from decoupled_pp.commands.plan.predict import STRATEGIES, Prediction, Setting, predict
 from decoupled_pp.commands.plan.profile import Profile, read_profile
 from decoupled_pp.commands.plan.scaling import Scale, curve
 from decoupled_pp.commands.plan.simulate import Link
-from decoupled_pp.commands.plan.stages import cut_stages
 from decoupled_pp.commands.plan.text import describe_curves, describe_plan
 from decoupled_pp.commands.plan.transformer import Transformer
 from decoupled_pp.core import units
 from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.records import write_json
 
 if TYPE_CHECKING:
     from decoupled_pp.commands.plan.predict import Cut
@@ -27,23 +28,13 @@ if TYPE_CHECKING:
 
 _Value = TypeVar("_Value")
 
-_OF_A_CONFIG = ("ranks", "measure", "profile", "save_profile", "set")
-_OF_DEVICES = (
-    "parameters",
-    "layers",
-    "width",
-    "vocabulary",
-    "sequence",
-    "micro_batch",
-    "flops",
-    "critic_share",
-    "weak",
-    "depth",
-)
+_FOR_CONFIG = ("ranks", "measure", "profile", "save_profile", "set")
+_SIZES = ("layers", "width", "vocabulary", "sequence", "micro_batch", "critic_share")
+_FOR_DEVICES = ("parameters", "flops", *_SIZES, "weak", "depth")
 
 
-def add_plan(parser: argparse.ArgumentParser) -> None:
-    """The command's own arguments."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `dpp plan`."""
     parser.add_argument("config", nargs="?", help="YAML file with the settings: plan this network for --ranks")
     parser.add_argument(
         "--strategies", default=",".join(STRATEGIES), help=f"comma-separated, of {', '.join(STRATEGIES)}"
@@ -66,7 +57,7 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     )
     config.add_argument("--profile", help="read what --save-profile wrote instead of measuring")
     config.add_argument("--save-profile", help="write what was measured to this JSON file")
-    config.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
+    add_overrides(config)
     curves = parser.add_argument_group("scaling curves of a transformer, nothing measured")
     curves.add_argument("--devices", help="comma-separated numbers of devices, e.g. 8,64,512,4096")
     curves.add_argument("--parameters", help="in all, e.g. 7B (default: 12 layers width^2 + 2 vocabulary width)")
@@ -81,185 +72,179 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     )
     curves.add_argument("--weak", action="store_true", help="--micro-batches per replica instead of in all")
     curves.add_argument("--depth", type=int, help="deepest pipeline (default: as deep as there are blocks)")
-    parser.set_defaults(run=run_plan)
+    parser.set_defaults(run=run_command)
 
 
-def run_plan(chosen: argparse.Namespace) -> int:
-    """Plan a configured network, or draw scaling curves.
+def run_command(chosen: argparse.Namespace) -> int:
+    """Plans a configured network, or draws scaling curves.
 
     Raises:
-        UsageError: Arguments that are wrong or do not go together.
+        UsageError: Arguments are wrong or contradict each other.
     """
     if (chosen.config is None) == (chosen.devices is None):
-        raise UsageError("dpp plan takes either a configuration and --ranks, or --devices; give one of the two")
-    foreign = _OF_DEVICES if chosen.devices is None else _OF_A_CONFIG
-    if given := [name for name in foreign if getattr(chosen, name) not in (None, False, [])]:
-        other = "a configuration" if chosen.devices is None else "--devices"
-        raise UsageError(f"--{given[0].replace('_', '-')} has no effect with {other}; leave it out")
-    strategies = [word.strip() for word in chosen.strategies.split(",")]
-    if unknown := [kind for kind in strategies if kind not in STRATEGIES]:
-        raise UsageError(f"--strategies: {unknown[0]!r} is not known; of {', '.join(STRATEGIES)}")
-    if chosen.output is not None and not Path(chosen.output).parent.is_dir():
-        raise UsageError(f"--output {chosen.output}: there is no folder {Path(chosen.output).parent}; make it")
-    link = _usage("--link, --latency, --message-time", lambda: _link(chosen))
-    text, figures = (_plan if chosen.devices is None else _scale)(chosen, strategies, link)
+        raise UsageError(
+            "dpp plan takes either a configuration and --ranks, or --devices; give one of the two",
+            code="options-contradict",
+        )
+    _refuse_ignored(chosen)
+    strategies = strategies_of(chosen.strategies, STRATEGIES)
+    _check_folder("--output", chosen.output)
+    link = Link(
+        latency=_read(chosen, "latency", units.seconds, 0.0),
+        bandwidth=_read(chosen, "link", units.bandwidth, math.inf),
+        host=_read(chosen, "message_time", units.seconds, 0.0),
+    )
+    plan = _plan_network if chosen.devices is None else _plan_devices
+    text, figures = plan(chosen, strategies, link)
     if chosen.output is not None:
-        Path(chosen.output).write_text(json.dumps(_plain(figures), indent=1) + "\n", encoding="utf-8")
+        Path(chosen.output).write_text(write_json(figures, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(text)
     return 0
 
 
-def _usage(name: str, make: Callable[[], _Value]) -> _Value:
-    """What `make` gives; a ValueError is the user's, named."""
+def _refuse_ignored(chosen: argparse.Namespace) -> None:
+    """Raises UsageError for an option that would do nothing."""
+    ignored, other = (_FOR_DEVICES, "a configuration") if chosen.devices is None else (_FOR_CONFIG, "--devices")
+    for name in ignored:
+        if getattr(chosen, name) not in (None, False, []):
+            raise UsageError(f"{flag(name)} has no effect with {other}; leave it out", code="option-without-effect")
+    if chosen.profile is not None and (chosen.measure or chosen.save_profile is not None):
+        raise UsageError(
+            "--profile reads a profile; leave out --measure and --save-profile, or --profile", code="options-contradict"
+        )
+
+
+def _check_folder(option: str, path: str | None) -> None:
+    """Raises UsageError if a file cannot be written later on, for want of its folder."""
+    if path is not None and not Path(path).parent.is_dir():
+        raise UsageError(f"{option} {path}: there is no folder {Path(path).parent}; make it", code="no-such-folder")
+
+
+def _read(chosen: argparse.Namespace, name: str, read: Callable[[str], _Value], default: _Value) -> _Value:
+    """Reads the value of an option that has a unit, such as 25GB/s."""
+    text = getattr(chosen, name)
+    if text is None:
+        return default
     try:
-        return make()
-    except UsageError:
-        raise
+        return read(text)
     except ValueError as error:
-        raise UsageError(f"{name}: {error}") from None
+        raise UsageError(f"{flag(name)}: {error}", code="option-unreadable") from None
 
 
-def _link(chosen: argparse.Namespace) -> Link:
-    return Link(
-        units.seconds(chosen.latency) if chosen.latency is not None else 0.0,
-        units.bandwidth(chosen.link) if chosen.link is not None else math.inf,
-        units.seconds(chosen.message_time) if chosen.message_time is not None else 0.0,
-    )
-
-
-def _plan(chosen: argparse.Namespace, strategies: Sequence[str], link: Link) -> tuple[str, dict[str, Any]]:
+def _plan_network(chosen: argparse.Namespace, strategies: Sequence[str], link: Link) -> tuple[str, dict[str, Any]]:
+    """Returns the text and the figures for a configured network."""
     from decoupled_pp.settings.load import load_settings
 
-    if chosen.ranks is not None and chosen.ranks < 1:
-        raise UsageError(f"--ranks {chosen.ranks} must be a whole number of at least 1; give the number of ranks")
-    if chosen.profile is not None and (chosen.measure or chosen.save_profile is not None):
-        raise UsageError("--profile reads a profile; leave out --measure and --save-profile, or --profile")
     settings = load_settings(chosen.config, tuple(chosen.set))
     if chosen.ranks is None:
         chosen.ranks = settings.stages
-    capacity = settings.links.capacity if chosen.capacity is None else chosen.capacity
-    count = 2 * chosen.ranks if chosen.micro_batches is None else chosen.micro_batches
-    accumulate = settings.training.accumulate
-    balance = settings.balance
-    speeds = tuple(balance.speeds or ())
-    limits = () if balance.memory is None else tuple(_limits(balance.memory, chosen.ranks))
-    setting = _usage("plan", lambda: Setting(chosen.ranks, count, link, capacity, accumulate, speeds, limits))
+    check_at_least(chosen, ranks=1)
+    if chosen.picture is not None and "decoupled" not in strategies:
+        raise UsageError(
+            "--picture is of the decoupled cut, and --strategies leaves it out; add it", code="options-contradict"
+        )
+    setting = _setting(chosen, settings, link)
     profile, cut = _profile(chosen, settings)
     predictions: dict[str, Prediction] = {}
     refused: dict[str, str] = {}
     for kind in strategies:
         try:
             predictions[kind] = predict(kind, profile, setting, cut)
-        except ValueError as error:  # one strategy that cannot run does not stop the others
+        except UsageError as error:  # a strategy that cannot run does not stop the others
             refused[kind] = str(error)
-    figures = {"profile": profile.source, "setting": setting, "predictions": predictions, "refused": refused}
+    figures = {
+        "profile": profile.source,
+        "setting": asdict(setting),
+        "predictions": {kind: asdict(one) for kind, one in predictions.items()},
+        "refused": refused,
+    }
     text = describe_plan(profile, setting, predictions, refused)
     if chosen.picture is not None:
         from decoupled_pp.commands.plan.picture import plot_cut
 
-        if "decoupled" not in predictions:
-            raise UsageError("--picture is of the decoupled cut, and --strategies leaves it out; add it")
-        plot_cut(cut_stages(profile, predictions["decoupled"].boundaries, speeds), Path(chosen.picture))
+        if "decoupled" in refused:
+            raise UsageError(
+                f"--picture is of the decoupled cut, and there is none: {refused['decoupled']}", code="nothing-to-draw"
+            )
+        boundaries = predictions["decoupled"].boundaries
+        plot_cut(cut_stages(profile, boundaries, setting.speeds), Path(chosen.picture))
         text += f"{chosen.picture}\n"
     return text, figures
 
 
-def _limits(memory: str | list[str], ranks: int) -> list[int]:
-    from decoupled_pp.training.memory import limits_of
+def _setting(chosen: argparse.Namespace, settings: Settings, link: Link) -> Setting:
+    limits: list[int] = []
+    if settings.balance.memory is not None:
+        from decoupled_pp.training.memory import limits_of
 
-    return limits_of(memory, ranks)
+        limits = limits_of(settings.balance.memory, chosen.ranks)
+    return Setting(
+        ranks=chosen.ranks,
+        micro_batches=2 * chosen.ranks if chosen.micro_batches is None else chosen.micro_batches,
+        link=link,
+        capacity=settings.links.capacity if chosen.capacity is None else chosen.capacity,
+        accumulate=settings.training.accumulate,
+        speeds=tuple(settings.balance.speeds or ()),
+        memory=tuple(limits),
+    )
 
 
 def _profile(chosen: argparse.Namespace, settings: Settings) -> tuple[Profile, Cut]:
-    """The network's costs, read or measured, and how it may be cut."""
+    """Reads or measures the network's costs; returns them, and how it may be cut."""
     from decoupled_pp.models.cutting import minmax_cut, refuse_shared
 
     if chosen.profile is not None:
         try:
             text = Path(chosen.profile).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--profile: cannot read {chosen.profile}: {error}; give the path of a profile") from None
-        return _usage(f"--profile {chosen.profile}", lambda: read_profile(text)), minmax_cut
-    save = Path(chosen.save_profile) if chosen.save_profile is not None else None
-    if save is not None and not save.parent.is_dir():
-        raise UsageError(f"--save-profile {save}: there is no folder {save.parent}; make it")
-    profile, module = _measure(settings, chosen.ranks, chosen.config)
-    if save is not None:
-        save.write_text(profile.write(), encoding="utf-8")
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(
+                f"--profile: cannot read {chosen.profile}: {reason}; give the path of a profile",
+                code="profile-unreadable",
+            ) from None
+        return read_profile(text, f"--profile {chosen.profile}"), minmax_cut
+    from decoupled_pp.commands.plan.measure import measure_configured
 
-    def cut(
-        costs: Sequence[float], stages: int, closing: Sequence[Sequence[float]] | None, **devices: Any
-    ) -> tuple[int, ...]:
-        boundaries = minmax_cut(costs, stages, closing, **devices)
+    _check_folder("--save-profile", chosen.save_profile)
+    profile, module = measure_configured(settings, chosen.ranks, chosen.config)
+    if chosen.save_profile is not None:
+        Path(chosen.save_profile).write_text(profile.write(), encoding="utf-8")
+
+    def cut(*arguments: Any, **devices: Any) -> tuple[int, ...]:
+        boundaries = minmax_cut(*arguments, **devices)
         refuse_shared(module, boundaries)
         return boundaries
 
     return profile, cut
 
 
-def _measure(settings: Settings, ranks: int, name: str) -> tuple[Profile, Any]:
-    import torch
-
-    from decoupled_pp.commands.plan.measure import measure_profile
-    from decoupled_pp.core import environment
-    from decoupled_pp.core.device import choose_device
-    from decoupled_pp.critics import build_critic
-    from decoupled_pp.pipeline.losses import find_loss
-    from decoupled_pp.settings.run import BalanceSettings
-    from decoupled_pp.training.prepare import prepare
-
-    torch.set_num_threads(settings.threads or max(1, environment.cores() // ranks))  # as a rank on this machine would
-    _, _, plan = prepare(settings.model_copy(update={"stages": 1, "cut": "uniform", "balance": BalanceSettings()}))
-    device = choose_device(settings.device, 0, 1)
-    profile = measure_profile(
-        plan.module,
-        plan.sample,
-        build_critic(settings.critic, settings.critic_overlap),
-        stages=ranks,
-        loss=find_loss(settings.loss),
-        optimizer=settings.optimizer,
-        device=device,
-        source=name,
-    )
-    return profile, plan.module
-
-
-def _scale(chosen: argparse.Namespace, strategies: Sequence[str], link: Link) -> tuple[str, dict[str, Any]]:
+def _plan_devices(chosen: argparse.Namespace, strategies: Sequence[str], link: Link) -> tuple[str, dict[str, Any]]:
+    """Returns the text and the figures of scaling curves, and draws them."""
     from decoupled_pp.commands.plan.picture import plot_curves
 
-    devices = _usage("--devices", lambda: units.whole_numbers(chosen.devices))
-    sizes = {
-        k: getattr(chosen, k) for k in ("layers", "width", "vocabulary", "sequence", "micro_batch", "critic_share")
-    }
-    for name, read in (("parameters", units.count), ("flops", units.speed)):
-        text = getattr(chosen, name)
-        sizes[name] = _usage(f"--{name}", lambda read=read, text=text: read(text)) if text is not None else None  # type: ignore[misc]
-    model = _usage("--devices", lambda: Transformer(**{k: v for k, v in sizes.items() if v is not None}))
+    devices: list[int] = _read(chosen, "devices", units.whole_numbers, [])
+    sizes = {name: getattr(chosen, name) for name in _SIZES}
+    sizes["parameters"] = _read(chosen, "parameters", units.count, None)
+    sizes["flops"] = _read(chosen, "flops", units.speed, None)
+    model = Transformer(**{name: size for name, size in sizes.items() if size is not None})
     scale = Scale(
         model,
         link,
-        1024 if chosen.micro_batches is None else chosen.micro_batches,
-        chosen.weak,
-        chosen.depth or 0,
-        4 if chosen.capacity is None else chosen.capacity,
+        micro_batches=1024 if chosen.micro_batches is None else chosen.micro_batches,
+        weak=chosen.weak,
+        depth=chosen.depth or 0,
+        capacity=4 if chosen.capacity is None else chosen.capacity,
     )
     curves = {kind: curve(kind, scale, devices) for kind in strategies}
     if all(isinstance(one, str) for points in curves.values() for one in points):
-        raise UsageError(f"no strategy runs on any of {devices} devices: {next(iter(curves.values()))[0]}")
+        reason = next(iter(curves.values()))[0]
+        raise UsageError(f"no strategy runs on any of {devices} devices: {reason}", code="nothing-to-predict")
     picture = Path(chosen.picture or "scaling.png")
-    size = (
-        f"{model.total_parameters / 1e9:.3g} billion parameters, {model.layers} blocks, {model.flops / 1e12:g} TFLOP/s"
+    title = (
+        f"{model.total_parameters / 1e9:.3g} billion parameters, {model.layers} blocks, "
+        f"{model.flops / 1e12:g} TFLOP/s, critics {model.critic_share:g} of a stage"
     )
-    plot_curves(curves, f"{size}, critics {model.critic_share:g} of a stage", picture)
-    return f"{describe_curves(scale, devices, curves)}{picture}\n", {"scale": scale, "curves": curves}
-
-
-def _plain(value: Any) -> Any:
-    """JSON for the figures; what is without limit becomes null."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value))
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    plot_curves(curves, title, picture)
+    points = {kind: [one if isinstance(one, str) else asdict(one) for one in row] for kind, row in curves.items()}
+    figures = {"scale": asdict(scale), "curves": points}
+    return f"{describe_curves(scale, devices, curves)}{picture}\n", figures

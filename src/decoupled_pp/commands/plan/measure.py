@@ -5,30 +5,33 @@ from __future__ import annotations
 import copy
 import platform
 import time
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from decoupled_pp.commands.plan.profile import Piece, Profile
-from decoupled_pp.core.device import cuda_devices
+from decoupled_pp.core import environment
+from decoupled_pp.core.device import choose_device, cuda_devices
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import CriticBuilder, CriticContext
 from decoupled_pp.core.packets import Loss, Payload, as_tuple, map_payload, payload_bytes
+from decoupled_pp.critics import build_critic
 from decoupled_pp.models.cutting import measure_passes, stand_in_objective, trace
 from decoupled_pp.models.cutting.layers import LAYER_FAULTS, critic_context, misfit, zeros_if_meta
 from decoupled_pp.models.cutting.measure import runnable_copy
 from decoupled_pp.models.cutting.objective import CriticWithLoss, Objective
 from decoupled_pp.pipeline.activations import SavedActivations
+from decoupled_pp.pipeline.losses import find_loss
 from decoupled_pp.pipeline.optim import OptimizerFactory
-from decoupled_pp.settings.run import OptimizerSettings
+from decoupled_pp.settings.run import BalanceSettings, OptimizerSettings, Settings
 from decoupled_pp.training.memory import optimizer_cost
+from decoupled_pp.training.prepare import prepare
 
 
 @dataclass(frozen=True)
-class _How:
-    """How to measure: where, with what loss and optimizer, how often."""
+class _Method:
+    """Device, loss, optimizer and number of runs of a measurement."""
 
     device: torch.device
     objective: Objective
@@ -48,17 +51,17 @@ def measure_profile(
     source: str,
     repeats: int = 5,
 ) -> Profile:
-    """Measure every layer, and the critic after every layer but the last, on copies of them.
+    """Measures every layer, and the critic after every layer but the last, on copies of them.
 
     Args:
-        module: The network; as it was afterwards.
+        module: The network; it is left unchanged.
         sample: An input micro-batch.
         critic: Builds the critics.
-        stages: Number of stages, for critics that depend on it; as if the cut were even.
-        loss: Counted with the last layer and every critic, with a made-up target.
-        optimizer: Its step and its state are measured.
-        device: Where to measure.
-        source: What is measured; the machine is added.
+        stages: Number of stages, for critics that depend on it; an even cut is assumed.
+        loss: Loss, counted with the last layer and every critic, with a made-up target.
+        optimizer: Optimizer whose step and state are measured.
+        device: Device to measure on.
+        source: Name of what is measured; the machine is added.
         repeats: Measured runs of every pass; the median counts.
 
     Raises:
@@ -67,43 +70,65 @@ def measure_profile(
     hiddens, output = trace(module, sample)
     objective = stand_in_objective(loss, zeros_if_meta(output).to(device))
     outputs = [*hiddens[1:], output]
-    how = _How(device, objective, optimizer, repeats)
+    method = _Method(device, objective, optimizer, repeats)
     kept, beside = _saved(module, sample, device, objective)
-    layers = []
+    layers: list[Piece] = []
     with torch.random.fork_rng(devices=cuda_devices(device)):
         for index, (name, layer) in enumerate(module.named_children()):
             last = index == len(module) - 1
-            piece = _piece(name, layer, hiddens[index], how, objective if last else None)
+            piece = _piece(name, layer, hiddens[index], method, objective if last else None)
+            floating = [tensor for tensor in as_tuple(outputs[index]) if tensor.is_floating_point()]
             layers.append(
-                {
-                    **piece,
-                    "saved_bytes": kept[index],
-                    "saved_beside": beside[index],
-                    "output_bytes": payload_bytes(outputs[index]),
-                    "gradient_bytes": sum(payload_bytes(t) for t in as_tuple(outputs[index]) if t.is_floating_point()),
-                }
+                replace(
+                    piece,
+                    saved_bytes=kept[index],
+                    saved_beside=beside[index],
+                    output_bytes=payload_bytes(outputs[index]),
+                    gradient_bytes=payload_bytes(tuple(floating)),
+                )
             )
         count = max(2, stages)
         contexts = [
             critic_context(module, hiddens, output, boundary=k, stage=_even_stage(k, len(module), count), stages=count)
             for k in range(1, len(module))
         ]
-        critics = [_critic(critic, context, hiddens[context.boundary - 1], how) for context in contexts]
-    with_loss = as_tuple(output)[0]
-    target_bytes = with_loss[..., 0].numel() * 8  # class indices, int64; for other targets see docs/planner.md
+        critics = [_critic(critic, context, hiddens[context.boundary - 1], method) for context in contexts]
     machine = f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}"
     return Profile(
-        f"{source}; {machine}; {time.strftime('%Y-%m-%d')}",
-        as_tuple(sample)[0].shape[0],
-        target_bytes,
-        tuple(Piece(**layer) for layer in layers),
-        tuple(critics),
-        stages,
+        source=f"{source}; {machine}; {time.strftime('%Y-%m-%d')}",
+        samples=as_tuple(sample)[0].shape[0],
+        target_bytes=as_tuple(output)[0][..., 0].numel() * 8,  # int64 class indices; for others see docs/planner.md
+        layers=tuple(layers),
+        critics=tuple(critics),
+        stages=stages,
     )
 
 
+def measure_configured(settings: Settings, ranks: int, name: str) -> tuple[Profile, nn.Sequential]:
+    """Measures the network of a settings file as one of `ranks` ranks on this machine would run it.
+
+    Returns:
+        The profile, and the network.
+    """
+    torch.set_num_threads(settings.threads or max(1, environment.cores() // ranks))
+    # One stage: the cut is what is to be found, and a cut by time would measure everything once more.
+    uncut = {"stages": 1, "cut": "uniform", "balance": BalanceSettings()}
+    _, _, plan = prepare(settings.model_copy(update=uncut))
+    profile = measure_profile(
+        plan.module,
+        plan.sample,
+        build_critic(settings.critic, settings.critic_overlap),
+        stages=ranks,
+        loss=find_loss(settings.loss),
+        optimizer=settings.optimizer,
+        device=choose_device(settings.device, 0, 1),
+        source=name,
+    )
+    return profile, plan.module
+
+
 def _even_stage(boundary: int, layers: int, stages: int) -> int:
-    """The stage that ends before layer `boundary` in an even cut: a critic may depend on it (AugLocal's depth)."""
+    """Returns the stage that ends before layer `boundary` in an even cut; AugLocal's depth depends on it."""
     return min(max(round(boundary * stages / layers) - 1, 0), stages - 2)
 
 
@@ -111,38 +136,37 @@ def _piece(
     name: str,
     module: nn.Module,
     given: Payload,
-    how: _How,
+    method: _Method,
     objective: Objective | None,
-) -> dict[str, Any]:
-    """Times, parameters and optimizer state of a module, on a copy."""
-    copied = runnable_copy(module, how.device)
+) -> Piece:
+    """Measures times, parameters and optimizer state of a module, on a copy."""
+    copied = runnable_copy(module, method.device)
     try:
-        passes = measure_passes(copied, given, how.device, objective=objective, repeats=how.repeats)
+        passes = measure_passes(copied, given, method.device, objective=objective, repeats=method.repeats)
     except UsageError:
         raise
     except LAYER_FAULTS as error:
         raise misfit(f"layer {name!r}", module, given, error) from error
-    step, state = optimizer_cost(copied, how.optimizer)
-    trainable = [p for p in copied.parameters() if p.requires_grad]
-    return {
-        "name": name,
-        "forward": passes.forward,
-        "input_gradient": passes.input_gradient,
-        "weight_gradient": passes.weight_gradient,
-        "step": step,
-        "parameter_bytes": sum(p.numel() * p.element_size() for p in trainable),
-        "state_bytes": state,
-        "frozen_bytes": payload_bytes(tuple(copied.parameters()))
-        - payload_bytes(tuple(trainable))
-        + payload_bytes(tuple(copied.buffers())),
-    }
+    step, state = optimizer_cost(copied, method.optimizer)
+    parameters = tuple(copied.parameters())
+    trainable = payload_bytes(tuple(p for p in parameters if p.requires_grad))
+    return Piece(
+        name=name,
+        forward=passes.forward,
+        input_gradient=passes.input_gradient,
+        weight_gradient=passes.weight_gradient,
+        step=step,
+        parameter_bytes=trainable,
+        state_bytes=state,
+        frozen_bytes=payload_bytes(parameters) - trainable + payload_bytes(tuple(copied.buffers())),
+    )
 
 
 def _saved(
     module: nn.Sequential, sample: Payload, device: torch.device, objective: Objective
 ) -> tuple[list[int], list[int]]:
-    """Bytes that autograd keeps for every layer by itself, and beside what the layers before it keep."""
-    if any(parameter.is_meta for parameter in module.parameters()):  # shapes will do, and no machine may hold it
+    """Returns the bytes that autograd keeps for every layer alone, and beside what the layers before it keep."""
+    if any(parameter.is_meta for parameter in module.parameters()):  # it may be too large; shapes are enough here
         device = torch.device("meta")
     copied = copy.deepcopy(module).to(device).train()
     owned = [*copied.parameters(), *copied.buffers()]
@@ -162,7 +186,7 @@ def _saved(
 
 
 def _kept(module: nn.Module, given: Payload, objective: Objective | None) -> int:
-    """Bytes that autograd keeps after a forward pass on a tensor that takes a gradient."""
+    """Returns the bytes that autograd keeps after a forward pass on a tensor that takes a gradient."""
     with SavedActivations([*module.parameters(), *module.buffers()]) as saved:
         inputs = map_payload(
             lambda tensor: tensor.clone().requires_grad_() if tensor.is_floating_point() else tensor, given
@@ -178,21 +202,21 @@ def _critic(
     critic: CriticBuilder,
     context: CriticContext,
     below_input: Payload,
-    how: _How,
+    method: _Method,
 ) -> Piece | None:
-    """The critic's costs, its loss included, or None where none can be built.
+    """Measures a critic with its loss; returns None where none can be built.
 
-    What it saves is counted beside what the layer below it saves, whose output both may keep.
+    Its saved activations are counted beside those of the layer below it, because both may keep that layer's output.
     """
     try:
-        built = CriticWithLoss(critic(context), context, how.objective)
-        piece = _piece("critic", built, context.hidden, how, None)
+        built = CriticWithLoss(critic(context), context, method.objective)
+        piece = _piece("critic", built, context.hidden, method, None)
     except UsageError:
         return None
-    built = built.to(how.device).train()
-    kept = _kept(built, map_payload(lambda tensor: tensor.to(how.device), context.hidden), None)
-    below = runnable_copy(context.layers[context.boundary - 1], how.device).train()
-    given = map_payload(lambda tensor: zeros_if_meta(tensor).to(how.device), below_input)
+    built = built.to(method.device).train()
+    kept = _kept(built, map_payload(lambda tensor: tensor.to(method.device), context.hidden), None)
+    below = runnable_copy(context.layers[context.boundary - 1], method.device).train()
+    given = map_payload(lambda tensor: zeros_if_meta(tensor).to(method.device), below_input)
     both = _kept(nn.Sequential(below, built), given, None)
     beside = max(0, both - _kept(below, given, None))
-    return Piece(**piece, saved_bytes=kept, saved_beside=beside)
+    return replace(piece, saved_bytes=kept, saved_beside=beside)

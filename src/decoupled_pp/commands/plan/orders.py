@@ -1,4 +1,4 @@
-"""The order in which every rank of a pipeline schedule computes: stages, micro-batches, passes. No torch.
+"""Orders in which the ranks of a pipeline schedule compute: stages, micro-batches, passes. No torch.
 
 `gpipe`, `1f1b`, `interleaved_1f1b`, `zero_bubble` and `zbv` are the orders of `torch.distributed.pipelining` (the tests
 compare them); `deepspeed` is that of DeepSpeed's `TrainSchedule`, which computes in the order of 1F1B.
@@ -12,14 +12,16 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import NamedTuple
 
+from decoupled_pp.core.errors import UsageError
+
 PIPELINES = ("gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "zbv", "deepspeed")
 """Pipelines with a backward pass between ranks and a flush before every optimizer step."""
 
 TWO_STAGES = ("interleaved_1f1b", "zero_bubble", "zbv")
-"""Of these, the ones with two stages on every rank."""
+"""Those of `PIPELINES` with two stages on every rank."""
 
 SPLIT = ("zero_bubble", "zbv")
-"""Of these, the ones that compute the gradients of inputs and weights apart."""
+"""Those of `PIPELINES` that compute the gradients of inputs and weights apart."""
 
 
 class Operation(NamedTuple):
@@ -40,27 +42,33 @@ Order = list[Operation]
 
 
 def stages_per_rank(kind: str) -> int:
-    """Stages that every rank of a strategy holds."""
+    """Returns how many stages every rank of a strategy holds."""
     return 2 if kind in TWO_STAGES else 1
 
 
 def rank_of(kind: str, stage: int, ranks: int) -> int:
-    """The rank that holds a stage: round robin, or for `zbv` up the ranks and down again."""
+    """Returns the rank that holds a stage: round robin, or for `zbv` up the ranks and down again."""
     if kind == "zbv" and stage >= ranks:
         return 2 * ranks - 1 - stage
     return stage % ranks
 
 
 def pipeline_order(kind: str, ranks: int, micro_batches: int) -> list[Order]:
-    """The operations of every rank in one optimizer step, in order (S left out).
+    """Returns the operations of every rank in one optimizer step, in order (S left out).
 
     Raises:
-        ValueError: The strategy is not in `PIPELINES`, or torch refuses so many micro-batches.
+        UsageError: The strategy is not in `PIPELINES`, or torch refuses so many micro-batches.
     """
     if kind not in PIPELINES:
-        raise ValueError(f"strategy {kind!r} is no pipeline with a flush; of {', '.join(PIPELINES)}")
+        raise UsageError(
+            f"strategy {kind!r} is not a pipeline with a flush; choose from {', '.join(PIPELINES)}",
+            code="unknown-strategy",
+            key="strategy",
+        )
     if ranks < 1 or micro_batches < 1:
-        raise ValueError(f"{ranks} ranks and {micro_batches} micro-batches must each be at least 1")
+        raise UsageError(
+            f"{ranks} ranks and {micro_batches} micro-batches must each be at least 1", code="option-out-of-range"
+        )
     make: dict[str, Callable[[int, int, int], Order]] = {
         "gpipe": _gpipe,
         "1f1b": _one_forward_one_backward,
@@ -70,7 +78,10 @@ def pipeline_order(kind: str, ranks: int, micro_batches: int) -> list[Order]:
         "zbv": _zero_bubble_v,
     }
     if kind == "1f1b" and micro_batches < ranks:
-        raise ValueError(f"1f1b takes at least as many micro-batches as ranks: {micro_batches} for {ranks}; use more")
+        raise UsageError(
+            f"1f1b takes at least as many micro-batches as ranks: {micro_batches} for {ranks}; use more",
+            code="schedule-does-not-fit",
+        )
     return [make[kind](rank, ranks, micro_batches) for rank in range(ranks)]
 
 
@@ -79,7 +90,7 @@ def _gpipe(rank: int, ranks: int, micro_batches: int) -> Order:
 
 
 def _one_forward_one_backward(rank: int, ranks: int, micro_batches: int) -> Order:
-    """Rank r starts with p - r forwards, then one backward and one forward in turn."""
+    """Starts with p - r forwards on rank r, then takes one backward and one forward in turn."""
     order: Order = []
     ahead = min(ranks - rank, micro_batches)
     order += [Operation("F", rank, number) for number in range(ahead)]
@@ -98,21 +109,22 @@ class _Counters:
         self._next: defaultdict[tuple[str, int], int] = defaultdict(int)
 
     def add(self, kind: str, stage: int) -> None:
-        """The next micro-batch of this kind and stage."""
+        """Appends the next micro-batch of this kind and stage."""
         self.order.append(Operation(kind, stage, self._next[kind, stage]))
         self._next[kind, stage] += 1
 
     def left(self, kind: str, than: str, stage: int) -> int:
-        """By how many `kind` lags behind `than`."""
+        """Returns by how many micro-batches `kind` lags behind `than`."""
         return self._next[than, stage] - self._next[kind, stage]
 
 
 def _micro_batches_per_round(ranks: int, micro_batches: int) -> int:
     rounds = max(1, micro_batches // ranks)
     if micro_batches % rounds:
-        raise ValueError(
+        raise UsageError(
             f"interleaved schedules take a multiple of {rounds} micro-batches (rounds of {ranks} ranks), "
-            f"not {micro_batches}"
+            f"not {micro_batches}",
+            code="schedule-does-not-fit",
         )
     return micro_batches // rounds
 
@@ -126,12 +138,13 @@ def _zero_bubble(rank: int, ranks: int, micro_batches: int) -> Order:
 
 
 def _loops(rank: int, ranks: int, micro_batches: int, *, split: bool) -> Order:
-    """Stages `rank` and `rank + ranks`, a round of micro-batches at a time (Narayanan et al. 2021, 2104.04473).
+    """Orders stages `rank` and `rank + ranks`, a round of micro-batches at a time (Narayanan et al. 2021, 2104.04473).
 
-    Split, the backward passes are those to the inputs, and the weights' gradients follow `rank` operations later
+    With `split`, the backward passes go to the inputs only, and the weights' gradients follow `rank` operations later
     (ZB1P of Qi et al. 2023, 2401.10241, as torch builds it).
     """
-    local, size = 2, _micro_batches_per_round(ranks, micro_batches)
+    local = 2
+    size = _micro_batches_per_round(ranks, micro_batches)
     passes = local * micro_batches
     hops = (1 if split else 2) * (ranks - 1 - rank)
     ahead = min((local - 1) * size + hops, passes)
@@ -152,12 +165,13 @@ def _loops(rank: int, ranks: int, micro_batches: int, *, split: bool) -> Order:
 
 
 def _zero_bubble_v(rank: int, ranks: int, micro_batches: int) -> Order:  # noqa: C901 - a loop per phase
-    """Stages `rank` (on the way up) and `2 p - 1 - rank` (on the way down): ZBV of Qi et al. 2023, 2401.10241.
+    """Orders stages `rank` (on the way up) and `2 p - 1 - rank` (on the way down): ZBV of Qi et al. 2023, 2401.10241.
 
-    torch builds it for at least 2 p - 1 micro-batches and leaves out those that are not there.
+    torch builds it for at least 2 p - 1 micro-batches and leaves out those that do not exist.
     """
     built = max(2 * ranks - 1, micro_batches)
-    up, down = rank, 2 * ranks - 1 - rank
+    up = rank
+    down = 2 * ranks - 1 - rank
     counters = _Counters()
 
     def add(*passes: tuple[str, int]) -> None:
@@ -170,7 +184,8 @@ def _zero_bubble_v(rank: int, ranks: int, micro_batches: int) -> Order:  # noqa:
         add(("F", down), ("F", up))
     for _ in range(ranks - rank):
         add(("F", down), ("I", down), ("W", down))
-    forwards_up, forwards_down = 2 * ranks - 1 - rank, ranks  # so many are done by now
+    forwards_up = 2 * ranks - 1 - rank  # as many forward passes are done by now
+    forwards_down = ranks
     while forwards_down < forwards_up or forwards_up < built:
         if forwards_up < built:
             add(("F", up))

@@ -1,4 +1,4 @@
-"""From a profile to what a strategy would take: time, bubble, memory of ranks, traffic of links. No torch.
+"""Predicts what a strategy would take: time, bubble, memory of ranks, traffic of links. No torch.
 
 The step of a flushed pipeline is its period in steady state: the third of three simulated steps, so that what one
 step overlaps with the next counts. A decoupled run has no flush: its period per micro-batch counts, once it is full.
@@ -8,33 +8,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import accumulate, pairwise
-from typing import TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
-from decoupled_pp.commands.plan.orders import PIPELINES, SPLIT, Operation, rank_of, stages_per_rank
-from decoupled_pp.commands.plan.profile import Piece, Profile
-from decoupled_pp.commands.plan.programs import Shape, decoupled, flushed
-from decoupled_pp.commands.plan.simulate import Link, Span, Timeline, simulate
+from decoupled_pp.commands.plan.costs import StageCosts, seconds_of, stage_costs
+from decoupled_pp.commands.plan.memory import RankMemory, fits_in, rank_memory, refuse_overflow
+from decoupled_pp.commands.plan.orders import PIPELINES, rank_of, stages_per_rank
+from decoupled_pp.commands.plan.profile import Profile
+from decoupled_pp.commands.plan.programs import PipelineShape, decoupled, flushed
+from decoupled_pp.commands.plan.simulate import Link, Timeline, simulate
+from decoupled_pp.core.errors import UsageError
 
 STRATEGIES = ("decoupled", *PIPELINES, "data_parallel", "backprop")
 
 Cut: TypeAlias = Callable[..., tuple[int, ...]]
-"""cut(seconds per layer, stages, for every stage but the last seconds of a critic after every layer, speeds=, fits=)
--> boundaries; see `partitioning.minmax_cut`."""
+"""Cuts a list of layers, as `models.cutting.minmax_cut` does: (seconds per layer, number of stages, for every stage but
+the last the seconds of a critic after every layer, speeds=, fits=) -> boundaries."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How it is to run.
+    """Ranks, links and batch that a prediction is for.
 
     Attributes:
         ranks: Number of ranks.
         micro_batches: Micro-batches per optimizer step of every strategy that is not decoupled.
-        link: What the links are like.
+        link: Every link between two ranks.
         capacity: Packets a decoupled link may hold.
         accumulate: Micro-batches per optimizer step of a decoupled stage.
-        speeds: Of the ranks' devices, relative to the one that was measured; empty: all alike.
+        speeds: Speeds of the ranks' devices, relative to the one that was measured; empty: all alike.
         memory: Bytes of the ranks' devices; empty: no bound.
     """
 
@@ -47,49 +49,18 @@ class Setting:
     memory: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raises ValueError for counts below 1, and for devices that are not one for each rank."""
-        for name in ("ranks", "micro_batches", "capacity", "accumulate"):
+        """Raises UsageError for counts below 1, and for devices that are not one for each rank."""
+        for name, option in (("ranks", "--ranks"), ("micro_batches", "--micro-batches"), ("capacity", "--capacity")):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+                raise UsageError(f"{option} {getattr(self, name)} must be at least 1", code="option-out-of-range")
         for name in ("speeds", "memory"):
             given = getattr(self, name)
             if given and (len(given) != self.ranks or min(given) <= 0):
-                raise ValueError(f"{name} {list(given)} must be {self.ranks} numbers above 0, one for each rank")
-
-
-@dataclass(frozen=True)
-class StageCosts:
-    """One stage, in seconds and bytes of one micro-batch; its critic, if it has one, apart."""
-
-    forward: float
-    input_gradient: float
-    weight_gradient: float
-    step: float
-    memory: int
-    saved: int
-    output: int = 0
-    gradient: int = 0
-    critic: float = 0.0
-    critic_saved: int = 0
-
-    @property
-    def backward(self) -> float:
-        """Seconds of the whole backward pass."""
-        return self.input_gradient + self.weight_gradient
-
-
-@dataclass(frozen=True)
-class RankMemory:
-    """Bytes of one rank: parameters, gradients and optimizer state; saved activations at their peak; link buffers."""
-
-    states: int
-    activations: int
-    buffers: int
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.states + self.activations + self.buffers
+                raise UsageError(
+                    f"`balance.{name}` {list(given)} must be {self.ranks} numbers above 0, one for each rank",
+                    code="not-one-for-each-rank",
+                    key=f"balance.{name}",
+                )
 
 
 @dataclass(frozen=True)
@@ -105,17 +76,17 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a strategy would take.
+    """Prediction for one strategy.
 
     Attributes:
         strategy: Its name.
         boundaries: Index of the first layer of every stage, then the number of layers.
         step_seconds: Seconds per `micro_batches` micro-batches in steady state.
-        samples_per_second: Of the whole run.
+        samples_per_second: Samples per second of the whole run.
         share_of_ideal: The busiest rank's own compute, back to back, over the step.
         bubble: Share of all ranks' time in which they do not compute.
-        memory: Of every rank.
-        traffic: Of every pair of ranks that talk, per sample.
+        memory: Memory of every rank.
+        traffic: Traffic of every pair of ranks that exchange messages, per sample.
     """
 
     strategy: str
@@ -129,231 +100,171 @@ class Prediction:
 
 
 def predict(strategy: str, profile: Profile, setting: Setting, cut: Cut) -> Prediction:
-    """What one strategy would take.
+    """Predicts one strategy.
+
+    Args:
+        strategy: One of `STRATEGIES`.
+        profile: Costs of the network.
+        setting: Ranks, links and batch.
+        cut: Cuts the network into stages.
 
     Raises:
-        ValueError: Unknown, or not possible with these ranks, layers and micro-batches; says why.
+        UsageError: The strategy is unknown, or does not go with these ranks, layers and micro-batches.
     """
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy {strategy!r} is not known; of {', '.join(STRATEGIES)}")
+    check_known(strategy)
     if strategy in ("backprop", "data_parallel"):
-        return _whole(strategy, profile, setting)
-    own_critics = strategy == "decoupled"
+        return _predict_whole(strategy, profile, setting)
     stages = setting.ranks * stages_per_rank(strategy)
-    closing = (
-        [critic.seconds if critic is not None else math.inf for critic in profile.critics] if own_critics else None
-    )
-    by_stage = None if closing is None else [[*closing, 0.0]] * (stages - 1)
-    ranks = [rank_of(strategy, stage, setting.ranks) for stage in range(stages)]
-    speeds = [setting.speeds[rank] for rank in ranks] if setting.speeds else None
-    fits = _room(profile, setting) if own_critics and setting.memory else None
-    boundaries = cut([layer.seconds for layer in profile.layers], stages, by_stage, speeds=speeds, fits=fits)
-    costs = stage_costs(profile, boundaries, critics=own_critics)
-    if speeds is not None:
-        costs = [_at_speed(one, speed) for one, speed in zip(costs, speeds, strict=True)]
+    options: dict[str, Any] = {"speeds": None, "fits": None}
+    if setting.speeds:
+        options["speeds"] = [setting.speeds[rank_of(strategy, stage, setting.ranks)] for stage in range(stages)]
+    critics = None
+    if strategy == "decoupled":
+        after = [math.inf if critic is None else critic.seconds for critic in profile.critics]
+        critics = [[*after, 0.0]] * (stages - 1)
+        if setting.memory:
+            options["fits"] = fits_in(profile, setting.capacity, setting.memory)
+    boundaries = cut([layer.seconds for layer in profile.layers], stages, critics, **options)
+    costs = stage_costs(profile, boundaries, critics=strategy == "decoupled")
+    if setting.speeds:
+        costs = [one.at_speed(speed) for one, speed in zip(costs, options["speeds"], strict=True)]
     found = predict_stages(strategy, costs, setting, profile.samples, boundaries)
-    _refuse_overflow(strategy, found.memory, setting.memory)
+    refuse_overflow(strategy, found.memory, setting.memory)
     return found
 
 
-def _at_speed(one: StageCosts, speed: float) -> StageCosts:
-    times = ("forward", "input_gradient", "weight_gradient", "step", "critic")
-    return replace(one, **{name: getattr(one, name) / speed for name in times})
-
-
-def _room(profile: Profile, setting: Setting) -> Callable[[int, int, int], bool]:
-    """Which decoupled stages fit: states and saved activations of layers and critic, and packets in the links."""
-    sums = list(accumulate((layer.memory + layer.saved_bytes for layer in profile.layers), initial=0))
-    critics = [critic.memory + critic.saved_beside if critic is not None else 0 for critic in (*profile.critics, None)]
-    packets = [setting.capacity * (layer.output_bytes + profile.target_bytes) for layer in profile.layers]
-    packets[-1] = 0
-
-    def fits(stage: int, first: int, end: int) -> bool:
-        buffers = packets[end - 1] + (packets[first - 1] if first else 0)
-        return sums[end] - sums[first] + critics[end - 1] + buffers <= setting.memory[stage]
-
-    return fits
-
-
-def _refuse_overflow(strategy: str, memory: Sequence[RankMemory], limits: Sequence[int]) -> None:
-    for rank, (one, limit) in enumerate(zip(memory, limits, strict=False)):
-        if one.total > limit:
-            raise ValueError(
-                f"{strategy} needs {one.total / 2**20:.1f} MiB on rank {rank}, whose device has {limit / 2**20:.1f}"
-            )
+def check_known(strategy: str) -> None:
+    """Raises UsageError for a strategy that is not in `STRATEGIES`."""
+    if strategy not in STRATEGIES:
+        raise UsageError(
+            f"strategy {strategy!r} is unknown; choose from {', '.join(STRATEGIES)}",
+            code="unknown-strategy",
+            key="strategy",
+        )
 
 
 def predict_stages(
     strategy: str, costs: Sequence[StageCosts], setting: Setting, samples: int, boundaries: tuple[int, ...] = ()
 ) -> Prediction:
-    """The same from the costs of the stages, for `decoupled` and the pipelines with a flush."""
-    ranks, count = setting.ranks, setting.micro_batches
-    sizes, gradients = tuple(one.output for one in costs[:-1]), tuple(one.gradient for one in costs[:-1])
-    shape = Shape(strategy, ranks, sizes, gradients)
+    """Predicts `decoupled` or a pipeline with a flush from the costs of its stages.
+
+    Args:
+        strategy: Its name.
+        costs: Costs of every stage.
+        setting: Ranks, links and batch.
+        samples: Samples of a micro-batch.
+        boundaries: The cut, to be kept in the prediction.
+    """
+    ranks = setting.ranks
+    count = setting.micro_batches
+    sizes = tuple(one.output for one in costs[:-1])
+    gradients = tuple(one.gradient for one in costs[:-1])
+    shape = PipelineShape(strategy, ranks, sizes, gradients)
     if strategy == "decoupled":
         timeline, step, packets = _run_decoupled(shape, costs, setting)
         updates = count / setting.accumulate
     else:
         timeline, step, packets = _run_flushed(shape, costs, setting)
         updates = 1.0
-    mine = [[s for s in range(shape.stages) if shape.rank_of(s) == rank] for rank in range(ranks)]
-    busy = [
-        sum(count * (costs[s].forward + costs[s].backward + costs[s].critic) + updates * costs[s].step for s in stages)
-        for stages in mine
-    ]
-    memory = tuple(
-        RankMemory(
-            sum(costs[s].memory for s in mine[rank]), _peak(timeline.spans[rank], costs), _buffers(shape, setting, rank)
+    per_stage = [count * (one.forward + one.backward + one.critic) + updates * one.step for one in costs]
+    busy = [sum(per_stage[stage] for stage in shape.stages_of(rank)) for rank in range(ranks)]
+    memory = [
+        rank_memory(
+            shape, costs, timeline.spans[rank], rank, capacity=setting.capacity, micro_batches=setting.micro_batches
         )
         for rank in range(ranks)
-    )
+    ]
     return Prediction(
-        strategy,
-        boundaries,
-        step,
-        count * samples / step if step else math.inf,
-        max(busy) / step if step else 1.0,
-        1 - sum(busy) / ranks / step if step else 0.0,
-        memory,
-        _traffic(timeline, packets * samples),
+        strategy=strategy,
+        boundaries=boundaries,
+        step_seconds=step,
+        samples_per_second=count * samples / step if step else math.inf,
+        share_of_ideal=max(busy) / step if step else 1.0,
+        bubble=1 - sum(busy) / ranks / step if step else 0.0,
+        memory=tuple(memory),
+        traffic=_traffic(timeline, packets * samples),
     )
 
 
-def stage_costs(profile: Profile, boundaries: Sequence[int], *, critics: bool) -> list[StageCosts]:
-    """The costs of the stages of a cut, with the critics of all but the last or without."""
-    costs = []
-    for first, end in pairwise(boundaries):
-        layers = profile.layers[first:end]
-        critic = profile.critics[end - 1] if critics and end < len(profile.layers) else None
-        owned: list[Piece] = [*layers, critic] if critic is not None else list(layers)
-        costs.append(
-            StageCosts(
-                forward=sum(layer.forward for layer in layers),
-                input_gradient=sum(layer.input_gradient for layer in layers),
-                weight_gradient=sum(layer.weight_gradient for layer in layers),
-                step=sum(piece.step for piece in owned),
-                memory=sum(piece.memory for piece in owned),
-                saved=layers[0].saved_bytes + sum(layer.saved_beside for layer in layers[1:]),
-                output=layers[-1].output_bytes + (profile.target_bytes if critics else 0),
-                gradient=0 if critics else layers[-1].gradient_bytes,
-                critic=critic.seconds if critic is not None else 0.0,
-                critic_saved=critic.saved_beside if critic is not None else 0,
-            )
-        )
-    return costs
-
-
-def seconds_of(strategy: str, costs: Sequence[StageCosts], ranks: int) -> Callable[[Operation], float]:
-    """How long every operation takes.
-
-    Of the first stage's input torch computes no gradient: its split backward is all in W (torch 2.13, `stage.py`,
-    `backward_one_chunk`).
-    """
-
-    def seconds(operation: Operation) -> float:
-        kind, stage, _ = operation
-        if kind == "S" and strategy != "decoupled":  # of a rank, with all its stages
-            return sum(cost.step for s, cost in enumerate(costs) if rank_of(strategy, s, ranks) == stage)
-        one = costs[stage]
-        if strategy in SPLIT and stage == 0 and kind in "IW":
-            return 0.0 if kind == "I" else one.backward
-        times = {"F": one.forward, "B": one.backward, "I": one.input_gradient, "W": one.weight_gradient}
-        return {**times, "C": one.critic, "S": one.step}[kind]
-
-    return seconds
-
-
-def _run_flushed(shape: Shape, costs: Sequence[StageCosts], setting: Setting) -> tuple[Timeline, float, int]:
-    """Timeline of three steps, seconds of the third, micro-batches in all."""
+def _run_flushed(shape: PipelineShape, costs: Sequence[StageCosts], setting: Setting) -> tuple[Timeline, float, int]:
+    """Returns the timeline of three steps, the seconds of the third, and the number of micro-batches in all."""
     seconds = seconds_of(shape.kind, costs, shape.ranks)
     timeline = simulate(flushed(shape, setting.micro_batches, 3), seconds, setting.link)
-    ends = [
-        max(span.end for spans in timeline.spans for span in spans if span.operation[::2] == ("S", step))
-        for step in (1, 2)
-    ]
-    return timeline, ends[1] - ends[0], 3 * setting.micro_batches
+
+    def end_of(step: int) -> float:
+        return max(timeline.end_of_step(rank, step) for rank in range(shape.ranks))
+
+    return timeline, end_of(2) - end_of(1), 3 * setting.micro_batches
 
 
-def _run_decoupled(shape: Shape, costs: Sequence[StageCosts], setting: Setting) -> tuple[Timeline, float, int]:
-    """Timeline, seconds per `micro_batches` packets once the pipeline is full, packets in all."""
+def _run_decoupled(shape: PipelineShape, costs: Sequence[StageCosts], setting: Setting) -> tuple[Timeline, float, int]:
+    """Returns the timeline, the seconds per `micro_batches` packets in steady state, and the packets in all."""
     every = setting.accumulate
+    # The first half fills pipeline and links; whole optimizer steps, so that both halves have as many updates.
     half = every * math.ceil((2 * (shape.ranks + setting.capacity) + 8) / every)
     programs = decoupled(shape, setting.capacity, 2 * half, every)
     timeline = simulate(programs, seconds_of(shape.kind, costs, shape.ranks), setting.link)
     done = {span.operation.micro_batch: span.end for span in timeline.spans[-1]}  # the last span of a packet ends it
-    return timeline, (done[2 * half - 1] - done[half - 1]) / half * setting.micro_batches, 2 * half
-
-
-def _peak(spans: Sequence[Span], costs: Sequence[StageCosts]) -> int:
-    """Largest number of bytes that autograd keeps on a rank: from F to the end of B or W, a critic's during C."""
-    held = peak = 0
-    for (kind, stage, _), _, _ in spans:
-        held += costs[stage].saved if kind == "F" else 0
-        peak = max(peak, held + (costs[stage].critic_saved if kind == "C" else 0))
-        held -= costs[stage].saved if kind in "BW" else 0
-    return peak
-
-
-def _buffers(shape: Shape, setting: Setting, rank: int) -> int:
-    """Bytes of a rank's link buffers.
-
-    Decoupled: `capacity` packets at each end. torch: a receive buffer per micro-batch of a step and direction
-    (`PipelineStage`, torch 2.13). DeepSpeed: inputs for `num_pipe_buffers`, one gradient.
-    """
-    total = 0
-    for stage in range(shape.stages):
-        if shape.rank_of(stage) != rank:
-            continue
-        into = shape.sizes[stage - 1] if stage and shape.rank_of(stage - 1) != rank else 0
-        beyond = stage + 1 < shape.stages and shape.rank_of(stage + 1) != rank
-        if shape.kind == "decoupled":
-            total += setting.capacity * (into + (shape.sizes[stage] if beyond else 0))
-            continue
-        back = shape.gradient_sizes[stage] if beyond else 0
-        if shape.kind == "deepspeed":
-            total += max(2, min(shape.stages - stage + 1, setting.micro_batches)) * into + back
-        else:
-            total += setting.micro_batches * (into + back)
-    return total
+    period = (done[2 * half - 1] - done[half - 1]) / half
+    return timeline, period * setting.micro_batches, 2 * half
 
 
 def _traffic(timeline: Timeline, samples: int) -> tuple[Traffic, ...]:
-    ways = sorted({(source, target) for source, target, _ in timeline.bytes_sent})
+    pairs = sorted({(source, target) for source, target, _ in timeline.bytes_sent})
+
+    def per_sample(pair: tuple[int, int], kind: str) -> float:
+        return timeline.bytes_sent.get((*pair, kind), 0) / samples
+
     kinds = ("activation", "gradient", "credit")
-    return tuple(Traffic(*way, *(timeline.bytes_sent.get((*way, kind), 0) / samples for kind in kinds)) for way in ways)
+    return tuple(Traffic(*pair, *(per_sample(pair, kind) for kind in kinds)) for pair in pairs)
 
 
 def ring_all_reduce(size: float, ranks: int, link: Link) -> float:
-    """Seconds of a ring all-reduce: 2 (d - 1) messages of a d-th of the bytes, one after the other."""
+    """Returns the seconds of a ring all-reduce of d ranks: 2 (d - 1) messages of a d-th of the bytes, one by one."""
     if ranks == 1:
         return 0.0
     return 2 * (ranks - 1) * (size / ranks / link.bandwidth + link.latency + 2 * link.host)
 
 
-def _whole(strategy: str, profile: Profile, setting: Setting) -> Prediction:
-    """`backprop` and `data_parallel`: the whole network on every rank.
+def _predict_whole(strategy: str, profile: Profile, setting: Setting) -> Prediction:
+    """Predicts `backprop` and `data_parallel`, which have the whole network on every rank.
 
-    The all-reduce begins with the last micro-batch's backward, as DDP's buckets do; what is longer than that counts.
+    The all-reduce begins with the last micro-batch's backward pass, as DDP's buckets do; only its excess counts.
     """
-    (one,) = stage_costs(profile, (0, len(profile.layers)), critics=False)
+    boundaries = (0, len(profile.layers))
+    (whole,) = stage_costs(profile, boundaries, critics=False)
     ranks = setting.ranks if strategy == "data_parallel" else 1
-    if setting.speeds:  # replicas wait for the slowest
-        one = _at_speed(one, min(setting.speeds[:ranks]))
+    if setting.speeds:
+        whole = whole.at_speed(min(setting.speeds[:ranks]))  # replicas wait for the slowest
     count = setting.micro_batches
-    if count % ranks:
-        raise ValueError(
-            f"data_parallel: {count} micro-batches per step cannot be shared by {ranks} ranks evenly; "
-            f"use a multiple of {ranks}"
-        )
+    check_shared_evenly(count, ranks, "ranks")
     gradients = sum(layer.parameter_bytes for layer in profile.layers)
-    exposed = max(0.0, ring_all_reduce(gradients, ranks, setting.link) - one.backward)
-    busy = count // ranks * (one.forward + one.backward) + one.step
+    exposed = max(0.0, ring_all_reduce(gradients, ranks, setting.link) - whole.backward)
+    busy = count // ranks * (whole.forward + whole.backward) + whole.step
     step = busy + exposed
     share = busy / step if step else 1.0
-    memory = RankMemory(one.memory, one.saved, gradients if ranks > 1 else 0)  # DDP's buckets are copies
+    buffers = gradients if ranks > 1 else 0  # DDP's buckets are copies
+    memory = (RankMemory(whole.memory, whole.saved, buffers),) * ranks
+    refuse_overflow(strategy, memory, setting.memory)
     sent = 2 * (ranks - 1) / ranks * gradients / (count * profile.samples)
-    traffic = [Traffic(rank, (rank + 1) % ranks, 0.0, sent) for rank in range(ranks)] if ranks > 1 else []
-    _refuse_overflow(strategy, (memory,) * ranks, setting.memory)
-    rate = count * profile.samples / step if step else math.inf
-    bounds = (0, len(profile.layers))
-    return Prediction(strategy, bounds, step, rate, share, 1 - share, (memory,) * ranks, tuple(traffic))
+    ring = [Traffic(rank, (rank + 1) % ranks, 0.0, sent) for rank in range(ranks)]
+    return Prediction(
+        strategy=strategy,
+        boundaries=boundaries,
+        step_seconds=step,
+        samples_per_second=count * profile.samples / step if step else math.inf,
+        share_of_ideal=share,
+        bubble=1 - share,
+        memory=memory,
+        traffic=tuple(ring) if ranks > 1 else (),
+    )
+
+
+def check_shared_evenly(micro_batches: int, among: int, name: str) -> None:
+    """Raises UsageError if a step's micro-batches do not divide evenly among ranks or replicas."""
+    if micro_batches % among:
+        raise UsageError(
+            f"{micro_batches} micro-batches per step cannot be shared by {among} {name} evenly; "
+            f"use a multiple of {among}",
+            code="schedule-does-not-fit",
+        )

@@ -1,4 +1,4 @@
-"""What a network costs, layer by layer and critic by critic: the planner's input, as JSON on disk. No torch."""
+"""Costs of a network, layer by layer and critic by critic: the planner's input, as JSON on disk. No torch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from decoupled_pp.core.errors import UsageError
+
 FORMAT = "decoupled_pp profile 1"
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A layer, or a critic with its loss; seconds and bytes of one micro-batch.
+    """Costs of a layer, or of a critic with its loss, in seconds and bytes of one micro-batch.
 
     Attributes:
         name: Name of the layer, or "critic".
@@ -21,13 +23,13 @@ class Piece:
         input_gradient: Seconds of the backward pass to its input.
         weight_gradient: Seconds that the whole backward pass takes beyond that.
         step: Seconds of its optimizer step.
-        parameter_bytes: Its trainable parameters; their gradients take as much again.
-        frozen_bytes: Its other parameters, and its buffers.
-        state_bytes: What the optimizer keeps for them.
-        saved_bytes: What autograd keeps between its forward and its backward.
-        saved_beside: The same, without what the layer before it keeps anyway.
-        output_bytes: What it gives the next layer.
-        gradient_bytes: What comes back for that in backpropagation (its floating-point tensors).
+        parameter_bytes: Trainable parameters; their gradients take as much again.
+        state_bytes: Optimizer state of the trainable parameters.
+        saved_bytes: Saved activations, which autograd keeps between forward and backward.
+        saved_beside: Saved bytes that are not already counted for the layer before (its output is this one's input).
+        output_bytes: Output, which goes to the next layer.
+        gradient_bytes: Gradient that comes back for it in backpropagation (its floating-point tensors).
+        frozen_bytes: Other parameters, and buffers.
     """
 
     name: str
@@ -44,7 +46,7 @@ class Piece:
     frozen_bytes: int = 0
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a cost that none can be."""
+        """Raises ValueError for a negative or infinite cost."""
         for field in dataclasses.fields(self)[1:]:
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
@@ -57,7 +59,7 @@ class Piece:
 
     @property
     def seconds(self) -> float:
-        """Seconds of forward and backward."""
+        """Seconds of the forward and backward passes."""
         return self.forward + self.backward
 
     @property
@@ -68,10 +70,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Profile:
-    """A network's costs.
+    """Costs of a network.
 
     Attributes:
-        source: Where they are from: configuration, device, time.
+        source: Configuration, device and time of the measurement.
         samples: Samples in a micro-batch.
         target_bytes: Bytes of a micro-batch's targets, which ride along with a decoupled packet.
         layers: The layers in order; the last one with the network's loss.
@@ -87,33 +89,36 @@ class Profile:
     stages: int
 
     def __post_init__(self) -> None:
-        """Raises ValueError for numbers that do not go together."""
+        """Raises ValueError for numbers that contradict each other."""
         if self.samples < 1 or not self.layers or len(self.critics) != len(self.layers) - 1:
             raise ValueError(
-                f"a profile needs samples (has {self.samples}), layers (has {len(self.layers)}) and one critic or null "
-                f"after every layer but the last (has {len(self.critics)}); measure again"
+                f"it needs samples (has {self.samples}), layers (has {len(self.layers)}) and one critic or null "
+                f"after every layer but the last (has {len(self.critics)})"
             )
 
     def write(self) -> str:
-        """JSON."""
+        """Returns the profile as JSON."""
         return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n"
 
 
-def read_profile(text: str) -> Profile:
-    """The profile that `Profile.write` wrote.
+def read_profile(text: str, source: str = "the text") -> Profile:
+    """Reads what `Profile.write` wrote.
+
+    Args:
+        text: The JSON.
+        source: Where it is from, for errors.
 
     Raises:
-        ValueError: It is none; one line.
+        UsageError: It is no profile.
     """
     try:
         raw: Any = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"is not JSON: {error}; write one with --save-profile") from error
-    if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
-        raise ValueError(f"is no profile (no format {FORMAT!r}); write one with --save-profile")
-    try:
+        if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
+            raise ValueError(f"it has no format {FORMAT!r}")
         layers = tuple(Piece(**layer) for layer in raw.pop("layers"))
         critics = tuple(None if critic is None else Piece(**critic) for critic in raw.pop("critics"))
         return Profile(layers=layers, critics=critics, **raw)
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"is no profile: {error}; write one with --save-profile") from error
+    except (TypeError, KeyError, ValueError) as error:  # JSON errors are ValueErrors
+        raise UsageError(
+            f"{source} is not a profile: {error}; write one with --save-profile", code="profile-unreadable"
+        ) from error

@@ -1,6 +1,6 @@
-"""From an order of compute to what every rank does: when it sends, when it is ready to receive, what it waits for.
+"""Turns an order of compute into programs: when a rank sends, when it is ready to receive, what it waits for.
 
-The semantics are those of the libraries, where they matter for time (torch 2.13 `schedules.py`, DeepSpeed
+Where it matters for time, this follows the libraries (torch 2.13 `schedules.py`, DeepSpeed
 `pipe/schedule.py`):
 
 - `gpipe` posts a receive only when it needs it and waits for it; its sends are waited for at the end of a phase.
@@ -22,14 +22,14 @@ from decoupled_pp.commands.plan.simulate import Compute, Instruction, Message, P
 
 
 @dataclass(frozen=True)
-class Shape:
+class PipelineShape:
     """A pipeline without its times.
 
     Attributes:
-        kind: Strategy.
+        kind: Name of the strategy.
         ranks: Number of ranks.
         sizes: Bytes of one micro-batch's activations after every stage but the last.
-        gradient_sizes: Bytes of what comes back for them.
+        gradient_sizes: Bytes of the gradients that come back for them.
     """
 
     kind: str
@@ -43,21 +43,28 @@ class Shape:
         return self.ranks * stages_per_rank(self.kind)
 
     def rank_of(self, stage: int) -> int:
-        """The rank that holds a stage."""
+        """Returns the rank that holds a stage."""
         return rank_of(self.kind, stage, self.ranks)
 
+    def stages_of(self, rank: int) -> list[int]:
+        """Returns the stages that a rank holds."""
+        return [stage for stage in range(self.stages) if self.rank_of(stage) == rank]
+
     def sent_after(self, operation: Operation) -> Message | None:
-        """What leaves the rank when an operation is done, if anything."""
+        """Returns the message that leaves the rank when an operation is done, if there is one."""
         kind, stage, number = operation
-        target = stage + 1 if kind == "F" else stage - 1
-        if kind not in "FBI" or not 0 <= target < self.stages or self.rank_of(stage) == self.rank_of(target):
+        if kind not in "FBI":
             return None
-        size = self.sizes[stage] if kind == "F" else self.gradient_sizes[target]
-        name = "activation" if kind == "F" else "gradient"
+        forward = kind == "F"
+        target = stage + 1 if forward else stage - 1
+        if not 0 <= target < self.stages or self.rank_of(stage) == self.rank_of(target):
+            return None
+        name = "activation" if forward else "gradient"
+        size = self.sizes[stage] if forward else self.gradient_sizes[target]
         return Message(name, stage, number, self.rank_of(stage), self.rank_of(target), size)
 
     def needed_before(self, operation: Operation) -> Message | None:
-        """What must have come from another rank before an operation can begin, if anything."""
+        """Returns the message of another rank that an operation needs, if there is one."""
         kind, stage, number = operation
         if kind not in "FBI":
             return None
@@ -65,29 +72,34 @@ class Shape:
         return self.sent_after(Operation(kind, source, number)) if 0 <= source < self.stages else None
 
 
-def flushed(shape: Shape, micro_batches: int, steps: int) -> list[Program]:
-    """The programs of `steps` optimizer steps of a pipeline with a flush; S ends a step on every rank.
+def flushed(shape: PipelineShape, micro_batches: int, steps: int) -> list[Program]:
+    """Returns the programs of `steps` optimizer steps of a pipeline with a flush; S ends a step on every rank.
 
-    Micro-batches are numbered through.
+    Micro-batches of later steps have higher numbers.
 
     Raises:
-        ValueError: See `pipeline_order`.
+        UsageError: The strategy refuses so many micro-batches.
     """
     order = pipeline_order(shape.kind, shape.ranks, micro_batches)
     lower = {"gpipe": _gpipe, "1f1b": _fused, "deepspeed": _blocking}.get(shape.kind, _ahead)
     programs: list[list[Instruction]] = [[] for _ in range(shape.ranks)]
     for step in range(steps):
-        moved = [[Operation(k, s, n + step * micro_batches) for k, s, n in one] for one in order]
-        for rank, program in enumerate(lower(shape, moved)):
+        renumbered = [[_later(operation, step * micro_batches) for operation in one] for one in order]
+        for rank, program in enumerate(lower(shape, renumbered)):
             programs[rank] += [*program, Compute(Operation("S", rank, step))]
     return list(programs)
+
+
+def _later(operation: Operation, by: int) -> Operation:
+    return operation._replace(micro_batch=operation.micro_batch + by)
 
 
 def _receive(message: Message | None) -> list[Instruction]:
     return [] if message is None else [Post(message), Wait(message, "received")]
 
 
-def _gpipe(shape: Shape, orders: Sequence[Order]) -> list[list[Instruction]]:
+def _gpipe(shape: PipelineShape, orders: Sequence[Order]) -> list[list[Instruction]]:
+    """Builds GPipe's programs: a receive is posted when it is needed; sends are waited for at the end of a phase."""
     programs = []
     for order in orders:
         program: list[Instruction] = []
@@ -105,10 +117,10 @@ def _gpipe(shape: Shape, orders: Sequence[Order]) -> list[list[Instruction]]:
     return programs
 
 
-def _fused(shape: Shape, orders: Sequence[Order]) -> list[list[Instruction]]:
-    """1F1B: a send is held back and posted together with the next receive, if that goes the other way.
+def _fused(shape: PipelineShape, orders: Sequence[Order]) -> list[list[Instruction]]:
+    """Builds 1F1B's programs: a send is held back and posted with the next receive, if that goes the other way.
 
-    Between two passes of one kind (warm-up, cool-down) the send goes out at once; the rank waits for it after the next.
+    Between two passes of one kind (warm-up, cool-down) the send goes out at once, and is waited for after the next one.
     """
     programs = []
     for order in orders:
@@ -118,23 +130,31 @@ def _fused(shape: Shape, orders: Sequence[Order]) -> list[list[Instruction]]:
         for operation, following in pairwise([*order, None]):
             assert operation is not None
             needed = shape.needed_before(operation)
-            program += [Send(held)] if held is not None else []
-            program += [Post(needed)] if needed is not None else []
-            program += [Wait(held, "sent")] if held is not None else []
-            program += [Wait(needed, "received")] if needed is not None else []
+            if held is not None:
+                program.append(Send(held))
+            if needed is not None:
+                program.append(Post(needed))
+            if held is not None:
+                program.append(Wait(held, "sent"))
+            if needed is not None:
+                program.append(Wait(needed, "received"))
             program.append(Compute(operation))
-            program += [Wait(flying, "sent")] if flying is not None else []
-            held, flying = shape.sent_after(operation), None
-            if following is None or following.kind == operation.kind:
-                program += [Send(held)] if held is not None else []
-                held, flying = None, held
-        program += [Wait(flying, "sent")] if flying is not None else []
+            if flying is not None:
+                program.append(Wait(flying, "sent"))
+            held = shape.sent_after(operation)
+            flying = None
+            if held is not None and (following is None or following.kind == operation.kind):
+                program.append(Send(held))
+                flying = held
+                held = None
+        if flying is not None:
+            program.append(Wait(flying, "sent"))
         programs.append(program)
     return programs
 
 
-def _blocking(shape: Shape, orders: Sequence[Order]) -> list[list[Instruction]]:
-    """DeepSpeed: stage s runs forward k at clock 2 k + s and backward k at clock 2 k + 2 p - 1 - s.
+def _blocking(shape: PipelineShape, orders: Sequence[Order]) -> list[list[Instruction]]:
+    """Builds DeepSpeed's programs: stage s runs forward k at clock 2 k + s, backward k at clock 2 k + 2 p - 1 - s.
 
     Before a forward clock's compute it receives activations, then sends the gradient of the clock before; before a
     backward clock's it sends the activations of the clock before, then receives a gradient.
@@ -145,14 +165,20 @@ def _blocking(shape: Shape, orders: Sequence[Order]) -> list[list[Instruction]]:
         clocks = {_clock(operation, shape.stages, first): operation for operation in order}
         program: list[Instruction] = []
         for clock in range(max(clocks) + 2):
-            now, before = clocks.get(clock), clocks.get(clock - 1)
-            message = shape.sent_after(before) if before is not None else None
-            send: list[Instruction] = [Send(message), Wait(message, "sent")] if message is not None else []
-            receive = _receive(shape.needed_before(now)) if now is not None else []
-            program += [*receive, *send] if (clock - stage) % 2 == 0 else [*send, *receive]
-            program += [Compute(now)] if now is not None else []
+            now = clocks.get(clock)
+            before = clocks.get(clock - 1)
+            receive = [] if now is None else _receive(shape.needed_before(now))
+            send = [] if before is None else _send(shape.sent_after(before))
+            forward_clock = (clock - stage) % 2 == 0
+            program += [*receive, *send] if forward_clock else [*send, *receive]
+            if now is not None:
+                program.append(Compute(now))
         programs.append(program)
     return programs
+
+
+def _send(message: Message | None) -> list[Instruction]:
+    return [] if message is None else [Send(message), Wait(message, "sent")]
 
 
 def _clock(operation: Operation, stages: int, first: int) -> int:
@@ -160,8 +186,8 @@ def _clock(operation: Operation, stages: int, first: int) -> int:
     return 2 * (number - first) + (stage if kind == "F" else 2 * stages - 1 - stage)
 
 
-def _ahead(shape: Shape, orders: Sequence[Order]) -> list[list[Instruction]]:
-    """Two stages per rank: receives stand where torch's `_add_send_recv` puts them.
+def _ahead(shape: PipelineShape, orders: Sequence[Order]) -> list[list[Instruction]]:
+    """Builds programs of two stages per rank, with receives where torch's `_add_send_recv` puts them.
 
     It goes over the ranks in turn, one operation each, as far as what they need has been computed; an operation that
     sends puts the receive into the other rank's list there and then.
@@ -172,13 +198,16 @@ def _ahead(shape: Shape, orders: Sequence[Order]) -> list[list[Instruction]]:
     while any(left):
         moved = False
         for rank, operations in enumerate(left):
-            if not operations or not _known(shape, operations[-1], posted):
+            if not operations or not _may_follow(shape, operations[-1], posted):
                 continue
-            operation, moved = operations.pop(), True
+            operation = operations.pop()
+            moved = True
             if operation is None:
                 continue
-            needed, message = shape.needed_before(operation), shape.sent_after(operation)
-            programs[rank] += [Wait(needed, "received")] if needed is not None else []
+            needed = shape.needed_before(operation)
+            message = shape.sent_after(operation)
+            if needed is not None:
+                programs[rank].append(Wait(needed, "received"))
             programs[rank].append(Compute(operation))
             if message is not None:
                 programs[rank].append(Send(message))
@@ -191,24 +220,26 @@ def _ahead(shape: Shape, orders: Sequence[Order]) -> list[list[Instruction]]:
 
 
 def _with_turns(order: Order) -> list[Operation | None]:
-    """The order with the turns (None) that torch's lowering spends after a stage's last pass: REDUCE_GRAD, RESHARD."""
+    """Adds the turns (None) that torch's lowering spends after a stage's last pass, for REDUCE_GRAD and RESHARD."""
     last = {operation.stage: position for position, operation in enumerate(order)}
     turns: list[Operation | None] = []
     for position, operation in enumerate(order):
-        turns += [operation, None, None] if last[operation.stage] == position else [operation]
+        turns.append(operation)
+        if last[operation.stage] == position:
+            turns += [None, None]
     return turns
 
 
-def _known(shape: Shape, operation: Operation | None, posted: set[Message]) -> bool:
-    """Whether torch's lowering may place an operation now: what comes from another rank has been sent."""
+def _may_follow(shape: PipelineShape, operation: Operation | None, posted: set[Message]) -> bool:
+    """Returns whether torch's lowering may place an operation now: what it needs of another rank has been sent."""
     needed = shape.needed_before(operation) if operation is not None else None
     return needed is None or needed in posted
 
 
-def decoupled(shape: Shape, capacity: int, packets: int, accumulate: int = 1) -> list[Program]:
-    """The programs of a decoupled run: F, then the packet leaves, C, B, and S every `accumulate` packets.
+def decoupled(shape: PipelineShape, capacity: int, packets: int, accumulate: int = 1) -> list[Program]:
+    """Returns the programs of a decoupled run: F, then the packet leaves, C, B, and S every `accumulate` packets.
 
-    A packet needs a credit: that of packet n comes back when the next stage takes it, and lets n + capacity go.
+    A packet needs a credit. The credit of packet n comes back when the next stage takes it, and lets n + capacity go.
     """
 
     def packet(stage: int, number: int) -> Message:

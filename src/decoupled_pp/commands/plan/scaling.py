@@ -1,4 +1,4 @@
-"""Scaling curves: a transformer on more and more devices, as pipelines side by side. No torch.
+"""Computes scaling curves: a transformer on more and more devices, as pipelines side by side. No torch.
 
 Devices = depth x replicas. The depth of a pipeline is the largest divisor of the devices that leaves every stage a
 block (or `depth`); the rest are replicas, which share the micro-batches of a step and add up their gradients.
@@ -13,17 +13,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from decoupled_pp.commands.plan.costs import StageCosts
+from decoupled_pp.commands.plan.memory import RankMemory
 from decoupled_pp.commands.plan.orders import stages_per_rank
 from decoupled_pp.commands.plan.predict import (
-    STRATEGIES,
-    RankMemory,
     Setting,
-    StageCosts,
+    check_known,
+    check_shared_evenly,
     predict_stages,
     ring_all_reduce,
 )
 from decoupled_pp.commands.plan.simulate import Link
 from decoupled_pp.commands.plan.transformer import BYTES_PER_PARAMETER, GRADIENT_BYTES, Transformer
+from decoupled_pp.core.errors import UsageError
 
 _FULL_ROUNDS = 3
 _LONG_ROUNDS = 4
@@ -32,16 +34,16 @@ _DEEP = 32
 
 @dataclass(frozen=True)
 class Point:
-    """One strategy on so many devices.
+    """Prediction for one strategy on a number of devices.
 
     Attributes:
-        strategy: Its name.
-        devices: In all.
+        strategy: Name of the strategy.
+        devices: Number of devices.
         depth: Ranks of a pipeline.
         replicas: Pipelines side by side.
-        micro_batches: Of one pipeline and step.
-        step_seconds: Of an optimizer step.
-        tokens_per_second: Of all devices.
+        micro_batches: Micro-batches of one pipeline and step.
+        step_seconds: Seconds of an optimizer step.
+        tokens_per_second: Tokens per second of all devices.
         efficiency: Time that the network's forward and backward (critics left out) would keep all devices busy, over
             the step.
         memory: Bytes of the fullest device.
@@ -60,11 +62,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Scale:
-    """What is scaled.
+    """A network, its batch and its links, without the number of devices.
 
     Attributes:
         model: The network and its devices.
-        link: Between any two devices.
+        link: Link between any two devices.
         micro_batches: Per optimizer step: of the whole run, or (`weak`) of every replica.
         weak: Whether more replicas mean a larger batch.
         depth: Deepest pipeline; 0 for as deep as there are blocks.
@@ -80,77 +82,77 @@ class Scale:
 
 
 def curve(strategy: str, scale: Scale, devices: Sequence[int]) -> list[Point | str]:
-    """A point for every number of devices, or why there is none."""
+    """Returns a point for every number of devices, or the reason why there is none."""
     points: list[Point | str] = []
     for count in devices:
         try:
             points.append(point(strategy, scale, count))
-        except ValueError as error:
+        except UsageError as error:
             points.append(str(error))
     return points
 
 
 def point(strategy: str, scale: Scale, devices: int) -> Point:
-    """One strategy on so many devices.
+    """Predicts one strategy on a number of devices.
 
     Raises:
-        ValueError: It cannot run there; says why.
+        UsageError: It cannot run there; says why.
     """
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy {strategy!r} is not known; of {', '.join(STRATEGIES)}")
+    check_known(strategy)
     if devices < 1 or scale.micro_batches < 1 or scale.depth < 0 or scale.capacity < 1:
-        raise ValueError(
-            f"devices {devices}, micro-batches {scale.micro_batches} and capacity {scale.capacity} must be at least 1"
+        raise UsageError(
+            f"devices {devices}, micro-batches {scale.micro_batches} and capacity {scale.capacity} must be at least 1",
+            code="option-out-of-range",
         )
     if strategy == "backprop" and devices > 1:
-        raise ValueError(f"backprop runs on one device, not {devices}")
+        raise UsageError(f"backprop runs on one device, not {devices}", code="schedule-does-not-fit")
     model = scale.model
     depth = 1 if strategy in ("data_parallel", "backprop") else pipeline_depth(strategy, scale, devices)
     replicas = devices // depth
-    count = scale.micro_batches if scale.weak else scale.micro_batches // replicas
-    if not scale.weak and count * replicas != scale.micro_batches:
-        raise ValueError(
-            f"{scale.micro_batches} micro-batches per step cannot be shared by {replicas} replicas evenly; "
-            f"use a multiple of {replicas}"
-        )
+    count = scale.micro_batches
+    if not scale.weak:
+        check_shared_evenly(count, replicas, "replicas")
+        count //= replicas
     if depth == 1:
         step, memory = _without_pipeline(scale, replicas, count)
     else:
         step, memory = _pipeline(strategy, scale, depth, replicas, count)
     work = count * replicas
     return Point(
-        strategy,
-        devices,
-        depth,
-        replicas,
-        count,
-        step,
-        work * model.tokens / step,
-        work * model.seconds / devices / step,
-        memory.total,
+        strategy=strategy,
+        devices=devices,
+        depth=depth,
+        replicas=replicas,
+        micro_batches=count,
+        step_seconds=step,
+        tokens_per_second=work * model.tokens / step,
+        efficiency=work * model.seconds / devices / step,
+        memory=memory.total,
     )
 
 
 def pipeline_depth(strategy: str, scale: Scale, devices: int) -> int:
-    """The largest divisor of the devices that leaves every stage a block, and is no more than asked for."""
-    most = scale.model.layers // stages_per_rank(strategy)
-    most = min(most, scale.depth) if scale.depth else most
-    return max(d for d in range(1, min(most, devices) + 1) if devices % d == 0) if most else 1
+    """Returns the largest divisor of the devices that leaves every stage a block, and is no more than asked for."""
+    most = min(devices, scale.model.layers // stages_per_rank(strategy))
+    if scale.depth:
+        most = min(most, scale.depth)
+    return max((depth for depth in range(1, most + 1) if devices % depth == 0), default=1)
 
 
 def _exposed(scale: Scale, parameters: float, replicas: int, backward: float) -> float:
-    """What the replicas' all-reduce takes beyond the last backward pass, under which it begins."""
+    """Returns the seconds of the replicas' all-reduce that the last backward pass does not hide."""
     return max(0.0, ring_all_reduce(GRADIENT_BYTES * parameters, replicas, scale.link) - backward)
 
 
 def _without_pipeline(scale: Scale, replicas: int, count: int) -> tuple[float, RankMemory]:
+    """Returns the seconds of a step with the whole network on every device, and a device's memory."""
     (one,) = scale.model.stages(1, critics=False)
     step = count * scale.model.seconds + _exposed(scale, scale.model.total_parameters, replicas, one.backward)
     return step, RankMemory(round(BYTES_PER_PARAMETER * scale.model.total_parameters), one.saved, 0)
 
 
 def _pipeline(strategy: str, scale: Scale, depth: int, replicas: int, count: int) -> tuple[float, RankMemory]:
-    """Seconds of a step and the fullest device. A decoupled stage updates as often as the others: once a step."""
+    """Returns the seconds of a step and the fullest device. A decoupled stage, too, updates once a step."""
     own_critics = strategy == "decoupled"
     stages = depth * stages_per_rank(strategy)
     share = 1 + scale.model.critic_share if own_critics else 1.0
@@ -163,14 +165,14 @@ def _pipeline(strategy: str, scale: Scale, depth: int, replicas: int, count: int
 
 
 def step_seconds(strategy: str, costs: Sequence[StageCosts], setting: Setting) -> tuple[float, RankMemory]:
-    """Seconds of a step of equal stages, and the fullest rank, without simulating long steps or deep pipelines in full.
+    """Returns the seconds of a step of equal stages and the fullest rank, without simulating all of a long step.
 
     - decoupled: the period per packet does not depend on the depth; 8 ranks are simulated.
     - m above 4 p: affine in m, from m = 3 p and 4 p (plus what m lacks to a multiple of p).
     - p above 64 and m a multiple of p: affine along the ray, from 32 and 64 ranks.
 
     Raises:
-        ValueError: The schedule refuses the numbers.
+        UsageError: The schedule refuses the numbers.
     """
     ranks, count = setting.ranks, setting.micro_batches
     if strategy == "decoupled":
@@ -182,32 +184,34 @@ def step_seconds(strategy: str, costs: Sequence[StageCosts], setting: Setting) -
         return prediction.step_seconds + waits, max(prediction.memory, key=lambda one: one.total)
     if count > _LONG_ROUNDS * ranks:
         over = count % ranks
-        near, far = (_FULL_ROUNDS * ranks + over, _LONG_ROUNDS * ranks + over)
-        if count > far:
-            return _line(strategy, costs, [replace(setting, micro_batches=m) for m in (near, far)], setting)
+        near = replace(setting, micro_batches=_FULL_ROUNDS * ranks + over)
+        far = replace(setting, micro_batches=_LONG_ROUNDS * ranks + over)
+        if count > far.micro_batches:
+            return _extrapolate(strategy, costs, near, far, setting)
     if ranks > 2 * _DEEP and count % ranks == 0:
         rounds = count // ranks
-        sizes = [replace(setting, ranks=p, micro_batches=p * rounds) for p in (_DEEP, 2 * _DEEP)]
-        return _line(strategy, costs, sizes, setting)
+        near = replace(setting, ranks=_DEEP, micro_batches=_DEEP * rounds)
+        far = replace(setting, ranks=2 * _DEEP, micro_batches=2 * _DEEP * rounds)
+        return _extrapolate(strategy, costs, near, far, setting)
     prediction = predict_stages(strategy, costs, setting, 1)
     return prediction.step_seconds, max(prediction.memory, key=lambda one: one.total)
 
 
-def _line(
-    strategy: str, costs: Sequence[StageCosts], settings: Sequence[Setting], aim: Setting
+def _extrapolate(
+    strategy: str, costs: Sequence[StageCosts], near: Setting, far: Setting, aim: Setting
 ) -> tuple[float, RankMemory]:
-    """The line through the steps of two settings, at a third; memory along the same line."""
+    """Extrapolates the steps of two settings to a third along a line, and memory likewise."""
     per_rank = stages_per_rank(strategy)
-    values = [step_seconds(strategy, list(costs[: one.ranks * per_rank]), one) for one in settings]
-    near, far = settings
+    near_step, near_memory = step_seconds(strategy, costs[: near.ranks * per_rank], near)
+    far_step, far_memory = step_seconds(strategy, costs[: far.ranks * per_rank], far)
     share = (aim.micro_batches - near.micro_batches) / (far.micro_batches - near.micro_batches)
 
     def at(low: float, high: float) -> float:
         return low + (high - low) * share
 
-    (low_step, low), (high_step, high) = values
-    return at(low_step, high_step), RankMemory(
-        round(at(low.states, high.states)),
-        round(at(low.activations, high.activations)),
-        round(at(low.buffers, high.buffers)),
+    memory = RankMemory(
+        states=round(at(near_memory.states, far_memory.states)),
+        activations=round(at(near_memory.activations, far_memory.activations)),
+        buffers=round(at(near_memory.buffers, far_memory.buffers)),
     )
+    return at(near_step, far_step), memory

@@ -24,10 +24,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 from decoupled_pp.commands.plan.orders import Operation
+from decoupled_pp.core.errors import UsageError
 
 
 class Message(NamedTuple):
-    """One transfer.
+    """A message between two ranks.
 
     Attributes:
         kind: "activation", "gradient" or "credit".
@@ -49,25 +50,25 @@ class Message(NamedTuple):
 
 
 class Compute(NamedTuple):
-    """The rank computes this."""
+    """Makes the rank compute an operation."""
 
     operation: Operation
 
 
 class Send(NamedTuple):
-    """The rank hands a message to the link and goes on."""
+    """Makes the rank hand a message to the link and go on."""
 
     message: Message
 
 
 class Post(NamedTuple):
-    """The rank says that it is ready to receive a message, and goes on."""
+    """Makes the rank say that it is ready to receive a message, and go on."""
 
     message: Message
 
 
 class Wait(NamedTuple):
-    """The rank waits until a message is "sent" (its data have left) or "received"."""
+    """Makes the rank wait until a message is "sent" (its data have left) or "received"."""
 
     message: Message
     end: str
@@ -87,7 +88,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Link:
-    """What every link between two ranks is like, in each direction.
+    """Properties of every link between two ranks, in each direction.
 
     Attributes:
         latency: Seconds from the end of the sending to the arrival.
@@ -100,24 +101,25 @@ class Link:
     host: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what no link is like."""
+        """Raises UsageError for times and bandwidths that no link has."""
         if not (0 <= self.latency < math.inf and 0 <= self.host < math.inf and self.bandwidth > 0):
-            raise ValueError(
-                f"link of latency {self.latency} s, bandwidth {self.bandwidth} B/s and {self.host} s per message: "
-                "give finite times of at least 0 and a bandwidth above 0"
+            raise UsageError(
+                f"a link has latency {self.latency} s, bandwidth {self.bandwidth} B/s and {self.host} s per message: "
+                "give finite times of at least 0 and a bandwidth above 0",
+                code="option-out-of-range",
             )
 
     def seconds(self, size: int) -> float:
-        """Seconds that `size` bytes keep the link busy."""
+        """Returns the seconds that `size` bytes keep the link busy."""
         return size / self.bandwidth
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """What a simulation gives.
+    """Result of a simulation.
 
     Attributes:
-        spans: Of every rank, in order.
+        spans: Operations of every rank, in order.
         ends: When every rank's program ended, in seconds.
         bytes_sent: (source, target, kind of message) -> bytes.
     """
@@ -126,10 +128,21 @@ class Timeline:
     ends: list[float]
     bytes_sent: dict[tuple[int, int, str], int]
 
+    def end_of_step(self, rank: int, step: int) -> float:
+        """Returns when a rank ended its optimizer step number `step` (of a pipeline with a flush)."""
+        return next(span.end for span in self.spans[rank] if span.operation[::2] == ("S", step))
+
 
 @dataclass
 class _Transfer:
-    """Where a message is: times in seconds, infinite while unknown; ranks that wait for its ends."""
+    """State of a message.
+
+    Attributes:
+        posted: When the receiver called `Post`, in seconds; infinite until it has.
+        handed: When the sender called `Send`, likewise.
+        ends: "sent" and "received" -> when, once known.
+        waiting: "sent" and "received" -> the rank that waits for it.
+    """
 
     posted: float = math.inf
     handed: float = math.inf
@@ -138,10 +151,12 @@ class _Transfer:
 
 
 class _Simulation:
-    """The state of one run; `_agenda` holds (time, number, action) in the order in which they happen."""
+    """State of one simulation; `_agenda` is a heap of (time, number, action)."""
 
     def __init__(self, programs: Sequence[Program], seconds: Callable[[Operation], float], link: Link) -> None:
-        self._programs, self._seconds, self._link = programs, seconds, link
+        self._programs = programs
+        self._seconds = seconds
+        self._link = link
         self._position = [0] * len(programs)
         self._agenda: list[tuple[float, int, Callable[[float], None]]] = []
         self._number = 0
@@ -152,7 +167,7 @@ class _Simulation:
         self.bytes_sent: defaultdict[tuple[int, int, str], int] = defaultdict(int)
 
     def run(self) -> Timeline:
-        """Until nothing is left to happen.
+        """Runs until nothing is left to happen.
 
         Raises:
             ValueError: Ranks wait for each other for ever.
@@ -165,15 +180,16 @@ class _Simulation:
         stuck = [rank for rank, end in enumerate(self.ends) if math.isinf(end)]
         if stuck:
             waits = self._programs[stuck[0]][self._position[stuck[0]]]
+            # Not a UsageError: our programs cannot wait for ever, whatever the user asks for.
             raise ValueError(f"the programs never end: rank {stuck[0]} waits at {waits}; correct their order")
         return Timeline(self.spans, self.ends, dict(self.bytes_sent))
 
     def _at(self, time: float, action: Callable[[float], None]) -> None:
-        self._number += 1  # what happens at one time happens in the order in which it was found
+        self._number += 1  # orders events of one time, so that a simulation gives the same result every time
         heapq.heappush(self._agenda, (time, self._number, action))
 
     def _advance(self, rank: int, now: float) -> None:
-        """Run a rank's program from here until it computes, waits or ends."""
+        """Runs a rank's program from here until it computes, waits or ends."""
         program = self._programs[rank]
         while self._position[rank] < len(program):
             instruction = program[self._position[rank]]
@@ -208,7 +224,7 @@ class _Simulation:
         self._match(instruction.message, now)
 
     def _match(self, message: Message, now: float) -> None:
-        """If both sides are there, the data start when word of the receive is at the sender."""
+        """Starts the data once both sides are there and word of the receive is at the sender."""
         transfer = self._transfers[message]
         if math.isinf(transfer.handed) or (math.isinf(transfer.posted) and not message.eager):
             return
@@ -216,10 +232,10 @@ class _Simulation:
         self._at(ready, lambda then: self._depart(message, then))
 
     def _depart(self, message: Message, now: float) -> None:
-        way = message.source, message.target
-        sent = max(now, self._free[way]) + self._link.seconds(message.size)
-        self._free[way] = sent
-        self.bytes_sent[(*way, message.kind)] += message.size
+        direction = message.source, message.target
+        sent = max(now, self._free[direction]) + self._link.seconds(message.size)
+        self._free[direction] = sent
+        self.bytes_sent[(*direction, message.kind)] += message.size
         for end, time in (("sent", sent), ("received", sent + self._link.latency)):
             self._at(time, lambda then, end=end: self._arrive(message, end, then))  # type: ignore[misc]
 
@@ -232,12 +248,12 @@ class _Simulation:
 
 
 def simulate(programs: Sequence[Program], seconds: Callable[[Operation], float], link: Link) -> Timeline:
-    """Run the programs of all ranks.
+    """Runs the programs of all ranks.
 
     Args:
         programs: One per rank.
-        seconds: How long an operation takes.
-        link: What every link is like.
+        seconds: Returns how long an operation takes.
+        link: Every link between two ranks.
 
     Raises:
         ValueError: The ranks wait for each other for ever.

@@ -1,4 +1,4 @@
-"""Predictions and scaling curves as plain text: tables, and every assumption beside them. No torch."""
+"""Writes predictions and scaling curves as plain text: tables, and every assumption beside them. No torch."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
+from decoupled_pp.commands.plan.costs import CutStage, cut_stages
+from decoupled_pp.commands.plan.memory import RankMemory
 from decoupled_pp.commands.plan.predict import Prediction, Setting, Traffic
 from decoupled_pp.commands.plan.profile import Profile
 from decoupled_pp.commands.plan.scaling import Point, Scale
 from decoupled_pp.commands.plan.simulate import Link
-from decoupled_pp.commands.plan.stages import CutStage, cut_stages
 
 MIB = 2.0**20
 
@@ -18,7 +19,17 @@ MIB = 2.0**20
 def describe_plan(
     profile: Profile, setting: Setting, predictions: Mapping[str, Prediction], refused: Mapping[str, str]
 ) -> str:
-    """All that `dpp plan CONFIG` says."""
+    """Returns the output of `dpp plan CONFIG`.
+
+    Args:
+        profile: Costs of the network.
+        setting: Ranks, links and batch.
+        predictions: Strategy -> its prediction.
+        refused: Strategy -> why there is no prediction.
+    """
+    memory = [[kind, *map(_memory, one.memory)] for kind, one in predictions.items()]
+    links = [[kind, *_links(one.traffic)] for kind, one in predictions.items() if one.traffic]
+    cuts = [[kind, *_stages(profile, one.boundaries)] for kind, one in predictions.items()]
     lines = [
         f"Predicted, not run: {setting.ranks} ranks, {setting.micro_batches} micro-batches of {profile.samples} "
         "samples per optimizer step",
@@ -27,28 +38,17 @@ def describe_plan(
         *_columns(_plan_rows(predictions, setting.micro_batches)),
         "",
         "Memory of every rank, MiB: states (parameters, gradients, optimizer) + saved activations + link buffers",
-        *_columns(
-            [
-                [kind, *(f"{m.states / MIB:.1f}+{m.activations / MIB:.1f}+{m.buffers / MIB:.1f}" for m in one.memory)]
-                for kind, one in predictions.items()
-            ]
-        ),
+        *_columns(memory),
         "",
         "Bytes per sample over every link: activations forward / gradients backward (/ credits)",
-        *_columns([[kind, *_links(one.traffic)] for kind, one in predictions.items() if one.traffic]),
+        *_columns(links),
         "",
-        *(
-            _cut_lines(cut_stages(profile, predictions["decoupled"].boundaries, setting.speeds))
-            if "decoupled" in predictions
-            else ()
-        ),
-        "Cuts (layers of every stage)",
-        *_columns([[kind, *_stages(profile, one.boundaries)] for kind, one in predictions.items()]),
-        *[f"{kind}: not predicted: {reason}" for kind, reason in refused.items()],
-        "",
-        "Assumptions (docs/planner.md)",
-        *[f"- {line}" for line in plan_assumptions(setting)],
     ]
+    if "decoupled" in predictions:
+        lines += _cut_lines(cut_stages(profile, predictions["decoupled"].boundaries, setting.speeds))
+    lines += ["Cuts (layers of every stage)", *_columns(cuts)]
+    lines += [f"{kind}: not predicted: {reason}" for kind, reason in refused.items()]
+    lines += ["", "Assumptions (docs/planner.md)", *(f"- {line}" for line in plan_assumptions(setting))]
     return "\n".join(lines) + "\n"
 
 
@@ -71,39 +71,44 @@ def _plan_rows(predictions: Mapping[str, Prediction], micro_batches: int) -> lis
     return rows
 
 
+def _memory(one: RankMemory) -> str:
+    return f"{one.states / MIB:.1f}+{one.activations / MIB:.1f}+{one.buffers / MIB:.1f}"
+
+
+_CUT_HEAD = (
+    "stage",
+    "layers",
+    "parameters",
+    "forward ms",
+    "backward ms",
+    "critic ms",
+    "step ms",
+    "states MiB",
+    "saved MiB",
+)
+
+
 def _cut_lines(stages: Sequence[CutStage]) -> list[str]:
-    """The decoupled cut, stage by stage, and an empty line."""
-    rows = [
-        [
-            "stage",
-            "layers",
-            "parameters",
-            "forward ms",
-            "backward ms",
-            "critic ms",
-            "step ms",
-            "states MiB",
-            "saved MiB",
-        ]
-    ]
-    for index, one in enumerate(stages):
-        names = one.layers[0] if one.count == 1 else f"{one.layers[0]}..{one.layers[1]} ({one.count})"
-        times = (one.forward, one.backward, one.critic, one.step)
+    """Returns the decoupled cut, stage by stage, and an empty line."""
+    rows: list[Sequence[str]] = [_CUT_HEAD]
+    for index, stage in enumerate(stages):
+        costs = stage.costs
+        count = len(stage.layers)
         rows.append(
             [
                 str(index),
-                names,
-                f"{one.parameters // 4:,}",
-                *(f"{seconds * 1e3:.3f}" for seconds in times),
-                f"{one.states / MIB:.1f}",
-                f"{one.activations / MIB:.1f}",
+                stage.span if count == 1 else f"{stage.span} ({count})",
+                f"{stage.parameter_bytes // 4:,}",
+                *(f"{seconds * 1e3:.3f}" for seconds in (costs.forward, costs.backward, costs.critic, costs.step)),
+                f"{costs.memory / MIB:.1f}",
+                f"{(costs.saved + costs.critic_saved) / MIB:.1f}",
             ]
         )
     return ["The decoupled cut: seconds and bytes of one micro-batch, critics included", *_columns(rows), ""]
 
 
 def _links(traffic: Sequence[Traffic]) -> list[str]:
-    """Every pair of ranks once, both directions together: a gradient of one is the way back of the other."""
+    """Returns a cell for every pair of ranks, both directions together: zbv sends activations either way."""
     there: dict[tuple[int, int], list[float]] = {}
     for one in traffic:
         sums = there.setdefault((min(one.source, one.target), max(one.source, one.target)), [0.0, 0.0, 0.0])
@@ -123,7 +128,7 @@ def _stages(profile: Profile, boundaries: Sequence[int]) -> list[str]:
 
 
 def plan_assumptions(setting: Setting) -> list[str]:
-    """What is assumed of a measured network, one line each."""
+    """Returns the assumptions about a measured network, one line each."""
     return [
         *link_assumptions(setting.link),
         *_device_assumptions(setting),
@@ -152,7 +157,7 @@ def _device_assumptions(setting: Setting) -> list[str]:
 
 
 def link_assumptions(link: Link) -> list[str]:
-    """What is assumed of the links."""
+    """Returns the assumptions about the links."""
     if link == Link():
         return ["links are free (--link, --latency, --message-time set them)"]
     rate = "without limit" if math.isinf(link.bandwidth) else f"{link.bandwidth / 1e9:g} GB/s"
@@ -164,7 +169,7 @@ def link_assumptions(link: Link) -> list[str]:
 
 
 def describe_curves(scale: Scale, devices: Sequence[int], curves: Mapping[str, Sequence[Point | str]]) -> str:
-    """All that `dpp plan --devices` says."""
+    """Returns the output of `dpp plan --devices`."""
     rows = [
         ["strategy", "devices", "depth x replicas", "micro-batches", "s/step", "tokens/s", "efficiency", "GiB/device"]
     ]
@@ -183,21 +188,24 @@ def describe_curves(scale: Scale, devices: Sequence[int], curves: Mapping[str, S
 
 
 def scaling_assumptions(scale: Scale) -> list[str]:
-    """What is assumed of a counted network and its devices, one line each."""
-    batch = (
-        f"weak scaling: every replica takes {scale.micro_batches} micro-batches per step, so the batch grows with the "
-        "replicas, and so may the samples that a loss needs"
-        if scale.weak
-        else f"strong scaling: {scale.micro_batches} micro-batches per step, whatever the devices, so that all points "
-        "learn alike; replicas share them, and a pipeline gets few where there are many"
-    )
+    """Returns the assumptions about a counted network and its devices, one line each."""
+    if scale.weak:
+        batch = (
+            f"weak scaling: every replica takes {scale.micro_batches} micro-batches per step, so the batch grows with "
+            "the replicas, and so may the samples that a loss needs"
+        )
+    else:
+        batch = (
+            f"strong scaling: {scale.micro_batches} micro-batches per step, whatever the devices, so that all points "
+            "learn alike; replicas share them, and a pipeline gets few where there are many"
+        )
+    deepest = f", but no deeper than {scale.depth}" if scale.depth else ""
     return [
         *scale.model.assumptions(),
         *link_assumptions(scale.link),
         batch,
-        "devices = depth x replicas: pipelines as deep as there are blocks"
-        + (f", but no deeper than {scale.depth}" if scale.depth else "")
-        + ", then replicas; they add up gradients in a ring, which begins with the last backward pass",
+        f"devices = depth x replicas: pipelines as deep as there are blocks{deepest}, then replicas; they add up "
+        "gradients in a ring, which begins with the last backward pass",
         "decoupled stages take an optimizer step as often as the others (equal updates), each at its own time",
         "efficiency: forward and backward of the network, critics left out, over all devices' time",
         "memory is not limited: see GiB/device for what would have to fit",
@@ -205,15 +213,14 @@ def scaling_assumptions(scale: Scale) -> list[str]:
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows as text, first column to the left, the others to the right."""
+    """Aligns rows: the first column to the left, the others to the right."""
     if not rows:
         return []
-    width = max(len(row) for row in rows)
-    full = [[*row, *[""] * (width - len(row))] for row in rows]
-    widths = [max(len(row[column]) for row in full) for column in range(width)]
-    return [
-        "  ".join(
-            cell.rjust(size) if column else cell.ljust(size) for column, (cell, size) in enumerate(pairs)
-        ).rstrip()
-        for pairs in (list(zip(row, widths, strict=True)) for row in full)
-    ]
+    count = max(len(row) for row in rows)
+    full = [[*row, *[""] * (count - len(row))] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*full, strict=True)]
+    lines = []
+    for first, *others in full:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return lines

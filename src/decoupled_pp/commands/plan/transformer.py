@@ -1,20 +1,22 @@
-"""What the stages of a transformer of a given size cost on a given device: counted, not measured. No torch."""
+"""Counts what the stages of a transformer of a given size cost on a given device; measures nothing. No torch."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
 
-from decoupled_pp.commands.plan.predict import StageCosts
+from decoupled_pp.commands.arguments import flag
+from decoupled_pp.commands.plan.costs import StageCosts
+from decoupled_pp.core.errors import UsageError
 
 BYTES_PER_PARAMETER = 16
 """Mixed-precision Adam: 2 parameter, 2 gradient, 4 master copy, 8 moments (Rajbhandari et al. 2020, 1910.02054)."""
 
 GRADIENT_BYTES = 2
-"""Of one parameter, as replicas exchange it."""
+"""Bytes of one parameter's gradient, as replicas exchange it."""
 
 SAVED_BYTES_PER_TOKEN_AND_WIDTH = 34
-"""A layer's saved activations with flash attention, without recomputation (Korthikanti et al. 2022, 2205.05198)."""
+"""Saved activations of a layer with flash attention, without recomputation (Korthikanti et al. 2022, 2205.05198)."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,11 @@ class Transformer:
 
     Attributes:
         layers: Transformer blocks.
-        width: Of the residual stream.
+        width: Width of the residual stream.
         vocabulary: Tokens in the vocabulary.
         sequence: Tokens per sample.
         micro_batch: Samples per micro-batch.
-        parameters: In all; 0 for 12 layers width^2 + 2 vocabulary width.
+        parameters: Number of parameters; 0 for 12 layers width^2 + 2 vocabulary width.
         flops: Floating-point operations per second that a device reaches in this work (not its peak).
         critic_share: Compute and parameters of a critic, as a share of its stage's.
     """
@@ -42,25 +44,27 @@ class Transformer:
     critic_share: float = 0.1
 
     def __post_init__(self) -> None:
-        """Raises ValueError for sizes that none has."""
+        """Raises UsageError for sizes that no transformer has."""
         for field in fields(self):
-            value, least = getattr(self, field.name), 0 if field.name in ("parameters", "critic_share") else 1
+            value = getattr(self, field.name)
+            least = 0 if field.name in ("parameters", "critic_share") else 1
             if not least <= value < math.inf:
-                raise ValueError(f"{field.name} is {value:g}; it must be at least {least}")
+                raise UsageError(f"{flag(field.name)} {value:g} must be at least {least}", code="option-out-of-range")
         if self.block_parameters <= 0:
-            raise ValueError(
-                f"{self.parameters:g} parameters are fewer than the 2 x {self.vocabulary} x {self.width} of the "
-                "embedding and the head; give more, or a smaller vocabulary or width"
+            raise UsageError(
+                f"--parameters {self.parameters:g} are fewer than the 2 x {self.vocabulary} x {self.width} of the "
+                "embedding and the head; give more, or a smaller --vocabulary or --width",
+                code="option-out-of-range",
             )
 
     @property
     def total_parameters(self) -> float:
-        """Of the whole network."""
+        """Number of parameters of the whole network."""
         return self.parameters or 12.0 * self.layers * self.width**2 + 2.0 * self.vocabulary * self.width
 
     @property
     def block_parameters(self) -> float:
-        """Of one block: what embedding and head leave."""
+        """Number of parameters of one block: an equal share of what embedding and head leave."""
         return (self.total_parameters - 2.0 * self.vocabulary * self.width) / self.layers
 
     @property
@@ -70,38 +74,39 @@ class Transformer:
 
     @property
     def matrix_seconds(self) -> float:
-        """Forward of all matrices for a micro-batch on one device: 2 operations per parameter and token."""
+        """Seconds of all matrices' forward pass of a micro-batch: 2 operations per parameter and token."""
         weights = self.layers * self.block_parameters + self.vocabulary * self.width
         return 2.0 * weights * self.tokens / self.flops
 
     @property
     def attention_seconds(self) -> float:
-        """Forward of causal attention's two products: 2 sequence width per token and layer."""
+        """Seconds of the forward pass of causal attention's two products: 2 sequence width per token and layer."""
         return 2.0 * self.layers * self.sequence * self.width * self.tokens / self.flops
 
     @property
     def seconds(self) -> float:
-        """Forward and backward of a micro-batch on one device; backward is twice forward."""
+        """Seconds of forward and backward of a micro-batch on one device; backward takes twice as long as forward."""
         return 3 * (self.matrix_seconds + self.attention_seconds)
 
     @property
     def boundary_bytes(self) -> int:
-        """Activations of a micro-batch between two stages, two bytes per value."""
+        """Bytes of a micro-batch's activations between two stages, two per value."""
         return 2 * self.tokens * self.width
 
     def stages(self, count: int, *, critics: bool, step: float = 0.0) -> list[StageCosts]:
-        """`count` equal stages: blocks, embedding and head are shared out evenly, as if they could be cut anywhere.
+        """Returns the costs of `count` equal stages, as if the network could be cut anywhere.
 
         Args:
             count: Number of stages.
             critics: Whether all but the last have a critic, and send targets (8 bytes per token) along.
             step: Seconds at the end of an optimizer step.
         """
-        matrices, attention = self.matrix_seconds / count, self.attention_seconds / count
+        matrices = self.matrix_seconds / count
+        attention = self.attention_seconds / count
         forward = matrices + attention
         states = BYTES_PER_PARAMETER * self.total_parameters / count
         saved = SAVED_BYTES_PER_TOKEN_AND_WIDTH * self.tokens * self.width * self.layers / count
-        share = [self.critic_share if critics and stage < count - 1 else 0.0 for stage in range(count)]
+        shares = [self.critic_share if critics else 0.0] * (count - 1) + [0.0]  # the last stage has no critic
         return [
             StageCosts(
                 forward=forward,
@@ -115,11 +120,11 @@ class Transformer:
                 critic=own * 3 * forward,
                 critic_saved=round(own * saved),
             )
-            for own in share
+            for own in shares
         ]
 
     def assumptions(self) -> list[str]:
-        """What is assumed, one line each, with its numbers."""
+        """Returns the assumptions with their numbers, one line each."""
         return [
             f"{self.total_parameters / 1e9:.3g} billion parameters: {self.layers} blocks of "
             f"{self.block_parameters:.4g}, embedding and head of {self.vocabulary} x {self.width} each",

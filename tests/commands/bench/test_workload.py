@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from decoupled_pp.commands.bench import emulated
-from decoupled_pp.commands.bench.contestants import Work, contestant
-from decoupled_pp.commands.bench.durations import Durations, Unevenness, describe
+from decoupled_pp.commands.bench.contenders import build_contender
 from decoupled_pp.commands.bench.emulated import EmulatedLayer
 from decoupled_pp.commands.bench.schedule import STRATEGIES
+from decoupled_pp.commands.bench.workload import Durations, Unevenness, Workload
 from decoupled_pp.links import join_world
 from ranks import launch
 
@@ -73,7 +73,8 @@ def _draws_of(kinds):
     durations.factors = counted
     found = {}
     for kind in kinds:
-        one = contestant(kind, Work(world, FORWARD, BACKWARD, 4, PACKETS, M, PACKETS // M, 4, durations))
+        work = Workload(world.size, FORWARD, BACKWARD, 4, PACKETS, M, PACKETS // M, 4, EXPONENTIAL)
+        one = build_contender(kind, world, work, durations)
         for measured in (one.alone, one.period):
             taken.clear()
             measured()
@@ -91,6 +92,6 @@ def test_every_strategy_is_measured_on_the_same_micro_batches(tmp_path):
 
 
 def test_a_table_says_what_was_uneven():
-    assert describe(Unevenness()) == ""
-    assert describe(SLOW) == "stage 1 takes 1.5 times as long for 0.33 of the micro-batches, at random\n"
-    assert describe(EXPONENTIAL) == "every duration is drawn, exponential about its mean\n"
+    assert str(Unevenness()) == ""
+    assert str(SLOW) == "stage 1 takes 1.5 times as long for 0.33 of the micro-batches, at random"
+    assert str(EXPONENTIAL) == "every duration is drawn, exponential about its mean"

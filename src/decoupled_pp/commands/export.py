@@ -1,0 +1,43 @@
+"""`dpp export`: writes the network of a run for use without this package."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from decoupled_pp.core.errors import UsageError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `dpp export`."""
+    parser.add_argument("folder", help="run folder")
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        help="file to write; of a transformers model a folder, unless it ends in .safetensors",
+    )
+    parser.add_argument("--exit", type=int, help="a smaller network: the stages up to this one, and its critic")
+    parser.add_argument(
+        "--tied", action="store_true", help="one weight again for embedding and output projection: the latter's"
+    )
+    parser.set_defaults(run=run_command)
+
+
+def run_command(chosen: argparse.Namespace) -> int:
+    """Writes the whole network, or one that ends at an exit."""
+    from decoupled_pp.commands.evaluate.finished_run import exit_module, export_folder
+    from decoupled_pp.run.checkpoints.parts import export_safetensors
+
+    if chosen.exit is not None and chosen.tied:
+        raise UsageError(
+            "--tied goes with the whole network, not with --exit; leave one of the two out", code="options-contradict"
+        )
+    output = Path(chosen.output)
+    if chosen.exit is not None:
+        export_safetensors(exit_module(chosen.folder, chosen.exit), output)
+    else:
+        export_folder(Path(chosen.folder), output, tied=chosen.tied)
+    sys.stdout.write(f"{chosen.output}\n")
+    return 0
