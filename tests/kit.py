@@ -1,14 +1,21 @@
-"""What tests share: an expected fault by its code, whose text is held by one golden file."""
+"""What tests share: faults by code with one golden file of texts; tiny networks, their batches, and short runs."""
 
 import json
+import os
 import re
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+from decoupled_pp import BatchSource, Data, DataInfo
+from decoupled_pp.commands.main import main
 from decoupled_pp.core.errors import UsageError
+
+# ------------------------------------------------------------------------------------------------------------- faults
 
 TEXTS = Path(__file__).parent / "fault_texts.json"
 """Code of a fault -> the texts that tests have seen with it, paths and measured numbers left out."""
@@ -58,3 +65,91 @@ def write_texts(seen):
     """Add to the golden file; texts of codes that were seen are replaced."""
     kept = {code: sorted(texts) for code, texts in sorted((written_texts() | seen).items())}
     TEXTS.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------ networks and batches
+
+
+def tanh_layers(count, width):
+    """As many layers, each linear with a tanh."""
+    return [nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(count)]
+
+
+def tanh_network(count, width, classes):
+    """`tanh_layers` and a linear head, always with the same weights."""
+    torch.manual_seed(1)
+    return nn.Sequential(*tanh_layers(count, width), nn.Linear(width, classes))
+
+
+def vector_batches(count, size, width, classes):
+    """Micro-batches of random vectors (size, width) and classes (size,), always the same."""
+    generator = torch.Generator().manual_seed(2)
+    return [
+        (torch.randn(size, width, generator=generator), torch.randint(classes, (size,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+class Points(BatchSource):
+    """Random images of ten classes; batch k is always the same."""
+
+    def __init__(self, size, count):
+        self.size, self.count = size, count
+
+    def batches(self, start=0):
+        number = start
+        while self.count is None or number < self.count:
+            generator = torch.Generator().manual_seed(number)
+            target = torch.randint(10, (self.size,), generator=generator)
+            yield torch.randn(self.size, 1, 8, 8, generator=generator) + target.view(-1, 1, 1, 1) / 10, target
+            number += 1
+
+
+def points(settings, seed):
+    """A data factory, `kit:points`, for runs whose ranks should not spend seconds on importing scikit-learn."""
+    return Data(DataInfo("image", (1, 8, 8), 10), Points(settings.batch_size, None), Points(settings.batch_size, 2))
+
+
+# --------------------------------------------------------------------------------------------------------------- runs
+
+
+def ignore(records):
+    """An observer that shows nothing."""
+
+
+def weights(trainer):
+    """Copies of all weights and buffers of this process's stages and their critics, by stage, part and name."""
+    found = {}
+    for stage in trainer.stages:
+        for part, module in (("trunk", stage.trunk), ("critic", stage.critic)):
+            state = module.state_dict() if module is not None else {}
+            found |= {f"{stage.index}.{part}.{name}": tensor.clone() for name, tensor in state.items()}
+    return found
+
+
+def differences(ours, theirs):
+    """Names of what is not bit-equal in two nested dictionaries of tensors."""
+    if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
+        return [] if torch.equal(ours, theirs) and ours.dtype == theirs.dtype else ["differs"]
+    if ours is None or theirs is None:
+        return ["missing"]
+    return [
+        f"{key}: {found}"
+        for key in sorted({*ours, *theirs}, key=str)
+        for found in differences(ours.get(key), theirs.get(key))
+    ]
+
+
+def dpp(*arguments):
+    """Run a `dpp` command in this process; its exit code."""
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as ended:
+        return ended.code
+    return None
+
+
+def dpp_in_rank(folder, *arguments):
+    """Run a `dpp` command in a rank of `ranks.launch`, with `folder` as its working directory; its exit code."""
+    os.chdir(folder)
+    return dpp(*arguments)

@@ -12,6 +12,7 @@ from decoupled_pp.core.datasets import DataInfo
 from decoupled_pp.core.device import seeded
 from decoupled_pp.models import build_model
 from decoupled_pp.settings.sections import GptModel, MlpModel, ResnetModel
+from kit import ignore
 
 TOKENS = DataInfo("tokens", (6,), 11)
 IMAGES = DataInfo("image", (3, 8, 8), 5)
@@ -55,7 +56,7 @@ class Case:
         )
 
     def trainer(self, stages: int | list[int], **options) -> Trainer:
-        defaults = {"device": "cpu", "observer": ignore, "timeout_seconds": 60, "seed": 3}
+        defaults = {"device": "cpu", "observer": ignore, "seed": 3}
         return Trainer(self.plan(stages), **(defaults | self.options | options))
 
 
@@ -94,10 +95,6 @@ LABEL_CRITICS = {
 """`critic.kind` -> a case for it, and the rest of its settings."""
 
 
-def ignore(records):
-    """An observer that shows nothing."""
-
-
 def train(case: str, stages: int, steps: int, batches: int = 12, **options) -> dict[int, dict[str, torch.Tensor]]:
     """Train a case; the state of every stage of this process (one stage on a rank)."""
     trainer = CASES[case].trainer(stages, **options)
@@ -131,16 +128,3 @@ def state(stage) -> dict[str, torch.Tensor]:
 def merged(parts):
     """The states of all ranks as those of one process."""
     return {index: one for part in parts for index, one in part.items()}
-
-
-def differences(ours, theirs):
-    """Names of what is not bit-equal in two nested dictionaries of tensors."""
-    if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
-        return [] if torch.equal(ours, theirs) and ours.dtype == theirs.dtype else ["differs"]
-    if ours is None or theirs is None:
-        return ["missing"]
-    return [
-        f"{key}: {found}"
-        for key in sorted({*ours, *theirs}, key=str)
-        for found in differences(ours.get(key), theirs.get(key))
-    ]

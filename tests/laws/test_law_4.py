@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from cases import CASES, LABEL_CRITICS, differences, merged, states
+from cases import CASES, LABEL_CRITICS, merged, states
 from torch import nn
 
 from decoupled_pp.core.objective import judge_of
@@ -18,6 +18,7 @@ from decoupled_pp.links import InProcessLink, ReceivingEnd
 from decoupled_pp.pipeline.stage import Stage
 from decoupled_pp.training import decoupled
 from decoupled_pp.training.build import build_stages
+from kit import differences
 from ranks import launch, values
 
 STEPS, STAGES = 6, 3

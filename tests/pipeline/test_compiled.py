@@ -17,7 +17,7 @@ STAGES = 10
 """More than the versions that torch's compiler makes of one piece of code (8)."""
 
 
-@pytest.mark.parametrize("checkpoint_activations", [False, True])
+@pytest.mark.parametrize("checkpoint_activations", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_everything_a_stage_computes_is_compiled_however_many_stages_there_are(checkpoint_activations, tmp_path):
     (runs,) = values(launch(_train_and_evaluate, checkpoint_activations, size=1, folder=tmp_path))
     parts = 2 * STAGES - 1  # the last stage has no critic

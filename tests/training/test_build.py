@@ -64,7 +64,7 @@ def test_ranks_of_different_settings_are_refused(tmp_path):
 
 def _train_differently():
     plan = partition([nn.Linear(3, 5), nn.Linear(5, 2)], 2, "uniform", SAMPLE, device="cpu")
-    trainer = Trainer(plan, device="cpu", observer=lambda records: None, timeout_seconds=20)
+    trainer = Trainer(plan, device="cpu", observer=lambda records: None)
     if trainer.rank == 1:
-        trainer = Trainer(plan, device="cpu", optimizer={"kind": "SGD", "lr": 0.5}, critic="mlp_sr", timeout_seconds=20)
+        trainer = Trainer(plan, device="cpu", optimizer={"kind": "SGD", "lr": 0.5}, critic="mlp_sr")
     trainer.fit([(SAMPLE, torch.zeros(4, dtype=torch.int64))], 2)

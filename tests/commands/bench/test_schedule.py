@@ -50,6 +50,7 @@ def _chosen(**changes):
     return argparse.Namespace(**{**values, **changes})
 
 
+@pytest.mark.slow
 def test_every_strategy_is_measured(tmp_path):
     chosen = _chosen()
     results = [result.value for result in launch(_measure, chosen, size=2, folder=tmp_path)]

@@ -11,30 +11,22 @@ from decoupled_pp import Trainer, partition
 from decoupled_pp.commands.evaluate.exits import ensemble, exit_costs, progressive
 from decoupled_pp.commands.evaluate.finished_run import evaluate_run, exit_module
 from decoupled_pp.commands.evaluate.gradient_probe import gradient_cosines
-from decoupled_pp.commands.main import main
 from decoupled_pp.core.errors import UsageError
+from kit import dpp, ignore, tanh_layers, vector_batches
 
 CLASSES, WIDTH, BATCHES = 3, 6, 5
 
 
-def ignore(records):
-    pass
-
-
 def batches():
-    generator = torch.Generator().manual_seed(2)
-    made = []
-    for _ in range(BATCHES):
-        inputs = torch.randn(8, WIDTH, generator=generator)
-        made.append((inputs, inputs[:, :CLASSES].argmax(1)))
-    return made
+    """Classes that can be learnt."""
+    return [(inputs, inputs[:, :CLASSES].argmax(1)) for inputs, _ in vector_batches(BATCHES, 8, WIDTH, CLASSES)]
 
 
 @pytest.fixture(scope="module")
 def trained():
     """Three stages: two linear layers with a tanh, a linear head."""
     torch.manual_seed(1)
-    layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2)]
+    layers = tanh_layers(2, WIDTH)
     plan = partition([*layers, nn.Linear(WIDTH, CLASSES)], 3, [1, 1, 1], batches()[0][0])
     trainer = Trainer(plan, device="cpu", observer=ignore, optimizer={"kind": "AdamW", "lr": 0.02})
     trainer.fit(batches(), 40)
@@ -134,16 +126,8 @@ def run(tmp_path_factory):
         f"name: tiny\nruns: {root}\nstages: 3\nmodel: {{kind: mlp, width: 16, depth: 4}}\n"
         "data: {kind: digits, batch_size: 64}\ntraining: {steps: 60}\nthreads: 1\nlogging: {tensorboard: false}\n"
     )
-    with pytest.raises(SystemExit) as ended:
-        main(["train", str(config)])
-    assert ended.value.code == 0
+    assert dpp("train", config) == 0
     return root / "tiny"
-
-
-def dpp(*arguments):
-    with pytest.raises(SystemExit) as ended:
-        main([str(one) for one in arguments])
-    return ended.value.code
 
 
 def test_the_command_says_it_all(run, capsys, tmp_path):

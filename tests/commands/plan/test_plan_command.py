@@ -4,17 +4,15 @@ import json
 
 import pytest
 
-from decoupled_pp.commands.main import main
 from decoupled_pp.commands.plan.profile import read_profile
 from decoupled_pp.commands.plan.stages import cut_stages
+from kit import dpp
 
 CONFIG = "configs/small/digits.yaml"
 
 
 def _run(*arguments):
-    with pytest.raises(SystemExit) as ended:
-        main(["plan", *arguments])
-    return ended.value.code
+    return dpp("plan", *arguments)
 
 
 def test_a_network_is_measured_planned_and_planned_again(tmp_path, capsys):

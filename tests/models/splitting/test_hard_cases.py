@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tests.models.splitting.families import inputs_of, model_of
+from families import inputs_of, model_of
 from torch import Tensor, nn
 
 import decoupled_pp as dpp

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.models.splitting.families import FAMILIES, TABLE, inputs_of, model_of, table
+from families import FAMILIES, TABLE, inputs_of, model_of, table
 from torch import nn
 
 import decoupled_pp as dpp
