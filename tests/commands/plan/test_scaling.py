@@ -2,7 +2,6 @@
 
 import pytest
 
-from decoupled_pp.commands.plan import scaling
 from decoupled_pp.commands.plan.orders import PIPELINES, stages_per_rank
 from decoupled_pp.commands.plan.predict import STRATEGIES, Setting, StageCosts, predict_stages
 from decoupled_pp.commands.plan.scaling import Scale, curve, pipeline_depth, point, step_seconds
@@ -34,11 +33,10 @@ def test_long_steps_equal_full_simulation(strategy, size):
 
 @pytest.mark.parametrize("strategy", PIPELINES)
 @pytest.mark.parametrize(("ranks", "rounds"), [(16, 1), (16, 2), (24, 3)])
-def test_deep_pipelines_equal_full_simulation(strategy, ranks, rounds, monkeypatch):
-    monkeypatch.setattr(scaling, "_DEEP", 4)
+def test_deep_pipelines_equal_full_simulation(strategy, ranks, rounds):
     setting = Setting(ranks, ranks * rounds, LINK)
     full = predict_stages(strategy, _costs(strategy, ranks), setting, 1)
-    seconds, _ = step_seconds(strategy, _costs(strategy, ranks), setting)
+    seconds, _ = step_seconds(strategy, _costs(strategy, ranks), setting, deep=4)
     assert seconds == pytest.approx(full.step_seconds, rel=0.01)
 
 

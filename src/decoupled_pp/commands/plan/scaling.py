@@ -162,12 +162,14 @@ def _pipeline(strategy: str, scale: Scale, depth: int, replicas: int, count: int
     return step_seconds(strategy, costs, setting)
 
 
-def step_seconds(strategy: str, costs: Sequence[StageCosts], setting: Setting) -> tuple[float, RankMemory]:
+def step_seconds(
+    strategy: str, costs: Sequence[StageCosts], setting: Setting, *, deep: int = _DEEP
+) -> tuple[float, RankMemory]:
     """Seconds of a step of equal stages, and the fullest rank, without simulating long steps or deep pipelines in full.
 
     - decoupled: the period per packet does not depend on the depth; 8 ranks are simulated.
     - m above 4 p: affine in m, from m = 3 p and 4 p (plus what m lacks to a multiple of p).
-    - p above 64 and m a multiple of p: affine along the ray, from 32 and 64 ranks.
+    - p above 2 `deep` and m a multiple of p: affine along the ray, from `deep` and 2 `deep` ranks.
 
     Raises:
         ValueError: The schedule refuses the numbers.
@@ -185,9 +187,9 @@ def step_seconds(strategy: str, costs: Sequence[StageCosts], setting: Setting) -
         near, far = (_FULL_ROUNDS * ranks + over, _LONG_ROUNDS * ranks + over)
         if count > far:
             return _line(strategy, costs, [replace(setting, micro_batches=m) for m in (near, far)], setting)
-    if ranks > 2 * _DEEP and count % ranks == 0:
+    if ranks > 2 * deep and count % ranks == 0:
         rounds = count // ranks
-        sizes = [replace(setting, ranks=p, micro_batches=p * rounds) for p in (_DEEP, 2 * _DEEP)]
+        sizes = [replace(setting, ranks=p, micro_batches=p * rounds) for p in (deep, 2 * deep)]
         return _line(strategy, costs, sizes, setting)
     prediction = predict_stages(strategy, costs, setting, 1)
     return prediction.step_seconds, max(prediction.memory, key=lambda one: one.total)
