@@ -127,6 +127,39 @@ def weights(trainer):
     return found
 
 
+def states(trainer):
+    """All that training changes, by stage and name, copied."""
+    return {stage.index: state(stage) for stage in trainer.stages}
+
+
+def state(stage):
+    """Weights, buffers, critic, optimizer state, learning rates and random stream of one stage."""
+    found = {f"model.{name}": tensor for name, tensor in stage.trunk.state_dict().items()}
+    if stage.critic is not None:
+        found |= {f"critic.{name}": tensor for name, tensor in stage.critic.state_dict().items()}
+    names = {parameter: name for name, parameter in stage.named_parameters("here").items()}
+    for number, optimizer in enumerate(stage.all_optimizers):
+        found[f"rate.{number}"] = torch.tensor([group["lr"] for group in optimizer.param_groups])
+        for parameter, values in optimizer.state.items():
+            found |= {
+                f"optimizer.{names[parameter]}.{key}": torch.as_tensor(value)
+                for key, value in values.items()
+                if value is not None
+            }
+    found["random stream"] = stage.body.random.state
+    return {name: tensor.detach().clone() for name, tensor in found.items()}
+
+
+def merged(parts):
+    """The states of all ranks as those of one process."""
+    return {index: one for part in parts for index, one in part.items()}
+
+
+def assert_equal_states(ours, theirs):
+    """The states of all stages are bit-equal."""
+    assert not differences(ours, theirs)
+
+
 def differences(ours, theirs):
     """Names of what is not bit-equal in two nested dictionaries of tensors."""
     if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):

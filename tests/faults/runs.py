@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 from safetensors.torch import load_file
 
+import ranks
 from kit import dpp, dpp_in_rank  # noqa: F401 - tests of faults call them `runs.dpp`, `runs.dpp_in_rank`
 
 SETTINGS = {
@@ -44,6 +45,13 @@ def factory(name, **arguments):
 def override(section, value):
     """A command-line override."""
     return f"--set={section}={json.dumps(value)}"
+
+
+def train_in_ranks(folder, *arguments, size):
+    """Train `run.yaml` on ranks that may fail: their results, and our own lines of each one's output."""
+    command = (str(folder), "train", "run.yaml", *arguments)
+    results = ranks.launch(dpp_in_rank, *command, size=size, folder=folder / "logs", may_fail=True)
+    return results, ["\n".join(said(result.output)) for result in results]
 
 
 def fingerprint(folder):

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases import CASES, LABEL_CRITICS, merged, states, train
+from cases import CASES, LABEL_CRITICS, train
 from torch import nn
 
 from decoupled_pp import Trainer, partition
-from kit import differences, ignore
+from kit import differences, ignore, merged, states
 from ranks import launch, values
 
 

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from cases import CASES, LABEL_CRITICS, merged, states
+from cases import CASES, LABEL_CRITICS
 from torch import nn
 
 from decoupled_pp.core.objective import judge_of
@@ -19,7 +19,7 @@ from decoupled_pp.links import InProcessLink, ReceivingEnd
 from decoupled_pp.links.messages import MessageSender
 from decoupled_pp.training import decoupled
 from decoupled_pp.training.build import build_stages
-from kit import differences
+from kit import differences, merged, states
 from ranks import launch, values
 
 STEPS, STAGES = 6, 3

@@ -26,6 +26,7 @@ from decoupled_pp.run.checkpoints.parts import (
     save_stage,
 )
 from decoupled_pp.run.checkpoints.resume import load_model
+from kit import ignore
 
 SAMPLE = torch.zeros(4, 3)
 
@@ -42,7 +43,7 @@ def batches():
 
 def trainer(folder=None, **options):
     plan = partition(network(), 2, [2, 1], SAMPLE)
-    return Trainer(plan, device="cpu", observer=lambda records: None, checkpoints=folder, **options)
+    return Trainer(plan, device="cpu", observer=ignore, checkpoints=folder, **options)
 
 
 @pytest.fixture
@@ -205,7 +206,7 @@ def test_a_run_whose_last_checkpoint_never_gets_complete_fails(tmp_path, monkeyp
 
 def test_a_checkpoint_of_another_network_is_refused(folder):
     wider = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
-    other = Trainer(partition(wider, 2, [2, 1], SAMPLE), device="cpu", observer=lambda records: None)
+    other = Trainer(partition(wider, 2, [2, 1], SAMPLE), device="cpu", observer=ignore)
     with pytest.raises(UsageError, match=r"is of another plan: model.0.weight is \(5, 3\) there and \(6, 3\) here"):
         other.fit(batches(), 5, resume=latest_checkpoint(folder))
 
@@ -215,7 +216,7 @@ def test_a_checkpoint_of_a_larger_network_is_refused(folder):
     smaller = nn.Sequential(*list(network())[:2])
     with pytest.raises(UsageError, match=r"is of another plan: it has model.2.bias, which this network has not"):
         load_model(latest_checkpoint(folder), smaller)
-    other = Trainer(partition(smaller, 2, [1, 1], SAMPLE), device="cpu", observer=lambda records: None)
+    other = Trainer(partition(smaller, 2, [1, 1], SAMPLE), device="cpu", observer=ignore)
     with pytest.raises(UsageError, match=r"it has model\.2\.bias"):
         other.fit(batches(), 5, resume=latest_checkpoint(folder))
 

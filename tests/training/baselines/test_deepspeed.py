@@ -12,6 +12,7 @@ from decoupled_pp.links import join_world
 from decoupled_pp.pipeline.losses import cross_entropy
 from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings, StageSettings
 from decoupled_pp.training.baselines import Training, build_baseline
+from kit import vector_batches
 from ranks import PATIENCE, launch
 
 WIDTH, M, FLOAT = 6, 4, 4
@@ -58,8 +59,7 @@ def training(kind="SGD", precision="fp32", **arguments):
 
 
 def batches(*sizes):
-    torch.manual_seed(1)
-    return [(torch.randn(size, WIDTH), torch.randint(3, (size,))) for size in sizes]
+    return [vector_batches(1, size, WIDTH, 3)[0] for size in sizes]
 
 
 STEPS = [(3,) * M, (3, 5, 2, 4), (2, 2), (3,) * M]
