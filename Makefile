@@ -4,14 +4,25 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/gpt_python.yaml
 RANKS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: train test lint docs pictures bench gpu-check clean help
+.PHONY: train test test-all test-slow texts lint docs pictures bench gpu-check clean help
 
 train: $(VENV)/.ready   ## train two stages of a byte GPT on real text, about 3 minutes on 2 cores
 	$(BIN)/dpp train $(CONFIG) --ranks $(RANKS) --overwrite
 
-test: $(VENV)/.ready    ## the whole test suite
-	$(BIN)/python -m pytest
+test: $(VENV)/.ready    ## the tests, without the slow ones: about 4 minutes on 2 cores
+	$(PYTEST) -m "not slow"
+
+test-all: $(VENV)/.ready    ## all tests: about 10 minutes on 2 cores
+	$(PYTEST)
+
+test-slow: $(VENV)/.ready   ## what `make test` leaves out
+	$(PYTEST) -m slow
+
+texts: $(VENV)/.ready   ## write the texts of all faults anew, for a look at what users read
+	rm -f tests/fault_texts.json
+	$(BIN)/python -m pytest --update-texts
 
 lint: $(VENV)/.ready    ## style, layers, types
 	$(BIN)/ruff check .

@@ -1,6 +1,10 @@
 """Every test: one torch thread, seeded generators, and nothing left behind (threads, process group, environment)."""
 
 import os
+
+# Read once, when huggingface_hub is imported: no test asks the network, where each name that is missing costs seconds.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import random
 import threading
 
@@ -10,10 +14,18 @@ import torch
 import torch.distributed as dist
 
 import kit
+import ranks
 
 
 def pytest_addoption(parser):
     parser.addoption("--update-texts", action="store_true", help="write the texts of faults into the golden file")
+
+
+def pytest_configure(config):
+    """`-W error` (as CI runs the tests) holds in launched ranks as well; one process alone writes the golden file."""
+    ranks.warnings_are_errors = "error" in (config.getoption("pythonwarnings") or ())
+    if config.getoption("--update-texts") and config.getoption("numprocesses", None):
+        raise pytest.UsageError("--update-texts writes one file: leave -n out")
 
 
 @pytest.fixture(autouse=True)

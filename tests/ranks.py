@@ -22,8 +22,14 @@ import torch.distributed as dist
 
 from decoupled_pp.links import leave_world
 
+PATIENCE = 300.0
+"""Seconds that any wait may take, on a busy machine too: a bound on progress, not on speed."""
+
+warnings_are_errors = False
+"""In ranks; `conftest.py` sets it where pytest runs with `-W error`."""
+
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["pytest", "torch._dynamo", "decoupled_pp.training.job", __name__])
+_processes.set_forkserver_preload(["kit", "torch._dynamo", "decoupled_pp.training.job", __name__])
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class RankResult:
     output: str
 
 
-def launch(function, *arguments, size, folder, seconds=60.0, store="launcher", may_fail=False, expendable=()):
+def launch(function, *arguments, size, folder, seconds=PATIENCE, store="launcher", may_fail=False, expendable=()):
     """Call `function(*arguments)` on `size` ranks.
 
     Args:
@@ -55,8 +61,9 @@ def launch(function, *arguments, size, folder, seconds=60.0, store="launcher", m
     hub = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if store == "launcher" else None
     port = hub.port if hub is not None else None
     folder.mkdir(parents=True, exist_ok=True)
+    call = (function, arguments)
     ranks = [
-        _processes.Process(target=_rank_main, args=((function, arguments), rank, size, port, folder))
+        _processes.Process(target=_rank_main, args=(call, rank, size, port, folder, warnings_are_errors))
         for rank in range(size)
     ]
     hung = []
@@ -98,13 +105,14 @@ def _result_of(folder, rank, exitcode):
     return RankResult(value, error, exitcode, log.read_text() if log.exists() else "")
 
 
-def _rank_main(call, rank, size, port, folder):
+def _rank_main(call, rank, size, port, folder, strict):  # noqa: PLR0917 - what a rank is given
     function, arguments = call
     log = os.open(folder / f"rank-{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
     _set_environment(rank, size, port)
-    warnings.simplefilter("error")
+    if strict:
+        warnings.simplefilter("error")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     value = error = None
@@ -139,4 +147,4 @@ def _join_through_rank_0(rank, size, folder):
         while not told.exists():
             time.sleep(0.01)
         store = dist.TCPStore("127.0.0.1", int(told.read_text()), is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE))

@@ -2,6 +2,7 @@
 
 import itertools
 import struct
+import time
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from decoupled_pp.core.errors import LinkError
 from decoupled_pp.core.packets import Packet, PacketKind
 from decoupled_pp.links import InProcessLink, SendingEnd, in_process, process_group
 from decoupled_pp.links.wire import Wire
+from ranks import PATIENCE
 
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -154,8 +156,9 @@ def test_a_broken_link_frees_the_device(monkeypatch):
     log = Log()
     end, faults = sending_end(log, monkeypatch, fails=True)
     end.send(marker(PacketKind.TRAIN, 0))
-    for thread in list(end._threads):
-        thread.join(1)
+    deadline = time.monotonic() + PATIENCE
+    while not (faults and ("payload", "broken off") in log) and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert ("payload", "broken off") in log
     assert len(faults) == 1
     with pytest.raises(LinkError):

@@ -175,7 +175,7 @@ def test_a_tokenizer_cuts_where_it_would(tokenizer, tmp_path):
         open_vocabulary(tokenizer).sentences(2)
 
 
-def test_what_cannot_be_is_refused(rows, tokenizer, tmp_path, monkeypatch):
+def test_what_cannot_be_is_refused(rows, tokenizer, tmp_path):
     with refused("no-mask-token"):
         open_data(PythonSourceData(kind="python_source", target="masked_tokens"), 0)
     bare = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
@@ -188,7 +188,6 @@ def test_what_cannot_be_is_refused(rows, tokenizer, tmp_path, monkeypatch):
         next(sentences(rows, tokenizer, text_column="n").train.batches())
     with pytest.raises(ValueError, match="leave label_column out"):
         sentences(rows, tokenizer, target="masked_tokens")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UsageError, match="the hub gives none") as caught:  # the rest is the library's own text
         open_data(TextData(kind="text", files=[rows], tokenizer="no-such-model"), 0)
     assert caught.value.code == "tokenizer-not-found"

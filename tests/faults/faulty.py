@@ -6,30 +6,9 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from decoupled_pp import BatchSource, Data, DataInfo
-
-
-class Points(BatchSource):
-    """Random images of ten classes; batch k is always the same."""
-
-    def __init__(self, size, count):
-        self.size, self.count = size, count
-
-    def batches(self, start=0):
-        number = start
-        while self.count is None or number < self.count:
-            generator = torch.Generator().manual_seed(number)
-            target = torch.randint(10, (self.size,), generator=generator)
-            yield torch.randn(self.size, 1, 8, 8, generator=generator) + target.view(-1, 1, 1, 1) / 10, target
-            number += 1
-
-
-def points(settings, seed):
-    """Data that need no import of scikit-learn, which takes seconds in every rank."""
-    return Data(DataInfo("image", (1, 8, 8), 10), Points(settings.batch_size, None), Points(settings.batch_size, 2))
+from kit import Points, points
 
 
 class Mislabelled(Points):

@@ -13,7 +13,8 @@ from pathlib import Path
 import yaml
 from safetensors.torch import load_file
 
-from decoupled_pp.commands.main import main
+import ranks
+from kit import dpp, dpp_in_rank  # noqa: F401 - tests of faults call them `runs.dpp`, `runs.dpp_in_rank`
 
 SETTINGS = {
     "name": "run",
@@ -26,7 +27,6 @@ SETTINGS = {
     "training": {"steps": 6},
     "validation": {"batches": 1},
     "checkpoint": {"every": 2, "keep": 100},
-    "links": {"timeout_seconds": 20.0},
     "logging": {"every": 2, "tensorboard": False},
 }
 FOLDER = Path("runs/run")
@@ -47,19 +47,11 @@ def override(section, value):
     return f"--set={section}={json.dumps(value)}"
 
 
-def dpp(*arguments):
-    """Run a command in this process; its exit code."""
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as ended:
-        return ended.code
-    return None
-
-
-def dpp_in_rank(folder, *arguments):
-    """The same in a rank of `ranks.launch`."""
-    os.chdir(folder)
-    return dpp(*arguments)
+def train_in_ranks(folder, *arguments, size):
+    """Train `run.yaml` on ranks that may fail: their results, and our own lines of each one's output."""
+    command = (str(folder), "train", "run.yaml", *arguments)
+    results = ranks.launch(dpp_in_rank, *command, size=size, folder=folder / "logs", may_fail=True)
+    return results, ["\n".join(said(result.output)) for result in results]
 
 
 def fingerprint(folder):
@@ -93,8 +85,8 @@ class Command:
 
     def __init__(self, *command):
         self._mark = f"faults-{os.getpid()}-{time.monotonic_ns()}"
-        home = str(Path(__file__).parent)
-        searched = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
+        here = Path(__file__).parent
+        searched = os.pathsep.join([str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, "PYTHONPATH": searched, "OMP_NUM_THREADS": "1", "DPP_TEST": self._mark}
         self._process = subprocess.Popen(
             [sys.executable, "-m", *(str(word) for word in command)],
@@ -105,7 +97,7 @@ class Command:
             start_new_session=True,
         )
 
-    def wait(self, seconds=60):
+    def wait(self, seconds=300):
         """Wait for the end: exit code and standard error. Fails if a process is left behind."""
         try:
             _, errors = self._process.communicate(timeout=seconds)
@@ -123,7 +115,7 @@ class Command:
         (pid,) = [pid for pid, environment in self._alive().items() if environment.get("RANK") == str(rank)]
         os.kill(pid, number)
 
-    def until(self, ready, seconds=60):
+    def until(self, ready, seconds=300):
         """Wait until `ready()`."""
         deadline = time.monotonic() + seconds
         while not ready():

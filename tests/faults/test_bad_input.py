@@ -223,6 +223,7 @@ def test_other_ranks_than_stages_under_a_launcher(here, tmp_path):
     _check_line("".join(result.output for result in results), ["stages is 2", "not 3"])
 
 
+@pytest.mark.slow
 def test_launched_ranks_say_it_once(here):
     """`--ranks` itself: the fault is found in a rank, and no other rank, launcher or restart adds a line."""
     before = runs.fingerprint(here)
@@ -238,6 +239,7 @@ def test_launched_ranks_say_it_once(here):
 LATE = "critic of a listed cut"
 
 
+@pytest.mark.slow
 def test_torchrun_adds_only_its_own_report(here):
     words = [
         "--nproc-per-node=2",

@@ -5,8 +5,6 @@ import signal
 import pytest
 import runs
 
-import ranks
-
 
 @pytest.fixture(autouse=True)
 def _here(tmp_path, monkeypatch):
@@ -39,10 +37,7 @@ def test_bad_input(strategy, arguments, line, settings, capsys):
 
 def _train(tmp_path, strategy, model, **sections):
     runs.write_settings(checkpoint={}, training={"steps": 6, "accumulate": 2}, model=model, **sections)
-    arguments = ("train", "run.yaml", f"--strategy={strategy}")
-    options = {"size": 2, "folder": tmp_path / "logs", "may_fail": True}
-    results = ranks.launch(runs.dpp_in_rank, str(tmp_path), *arguments, **options)
-    return results, ["\n".join(runs.said(result.output)) for result in results]
+    return runs.train_in_ranks(tmp_path, f"--strategy={strategy}", size=2)
 
 
 @pytest.mark.parametrize("strategy", ["1f1b", "data_parallel"])

@@ -19,10 +19,7 @@ def _here(tmp_path, monkeypatch):
 def _train(tmp_path, model, size=3, **sections):
     """A run of `size` ranks, saving after every second packet, stopped by the fault that the model holds."""
     runs.write_settings(stages=size, cut=[2, *[1] * (size - 2), 7 - size], model=model, **sections)
-    results = ranks.launch(
-        runs.dpp_in_rank, str(tmp_path), "train", "run.yaml", size=size, folder=tmp_path / "logs", may_fail=True
-    )
-    return results, ["\n".join(runs.said(result.output)) for result in results]
+    return runs.train_in_ranks(tmp_path, size=size)
 
 
 def _check_kept(packet):

@@ -58,6 +58,7 @@ def test_ctrl_c_saves_on_all_ranks_and_says_how_to_go_on():
     assert _equal(runs.weights(), runs.weights(Path("runs/whole")))
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_launcher_ends_all():
     command = _launch()
     command.signal(signal.SIGTERM)
@@ -69,6 +70,7 @@ def test_sigterm_to_the_launcher_ends_all():
     _check_kept()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_sigterm_to_one_rank_is_the_exit_code_of_the_launch(rank):
     command = _launch()
@@ -81,6 +83,7 @@ def test_sigterm_to_one_rank_is_the_exit_code_of_the_launch(rank):
     assert last == f"dpp: {_go_on()}"
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_named_by_the_survivor_and_the_launcher():
     command = _launch()
     command.signal_rank(0, signal.SIGKILL)
@@ -93,6 +96,7 @@ def test_a_killed_rank_is_named_by_the_survivor_and_the_launcher():
     _check_kept()
 
 
+@pytest.mark.slow
 def test_a_killed_launcher_leaves_no_rank_behind():
     """Its store is gone with it; packets need none, so the ranks save at one step and end."""
     command = _launch()
@@ -108,11 +112,12 @@ def test_a_killed_launcher_leaves_no_rank_behind():
     _check_kept()
 
 
+@pytest.mark.slow
 def test_a_restarted_launch_goes_on_by_itself():
     runs.write_settings(
         cut=[3, 4], model=runs.factory("dies_once", at=5, number=int(signal.SIGKILL), behind=4), training={"steps": 8}
     )
-    code, errors = runs.Command("decoupled_pp", "train", "run.yaml", "--ranks=2", "--max-restarts=1").wait(90)
+    code, errors = runs.Command("decoupled_pp", "train", "run.yaml", "--ranks=2", "--max-restarts=1").wait()
     assert code == 0, errors
     assert Path("died").exists() and "is gone" in errors and "Traceback" not in errors
     assert runs.dpp("train", "run.yaml", "--set=name=undisturbed") == 0

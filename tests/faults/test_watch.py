@@ -62,10 +62,9 @@ def test_bad_input_is_of_the_rank_that_reported_it_first():
     assert isinstance(cause, PeerError) and cause.fault.usage
 
 
-def test_who_asks_about_ctrl_c_finds_it_in_the_control_plane_at_once(monkeypatch):
-    monkeypatch.setattr("decoupled_pp.training.watch._PERIOD_SECONDS", 60.0)
+def test_who_asks_about_ctrl_c_finds_it_in_the_control_plane_at_once():
     control, interrupted = LocalControl(), threading.Event()
-    watcher = Watcher(control, None, interrupted)
+    watcher = Watcher(control, None, interrupted, period_seconds=3600.0)
     assert watcher.stop_requested() is None
     interrupted.set()
     assert watcher.stop_requested() == control.stop_requested() == "interrupted"

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from cases import CASES, MOMENTUM, merged, states
+from cases import CASES, MOMENTUM
 from on_gpu import DEVICE, GPU, ON_CUDA, assert_states_close, busy
 from torch import nn
 from torch.nn import functional
@@ -24,6 +24,7 @@ from decoupled_pp.pipeline import runtime
 from decoupled_pp.pipeline.rules.local import Local
 from decoupled_pp.pipeline.stage import Stage
 from decoupled_pp.pipeline.updates.update import Update
+from kit import merged, states
 from ranks import launch, values
 
 pytestmark = GPU

@@ -12,6 +12,7 @@ from decoupled_pp.core.datasets import DataInfo
 from decoupled_pp.core.device import seeded
 from decoupled_pp.models import build_model
 from decoupled_pp.settings.sections import GptModel, MlpModel, ResnetModel
+from kit import ignore, states
 
 TOKENS = DataInfo("tokens", (6,), 11)
 IMAGES = DataInfo("image", (3, 8, 8), 5)
@@ -55,7 +56,7 @@ class Case:
         )
 
     def trainer(self, stages: int | list[int], **options) -> Trainer:
-        defaults = {"device": "cpu", "observer": ignore, "timeout_seconds": 60, "seed": 3}
+        defaults = {"device": "cpu", "observer": ignore, "seed": 3}
         return Trainer(self.plan(stages), **(defaults | self.options | options))
 
 
@@ -94,53 +95,8 @@ LABEL_CRITICS = {
 """`critic.kind` -> a case for it, and the rest of its settings."""
 
 
-def ignore(records):
-    """An observer that shows nothing."""
-
-
 def train(case: str, stages: int, steps: int, batches: int = 12, **options) -> dict[int, dict[str, torch.Tensor]]:
     """Train a case; the state of every stage of this process (one stage on a rank)."""
     trainer = CASES[case].trainer(stages, **options)
     trainer.fit(CASES[case].batches(batches), steps)
     return states(trainer)
-
-
-def states(trainer: Trainer) -> dict[int, dict[str, torch.Tensor]]:
-    """All that training changes, by stage and name, copied."""
-    return {stage.index: state(stage) for stage in trainer.stages}
-
-
-def state(stage) -> dict[str, torch.Tensor]:
-    """Weights, buffers, critic, optimizer state, learning rates and random stream of one stage."""
-    found = {f"model.{name}": tensor for name, tensor in stage.trunk.state_dict().items()}
-    if stage.critic is not None:
-        found |= {f"critic.{name}": tensor for name, tensor in stage.critic.state_dict().items()}
-    names = {parameter: name for name, parameter in stage.named_parameters("here").items()}
-    for number, optimizer in enumerate(stage.all_optimizers):
-        found[f"rate.{number}"] = torch.tensor([group["lr"] for group in optimizer.param_groups])
-        for parameter, values in optimizer.state.items():
-            found |= {
-                f"optimizer.{names[parameter]}.{key}": torch.as_tensor(value)
-                for key, value in values.items()
-                if value is not None
-            }
-    found["random stream"] = stage.body.random.state
-    return {name: tensor.detach().clone() for name, tensor in found.items()}
-
-
-def merged(parts):
-    """The states of all ranks as those of one process."""
-    return {index: one for part in parts for index, one in part.items()}
-
-
-def differences(ours, theirs):
-    """Names of what is not bit-equal in two nested dictionaries of tensors."""
-    if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
-        return [] if torch.equal(ours, theirs) and ours.dtype == theirs.dtype else ["differs"]
-    if ours is None or theirs is None:
-        return ["missing"]
-    return [
-        f"{key}: {found}"
-        for key in sorted({*ours, *theirs}, key=str)
-        for found in differences(ours.get(key), theirs.get(key))
-    ]

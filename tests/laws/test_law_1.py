@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
-from cases import ADAMW, CASES, MOMENTUM, differences, states
+from cases import ADAMW, CASES, MOMENTUM
 from torch import nn
 from torch.nn import functional
+
+from kit import differences, states
 
 STEPS = 20
 

@@ -12,7 +12,7 @@ from decoupled_pp.links import join_world
 from decoupled_pp.pipeline.losses import cross_entropy
 from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings, StageSettings
 from decoupled_pp.training.baselines import BASELINES, Training, build_baseline, stages_needed
-from ranks import launch
+from ranks import PATIENCE, launch
 
 CPU = torch.device("cpu")
 LAYERS, WIDTH, B, STEPS, RATE, CLIP = 8, 6, 3, 3, 0.3, 0.5
@@ -115,7 +115,7 @@ def baseline(kind, rank, ranks, *, count, pairs, dtype):
 
 
 def one_rank(kind, count, pairs, dtype):
-    world = join_world(30)
+    world = join_world(PATIENCE)
     return baseline(kind, world.rank, world.size, count=count, pairs=pairs, dtype=dtype)
 
 
@@ -167,7 +167,7 @@ def normalized():
 
 def statistics_and_draws(kind, count):
     """All buffers after one step, and the random state that it leaves; the last stage draws once per micro-batch."""
-    world = join_world(30)
+    world = join_world(PATIENCE)
     plan = partition(
         normalized(), stages_needed(kind, world.size), "uniform", batches(1, torch.float32)[0][0], critic=None
     )

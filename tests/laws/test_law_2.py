@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from cases import CASES, LABEL_CRITICS, differences, ignore, merged, states, train
+from cases import CASES, LABEL_CRITICS, train
 from torch import nn
 
 from decoupled_pp import Trainer, partition
+from kit import differences, ignore, merged, states
 from ranks import launch, values
 
 
@@ -45,7 +46,7 @@ def _train_channels_last():
         (inputs.contiguous(memory_format=torch.channels_last), target) for inputs, target in CASES["resnet"].batches(4)
     ]
     plan = partition([first.to(memory_format=torch.channels_last), second], 2, [1, 1], batches[0][0])
-    trainer = Trainer(plan, device="cpu", observer=ignore, timeout_seconds=60)
+    trainer = Trainer(plan, device="cpu", observer=ignore)
     trainer.fit(batches, 6)
     return states(trainer)
 

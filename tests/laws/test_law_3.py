@@ -8,13 +8,14 @@ from contextlib import ExitStack
 from unittest.mock import patch
 
 import pytest
-from cases import CASES, differences, merged, states, train
+from cases import CASES, train
 
 from decoupled_pp.links import InProcessLink, ReceivingEnd, SendingEnd
 from decoupled_pp.links.messages import MessageReceiver, MessageSender
 from decoupled_pp.pipeline.feed import Feed
 from decoupled_pp.pipeline.rules.local import Local
 from decoupled_pp.pipeline.stage import Stage
+from kit import differences, merged, states
 from ranks import launch, values
 
 STEPS = 8

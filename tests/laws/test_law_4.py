@@ -3,21 +3,23 @@
 A received tensor never requires grad. Payload bytes sent backward are counted, and are 0.
 """
 
+import os
 import time
 from unittest.mock import patch
 
 import pytest
 import torch
-from cases import CASES, LABEL_CRITICS, differences, merged, states
+from cases import CASES, LABEL_CRITICS
 from torch import nn
 
 from decoupled_pp.core.objective import judge_of
 from decoupled_pp.core.packets import as_tuple, payload_bytes
 from decoupled_pp.critics import KINDS
 from decoupled_pp.links import InProcessLink, ReceivingEnd
-from decoupled_pp.pipeline.stage import Stage
+from decoupled_pp.links.messages import MessageSender
 from decoupled_pp.training import decoupled
 from decoupled_pp.training.build import build_stages
+from kit import differences, merged, states
 from ranks import launch, values
 
 STEPS, STAGES = 6, 3
@@ -181,21 +183,15 @@ def _link_record(case):
 
 
 def _smuggle():
-    """Rank 1 sends 8 bytes back with the first packet (rank 0 takes them for a credit)."""
-    trainer = CASES["mlp"].trainer(2)
-    train, join = Stage.train, trainer._join
-    ends = []
+    """Rank 1 sends 8 bytes more with its first credit (rank 0 takes them for one)."""
+    send, smuggled = MessageSender.send, os.environ["RANK"] == "0"
 
-    def joined(*arguments):
-        (worker,) = join(*arguments)
-        ends.append(worker.ends.outlet if worker.stage.index == 0 else worker.ends.inlet)
-        return [worker]
+    def send_and_smuggle(sender, *arguments, **options):
+        nonlocal smuggled
+        send(sender, *arguments, **options)
+        if not smuggled:
+            smuggled = True
+            send(sender, torch.ones(8, dtype=torch.uint8))
 
-    def step_and_smuggle(stage, packet, *arguments):
-        done = train(stage, packet, *arguments)
-        if packet.number == 0 and stage.index == 1:
-            ends[0]._wire.out.send(torch.ones(8, dtype=torch.uint8))
-        return done
-
-    with patch.object(trainer, "_join", joined), patch.object(Stage, "train", step_and_smuggle):
-        return dict(trainer.fit(CASES["mlp"].batches(2), 2).links[0])
+    with patch.object(MessageSender, "send", send_and_smuggle):
+        return dict(CASES["mlp"].trainer(2).fit(CASES["mlp"].batches(2), 2).links[0])

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from cases import CASES, MOMENTUM, states
+from cases import CASES, MOMENTUM
+
+from kit import states
 
 STEPS = 8
 

@@ -5,7 +5,7 @@ And a checkpoint loads into any other cut: weights and optimizer state by name, 
 
 import pytest
 import torch
-from cases import ADAMW, CASES, MOMENTUM, MUON, differences, merged, states, train
+from cases import ADAMW, CASES, MOMENTUM, MUON, train
 from torch import nn
 
 from decoupled_pp import Trainer, partition
@@ -13,6 +13,7 @@ from decoupled_pp.core.errors import UsageError
 from decoupled_pp.pipeline.optimizer_state import group_entries
 from decoupled_pp.run.checkpoints.parts import latest_checkpoint
 from decoupled_pp.settings.run import ScheduleSettings
+from kit import differences, merged, states
 from ranks import launch, values
 
 STEPS, STOP_AFTER = 9, 4

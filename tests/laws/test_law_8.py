@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from cases import CASES, differences, ignore
+from cases import CASES
 from safetensors.torch import load_file
 from torch import nn
 
 from decoupled_pp import Trainer, partition
 from decoupled_pp.run.checkpoints.parts import export_safetensors
+from kit import differences, ignore
 from ranks import launch, values
 
 

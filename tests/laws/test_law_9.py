@@ -19,7 +19,7 @@ from decoupled_pp.core.packets import Packet, PacketKind
 from decoupled_pp.core.topology import Topology
 from decoupled_pp.links import InProcessLink, join_world
 from decoupled_pp.pipeline.stage import Stage
-from ranks import launch
+from ranks import PATIENCE, launch
 
 CPU = torch.device("cpu")
 PACKETS = 7
@@ -33,7 +33,7 @@ LAST_PACKET = 6
 @pytest.mark.parametrize("capacity", [1, 3])
 def test_order_of_events_in_one_process(capacity, tmp_path):
     log = tmp_path / "log"
-    link = InProcessLink(0, LinkTerms(capacity, 30), CPU)
+    link = InProcessLink(0, LinkTerms(capacity, PATIENCE), CPU)
     producer = threading.Thread(target=_produce, args=(link, log))
     producer.start()
     _consume(link, log, capacity)
@@ -91,7 +91,7 @@ def _consume(inlet, log, capacity):
 
 
 def _produce_and_consume(capacity, log):
-    inlet, outlet = _connect(capacity, 30)
+    inlet, outlet = _connect(capacity, PATIENCE)
     if outlet is not None:
         _produce(outlet, log)
         outlet.close()
@@ -125,7 +125,7 @@ def _send_until_refused(outlet):
 
 
 def _connect(capacity, seconds):
-    world = join_world(30)
+    world = join_world(PATIENCE)
     return world.connect(world.channel(), Topology(2, 2), CPU, "one plan", LinkTerms(capacity, seconds))
 
 
@@ -135,7 +135,7 @@ def _note(log: Path, event):
 
 
 def _await(log: Path, event):
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while not (log.exists() and event in log.read_text().split()):
         assert time.monotonic() < deadline, f"never saw {event}"
         time.sleep(0.002)
@@ -201,7 +201,7 @@ def _all_survivors_blame(victim, results):
 
 
 def _launch_with(end, victim, bound, **options):
-    return launch(_train_until, end, victim, bound, seconds=50, may_fail=True, **options)
+    return launch(_train_until, end, victim, bound, may_fail=True, **options)
 
 
 def _train_until(end, victim, bound):

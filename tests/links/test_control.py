@@ -8,7 +8,7 @@ import pytest
 from decoupled_pp.core.errors import Fault, LinkError, PeerError, UsageError
 from decoupled_pp.core.reports import CheckpointRecord, NoteRecord
 from decoupled_pp.links import LocalControl, join_world
-from ranks import launch, values
+from ranks import PATIENCE, launch, values
 
 
 def test_in_one_process():
@@ -53,24 +53,24 @@ def test_nobody_waits_for_a_rank_0_that_is_gone(tmp_path):
 
 
 def _meet():
-    world = join_world(30)
+    world = join_world(PATIENCE)
     control, apart = world.channel(), world.channel()  # a fault of one is none of the other
     for number in range(2):
         control.post(CheckpointRecord(stage=world.rank, step=number))
-    found = {"gathered": control.gather("ranks", [world.rank], 20)}
+    found = {"gathered": control.gather("ranks", [world.rank], PATIENCE)}
     if world.rank == 0:
         found["records"] = [(record.stage, record.step) for record in control.collect()]
     else:
         with pytest.raises(LinkError) as late:
             control.gather("never", 1, 0.1)
         found["late"] = str(late.value)
-    apart.gather("no fault so far", True, 20)
+    apart.gather("no fault so far", True, PATIENCE)
     found["won"] = control.report_fault(f"from rank {world.rank}")
     found["fault"] = control.fault().text
-    apart.gather("both reported", True, 20)
+    apart.gather("both reported", True, PATIENCE)
     if world.rank == 1:
         with pytest.raises(PeerError) as caught:
-            control.gather("nobody comes", 1, 20)
+            control.gather("nobody comes", 1, PATIENCE)
         found["peer error"] = caught.value.fault.text
     return found
 
@@ -79,7 +79,7 @@ def _share_in_vain():
     def make():
         raise UsageError("no such cut")
 
-    join_world(30).channel().from_rank_0("cut", make, 20)
+    join_world(PATIENCE).channel().from_rank_0("cut", make, PATIENCE)
 
 
 def _share_slowly():
@@ -87,7 +87,7 @@ def _share_slowly():
         time.sleep(3.0)
         return "cut"
 
-    return join_world(30).channel().from_rank_0("cut", make, 1.0)
+    return join_world(PATIENCE).channel().from_rank_0("cut", make, 1.0)
 
 
 def _share_and_die():
@@ -95,4 +95,4 @@ def _share_and_die():
         time.sleep(1.5)
         os._exit(3)
 
-    join_world(30).channel().from_rank_0("cut", make, 1.0)
+    join_world(PATIENCE).channel().from_rank_0("cut", make, 1.0)

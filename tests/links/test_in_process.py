@@ -11,7 +11,7 @@ from decoupled_pp.core.packets import Packet, PacketKind
 from decoupled_pp.links import InProcessLink
 
 
-def link(capacity=4, seconds=20):
+def link(capacity=4, seconds=300):
     return InProcessLink(2, LinkTerms(capacity, seconds), torch.device("cpu"))
 
 

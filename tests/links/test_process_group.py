@@ -11,9 +11,11 @@ from decoupled_pp.core.errors import LinkError
 from decoupled_pp.core.packets import Packet, PacketKind, as_tuple, payload_bytes
 from decoupled_pp.core.topology import Topology
 from decoupled_pp.links import join_world
-from ranks import launch
+from ranks import PATIENCE, launch
 
 CPU = torch.device("cpu")
+SLOW_BOUND = 3.0
+"""Seconds; the slow consumer takes a third of it for each packet, so four packets outlast it."""
 
 
 def packets():
@@ -55,7 +57,7 @@ def test_packets_arrive_as_they_were_sent(tmp_path):
 def test_a_wait_for_a_packet_says_who_waited_for_whom(tmp_path):
     _, receiver = launch(_wait_in_vain, size=2, folder=tmp_path)
     whom = r"stage 1 \(rank 1\) waited [\d.]+ s for a packet \(last: 0\) from stage 0 \(rank 0\)"
-    assert re.fullmatch(whom + ": the bound of 0.3 s is over", receiver.value)
+    assert re.fullmatch(whom + ": the bound of 1 s is over", receiver.value)
 
 
 def test_the_first_packet_may_take_one_bound_for_every_stage_before(tmp_path):
@@ -68,7 +70,7 @@ def test_the_first_packet_may_take_one_bound_for_every_stage_before(tmp_path):
 def test_a_packet_of_another_size_waits_one_bound_for_each_packet_before_it(tmp_path):
     """A resize needs an empty link, and a healthy consumer may take the bound for every packet in it."""
     sender, receiver = launch(_resize_behind_a_slow_consumer, size=2, folder=tmp_path)
-    assert sender.value > 2.0
+    assert sender.value > SLOW_BOUND
     assert receiver.value == [4, 4, 4, 4, 400, 0]
 
 
@@ -78,8 +80,8 @@ def test_different_plans_are_refused_on_both_ranks(tmp_path):
         assert "run different plans or settings; start all ranks alike" in result.error
 
 
-def _connect(seconds=30, plan="one plan", capacity=2):
-    world = join_world(30)
+def _connect(seconds=PATIENCE, plan="one plan", capacity=2):
+    world = join_world(PATIENCE)
     topology = Topology(world.size, world.size)
     return world, *world.connect(world.channel(), topology, CPU, plan, LinkTerms(capacity, seconds))
 
@@ -115,12 +117,12 @@ def _exchange():
 
 def _resize_behind_a_slow_consumer():
     """The sender: how long it took to send the large packet; the receiver: the sizes it got."""
-    _, inlet, outlet = _connect(seconds=2.0, capacity=4)
+    _, inlet, outlet = _connect(seconds=SLOW_BOUND, capacity=4)
     if outlet is None:
         sizes = []
         for _ in range(6):
             sizes.append(inlet.receive().samples)
-            time.sleep(0.8)
+            time.sleep(SLOW_BOUND / 3)
         inlet.close()
         return sizes
     for number in range(4):
@@ -140,7 +142,7 @@ def _wait_for_the_first():
         with pytest.raises(LinkError) as caught:
             inlet.receive()
         text = str(caught.value)
-    world.channel().gather("over", 0, 30)
+    world.channel().gather("over", 0, PATIENCE)
     for end in (inlet, outlet):
         if end is not None:
             end.close()
@@ -148,21 +150,21 @@ def _wait_for_the_first():
 
 
 def _wait_in_vain():
-    world, inlet, outlet = _connect(0.3)
+    world, inlet, outlet = _connect(1)
     control = world.channel()
     if outlet is not None:
         outlet.send(Packet(PacketKind.TRAIN, 0, torch.ones(1), torch.ones(1)))
-        control.gather("waited", True, 20)
+        control.gather("waited", True, PATIENCE)
         outlet.close()
         return None
     inlet.receive()
     with pytest.raises(LinkError) as caught:
         inlet.receive()
-    control.gather("waited", True, 20)
+    control.gather("waited", True, PATIENCE)
     inlet.close()
     return str(caught.value)
 
 
 def _disagree():
-    world = join_world(30)
-    world.connect(world.channel(), Topology(2, 2), CPU, f"plan of rank {world.rank}", LinkTerms(2, 5))
+    world = join_world(PATIENCE)
+    world.connect(world.channel(), Topology(2, 2), CPU, f"plan of rank {world.rank}", LinkTerms(2, PATIENCE))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from decoupled_pp.links import join_world
-from ranks import launch
+from ranks import PATIENCE, launch
 
 TENSORS = (
     torch.arange(6.0).reshape(2, 3),
@@ -24,7 +24,7 @@ def test_a_broadcast_reaches_every_rank(source, tmp_path):
 
 
 def _broadcast(source):
-    world = join_world(30)
+    world = join_world(PATIENCE)
     held = [tensor.clone() if world.rank == source else torch.zeros_like(tensor) for tensor in TENSORS]
     for tensor in held:
         world.broadcast(tensor, source)

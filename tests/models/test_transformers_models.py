@@ -1,26 +1,25 @@
 """`model.kind: huggingface`: trained like any other network, exported to a folder that its own library loads."""
 
 import json
-import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+from families import inputs_of, model_of
 from safetensors.torch import load_file
-from tests.models.splitting.families import inputs_of, model_of
 
 import decoupled_pp as dpp
 from decoupled_pp.commands.evaluate.finished_run import open_run
-from decoupled_pp.commands.main import main
 from decoupled_pp.core.datasets import DataInfo
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.data import open_data
 from decoupled_pp.models import build_model
 from decoupled_pp.pipeline.losses import ExitScore
 from decoupled_pp.settings.sections import HuggingFaceModel
-from kit import refused
+from kit import dpp as command
+from kit import dpp_in_rank, refused
+from ranks import launch, values
 
 transformers = pytest.importorskip("transformers")
 
@@ -46,12 +45,6 @@ logging: {tensorboard: false}
 
 def model(**settings):
     return HuggingFaceModel(kind="huggingface", **settings)
-
-
-def command(*arguments):
-    with pytest.raises(SystemExit) as ended:
-        main([str(one) for one in arguments])
-    return ended.value.code
 
 
 def test_fresh_models_fit_the_data():
@@ -91,7 +84,7 @@ def test_tied_weights_are_exported_tied_by_choice(tmp_path, monkeypatch, capsys)
     assert "splitting a GPT2LMHeadModel unties no weights" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_network_that_no_rank_has_whole_is_the_network(tmp_path, monkeypatch, tied):
     """On the meta device, two ranks from shards on disk, against one process with the whole pretrained model."""
     monkeypatch.chdir(tmp_path)
@@ -101,10 +94,11 @@ def test_a_network_that_no_rank_has_whole_is_the_network(tmp_path, monkeypatch, 
     more = ["--tied"] if tied else []
     assert command("train", "tiny.yaml", "--set", "training.steps=4", "--set", "name=whole") == 0
     assert command("export", "runs/whole", "-o", "whole", *more) == 0
-    by_stage = ["train", "tiny.yaml", "--set", "model.meta=true", "--ranks", "2"]
+    by_stage = ["train", "tiny.yaml", "--set", "model.meta=true"]
     for steps, *how in ((2,), (4, "--resume")):
         arguments = [*by_stage, "--set", f"training.steps={steps}", *how]
-        subprocess.run([sys.executable, "-m", "decoupled_pp", *arguments], check=True, capture_output=True)
+        results = launch(dpp_in_rank, str(tmp_path), *arguments, size=2, folder=tmp_path / "logs")
+        assert values(results) == [0, 0], results
     assert command("export", "runs/tiny", "-o", "shards", *more) == 0
     assert not (tmp_path / "runs/tiny/model.safetensors").exists()
     assert len(list(Path("shards").glob("*.safetensors"))) == 2

@@ -11,13 +11,14 @@ from torch import nn
 from decoupled_pp import Trainer, partition
 from decoupled_pp.core.errors import TrainingError
 from decoupled_pp.pipeline.compiled import compiled
+from kit import ignore
 from ranks import launch, values
 
 STAGES = 10
 """More than the versions that torch's compiler makes of one piece of code (8)."""
 
 
-@pytest.mark.parametrize("checkpoint_activations", [False, True])
+@pytest.mark.parametrize("checkpoint_activations", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_everything_a_stage_computes_is_compiled_however_many_stages_there_are(checkpoint_activations, tmp_path):
     (runs,) = values(launch(_train_and_evaluate, checkpoint_activations, size=1, folder=tmp_path))
     parts = 2 * STAGES - 1  # the last stage has no critic
@@ -48,7 +49,7 @@ def _train_and_evaluate(checkpoint_activations):
             compile=True,
             checkpoint_activations=checkpoint_activations,
             device="cpu",
-            observer=lambda records: None,
+            observer=ignore,
         )
         held_out = [batch(4), batch(4), batch(2)]
         trainer.fit([batch(4)] * 3 + [batch(3)], 8, validate=held_out, validate_every=4)

@@ -7,6 +7,7 @@ from torch import nn
 from decoupled_pp import Trainer, partition
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.pipeline.optimizer_state import changed_entries, group_entries, make_state, named_state, reset_entries
+from kit import ignore
 
 CPU = torch.device("cpu")
 
@@ -52,7 +53,7 @@ def test_what_a_checkpoint_cannot_hold_is_refused_before_anything_is_trained(tmp
 
     def trainer(**options):
         plan = partition([nn.Linear(2, 3), nn.Linear(3, 2)], 2, "uniform", torch.zeros(4, 2))
-        return Trainer(plan, optimizer=Odd, device="cpu", observer=lambda records: None, **options)
+        return Trainer(plan, optimizer=Odd, device="cpu", observer=ignore, **options)
 
     trainer().build()  # without checkpoints all is well
     with pytest.raises(UsageError, match=r"keeps a dict \('memory'\) in its param_groups"):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from decoupled_pp.commands.main import main
+from kit import dpp
 
 WRITTEN = Path(__file__).parent / "earlier_version"
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
@@ -30,12 +30,6 @@ def run_folder(tmp_path, monkeypatch, name):
     return Path(name)
 
 
-def dpp(arguments):
-    """Run a command that ends well."""
-    with pytest.raises(SystemExit, match=r"^0$"):
-        main(arguments)
-
-
 def assert_equal_weights(file, expected):
     ours, theirs = load_file(file), load_file(expected)
     assert sorted(ours) == sorted(theirs)
@@ -45,13 +39,13 @@ def assert_equal_weights(file, expected):
 
 @every_run
 def test_resumed_run_ends_with_the_same_weights(run_folder, name):
-    dpp(["train", f"{name}/config.yaml", "--resume", "--set", "training.steps=30"])
+    assert dpp("train", f"{name}/config.yaml", "--resume", "--set", "training.steps=30") == 0
     assert_equal_weights(run_folder / "model.safetensors", WRITTEN / name / "model-at-30.safetensors")
 
 
 @every_run
 def test_evaluation_gives_the_same_scores(run_folder, name):
-    dpp(["evaluate", name, "--json", "scores.json"])
+    assert dpp("evaluate", name, "--json", "scores.json") == 0
     ours, theirs = (json.loads(Path(f).read_text()) for f in ("scores.json", WRITTEN / name / "evaluated.json"))
     assert ours["costs"] == theirs["costs"]
     for one, other in zip(ours["exits"], theirs["exits"], strict=True):
@@ -63,14 +57,14 @@ def test_evaluation_gives_the_same_scores(run_folder, name):
 
 @every_run
 def test_export_gives_the_same_weights(run_folder, name):
-    dpp(["export", name, "-o", "plain.safetensors"])
+    assert dpp("export", name, "-o", "plain.safetensors") == 0
     assert_equal_weights(Path("plain.safetensors"), WRITTEN / name / "model.safetensors")
 
 
 @every_run
 def test_summary_keeps_its_keys(run_folder, name):
     before = json.loads((run_folder / "summary.json").read_text())
-    dpp(["train", f"{name}/config.yaml", "--overwrite"])
+    assert dpp("train", f"{name}/config.yaml", "--overwrite") == 0
     now = json.loads((run_folder / "summary.json").read_text())
     assert keys(now) == keys(before)
     lines = [(f / "metrics.jsonl").read_text().splitlines() for f in (run_folder, WRITTEN / name)]

@@ -10,6 +10,7 @@ from decoupled_pp import Trainer, partition
 from decoupled_pp.pipeline.feed import Itinerary
 from decoupled_pp.settings.run import ScheduleSettings
 from decoupled_pp.training.build import plan_digest
+from kit import ignore
 from ranks import launch
 
 SAMPLE = torch.zeros(4, 3)
@@ -64,7 +65,7 @@ def test_ranks_of_different_settings_are_refused(tmp_path):
 
 def _train_differently():
     plan = partition([nn.Linear(3, 5), nn.Linear(5, 2)], 2, "uniform", SAMPLE, device="cpu")
-    trainer = Trainer(plan, device="cpu", observer=lambda records: None, timeout_seconds=20)
+    trainer = Trainer(plan, device="cpu", observer=ignore)
     if trainer.rank == 1:
-        trainer = Trainer(plan, device="cpu", optimizer={"kind": "SGD", "lr": 0.5}, critic="mlp_sr", timeout_seconds=20)
+        trainer = Trainer(plan, device="cpu", optimizer={"kind": "SGD", "lr": 0.5}, critic="mlp_sr")
     trainer.fit([(SAMPLE, torch.zeros(4, dtype=torch.int64))], 2)

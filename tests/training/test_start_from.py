@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from decoupled_pp.commands.main import main
 from decoupled_pp.run.folder import SUMMARY_FILE, WEIGHTS_FILE
+from kit import dpp
 
 CONFIG = """
 name: first
@@ -29,13 +29,6 @@ def first(tmp_path_factory):
     config.write_text(CONFIG)
     assert train(config, folder) == 0
     return config, folder
-
-
-def dpp(*arguments):
-    """The exit code."""
-    with pytest.raises(SystemExit) as ended:
-        main([str(one) for one in arguments])
-    return ended.value.code
 
 
 def train(config, folder, *settings):

@@ -7,14 +7,14 @@ from torch import nn
 from decoupled_pp import Trainer, partition
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.settings.run import ScheduleSettings
-from kit import refused
+from kit import ignore, refused
 
 BATCHES = [(torch.randn(4, 3), torch.randint(2, (4,)))]
 
 
 def trainer(**options):
     plan = partition([nn.Linear(3, 5), nn.Linear(5, 2)], 2, "uniform", BATCHES[0][0], device="cpu")
-    return Trainer(plan, **{"device": "cpu", "observer": lambda records: None} | options)
+    return Trainer(plan, **{"device": "cpu", "observer": ignore} | options)
 
 
 @pytest.mark.parametrize("name", ["capacity", "accumulate", "log_every", "keep_checkpoints"])
@@ -50,7 +50,7 @@ def test_a_device_is_one_that_is_known(device):
 def modes(network, critic=None):
     """Which modules train, after two steps and an evaluation."""
     plan = partition(network, 2, "uniform", BATCHES[0][0], device="cpu")
-    trainer = Trainer(plan, critic=critic or nn.Linear(5, 2), device="cpu", observer=lambda records: None)
+    trainer = Trainer(plan, critic=critic or nn.Linear(5, 2), device="cpu", observer=ignore)
     trainer.fit(BATCHES, 2, validate=BATCHES, validate_every=1)
     return [part.training for layer in (*network, trainer.stages[0].critic) for part in layer.modules()]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.torch_private import own_buffers
 
 Mark: TypeAlias = "float | torch.cuda.Event"
 """A point in the device's work: seconds of the host's clock on the CPU, an event on CUDA."""
@@ -221,7 +222,7 @@ def untouched(module: nn.Module, device: torch.device) -> Iterator[None]:
     buffers = [
         (part, name, buffer, buffer.clone())
         for part in module.modules()
-        for name, buffer in part._buffers.items()
+        for name, buffer in own_buffers(part).items()
         if buffer is not None
     ]
     with kept_modes(module), torch.random.fork_rng(devices=cuda_devices(device)):
@@ -231,7 +232,7 @@ def untouched(module: nn.Module, device: torch.device) -> Iterator[None]:
             with torch.no_grad():
                 for part, name, buffer, content in buffers:
                     buffer.copy_(content)
-                    part._buffers[name] = buffer
+                    own_buffers(part)[name] = buffer
 
 
 def cuda_devices(device: torch.device) -> list[int]:

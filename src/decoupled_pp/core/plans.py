@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from decoupled_pp.core.packets import Payload
+from decoupled_pp.core.torch_private import child_modules
 
 
 class Weights(ABC):
@@ -37,7 +38,7 @@ class Layers(nn.Sequential):
 
     def __init__(self, named: Iterable[tuple[str, nn.Module]] = ()) -> None:
         super().__init__()
-        self._modules.update(named)  # add_module refuses dots
+        child_modules(self).update(named)  # add_module refuses dots
 
     def _load_from_state_dict(  # noqa: PLR0917 - torch's own signature
         self,
@@ -50,7 +51,7 @@ class Layers(nn.Sequential):
         errors: list[str],
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, False, missing, unexpected, errors)
-        known = tuple(f"{prefix}{name}." for name in self._modules)
+        known = tuple(f"{prefix}{name}." for name in child_modules(self))
         if strict:  # torch would look up the first part of a key alone
             unexpected += [key for key in state_dict if key.startswith(prefix) and not key.startswith(known)]
 

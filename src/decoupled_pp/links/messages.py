@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections import deque
 from contextlib import suppress
 from datetime import timedelta
-from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from decoupled_pp.core.torch_private import backend_of
 
 FOREVER = timedelta(days=365)
 """Timeout of waits in helper threads: the bounded waits are the stage's own, whose errors can say who waited."""
@@ -23,7 +24,7 @@ _SPARE_TAG = 99
 
 def _backend(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """The gloo backend itself: calls through the group pass torch's dispatcher, at 10 to 50 microseconds each."""
-    return cast(dist.ProcessGroup, group._get_backend(torch.device("cpu")))
+    return backend_of(group, torch.device("cpu"))
 
 
 class MessageSender:

@@ -18,6 +18,7 @@ from decoupled_pp.core import environment
 from decoupled_pp.core.channels import LinkTerms
 from decoupled_pp.core.errors import LinkError, UsageError
 from decoupled_pp.core.topology import Topology
+from decoupled_pp.core.torch_private import default_store
 from decoupled_pp.links.control import StoreControl
 from decoupled_pp.links.header import HEADER_BYTES
 from decoupled_pp.links.lane import Lane
@@ -100,7 +101,7 @@ class World:
                 raise LinkError(
                     f"rank {self.rank} could not join the {self.size} ranks: {str(error).splitlines()[0]}"
                 ) from error
-        self._store = dist.distributed_c10d._get_default_store()
+        self._store = default_store()
         self._channels = itertools.count()
         self._groups: list[dist.ProcessGroup] = []
         self.control = self.channel()

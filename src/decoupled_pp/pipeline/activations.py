@@ -9,6 +9,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from decoupled_pp.core.torch_private import storage_address
+
 # byte offset, bytes, shape, strides
 _View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
@@ -27,7 +29,7 @@ class SavedActivations:
 
     def __init__(self, excluded: Iterable[Tensor]) -> None:
         """Leave out the storages of `excluded` (parameters and buffers)."""
-        self._excluded = {tensor.untyped_storage()._cdata for tensor in excluded}
+        self._excluded = {storage_address(tensor.untyped_storage()) for tensor in excluded}
         self._views: defaultdict[int, Counter[_View]] = defaultdict(Counter)
         self._bytes: Counter[int] = Counter()
         self._held = 0
@@ -70,7 +72,7 @@ class _Saved:
     def __init__(self, tensor: Tensor, meter: SavedActivations) -> None:
         storage = tensor.untyped_storage()
         self.tensor, self._meter = tensor, meter
-        self.pointer, self.storage_bytes = storage._cdata, storage.nbytes()
+        self.pointer, self.storage_bytes = storage_address(storage), storage.nbytes()
         size = tensor.element_size()
         offset, count = int(tensor.storage_offset()) * size, tensor.numel() * size
         self.view: _View = (offset, count, tuple(tensor.shape), tuple(tensor.stride()))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from decoupled_pp.core.errors import TrainingError
+from decoupled_pp.core.torch_private import compiler_config, recompile_limit_hit
 
 
 def compiled(function: Callable[[Any], Any], name: str) -> Callable[[Any], Any]:
@@ -25,8 +26,7 @@ def compiled(function: Callable[[Any], Any], name: str) -> Callable[[Any], Any]:
     Returns:
         The same function. It raises TrainingError where the compiler would give up and run it uncompiled.
     """
-    from torch._dynamo import config
-    from torch._dynamo.exc import FailOnRecompileLimitHit
+    config = compiler_config()
 
     def run(payload: Any) -> Any:
         return function(payload)
@@ -38,7 +38,7 @@ def compiled(function: Callable[[Any], Any], name: str) -> Callable[[Any], Any]:
         try:
             with config.patch(fail_on_recompile_limit_hit=True):
                 return fast(payload)
-        except FailOnRecompileLimitHit as error:
+        except recompile_limit_hit() as error:
             raise TrainingError(
                 f"compile: {name} would have to be compiled more than {config.recompile_limit} times, for inputs of so "
                 "many forms; feed fewer (sizes that change, dtypes), raise torch._dynamo.config.recompile_limit, or "

@@ -15,7 +15,6 @@ from decoupled_pp.core.errors import Fault, LinkError, PeerError, ReportedError,
 from decoupled_pp.core.reports import Record
 from decoupled_pp.core.topology import Topology
 
-_PERIOD_SECONDS = 0.2
 _GRACE_SECONDS = 1.0
 _GRACE_PER_STAGE_SECONDS = 0.25
 _failing = threading.Event()
@@ -39,7 +38,12 @@ class Watcher:
     """Forwards an interrupt of this process to the run, and on rank 0 hands out records and notices stop requests."""
 
     def __init__(
-        self, control: Control, observer: Callable[[list[Record]], None] | None, interrupted: threading.Event
+        self,
+        control: Control,
+        observer: Callable[[list[Record]], None] | None,
+        interrupted: threading.Event,
+        *,
+        period_seconds: float = 0.2,
     ) -> None:
         """Start watching.
 
@@ -47,9 +51,11 @@ class Watcher:
             control: The run's control plane.
             observer: Takes all records (rank 0), or None.
             interrupted: Set by a signal handler: the run is to save and end.
+            period_seconds: Time between two looks.
         """
         self._control, self._observer, self._interrupted = control, observer, interrupted
         self._stop_reason: str | None = None
+        self._period_seconds = period_seconds
         self._ending = threading.Event()
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._loop, name="dpp-watch", daemon=True)
@@ -74,7 +80,7 @@ class Watcher:
                 raise self._error
 
     def _loop(self) -> None:
-        while not self._ending.wait(_PERIOD_SECONDS):
+        while not self._ending.wait(self._period_seconds):
             self._look()
 
     def _pass_on_interrupt(self) -> None:

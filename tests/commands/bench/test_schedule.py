@@ -58,6 +58,7 @@ def _chosen(*words):
 TINY = ["--forward-ms=1", "--backward-ms=2"]
 
 
+@pytest.mark.slow
 def test_every_strategy_is_measured(tmp_path):
     chosen, work = _chosen(*TINY, "--micro-batches=4", f"--strategies={','.join(schedule.STRATEGIES)}")
     ranks = [result.value for result in launch(measure, work, chosen.strategies, 2, size=2, folder=tmp_path)]

@@ -42,7 +42,7 @@ def cable():
         thread = threading.Thread(target=line.run, args=(stop.fileno(),), name="dpp-delay-line")
         thread.start()
         for pair in pairs:
-            pair[0].settimeout(10.0)
+            pair[0].settimeout(300.0)
         yield pairs[0][0], pairs[1][0]
         ended.close()
         thread.join(10.0)
@@ -186,10 +186,11 @@ def _namespaces_of(process):
     return sorted(NAMESPACES.glob(f"dpp-wan-{process.pid}-*"))
 
 
+@pytest.mark.slow
 def test_measures_over_two_hosts_and_leaves_nothing(tmp_path):
     _require_hosts()
     with _start(*TINY, f"--output={tmp_path}") as process:
-        said, errors = process.communicate(timeout=90)
+        said, errors = process.communicate(timeout=300)
     assert (process.returncode, errors) == (0, "")
     figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
     assert [one["round_trip_ms"] for one in figures["conditions"]] == [0.0, 10.0]
@@ -202,6 +203,7 @@ def test_measures_over_two_hosts_and_leaves_nothing(tmp_path):
     assert _namespaces_of(process) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
 )
@@ -214,7 +216,7 @@ def test_cleans_up_however_it_ends(number, code):
         _eventually(lambda: _processes_in(_namespaces_of(process)[:1]))  # a probe, or a rank
         inside = _processes_in(_namespaces_of(process))
         process.send_signal(number)
-        process.communicate(timeout=30)
+        process.communicate(timeout=300)
     assert process.returncode == code
     _eventually(lambda: _namespaces_of(process) == [])
     _eventually(lambda: not any(Path(f"/proc/{one}").exists() for one in inside))
@@ -226,7 +228,7 @@ def _processes_in(namespaces):
 
 
 def _eventually(holds):
-    deadline = time.monotonic() + 30.0
+    deadline = time.monotonic() + 300.0
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -12,7 +12,7 @@ from decoupled_pp.commands.bench.emulated import EmulatedLayer
 from decoupled_pp.commands.bench.schedule import STRATEGIES
 from decoupled_pp.commands.bench.workload import Durations, Unevenness, Workload
 from decoupled_pp.links import join_world
-from ranks import launch
+from ranks import PATIENCE, launch
 
 FORWARD, BACKWARD, PACKETS, M = 0.010, 0.020, 16, 4
 SLOW = Unevenness(slow_stage=1, slow_factor=1.5, slow_share=0.33)
@@ -62,7 +62,7 @@ def test_a_layer_sleeps_what_is_drawn(monkeypatch):
 
 
 def _draws_of(kinds):
-    world, taken = join_world(30), Counter()
+    world, taken = join_world(PATIENCE), Counter()
     durations = Durations(EXPONENTIAL, world.rank)
     factors = durations.factors
 

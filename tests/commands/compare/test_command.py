@@ -6,8 +6,8 @@ import subprocess
 
 import pytest
 
-from decoupled_pp.commands.main import main
 from decoupled_pp.settings.load import load_settings
+from kit import dpp
 
 CONFIG = """
 name: tiny
@@ -21,9 +21,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 def compare(*arguments):
-    with pytest.raises(SystemExit) as ended:
-        main(["compare", "tiny.yaml", *arguments])
-    return ended.value.code
+    return dpp("compare", "tiny.yaml", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +37,7 @@ def folder(tmp_path_factory):
     return root / "out"
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.slow
 def test_the_report_holds_all_that_ran_and_says_what_did_not(folder):
     found = json.loads((folder / "compare.json").read_text())
     assert set(found["strategies"]) == {"decoupled", "gpipe", "backprop"}
@@ -59,6 +57,7 @@ def test_the_report_holds_all_that_ran_and_says_what_did_not(folder):
     )
 
 
+@pytest.mark.slow
 def test_pipelined_backprop_learns_what_plain_backprop_learns(folder):
     found = json.loads((folder / "compare.json").read_text())
     losses = {one["name"]: [record["loss"] for record in one["validations"]] for one in found["runs"]}
@@ -66,6 +65,7 @@ def test_pipelined_backprop_learns_what_plain_backprop_learns(folder):
     assert losses["decoupled"] != pytest.approx(losses["backprop"], rel=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian: apt-get install chromium)")
 def test_the_report_opens_in_a_browser_without_a_network(folder, tmp_path):
     page, net = folder / "report.html", tmp_path / "net.json"
@@ -79,7 +79,7 @@ def test_the_report_opens_in_a_browser_without_a_network(folder, tmp_path):
         *quiet,
     ]
     command += [f"--log-net-log={net}", "--enable-logging=stderr", "--dump-dom", page.as_uri()]
-    seen = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    seen = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert "CONSOLE" not in seen.stderr
     assert seen.stdout.count("</svg>") == 4 and seen.stdout.count("<h2>") == 6
     assert "1f1b was not measured:" in seen.stdout

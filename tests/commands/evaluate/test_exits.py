@@ -12,29 +12,21 @@ from decoupled_pp.commands.evaluate.exits import ensemble, exit_costs, progressi
 from decoupled_pp.commands.evaluate.finished_run import evaluate_run, exit_module
 from decoupled_pp.commands.evaluate.gradient_probe import gradient_cosines
 from decoupled_pp.core.errors import UsageError
-from kit import refused, run_dpp
+from kit import ignore, refused, run_dpp, tanh_layers, vector_batches
 
 CLASSES, WIDTH, BATCHES = 3, 6, 5
 
 
-def ignore(records):
-    pass
-
-
 def batches():
-    generator = torch.Generator().manual_seed(2)
-    made = []
-    for _ in range(BATCHES):
-        inputs = torch.randn(8, WIDTH, generator=generator)
-        made.append((inputs, inputs[:, :CLASSES].argmax(1)))
-    return made
+    """Classes that can be learnt."""
+    return [(inputs, inputs[:, :CLASSES].argmax(1)) for inputs, _ in vector_batches(BATCHES, 8, WIDTH, CLASSES)]
 
 
 @pytest.fixture(scope="module")
 def trained():
     """Three stages: two linear layers with a tanh, a linear head."""
     torch.manual_seed(1)
-    layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2)]
+    layers = tanh_layers(2, WIDTH)
     plan = partition([*layers, nn.Linear(WIDTH, CLASSES)], 3, [1, 1, 1], batches()[0][0])
     trainer = Trainer(plan, device="cpu", observer=ignore, optimizer={"kind": "AdamW", "lr": 0.02})
     trainer.fit(batches(), 40)
@@ -134,19 +126,15 @@ def run(tmp_path_factory):
         f"name: tiny\nruns: {root}\nstages: 3\nmodel: {{kind: mlp, width: 16, depth: 4}}\n"
         "data: {kind: digits, batch_size: 64}\ntraining: {steps: 60}\nthreads: 1\nlogging: {tensorboard: false}\n"
     )
-    assert run_dpp("train", str(config)) == 0
+    assert run_dpp("train", config) == 0
     return root / "tiny"
-
-
-def dpp(*arguments):
-    return run_dpp(*map(str, arguments))
 
 
 def test_the_command_says_it_all(run, capsys, tmp_path):
     picture = tmp_path / "exits.png"
     options = ["--progressive=0.5,0.9", "--ensemble", "--gradient-probe=2", "--picture", picture]
     options += ["--json", tmp_path / "exits.json"]
-    assert dpp("evaluate", run, *options) == 0
+    assert run_dpp("evaluate", run, *options) == 0
     text = capsys.readouterr().out
     for part in (
         "MFLOPs/sample",
@@ -180,7 +168,7 @@ def test_bad_input(run):
 def test_a_smaller_network_is_the_exit(run, tmp_path, capsys):
     from safetensors.torch import load_file
 
-    assert dpp("export", run, "--exit=1", "-o", tmp_path / "small.safetensors") == 0
+    assert run_dpp("export", run, "--exit=1", "-o", tmp_path / "small.safetensors") == 0
     small, found = exit_module(run, 1), evaluate_run(run)
     state = load_file(tmp_path / "small.safetensors")
     assert state.keys() == small.state_dict().keys() and any(name.startswith("exit.") for name in state)
@@ -200,10 +188,10 @@ def test_a_smaller_network_is_the_exit(run, tmp_path, capsys):
 def test_a_baselines_network_is_scored_and_exported_as_one_exit(run, tmp_path, capsys):
     """Its one exit is what the run itself has measured; the exported file is the run's own."""
     plain = f"--set=name=plain-{tmp_path.name}"
-    assert dpp("train", run.parent / "tiny.yaml", plain, "--strategy=backprop", "--set=validation.knn=null") == 0
+    assert run_dpp("train", run.parent / "tiny.yaml", plain, "--strategy=backprop", "--set=validation.knn=null") == 0
     folder = run.parent / f"plain-{tmp_path.name}"
     final = json.loads((folder / "summary.json").read_text())["final"]
     (one,) = evaluate_run(folder).exits
     assert (one.val_loss, one.val_accuracy) == (final["val_loss"], final["val_accuracy"])
-    assert dpp("export", folder, "-o", tmp_path / "x.safetensors") == 0
+    assert run_dpp("export", folder, "-o", tmp_path / "x.safetensors") == 0
     assert (tmp_path / "x.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()

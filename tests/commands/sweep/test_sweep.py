@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from decoupled_pp.commands.main import main
 from decoupled_pp.commands.sweep.command import load_sweep
 from decoupled_pp.commands.sweep.figures import figures
 from decoupled_pp.commands.sweep.runs import Outcome, Trial
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.settings.load import load_settings
-from kit import refused
+from kit import dpp, refused
 from recorded import report, stage_summary
 
 ROOT = Path(__file__).parents[3]
@@ -43,12 +42,10 @@ def here(tmp_path, monkeypatch):
 
 
 def sweep(*arguments):
-    with pytest.raises(SystemExit) as ended:
-        main(["sweep", "few.yaml", *arguments])
-    return ended.value.code
+    return dpp("sweep", "few.yaml", *arguments)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.slow
 def test_variants_over_seeds(here, capsys):
     assert sweep("--jobs=2") == 0
     found = json.loads((here / "runs" / "few" / "sweep.json").read_text(), parse_constant=pytest.fail)

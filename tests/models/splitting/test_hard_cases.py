@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tests.models.splitting.families import inputs_of, model_of
+from families import inputs_of, model_of
 from torch import Tensor, nn
 
 import decoupled_pp as dpp
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.models.huggingface import split_transformers
-from kit import refused
+from kit import ignore, refused
 
 X = torch.randn(4, 4)
 
@@ -97,7 +97,7 @@ def test_half_precision_weights_travel_as_they_are():
     with torch.no_grad():
         assert torch.equal(layers(inputs["input_ids"]), model.eval()(**inputs).logits)
     plan = dpp.partition(layers, 3, "uniform", inputs["input_ids"])
-    trainer = dpp.Trainer(plan, critic="head", optimizer="SGD", observer=lambda _: None, device="cpu")
+    trainer = dpp.Trainer(plan, critic="head", optimizer="SGD", observer=ignore, device="cpu")
     trainer.fit([(inputs["input_ids"], inputs["input_ids"])], 2)
     assert {critic.dtype for critic in trainer.stages[0].critic.parameters()} == {torch.bfloat16}
 
@@ -110,7 +110,7 @@ def test_a_models_own_checkpointing_changes_nothing_but_memory():
         if checkpointed:
             model.activation_checkpointing_enable({"use_reentrant": False})
         plan = dpp.partition(split_transformers(model, inputs).layers, 2, "uniform", ids)
-        trainer = dpp.Trainer(plan, critic="head", observer=lambda _: None, device="cpu")
+        trainer = dpp.Trainer(plan, critic="head", observer=ignore, device="cpu")
         trainer.fit([(ids, ids)], 3)
         states.append((trainer.export().state_dict(), trainer.stages[0].saved_activation_bytes_peak))
     (plain, kept), (recomputed, fewer) = states

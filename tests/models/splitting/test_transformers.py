@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from tests.models.splitting.families import FAMILIES, TABLE, inputs_of, model_of, table
+from families import FAMILIES, TABLE, inputs_of, model_of, table
 from torch import nn
 
 import decoupled_pp as dpp
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.critics.fresh import fresh_copy
 from decoupled_pp.models.huggingface import split_transformers
-from kit import refused
+from kit import ignore, refused
 
 transformers = pytest.importorskip("transformers")
 
@@ -88,7 +88,7 @@ def test_critics_make_fresh_copies_of_blocks_by_the_librarys_own_rule():
     for first, second, own in zip(*(one.parameters() for one in (*copies, block)), strict=True):
         assert torch.equal(first, second) and bool((own == 7.0).all()) and not bool((first == 7.0).any())
     plan = dpp.partition(split_transformers(model_of("Llama"), inputs).layers, 2, "uniform", ids)
-    dpp.Trainer(plan, critic={"kind": "auglocal", "depth": 2}, observer=lambda _: None).fit([(ids, ids)], 2)
+    dpp.Trainer(plan, critic={"kind": "auglocal", "depth": 2}, observer=ignore).fit([(ids, ids)], 2)
 
 
 def test_the_models_own_head_judges_any_stage():
@@ -97,7 +97,7 @@ def test_the_models_own_head_judges_any_stage():
     layers = split_transformers(model, inputs).layers
     given, target = as_payload(inputs), torch.tensor([0, 1])
     plan = dpp.partition(layers, 3, "uniform", given)
-    trainer = dpp.Trainer(plan, critic={"kind": "head", "weights": "network"}, device="cpu", observer=lambda _: None)
+    trainer = dpp.Trainer(plan, critic={"kind": "head", "weights": "network"}, device="cpu", observer=ignore)
     trainer.build()
     for stage in trainer.stages[:-1]:
         assert type(stage.critic) is type(layers[-1]) and stage.critic is not layers[-1]

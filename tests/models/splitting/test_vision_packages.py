@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import decoupled_pp as dpp
+from kit import ignore
 
 try:
     import timm
@@ -101,6 +102,6 @@ def test_output_and_one_training_step_are_the_models_own(name):
 def test_trains_in_four_stages(name):
     model, cuts, images = network(name)
     plan = dpp.partition(dpp.split_traced(model, images, cuts).layers, 4, "uniform", images)
-    trainer = dpp.Trainer(plan, optimizer={"kind": "SGD", "lr": 0.01}, observer=lambda _: None, device="cpu")
+    trainer = dpp.Trainer(plan, optimizer={"kind": "SGD", "lr": 0.01}, observer=ignore, device="cpu")
     report = trainer.fit([(images, torch.tensor([0, 1, 2, 3]))], 2)
     assert report.steps == 2 and isinstance(trainer.export(), nn.Module)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.models.splitting.families import inputs_of, model_of
+from families import inputs_of, model_of
 
 import decoupled_pp as dpp
 from decoupled_pp.core.errors import UsageError

@@ -5,7 +5,6 @@ import time
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from decoupled_pp import Trainer, partition
@@ -13,7 +12,7 @@ from decoupled_pp.core.errors import UsageError
 from decoupled_pp.pipeline.losses import cross_entropy, mse, per_sample
 from decoupled_pp.pipeline.stage import Stage
 from decoupled_pp.settings.load import check_settings
-from kit import refused
+from kit import differences, ignore, refused, tanh_network, vector_batches, weights
 from ranks import launch, values
 
 CPU = torch.device("cpu")
@@ -21,41 +20,14 @@ B, WIDTH, CLASSES, LAG = 4, 6, 3, 3
 CASCADE = {"kind": "cascade", "lag": LAG, "lr": 0.05, "optimizer": "SGD"}
 
 
-def ignore(records):
-    pass
-
-
 def batches(count, size=B):
-    generator = torch.Generator().manual_seed(2)
-    return [
-        (torch.randn(size, WIDTH, generator=generator), torch.randint(CLASSES, (size,), generator=generator))
-        for _ in range(count)
-    ]
-
-
-def network():
-    torch.manual_seed(1)
-    hidden = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(3)]
-    return nn.Sequential(*hidden, nn.Linear(WIDTH, CLASSES))
+    return vector_batches(count, size, WIDTH, CLASSES)
 
 
 def trainer(stages=3, target=CASCADE, **options):
-    plan = partition(network(), stages, "uniform", batches(1)[0][0])
-    defaults = {"optimizer": {"kind": "SGD", "lr": 0.1}, "capacity": 2, "timeout_seconds": 30}
+    plan = partition(tanh_network(3, WIDTH, CLASSES), stages, "uniform", batches(1)[0][0])
+    defaults = {"optimizer": {"kind": "SGD", "lr": 0.1}, "capacity": 2}
     return Trainer(plan, device="cpu", observer=ignore, critic_target=target, **(defaults | options))
-
-
-def weights(trained):
-    found = {}
-    for stage in trained.stages:
-        for name, parameter in stage.named_parameters("here").items():
-            found[f"{stage.index}.{name}"] = parameter.detach().clone()
-    return found
-
-
-def differ(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    return [name for name in ours if not torch.equal(ours[name], theirs[name])]
 
 
 def by_hand(steps, label_share=0.0):
@@ -112,7 +84,7 @@ def test_a_second_fit_goes_on_where_the_first_ended():
     once.fit(batches(10), 10)
     twice.fit(batches(10)[:5], 5)
     twice.fit(batches(10)[5:], 5)
-    assert differ(weights(once), weights(twice)) == []
+    assert differences(weights(once), weights(twice)) == []
 
 
 def _train(steps, options, delays):
@@ -137,7 +109,7 @@ def test_ranks_equal_one_process_whatever_the_timing(tmp_path):
     for name, delays in {"even": {}, "slow last": {2: 0.01}, "slow first": {0: 0.01}}.items():
         found = values(launch(_train, 12, {}, delays, size=3, folder=tmp_path / name))
         apart = {key: tensor for part, _ in found for key, tensor in part.items()}
-        assert differ(together, apart) == [], name
+        assert differences(together, apart) == [], name
         assert [link["payload_bytes_backward"] for link in found[0][1]] == [12 * B * 4] * 2
 
 
@@ -148,7 +120,7 @@ def test_saved_and_resumed_equals_never_stopped(tmp_path):
     trainer(checkpoints=tmp_path / "b").fit(batches(12), 7)
     resumed = trainer(checkpoints=tmp_path / "b")
     resumed.fit(batches(12), 12, resume=True)
-    assert differ(weights(whole), weights(resumed)) == []
+    assert differences(weights(whole), weights(resumed)) == []
     assert not list((tmp_path / "b").rglob("*.pkl"))
 
 

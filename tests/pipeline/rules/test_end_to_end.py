@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from decoupled_pp import Trainer, partition
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.pipeline.stage import Stage
-from kit import refused
+from kit import differences, ignore, refused, vector_batches, weights
 from ranks import launch, values
 
 B, WIDTH, CLASSES = 4, 6, 3
@@ -20,16 +20,8 @@ LOCAL = [0, 1, 5, 6, 10]
 """Optimizer steps that are local ones, of the first eleven."""
 
 
-def ignore(records):
-    pass
-
-
 def batches(count):
-    generator = torch.Generator().manual_seed(2)
-    return [
-        (torch.randn(B, WIDTH, generator=generator), torch.randint(CLASSES, (B,), generator=generator))
-        for _ in range(count)
-    ]
+    return vector_batches(count, B, WIDTH, CLASSES)
 
 
 class Pair(nn.Module):
@@ -63,23 +55,8 @@ def network():
 def trainer(stages=4, **options):
     plan = partition(network(), stages, "uniform", batches(1)[0][0])
     defaults = {"optimizer": {"kind": "SGD", "lr": 0.1, "arguments": {"momentum": 0.9}}, "capacity": 2}
-    defaults |= {"timeout_seconds": 30, "global_correction": {"every": EVERY, "steps": STEPS}}
+    defaults |= {"global_correction": {"every": EVERY, "steps": STEPS}}
     return Trainer(plan, device="cpu", observer=ignore, **(defaults | options))
-
-
-def weights(trained):
-    return {
-        f"{stage.index}.{part}.{name}": tensor.clone()
-        for stage in trained.stages
-        for part, module in (("trunk", stage.trunk), ("critic", stage.critic))
-        if module is not None
-        for name, tensor in module.state_dict().items()
-    }
-
-
-def differ(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    return [name for name in ours if not torch.equal(ours[name], theirs[name])]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -97,7 +74,7 @@ def test_end_to_end_steps_are_plain_backpropagation(accumulate):
         if (number + 1) % accumulate == 0:
             optimizer.step()
             optimizer.zero_grad()
-    assert differ(dict(trained.plan.module.state_dict()), dict(plain.state_dict())) == []
+    assert differences(dict(trained.plan.module.state_dict()), dict(plain.state_dict())) == []
 
 
 def test_critics_do_not_learn_in_them():
@@ -105,7 +82,7 @@ def test_critics_do_not_learn_in_them():
     trained.fit(batches(9), EVERY)
     before = weights(trained)
     trained.fit(batches(9), STEPS)
-    changed = differ(weights(trained), before)
+    changed = differences(weights(trained), before)
     assert any("trunk" in name for name in changed)
     assert not any("critic" in name for name in changed)
 
@@ -115,7 +92,7 @@ def test_a_second_fit_goes_on_where_the_first_ended():
     once.fit(batches(10), 10)
     twice.fit(batches(10), 4)
     twice.fit(batches(10), 6)
-    assert differ(weights(once), weights(twice)) == []
+    assert differences(weights(once), weights(twice)) == []
 
 
 def _train(steps, delays):
@@ -143,7 +120,7 @@ def test_ranks_equal_one_process_whatever_the_timing(tmp_path):
     for name, delays in {"slow last": {3: 0.01}, "slow first": {0: 0.01}}.items():
         found = values(launch(_train, 11, delays, size=4, folder=tmp_path / name))
         apart = {key: tensor for part, _ in found for key, tensor in part.items()}
-        assert differ(together, apart) == [], name
+        assert differences(together, apart) == [], name
         assert [link["payload_bytes_backward"] for link in found[0][1]] == expected
 
 

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from torch import nn
 
 from decoupled_pp import Trainer, partition
 from decoupled_pp.core.channels import Returns
 from decoupled_pp.pipeline.rules.local import Local
 from decoupled_pp.pipeline.rules.table import RULES
 from decoupled_pp.settings.rules import RuleSettings
-from kit import assert_equal_states, states
+from kit import assert_equal_states, ignore, merged, states, tanh_network, vector_batches
 from ranks import launch, values
 
 B, WIDTH, CLASSES, STEPS = 4, 6, 3, 8
@@ -49,19 +48,13 @@ def _own_rule(monkeypatch):
 
 
 def batches(count):
-    generator = torch.Generator().manual_seed(2)
-    return [
-        (torch.randn(B, WIDTH, generator=generator), torch.randint(CLASSES, (B,), generator=generator))
-        for _ in range(count)
-    ]
+    return vector_batches(count, B, WIDTH, CLASSES)
 
 
 def trainer(target="damped", **options):
-    torch.manual_seed(1)
-    layers = [*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2)), nn.Linear(WIDTH, CLASSES)]
-    plan = partition(layers, 3, "uniform", batches(1)[0][0], device="cpu")
+    plan = partition(tanh_network(2, WIDTH, CLASSES), 3, "uniform", batches(1)[0][0], device="cpu")
     settings = RuleSettings(kind=target) if target == "damped" else target
-    return Trainer(plan, device="cpu", critic_target=settings, observer=lambda records: None, **options)
+    return Trainer(plan, device="cpu", critic_target=settings, observer=ignore, **options)
 
 
 def train_in_ranks(steps, folder):
@@ -84,7 +77,6 @@ def test_ranks_that_stop_and_resume_equal_one_process_that_never_stopped(tmp_pat
     report = never_stopped.fit(batches(STEPS), STEPS)
     launch(train_in_ranks, 5, tmp_path / "checkpoints", size=3, folder=tmp_path / "before")
     resumed = values(launch(train_in_ranks, STEPS, tmp_path / "checkpoints", size=3, folder=tmp_path / "after"))
-    merged = {index: state for found, _ in resumed for index, state in found.items()}
-    assert_equal_states(merged, states(never_stopped))
+    assert_equal_states(merged(found for found, _ in resumed), states(never_stopped))
     assert report.links[0]["payload_bytes_backward"] == STEPS * B * 4
     assert resumed[0][1] == (STEPS - 5) * B * 4

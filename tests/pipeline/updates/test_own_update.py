@@ -7,7 +7,7 @@ from torch import nn
 from decoupled_pp import Trainer, partition
 from decoupled_pp.pipeline.updates.table import UPDATES
 from decoupled_pp.pipeline.updates.update import Update
-from kit import assert_equal_states, states
+from kit import assert_equal_states, ignore, merged, states, vector_batches
 from ranks import launch, values
 
 B, ACCUMULATE = 4, 2
@@ -32,14 +32,13 @@ def _own_update(monkeypatch):
 
 
 def batches():
-    generator = torch.Generator().manual_seed(2)
-    return [(torch.randn(B, 3, generator=generator), torch.randint(2, (B,), generator=generator)) for _ in range(8)]
+    return vector_batches(8, B, 3, 2)
 
 
 def trainer(**options):
     torch.manual_seed(1)
     plan = partition([nn.Linear(3, 5), nn.Linear(5, 2)], 2, "uniform", batches()[0][0], device="cpu")
-    defaults = {"accumulate": ACCUMULATE, "observer": lambda records: None, "optimizer": {"kind": "SGD", "lr": 0.2}}
+    defaults = {"accumulate": ACCUMULATE, "observer": ignore, "optimizer": {"kind": "SGD", "lr": 0.2}}
     return Trainer(plan, device="cpu", **(defaults | options))
 
 
@@ -67,5 +66,5 @@ def test_over_ranks_checkpointed_and_resumed(tmp_path):
     whole.fit(batches(), 4)
     launch(train_in_ranks, 1, tmp_path / "checkpoints", size=2, folder=tmp_path / "before")
     resumed = values(launch(train_in_ranks, 4, tmp_path / "checkpoints", size=2, folder=tmp_path / "after"))
-    assert_equal_states({index: state for found, _ in resumed for index, state in found.items()}, states(whole))
+    assert_equal_states(merged(found for found, _ in resumed), states(whole))
     assert [calls for _, calls in resumed] == [[3], [3]]

@@ -6,13 +6,13 @@ import torch
 
 from decoupled_pp.links import join_world
 from decoupled_pp.training.baselines.alone import message_seconds
-from ranks import launch
+from ranks import PATIENCE, launch
 
 LATE = 2.0
 
 
 def measured():
-    world = join_world(30)
+    world = join_world(PATIENCE)
     if world.rank == 1:
         time.sleep(LATE)
     found = message_seconds(torch.ones(4), rank=world.rank, ranks=world.size, compute=lambda: None, repeats=7)

@@ -19,7 +19,7 @@ SETTINGS = {
     "threads": 1,
     "device": "cpu",
     "model": {"kind": "mlp", "width": 16, "depth": 4},
-    "data": {"kind": "digits", "batch_size": 32},
+    "data": {"kind": "factory", "factory": "kit:points", "batch_size": 32},
     "optimizer": {"kind": "SGD", "lr": 0.1, "arguments": {"momentum": 0.9}},
     "training": {"steps": 6, "accumulate": 4, "clip_norm": 1.0},
     "validation": {"every": 3},

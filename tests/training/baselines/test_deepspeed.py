@@ -12,7 +12,8 @@ from decoupled_pp.links import join_world
 from decoupled_pp.pipeline.losses import cross_entropy
 from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings, StageSettings
 from decoupled_pp.training.baselines import Training, build_baseline
-from ranks import launch
+from kit import vector_batches
+from ranks import PATIENCE, launch
 
 WIDTH, M, FLOAT = 6, 4, 4
 CPU = torch.device("cpu")
@@ -58,8 +59,7 @@ def training(kind="SGD", precision="fp32", **arguments):
 
 
 def batches(*sizes):
-    torch.manual_seed(1)
-    return [(torch.randn(size, WIDTH), torch.randint(3, (size,))) for size in sizes]
+    return [vector_batches(1, size, WIDTH, 3)[0] for size in sizes]
 
 
 STEPS = [(3,) * M, (3, 5, 2, 4), (2, 2), (3,) * M]
@@ -73,7 +73,7 @@ def losses_of(kind, precision, rank, ranks):
 
 
 def on_ranks(precision):
-    world = join_world(30)
+    world = join_world(PATIENCE)
     environment = dict(os.environ)
     losses = losses_of("deepspeed", precision, world.rank, world.size)
     assert dict(os.environ) == environment
@@ -102,7 +102,7 @@ class Told:
 
 
 def recorded():
-    world = join_world(30)
+    world = join_world(PATIENCE)
     plan = partition([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)], 2, "uniform", torch.ones(3, WIDTH), critic=None)
     strategy = build_baseline("deepspeed", plan, training(), CPU, rank=world.rank, ranks=world.size)
     strategy.step(batches(3, 3))

@@ -12,7 +12,7 @@ from decoupled_pp.links import join_world
 from decoupled_pp.pipeline.losses import cross_entropy
 from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings
 from decoupled_pp.training.baselines import BASELINES, Training, build_baseline, stages_needed
-from ranks import launch
+from ranks import PATIENCE, launch
 
 B, WIDTH, M = 2, 4, 4
 
@@ -31,7 +31,7 @@ class Counting:
 
 
 def first_step(kind):
-    world = join_world(30)
+    world = join_world(PATIENCE)
     layers = [nn.Linear(WIDTH, WIDTH) for _ in range(4)]
     plan = partition(layers, stages_needed(kind, world.size), "uniform", torch.ones(B, WIDTH), critic=None)
     training = Training(cross_entropy, OptimizerSettings(kind="SGD"), ScheduleSettings(), 1)

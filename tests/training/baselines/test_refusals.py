@@ -11,7 +11,7 @@ from decoupled_pp.links import join_world
 from decoupled_pp.pipeline.losses import cross_entropy
 from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings, StageSettings
 from decoupled_pp.training.baselines import BASELINES, Training, build_baseline, stages_needed
-from ranks import launch
+from ranks import PATIENCE, launch
 
 TRAINING = Training(cross_entropy, OptimizerSettings(kind="SGD"), ScheduleSettings(), 1)
 
@@ -59,7 +59,7 @@ def test_micro_batches(kind, tmp_path):
 
 
 def _step(kind, sizes, expected):
-    world = join_world(30)
+    world = join_world(PATIENCE)
     strategy = build(kind, stages_needed(kind, 2) or 2, world.rank, world.size)
     with pytest.raises(UsageError, match=f"^{expected}$"):
         strategy.step(batches(*sizes))

@@ -13,7 +13,7 @@ from decoupled_pp.pipeline.losses import cross_entropy
 from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings
 from decoupled_pp.settings.sections import GptModel
 from decoupled_pp.training.baselines import Training, build_baseline, stages_needed
-from ranks import launch
+from ranks import PATIENCE, launch
 
 B, WIDTH, M, FLOAT = 5, 3, 4, 4
 INPUT = B * WIDTH * FLOAT  # the bytes that a linear layer keeps: its input, the weight being a parameter
@@ -38,13 +38,13 @@ def step(kind, rank, ranks):
 
 
 def one_rank(kind):
-    world = join_world(30)
+    world = join_world(PATIENCE)
     return step(kind, world.rank, world.size)
 
 
 def twice(kind):
     """The first step and a later one."""
-    world = join_world(30)
+    world = join_world(PATIENCE)
     with seeded(0):
         layers = build_model(GptModel(kind="gpt", width=8, depth=6, heads=2), DataInfo("tokens", (6,), 11))
     tokens = torch.randint(11, (B, 6))

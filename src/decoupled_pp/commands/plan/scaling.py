@@ -164,12 +164,14 @@ def _pipeline(strategy: str, scale: Scale, depth: int, replicas: int, count: int
     return step_seconds(strategy, costs, setting)
 
 
-def step_seconds(strategy: str, costs: Sequence[StageCosts], setting: Setting) -> tuple[float, RankMemory]:
+def step_seconds(
+    strategy: str, costs: Sequence[StageCosts], setting: Setting, *, deep: int = _DEEP
+) -> tuple[float, RankMemory]:
     """Returns the seconds of a step of equal stages and the fullest rank, without simulating all of a long step.
 
     - decoupled: the period per packet does not depend on the depth; 8 ranks are simulated.
     - m above 4 p: affine in m, from m = 3 p and 4 p (plus what m lacks to a multiple of p).
-    - p above 64 and m a multiple of p: affine along the ray, from 32 and 64 ranks.
+    - p above 2 `deep` and m a multiple of p: affine along the ray, from `deep` and 2 `deep` ranks.
 
     Raises:
         UsageError: The schedule refuses the numbers.
@@ -188,10 +190,10 @@ def step_seconds(strategy: str, costs: Sequence[StageCosts], setting: Setting) -
         far = replace(setting, micro_batches=_LONG_ROUNDS * ranks + over)
         if count > far.micro_batches:
             return _extrapolate(strategy, costs, near, far, setting)
-    if ranks > 2 * _DEEP and count % ranks == 0:
+    if ranks > 2 * deep and count % ranks == 0:
         rounds = count // ranks
-        near = replace(setting, ranks=_DEEP, micro_batches=_DEEP * rounds)
-        far = replace(setting, ranks=2 * _DEEP, micro_batches=2 * _DEEP * rounds)
+        near = replace(setting, ranks=deep, micro_batches=deep * rounds)
+        far = replace(setting, ranks=2 * deep, micro_batches=2 * deep * rounds)
         return _extrapolate(strategy, costs, near, far, setting)
     prediction = predict_stages(strategy, costs, setting, 1)
     return prediction.step_seconds, max(prediction.memory, key=lambda one: one.total)

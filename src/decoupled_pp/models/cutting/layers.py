@@ -12,6 +12,7 @@ from decoupled_pp.core.device import untouched
 from decoupled_pp.core.errors import UsageError, first_line
 from decoupled_pp.core.objective import CriticContext
 from decoupled_pp.core.packets import Payload, as_tuple, check_payload, map_payload
+from decoupled_pp.core.torch_private import child_modules
 
 LAYER_FAULTS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError)
 """Exceptions that a layer raises when its input does not fit."""
@@ -67,7 +68,7 @@ def _refuse_duplicates(module: nn.Sequential) -> None:
     if not len(module):
         raise UsageError("the network has no layers; pass at least one", code="too-few-layers")
     seen: dict[int, str] = {}
-    for name, layer in module._modules.items():  # named_children() would skip the second one silently
+    for name, layer in child_modules(module).items():  # named_children() would skip the second one silently
         if layer is None:
             raise missing_layer(name)
         if id(layer) in seen:

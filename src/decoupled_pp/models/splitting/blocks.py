@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from decoupled_pp.core.device import on_meta, untouched
 from decoupled_pp.core.errors import UsageError, first_line
 from decoupled_pp.core.plans import Layers
+from decoupled_pp.core.torch_private import own_buffers, own_parameters
 from decoupled_pp.models.splitting.layers import BlockLayer, EntryLayer, ExitLayer
 from decoupled_pp.models.splitting.observe import Call, find_blocks, observe, parts_around
 from decoupled_pp.models.splitting.stubs import (
@@ -260,7 +261,7 @@ def _build(source: _Source, wiring: Wiring, ends: _Ends) -> Layers:
     for name, key, tensor in loose:
         holder = last.get_submodule(name)
         # register_buffer refuses a name that is taken.
-        tensors = holder._parameters if key in holder._parameters else holder._buffers
+        tensors = own_parameters(holder) if key in own_parameters(holder) else own_buffers(holder)
         tensors.pop(key)
         holder.register_buffer(key, nan_like(tensor), persistent=False)
 
@@ -284,7 +285,7 @@ def _loose_tensors(model: nn.Module, parts: Iterable[nn.Module]) -> Iterable[tup
     """Yield parameters and buffers of the model that are in none of the parts: (name of the module, key, tensor)."""
     held = {id(tensor) for part in parts for tensor in (*part.parameters(), *part.buffers())}
     for name, module in model.named_modules():
-        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+        for key, tensor in (*own_parameters(module).items(), *own_buffers(module).items()):
             if tensor is not None and id(tensor) not in held:
                 yield name, key, tensor
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from decoupled_pp.core.device import on_meta
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.packets import Payload, as_tuple
+from decoupled_pp.core.torch_private import pytree
 from decoupled_pp.models.splitting.stubs import AllBlocksCalled, PassThroughStub, RecordingStub
 from decoupled_pp.models.splitting.wiring import BlockWiring, Constant, Hidden, Wiring
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.torch_private import pytree
 
 _UNPACK = str(operator.getitem)
 _FIXED_MODE = ("dropout", "batch_norm", "instance_norm", "rrelu")

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.torch_private import pytree
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from decoupled_pp.core.torch_private import non_persistent_buffers, own_buffers, own_parameters
 from decoupled_pp.models.splitting.modes import module_of, own_module, plain_name
 
 TRACED_BATCH = 13
@@ -64,7 +65,7 @@ def revive(part: nn.Module, whole: nn.Module, kept: Container[str]) -> None:
 
 def _share_tensors(module: nn.Module, original: nn.Module) -> None:
     """Give the trace of a second call of a module the module's tensors: the trace has copies of its own."""
-    for tensors in (module._parameters, module._buffers):
+    for tensors in (own_parameters(module), own_buffers(module)):
         tensors.update({key: getattr(original, key) for key, tensor in tensors.items() if tensor is not None})
 
 
@@ -73,7 +74,7 @@ def _restore_buffer_persistence(part: nn.Module, whole: nn.Module) -> None:
     for name, module in part.named_modules():
         original = module_of(whole, name)
         if original is not None:
-            module._non_persistent_buffers_set |= original._non_persistent_buffers_set & module._buffers.keys()
+            non_persistent_buffers(module).update(non_persistent_buffers(original) & own_buffers(module).keys())
 
 
 def _free_batch_and_device(node: fx.Node) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.plans import Layers
+from decoupled_pp.core.torch_private import child_modules
 from decoupled_pp.models.cutting.layers import is_plain_sequential, missing_layer
 
 
@@ -46,7 +47,7 @@ def cut_after(network: nn.Sequential, names: Sequence[str]) -> Layers:
         UsageError: A name that is none of its layers, is the last one, or out of order.
     """
     flat = network if isinstance(network, Layers) else flatten(network)
-    keys = list(flat._modules)
+    keys = list(child_modules(flat))
     places: list[int] = []
     for name in names:
         inside = [index for index, key in enumerate(keys) if key == name or key.startswith(f"{name}.")]
@@ -65,10 +66,10 @@ def cut_after(network: nn.Sequential, names: Sequence[str]) -> Layers:
 
 
 def _leaves(network: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    for name, child in network._modules.items():
+    for name, child in child_modules(network).items():
         if child is None:
             raise missing_layer(f"{prefix}{name}")
-        if is_plain_sequential(child) and len(child._modules):
+        if is_plain_sequential(child) and len(child_modules(child)):
             yield from _leaves(child, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", child

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.torch_private import child_modules, pytree
 from decoupled_pp.models.splitting.wiring import BlockWiring, Constant
 
 
@@ -34,7 +34,7 @@ class _BlockStub(Stub):
         for name, value in vars(block).items():
             if not name.startswith("_") and not hasattr(self, name) and not _holds_tensors(value):
                 setattr(self, name, value)
-        for name, part in block._modules.items():  # code around the blocks may ask whether a part is there
+        for name, part in child_modules(block).items():  # code around the blocks may ask whether a part is there
             self.register_module(name, None if part is None else nn.Identity())
         self.wiring = wiring
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import nn
 
 from decoupled_pp.core.plans import Layers
+from decoupled_pp.core.torch_private import own_parameters
 
 
 def untie(network: nn.Sequential | Sequence[nn.Module]) -> Layers:
@@ -50,7 +51,7 @@ def give_copies(groups: Sequence[Mapping[str, nn.Module]]) -> dict[str, str]:
                 continue
             if id(parameter) not in own:
                 own[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
-            module._parameters[key] = own[id(parameter)]
+            own_parameters(module)[key] = own[id(parameter)]
             copies[name] = first
         seen |= new  # only now: within a group parameters may be shared
     return copies
@@ -60,6 +61,6 @@ def _parameters(group: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module
     """Yield (name, module, key, parameter), also of parameters that occur again (`named_parameters` skips those)."""
     for prefix, part in group.items():
         for module_name, module in part.named_modules(prefix=prefix):
-            for key, parameter in list(module._parameters.items()):
+            for key, parameter in list(own_parameters(module).items()):
                 if parameter is not None:
                     yield f"{module_name}.{key}", module, key, parameter

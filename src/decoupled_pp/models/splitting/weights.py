@@ -12,6 +12,7 @@ from torch import nn
 
 from decoupled_pp.core.errors import UsageError, first_line
 from decoupled_pp.core.plans import Weights
+from decoupled_pp.core.torch_private import own_parameters
 
 INDEX = "model.safetensors.index.json"
 """File beside the shards of a model that says which tensor is in which shard."""
@@ -65,7 +66,7 @@ class StoredWeights(Weights):
         # to_empty makes a parameter of its own for every place of a shared one.
         for (module, key), *others in shared:
             for other, name in others:
-                other._parameters[name] = module._parameters[key]
+                own_parameters(other)[name] = own_parameters(module)[key]
         with torch.no_grad():
             self._prepare(part)  # buffers that no file has; whatever a file has is overwritten below
             state = part.state_dict()
@@ -97,7 +98,7 @@ def shared_parameters(part: nn.Module) -> list[list[tuple[nn.Module, str]]]:
     """Return the places (module, key) of every parameter that has more than one."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in part.modules():
-        for key, parameter in module._parameters.items():
+        for key, parameter in own_parameters(module).items():
             if parameter is not None:
                 places.setdefault(id(parameter), []).append((module, key))
     return [group for group in places.values() if len(group) > 1]

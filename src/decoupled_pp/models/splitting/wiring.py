@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.torch_private import pytree
 from decoupled_pp.models.splitting.observe import Call
 
 

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.pipelining import schedules
-from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from decoupled_pp.core.packets import Loss, Payload
 from decoupled_pp.core.plans import Plan
+from decoupled_pp.core.torch_private import backward_to_input, backward_to_weights, post_messages, wait_for_messages
 from decoupled_pp.training.baselines.deepspeed_pipeline import DeepSpeedPipeline
 from decoupled_pp.training.baselines.strategy import Part, Strategy, Training
 from decoupled_pp.training.baselines.torch_pipeline import TorchPipeline
@@ -81,11 +80,11 @@ def message_seconds(
 
 def _post(operation: Any, tensor: Tensor, peer: int) -> list[Any]:
     """Post one message as torch's schedules do."""
-    return list(schedules._batch_p2p([dist.P2POp(operation, tensor, peer)]))
+    return post_messages([dist.P2POp(operation, tensor, peer)])
 
 
 def _wait(works: list[Any]) -> None:
-    schedules._wait_batch_p2p(works)
+    wait_for_messages(works)
 
 
 def pass_seconds(
@@ -151,9 +150,9 @@ def _passes(
     times.append(time.perf_counter())
     gradients = None if loss is not None else [torch.ones_like(output)]
     if split and not first:
-        _, groups = stage_backward_input([result], gradients, [given], part.parameters())
+        groups = backward_to_input([result], gradients, [given], part.parameters())
         times.append(time.perf_counter())
-        stage_backward_weight(part.parameters(), groups)
+        backward_to_weights(part.parameters(), groups)
     else:
         torch.autograd.backward([result], gradients)
         times.append(time.perf_counter())

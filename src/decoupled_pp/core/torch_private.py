@@ -1,0 +1,118 @@
+"""Every private name of torch that the package uses, each behind one function.
+
+Private names may go with any release of torch. `tests/core/test_torch_private.py` tries each of them, so that a new
+release says which one is gone, and refuses private names of torch in any other file. All are there from torch 2.8 (the
+oldest that is supported) to 2.14.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+pytree = _pytree
+"""Functions for nested containers of tensors; torch has no public module of them."""
+
+OVERRIDDEN = {
+    "torch.nn.Module._load_from_state_dict": "`Layers` resolves keys with dots, which torch would split",
+    "torch.distributed.pipelining.PipelineStage._compute_outputs": "the trial run for shapes leaves no trace",
+    "torch.distributed.pipelining.PipelineStage._prepare_backward_infra": "the trial run's loss is no micro-batch's",
+}
+"""Private methods that classes of the package override, and why; torch calls them."""
+
+BY_NAME = {
+    "torch.nn.MultiheadAttention._reset_parameters": "fresh copies of layers for critics",
+    "torch.ops.aten._unsafe_view": "what some views are called in traces",
+}
+"""Private names that the package compares or looks up as strings, and why."""
+
+
+def child_modules(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Returns the children by name, to read or to change.
+
+    `named_children()` leaves out `None` and a module that comes twice, and `add_module` refuses names with dots.
+    """
+    return module._modules
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Returns the parameters of the module itself, shared ones included, to read or to change."""
+    return module._parameters
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """Returns the buffers of the module itself, shared ones included, to read or to change."""
+    return module._buffers
+
+
+def non_persistent_buffers(module: nn.Module) -> set[str]:
+    """Returns the names of the module's own buffers that `state_dict` leaves out, to read or to change."""
+    return module._non_persistent_buffers_set
+
+
+def storage_address(storage: torch.UntypedStorage) -> int:
+    """Returns the address of a storage object: unlike `data_ptr()`, unique also for empty and for meta tensors."""
+    return cast(int, storage._cdata)
+
+
+def default_store() -> dist.Store:
+    """Returns the store that the default process group was made with; there is no public way to it."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def backend_of(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
+    """Returns the group's backend for a kind of device.
+
+    Calls through the group itself pass torch's dispatcher, at 10 to 50 microseconds each.
+    """
+    return cast(dist.ProcessGroup, group._get_backend(device))
+
+
+def compiler_config() -> Any:
+    """Returns the settings of torch's compiler. The import takes seconds, so it is made when something is compiled."""
+    from torch._dynamo import config
+
+    return config
+
+
+def recompile_limit_hit() -> type[Exception]:
+    """Returns what the compiler raises instead of falling back to eager (`fail_on_recompile_limit_hit`)."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    return FailOnRecompileLimitHit
+
+
+def backward_to_input(
+    outputs: list[Tensor], gradients: list[Tensor] | None, inputs: list[Tensor], weights: Iterator[nn.Parameter]
+) -> list[dict[str, Any]]:
+    """Runs the half of a zero-bubble schedule's backward that other ranks wait for; returns what the rest needs."""
+    from torch.distributed.pipelining import _backward
+
+    _, groups = _backward.stage_backward_input(outputs, gradients, inputs, weights)
+    return groups
+
+
+def backward_to_weights(weights: Iterator[nn.Parameter], groups: list[dict[str, Any]]) -> None:
+    """Runs the rest, from what `backward_to_input` returned."""
+    from torch.distributed.pipelining import _backward
+
+    _backward.stage_backward_weight(weights, groups)
+
+
+def post_messages(operations: Sequence[dist.P2POp]) -> list[Any]:
+    """Starts sends and receives together, as torch's schedules do."""
+    from torch.distributed.pipelining import schedules
+
+    return list(schedules._batch_p2p(list(operations)))
+
+
+def wait_for_messages(works: list[Any]) -> None:
+    """Waits for what `post_messages` returned, as torch's schedules do."""
+    from torch.distributed.pipelining import schedules
+
+    schedules._wait_batch_p2p(works)
