@@ -1,4 +1,4 @@
-"""What joins stages: the two ends of a link, what they count, and the control plane of a run."""
+"""Defines what joins stages: the two ends of a link, what they count, and the control plane of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from decoupled_pp.core.reports import Record
 
 @dataclass(frozen=True)
 class Returns:
-    """What a training rule sends back over a link for a training packet; nothing unless a rule says so.
+    """Describes what a training rule sends back over a link for a training packet; nothing unless a rule says so.
 
     Attributes:
         per_sample: A float for every sample. They travel beside the credits, and the earlier stage takes them later:
@@ -34,7 +34,7 @@ class Returns:
 
 @dataclass(frozen=True)
 class LinkTerms:
-    """What the two ends of a link agree on.
+    """The terms that the two ends of a link agree on.
 
     Attributes:
         capacity: Packets the link may hold.
@@ -50,7 +50,7 @@ class LinkTerms:
 
 
 class Inlet(ABC):
-    """Where a stage's packets come from: the data feed, or the receiving end of a link."""
+    """The source of a stage's packets: the data feed, or the receiving end of a link."""
 
     @abstractmethod
     def receive(self) -> Packet:
@@ -73,7 +73,7 @@ class Inlet(ABC):
 
 
 class Outlet(ABC):
-    """Where a stage's packets go: the sending end of a link, or nowhere after the last stage."""
+    """The destination of a stage's packets: the sending end of a link, or nowhere after the last stage."""
 
     @abstractmethod
     def send(self, packet: Packet) -> None:
@@ -87,7 +87,7 @@ class Outlet(ABC):
         """Return what the next stage gave back for packet `number`; wait for it no longer than the bound.
 
         Args:
-            number: Of a training packet that was sent.
+            number: Number of a training packet that was sent.
             like: For `Returns.per_activation`, tensors of the shapes, types and device of what comes back.
 
         Returns:
@@ -124,7 +124,7 @@ class Ends:
 
 @dataclass
 class LinkCounters:
-    """What crossed one end of a link, in packets and bytes, counted where the transport is called.
+    """Counts what crossed one end of a link, in packets and bytes, where the transport is called.
 
     `training_bytes_forward` is the part of `payload_bytes_forward` that training packets carried.
     """
@@ -138,7 +138,7 @@ class LinkCounters:
 
 
 class LinkEnd(ABC):
-    """Something that counts what crosses a link: one end of it, or (in one process) all of it."""
+    """Counts what crosses a link: one end of it, or (in one process) all of it."""
 
     @property
     @abstractmethod
@@ -148,7 +148,7 @@ class LinkEnd(ABC):
     @property
     @abstractmethod
     def counters(self) -> LinkCounters:
-        """What has crossed."""
+        """The count of what has crossed."""
 
 
 class Control(ABC):
@@ -160,15 +160,15 @@ class Control(ABC):
 
     @abstractmethod
     def collect(self) -> list[Record]:
-        """All records posted since the last call, in order per stage. Only rank 0 calls this."""
+        """Return all records posted since the last call, in order per stage. Only rank 0 calls this."""
 
     @abstractmethod
-    def report_fault(self, text: str, *, usage: bool = False, code: str = "link-broken") -> bool:
-        """Tell every rank why this one stops; the first report of a run wins. Returns whether it was this one."""
+    def report_fault(self, fault: Fault) -> bool:
+        """Tell every rank why this one stops; the first report of a run wins. Return whether it was this one."""
 
     @abstractmethod
     def fault(self) -> Fault | None:
-        """The first reported fault, or None."""
+        """Return the first reported fault, or None."""
 
     @abstractmethod
     def request_stop(self, reason: str) -> None:
@@ -176,7 +176,7 @@ class Control(ABC):
 
     @abstractmethod
     def stop_requested(self) -> str | None:
-        """The reason of a requested stop, or None."""
+        """Return the reason of a requested stop, or None."""
 
     @abstractmethod
     def gather(self, name: str, value: Any, timeout_seconds: float) -> list[Any]:

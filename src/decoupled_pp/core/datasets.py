@@ -20,13 +20,13 @@ class BatchSource(ABC):
 
 @dataclass(frozen=True)
 class DataInfo:
-    """What a model or an example may want to know about the data.
+    """Describes the data to a model or an example.
 
     Attributes:
         form: "image" (B, C, H, W float), "vector" (B, D float), "tokens" (B, T int64, next-token targets),
             "masked_tokens" (B, T int64, targets where tokens are masked, IGNORED elsewhere), "sentences" (ids (B, T),
             bool mask (B, T), class targets) or "other".
-        shape: Shape of one sample without the batch dimension; of sentences the longest.
+        shape: Shape of one sample without the batch dimension; for sentences, the longest one.
         outputs: Number of classes or size of the vocabulary.
         encode: For text, string -> token ids.
         decode: For text, token ids -> string.
@@ -43,13 +43,13 @@ class DataInfo:
     pad: int | None = None
 
     def known(self) -> dict[str, Any]:
-        """All but the functions, as JSON."""
+        """Return all fields but the functions, as JSON."""
         known = {"form": self.form, "shape": list(self.shape), "outputs": self.outputs}
         return {**known, "vocabulary": self.vocabulary, "pad": self.pad}
 
     @staticmethod
     def of(known: dict[str, Any]) -> DataInfo:
-        """What `known` gave; it can neither encode nor decode."""
+        """Return the info that `known` described; it can neither encode nor decode."""
         more = {key: known.get(key) for key in ("vocabulary", "pad")}
         return DataInfo(known["form"], tuple(known["shape"]), known["outputs"], **more)
 

@@ -23,7 +23,7 @@ Mark: TypeAlias = "float | torch.cuda.Event"
 
 
 def choose_device(setting: str, local_rank: int, local_ranks: int) -> torch.device:
-    """The device of one rank: its own GPU, or the CPU.
+    """Return the device of one rank: its own GPU, or the CPU.
 
     Args:
         setting: "auto" (GPUs if every local rank can have one), "cpu" or "cuda".
@@ -34,11 +34,17 @@ def choose_device(setting: str, local_rank: int, local_ranks: int) -> torch.devi
         UsageError: "cuda" without enough GPUs, or another setting.
     """
     if setting not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"device {setting!r} must be 'auto', 'cpu' or 'cuda' (one GPU per rank, in their order)")
+        raise UsageError(
+            f"`device`: {setting!r} is not known; use 'auto', 'cpu' or 'cuda' (one GPU per rank, in their order)",
+            code="not-one-of-the-choices",
+            key="device",
+        )
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if setting == "cuda" and gpus < local_ranks:
         raise UsageError(
-            f"device: cuda needs one GPU per rank, {local_ranks} here, found {gpus}; use device: cpu or auto"
+            f"`device`: cuda needs one GPU per rank, {local_ranks} here, found {gpus}; use cpu or auto",
+            code="too-few-gpus",
+            key="device",
         )
     if setting == "cpu" or gpus < local_ranks:
         return torch.device("cpu")
@@ -46,7 +52,7 @@ def choose_device(setting: str, local_rank: int, local_ranks: int) -> torch.devi
 
 
 def peak_memory(device: torch.device) -> int:
-    """Largest bytes so far: of tensors on a GPU (torch's allocator), on the CPU of the whole process (resident set)."""
+    """Return the most bytes held so far: by tensors on a GPU (torch's allocator), else by the whole process (RSS)."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
@@ -81,29 +87,29 @@ class Fence:
 
 
 def own_stream(device: torch.device) -> Any:
-    """A context in which work goes to a new stream of `device` (nothing on the CPU).
+    """Return a context in which work goes to a new stream of `device` (nothing on the CPU).
 
-    `device` becomes the calling thread's own. Otherwise every entry and exit would switch devices, and the exit's
-    switch back to device 0 would make each rank of a machine open a context there, at some 500 MB.
+    `device` becomes the current device of the calling thread.
     """
     if device.type == "cuda":
+        # Otherwise every exit would switch back to device 0, and so each rank of a machine would open a CUDA context
+        # there, at some 500 MB.
         torch.cuda.set_device(device)
         return torch.cuda.stream(torch.cuda.Stream(device))
     return nullcontext()
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`. The host does not wait: copies to CUDA leave from page-locked memory.
-
-    A copy from ordinary memory, `non_blocking` or not, may wait until the stream has come to it.
-    """
+    """Return the tensor on `device`; the host does not wait for the copy."""
+    # A copy from ordinary memory, `non_blocking` or not, may wait until the stream has come to it. One from page-locked
+    # memory does not.
     if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 class Clock:
-    """Time of a stage's work: host time on the CPU, device time by events on CUDA (the host never waits in `mark`)."""
+    """Times a stage's work: host time on the CPU, device time by events on CUDA (the host never waits in `mark`)."""
 
     def __init__(self, device: torch.device) -> None:
         """Anchor the clock to Unix time."""
@@ -118,7 +124,7 @@ class Clock:
             self._anchor = time.time() - time.perf_counter()
 
     def mark(self) -> Mark:
-        """The present point of the current stream's work."""
+        """Return the present point of the current stream's work."""
         if self._origin is None:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -126,25 +132,27 @@ class Clock:
         return event
 
     def seconds(self, marks: Sequence[Mark]) -> list[float]:
-        """Unix times of marks, in seconds. On CUDA this waits for the last mark: call it when flushing metrics only.
-
-        CUDA counts from one event to another in single-precision milliseconds: 0.25 ms apart after an hour, 4 ms after
-        ten. So the last mark becomes the origin of the next call, whose first mark it may be again.
-        """
+        """Return the Unix times of marks, in seconds. On CUDA this waits for the last: use it for flushes only."""
         if self._origin is None:
             return [self._anchor + mark for mark in marks if isinstance(mark, float)]
         events = [mark for mark in marks if not isinstance(mark, float)]
         if not events:
             return []
         events[-1].synchronize()
-        origin, anchor = self._origin, self._anchor
-        times = [anchor + (origin.elapsed_time(event) / 1000 if event is not origin else 0.0) for event in events]
-        self._origin, self._anchor = events[-1], times[-1]
+        times = [self._anchor + self._since_origin(event) for event in events]
+        # CUDA measures from event to event in single-precision milliseconds, whose steps are 0.25 ms after an hour and
+        # 4 ms after ten. So the last mark becomes the origin of the next call, whose first mark it may be again.
+        self._origin = events[-1]
+        self._anchor = times[-1]
         return times
+
+    def _since_origin(self, event: torch.cuda.Event) -> float:
+        assert self._origin is not None
+        return 0.0 if event is self._origin else self._origin.elapsed_time(event) / 1000
 
 
 class RandomStream:
-    """A random stream of one's own: inside `with stream:` the default generators draw from it, after as if nothing was.
+    """A random stream of its own: inside `with stream:` the default generators draw from it, outside nothing changes.
 
     The generators are those a module on `device` draws from: the CPU's, and on CUDA the device's too.
     """
@@ -166,7 +174,7 @@ class RandomStream:
 
     @property
     def state(self) -> Tensor:
-        """Where the stream is, as one uint8 tensor on the CPU."""
+        """The position of the stream, as one uint8 tensor on the CPU."""
         return torch.cat(self._own)
 
     @state.setter
@@ -174,7 +182,7 @@ class RandomStream:
         self._own = list(state.split([own.numel() for own in self._own]))
 
     def _swap(self, states: list[Tensor]) -> list[Tensor]:
-        """Give the generators these states; returns those they had."""
+        """Give the generators these states, and return those they had."""
         before = [generator.get_state() for generator in self._generators]
         for generator, state in zip(self._generators, states, strict=True):
             generator.set_state(state)
@@ -192,7 +200,9 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     if device is not None and device.type == "cuda":
         torch.cuda.init()
     # torch.manual_seed would seed all GPUs, unforked ones too, and those of a CUDA that is only started later.
-    gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    gpus: list[int] = []
+    if torch.cuda.is_initialized():
+        gpus = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices=gpus, device_type="cuda"):
         torch.default_generator.manual_seed(seed)
         for gpu in gpus:
@@ -232,11 +242,11 @@ def untouched(module: nn.Module, device: torch.device) -> Iterator[None]:
             with torch.no_grad():
                 for part, name, buffer, content in buffers:
                     buffer.copy_(content)
-                    own_buffers(part)[name] = buffer
+                    own_buffers(part)[name] = buffer  # forward may have put another tensor in its place
 
 
 def cuda_devices(device: torch.device) -> list[int]:
-    """The CUDA device index as `torch.random.fork_rng` wants it; none for other devices."""
+    """Return the CUDA device index as `torch.random.fork_rng` wants it; none for other devices."""
     if device.type != "cuda":
         return []
     return [device.index if device.index is not None else torch.cuda.current_device()]

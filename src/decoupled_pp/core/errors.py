@@ -25,7 +25,9 @@ class ReportedError(Exception):
     def __init__(self, text: str, *, code: str = "unspecified", key: str | None = None) -> None:
         """Keep text, code and key; see the module's docstring for how a text names settings."""
         super().__init__(text)
-        self.text, self.code, self.key = text, code, key
+        self.text = text
+        self.code = code
+        self.key = key
         self._names: Mapping[str, str] = {}
 
     def speak(self, names: Mapping[str, str]) -> None:
@@ -33,7 +35,7 @@ class ReportedError(Exception):
         self._names = names
 
     def __str__(self) -> str:
-        """The text in the words of whoever shows it."""
+        """Return the text in the words of whoever shows it."""
         return _KEY.sub(lambda found: f"`{self._names.get(found[1], found[1])}`", self.text)
 
 
@@ -54,25 +56,49 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).split("\n", 1)[0]
 
 
+def waited_too_long(who: str, what: str, waited: float, bound: float) -> LinkError:
+    """Return the error of a wait whose bound is over.
+
+    Args:
+        who: Name of the stage or rank that waited.
+        what: What it waited for, and from whom.
+        waited: Seconds that it waited.
+        bound: Seconds that it was allowed to.
+    """
+    return LinkError(
+        f"{who} waited {waited:.1f} s for {what}: the bound of {bound:g} s is over; raise `links.timeout_seconds` if "
+        "the other side is only slow",
+        code="wait-too-long",
+        key="links.timeout_seconds",
+    )
+
+
 LAUNCHER_GONE = "the launcher is gone: its store does not answer"
-"""What a rank says whose launcher was killed: nobody else can say how to go on."""
+"""Text of the fault on a rank whose launcher was killed: nobody else can say how to go on."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a run ends early, as one rank tells it to all.
+    """The reason why a run ends early, as one rank tells it to all.
 
     Attributes:
         text: One line.
         rank: The rank that found it.
-        usage: Whether the user's input is at fault (exit code 2) rather than the training (1).
-        code: As of the error that the rank raised.
+        usage: True if the user's input is at fault (exit code 2) rather than the training (1).
+        code: Code of the error that the rank raised.
     """
 
     text: str
     rank: int
-    usage: bool = False
-    code: str = "unspecified"
+    usage: bool
+    code: str
+
+    @staticmethod
+    def of(error: Exception, rank: int) -> Fault:
+        """Return the fault that an error of a rank is to all others; its text is in the words of no front end."""
+        if isinstance(error, ReportedError):
+            return Fault(error.text, rank, isinstance(error, UsageError), error.code)
+        return Fault(f"rank {rank}: {type(error).__name__}: {error}", rank, False, "unexpected-error")
 
 
 class PeerError(TrainingError):

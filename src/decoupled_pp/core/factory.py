@@ -1,4 +1,4 @@
-"""`package.module:function` -> the function, or what it makes, for everything a user may bring along."""
+"""Imports `package.module:function`, and calls it, for everything a user may bring along."""
 
 from __future__ import annotations
 
@@ -17,29 +17,43 @@ def import_factory(reference: str, key: str) -> Callable[..., Any]:
 
     Args:
         reference: `package.module:function`.
-        key: The setting it came from, for the error text.
+        key: Key of the setting it came from, for the error.
 
     Raises:
         UsageError: It does not import, or is not callable.
     """
     module_name, colon, name = reference.partition(":")
     if not (module_name and colon and name):
-        raise UsageError(f"{key}: {reference!r} must look like package.module:function")
+        raise UsageError(
+            f"`{key}`: {reference!r} must look like package.module:function", code="factory-unreadable", key=key
+        )
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)
     try:
         function = getattr(importlib.import_module(module_name), name, None)
     except ImportError as error:
-        raise UsageError(f"{key}: cannot import {reference!r}: {error}; check the name and PYTHONPATH") from error
+        raise UsageError(
+            f"`{key}`: cannot import {reference!r}: {error}; check the name and PYTHONPATH",
+            code="factory-not-importable",
+            key=key,
+        ) from error
     except Exception as error:  # whatever the module's own code does when it is run
         raise UsageError(
-            f"{key}: cannot import {reference!r}: {type(error).__name__}: {error}; correct the module"
+            f"`{key}`: cannot import {reference!r}: {type(error).__name__}: {error}; correct the module",
+            code="factory-not-importable",
+            key=key,
         ) from error
     if function is None:
-        raise UsageError(f"{key}: module {module_name!r} has no {name!r}; name a function of it")
+        raise UsageError(
+            f"`{key}`: module {module_name!r} has no {name!r}; name a function of it", code="factory-missing", key=key
+        )
     if not callable(function):
-        raise UsageError(f"{key}: {reference!r} is a {type(function).__name__}, not a function")
+        raise UsageError(
+            f"`{key}`: {reference!r} is a {type(function).__name__}, not a function; name a function",
+            code="factory-not-callable",
+            key=key,
+        )
     return function  # type: ignore[no-any-return]
 
 
@@ -53,7 +67,11 @@ def call_factory(reference: str, key: str, *given: object, **arguments: Any) -> 
     try:
         inspect.signature(function).bind(*given, **arguments)
     except TypeError as error:
-        raise UsageError(f"{key}: {reference!r} does not take the arguments {arguments}: {error}") from None
-    except ValueError:  # some functions written in C do not say what they take
+        raise UsageError(
+            f"`{key}`: {reference!r} does not take the arguments {arguments}: {error}; give those it takes",
+            code="factory-arguments",
+            key=key,
+        ) from None
+    except ValueError:  # some functions written in C have no signature
         pass
     return function(*given, **arguments)

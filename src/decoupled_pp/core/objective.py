@@ -1,4 +1,4 @@
-"""The local objective: what a critic is given of a training packet, and what it may make of it."""
+"""Defines the local objective: what a critic is given of a training packet, and what it may make of it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class View:
     """One training packet, as the critic of a stage sees it.
 
     Attributes:
-        inputs: What the stage was given; it takes no gradient, unless the critic asks for one (`follows_input`).
-        hidden: What the stage has made of it, with the graph of its layers.
+        inputs: The stage's input; it takes no gradient, unless the critic asks for one (`follows_input`).
+        hidden: The stage's output, with the graph of its layers.
         target: The micro-batch's target.
-        rider: What an earlier critic has sent along with the packet; an empty tuple if nothing.
-        first: What the stage's first layer has made of its inputs, for a critic that asks for it (`needs_first`).
+        rider: Tensors that an earlier critic has sent along with the packet; an empty tuple if none.
+        first: Output of the stage's first layer, for a critic that asks for it (`needs_first`).
         delta: Where an objective leaves its gradient for `hidden`, if its rider is to carry it.
     """
 
@@ -40,10 +40,10 @@ class Critic(nn.Module):
     """A critic that is more than logits and the run's loss; any other module that makes logits is a plain critic.
 
     Attributes:
-        late: Whether its rider exists only once `objective` has run: then the packet leaves after that.
-        follows_input: Whether `objective` differentiates with respect to `View.inputs`.
-        needs_first: Whether it needs `View.first`.
-        exits: Whether its logits are an exit of the network; else `forward` is never called for evaluation.
+        late: True if its rider exists only once `objective` has run: then the packet leaves after that.
+        follows_input: True if `objective` differentiates with respect to `View.inputs`.
+        needs_first: True if it needs `View.first`.
+        exits: True if its logits are an exit of the network; else `forward` is never called for evaluation.
     """
 
     late: ClassVar[bool] = False
@@ -53,24 +53,24 @@ class Critic(nn.Module):
 
     @abstractmethod
     def forward(self, hidden: Payload) -> Tensor:
-        """Logits shaped like the network's output: what the exit after this stage says."""
+        """Return logits shaped like the network's output: the prediction of the exit after this stage."""
 
     def objective(self, view: View, loss: Loss) -> Tensor:
-        """The scalar that trunk and critic lower; by default the run's loss on the critic's logits.
+        """Return the scalar that trunk and critic lower; by default the run's loss on the critic's logits.
 
         Args:
             view: The packet.
-            loss: The run's, loss(logits, target) -> scalar mean.
+            loss: The run's loss, loss(logits, target) -> scalar mean.
         """
         return loss(self(view.hidden), view.target)
 
     def rider(self, view: View) -> Payload:
-        """What travels to the next stage beside the stage's output, for its critic; counted like all payload."""
+        """Return what travels to the next stage beside the stage's output, for its critic; counted as payload."""
         return ()
 
 
 class Judge(Protocol):
-    """Whatever judges the output of a stage: a `Critic`, or one of the two adapters that `judge_of` chooses.
+    """Judges the output of a stage: a `Critic`, or one of the two adapters that `judge_of` chooses.
 
     The members are those of `Critic`.
     """
@@ -121,18 +121,18 @@ def judge_of(critic: nn.Module | None) -> Judge:
 
 
 def local_loss(critic: nn.Module | None, view: View, loss: Loss) -> Tensor:
-    """Return what a stage with this critic lowers on one packet."""
+    """Return the loss that a stage with this critic lowers on one packet."""
     return judge_of(critic).objective(view, loss)
 
 
 def has_exit(critic: nn.Module | None) -> bool:
-    """Return whether the network can be left after a stage with this critic: whether its critic makes logits."""
+    """Return whether there is an exit after a stage with this critic, which is so if the critic makes logits."""
     return judge_of(critic).exits
 
 
 @dataclass(frozen=True)
 class CriticContext:
-    """What a critic builder may look at.
+    """The information that a critic builder may look at.
 
     Attributes:
         stage: Index of the stage the critic judges.

@@ -1,4 +1,4 @@
-"""What travels between stages: payloads of tensors, and the packets that carry them."""
+"""Defines what travels between stages: payloads of tensors, and the packets that carry them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from decoupled_pp.core.errors import UsageError
 
 Payload: TypeAlias = Tensor | tuple[Tensor, ...]
-"""What flows between layers: one tensor, or a flat tuple of tensors (of any dtypes and shapes)."""
+"""The data between layers: one tensor, or a flat tuple of tensors (of any dtypes and shapes)."""
 
 
 Batch: TypeAlias = tuple[Payload, Payload]
@@ -25,7 +25,7 @@ Loss: TypeAlias = Callable[[Tensor, Payload], Tensor]
 
 
 class PacketKind(IntEnum):
-    """What a stage is asked to do with a packet. All kinds travel the links in order, first in first out."""
+    """Says what a stage is to do with a packet. All kinds travel the links in order, first in first out."""
 
     TRAIN = 0
     EVALUATE = 1
@@ -39,11 +39,11 @@ class Packet:
     """One message of the pipeline: a micro-batch on its way forward, or a marker between micro-batches.
 
     Attributes:
-        kind: What to do with it.
+        kind: Says what to do with it.
         number: Sequence number of a TRAIN packet (from 0); for other kinds the count of TRAIN packets before it.
         payload: Activations; dimension 0 is the batch. An empty tuple in markers.
         target: Targets of the micro-batch; they ride along to every stage. An empty tuple in markers.
-        rider: What a critic sends to the next stage's critic (`objective.Critic.rider`); usually an empty tuple.
+        rider: Tensors that a critic sends to the next stage's critic (`objective.Critic.rider`); usually none.
     """
 
     kind: PacketKind
@@ -60,17 +60,19 @@ class Packet:
 
 
 def as_tuple(payload: Payload) -> tuple[Tensor, ...]:
-    """The tensors of a payload, always as a tuple."""
+    """Return the tensors of a payload, always as a tuple."""
     return (payload,) if isinstance(payload, Tensor) else payload
 
 
 def map_payload(function: Callable[[Tensor], Tensor], payload: Payload) -> Payload:
     """Apply `function` to every tensor and keep the form (tensor or tuple)."""
-    return function(payload) if isinstance(payload, Tensor) else tuple(function(tensor) for tensor in payload)
+    if isinstance(payload, Tensor):
+        return function(payload)
+    return tuple(function(tensor) for tensor in payload)
 
 
 def first_tensor(payload: Payload) -> Tensor:
-    """The tensor a built-in critic looks at: the payload itself, or the first of its tuple."""
+    """Return the tensor a built-in critic looks at: the payload itself, or the first of its tuple."""
     return payload if isinstance(payload, Tensor) else payload[0]
 
 
@@ -82,16 +84,17 @@ def check_payload(value: object, source: str) -> Payload:
         return value
     raise UsageError(
         f"{source} returned {type(value).__name__}: between layers only a tensor or a flat, non-empty tuple of "
-        "tensors can travel; return one of these"
+        "tensors can travel; return one of these",
+        code="output-cannot-travel",
     )
 
 
 def payload_bytes(payload: Payload) -> int:
-    """Bytes of all tensors of a payload."""
+    """Return the bytes of all tensors of a payload."""
     return sum(tensor.numel() * tensor.element_size() for tensor in as_tuple(payload))
 
 
 def is_classification(logits: Tensor, target: Payload) -> bool:
-    """Whether `target` holds class indices of `logits`' last dimension, so that accuracy means something."""
+    """Return whether `target` holds class indices of `logits`' last dimension, so that accuracy means something."""
     first = as_tuple(target)[0]
     return not torch.is_floating_point(first) and first.shape == logits.shape[:-1]

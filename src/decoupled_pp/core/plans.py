@@ -1,4 +1,4 @@
-"""A network as a list of layers, and the plan that cuts it into stages."""
+"""Defines a network as a list of layers, and the plan that cuts it into stages."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Weights(ABC):
 
 
 class Layers(nn.Sequential):
-    """Layers under names that may have dots in them: those that they have in the user's own, nested network.
+    """Layers under names that may contain dots, as in the user's own, nested network.
 
     Attributes:
         places: Boundaries where the network may be cut (`cut_after`); None: anywhere.
-        weights: What fills layers that are on the meta device, stage by stage; None: they have their weights.
-        tied: Key of a parameter that was another one's before the network was split -> key of that one.
+        weights: Fills layers that are on the meta device, stage by stage; None: they have their weights.
+        tied: Key of a parameter that was tied before the network was split -> key of the one it was tied to.
     """
 
     places: tuple[int, ...] | None = None
@@ -52,7 +52,7 @@ class Layers(nn.Sequential):
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, False, missing, unexpected, errors)
         known = tuple(f"{prefix}{name}." for name in child_modules(self))
-        if strict:  # torch would look up the first part of a key alone
+        if strict:  # done here, because torch compares only the part of a key before its first dot
             unexpected += [key for key in state_dict if key.startswith(prefix) and not key.startswith(known)]
 
 
@@ -92,10 +92,12 @@ class Plan:
 
     def stage_module(self, stage: int) -> nn.Sequential:
         """The layers of one stage, sharing the user's modules and keeping their names in `state_dict`."""
-        first, last = self.boundaries[stage], self.boundaries[stage + 1]
-        return Layers(list(self.module.named_children())[first:last])
+        layers = list(self.module.named_children())
+        return Layers(layers[self.boundaries[stage] : self.boundaries[stage + 1]])
 
 
 def count_parameters(module: nn.Module | None) -> int:
-    """Number of parameter elements (0 for None)."""
-    return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
+    """Return the number of parameter elements (0 for None)."""
+    if module is None:
+        return 0
+    return sum(parameter.numel() for parameter in module.parameters())

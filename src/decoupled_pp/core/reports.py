@@ -243,7 +243,7 @@ class Report(JsonRecord):
     Attributes:
         steps: Optimizer steps per stage in all, resumed ones included.
         seconds: Wall-clock seconds of this run.
-        training_seconds: The same without evaluations and checkpoints.
+        training_seconds: Those seconds without evaluations and checkpoints.
         step_seconds: Training seconds from one optimizer update of the last stage to the next in steady state
             (without the first tenth of them); None with too few updates.
         samples_per_second: Training samples per training second of this run, through the last stage.

@@ -7,6 +7,6 @@ from collections.abc import Iterable
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The known word that is most like `word`, as the end of an error text; empty if none is like it."""
+    """Return the known word that is most like `word`, as the end of an error text; empty if none is like it."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

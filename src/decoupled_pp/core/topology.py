@@ -1,4 +1,4 @@
-"""Which rank holds which stage: the only place that knows it."""
+"""Maps ranks to stages; no other file knows which rank holds which stage."""
 
 from __future__ import annotations
 
@@ -67,5 +67,5 @@ class Topology:
         return self.places_of(rank)[-1].stage < self.places_of(other)[0].stage
 
     def name(self, place: Place) -> str:
-        """Return how messages call a place: "stage 2 (rank 2)"."""
+        """Return the name of a place in messages: "stage 2 (rank 2)"."""
         return f"stage {place.stage} (rank {self.rank_of(place.stage, place.replica)})"

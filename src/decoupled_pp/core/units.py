@@ -1,4 +1,4 @@
-"""Numbers with units as people write them: 25GB/s, 100Mbit/s, 5us, 7B, 400TFLOP/s. No torch."""
+"""Reads numbers with units as people write them: 25GB/s, 100Mbit/s, 5us, 7B, 400TFLOP/s. No torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _COUNTS = {"": 1.0, "K": 1e3, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
 def bandwidth(text: str) -> float:
-    """Bytes per second: 25GB/s, 12.5GiB/s, 100Mbit/s.
+    """Return bytes per second, from 25GB/s, 12.5GiB/s or 100Mbit/s.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The text is no bandwidth.
     """
     number, unit = _split(text)
     for ending, size in (("bit/s", 1 / 8), ("B/s", 1.0)):
@@ -26,10 +26,10 @@ def bandwidth(text: str) -> float:
 
 
 def size(text: str) -> float:
-    """Bytes: 20GiB, 80GB, 512MiB.
+    """Return bytes, from 20GiB, 80GB or 512MiB.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The text is no size.
     """
     number, unit = _split(text)
     factor = {**_DECIMAL, **_BINARY}.get(unit.removesuffix("B"))
@@ -39,34 +39,28 @@ def size(text: str) -> float:
 
 
 def seconds(text: str) -> float:
-    """Seconds: 5us, 0.2ms, 1s.
+    """Return seconds, from 5us, 0.2ms or 1s.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The text is no time.
     """
-    number, unit = _split(text)
-    if unit not in _TIMES:
-        raise ValueError(f"{text!r} is no time; write it like 5us or 0.2ms")
-    return number * _TIMES[unit]
+    return _in_units(text, _TIMES, "no time; write it like 5us or 0.2ms")
 
 
 def count(text: str) -> float:
-    """A count: 7B, 350M, 1e9.
+    """Return a count, from 7B, 350M or 1e9.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The text is no count.
     """
-    number, unit = _split(text)
-    if unit not in _COUNTS:
-        raise ValueError(f"{text!r} is no count; write it like 7B or 350M")
-    return number * _COUNTS[unit]
+    return _in_units(text, _COUNTS, "no count; write it like 7B or 350M")
 
 
 def speed(text: str) -> float:
-    """Floating-point operations per second: 400TFLOP/s.
+    """Return floating-point operations per second, from 400TFLOP/s.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The text is no speed.
     """
     number, unit = _split(text)
     prefix = re.sub(r"FLOP(/s|S|s)?$", "", unit)
@@ -76,10 +70,10 @@ def speed(text: str) -> float:
 
 
 def whole_numbers(text: str) -> list[int]:
-    """A comma-separated list: 8,64,512.
+    """Return a comma-separated list of whole numbers, such as 8,64,512.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The text is no such list.
     """
     try:
         numbers = [int(word) for word in text.split(",")]
@@ -88,6 +82,13 @@ def whole_numbers(text: str) -> list[int]:
     if not numbers or min(numbers) < 1:
         raise ValueError(f"{text!r} is no list of whole numbers of at least 1; write it like 8,64,512")
     return numbers
+
+
+def _in_units(text: str, units: dict[str, float], otherwise: str) -> float:
+    number, unit = _split(text)
+    if unit not in units:
+        raise ValueError(f"{text!r} is {otherwise}")
+    return number * units[unit]
 
 
 def _split(text: str) -> tuple[float, str]:

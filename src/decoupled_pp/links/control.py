@@ -7,18 +7,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 
 from decoupled_pp.core.channels import Control
-from decoupled_pp.core.errors import LAUNCHER_GONE, Fault, LinkError, PeerError, ReportedError, UsageError
+from decoupled_pp.core.errors import LAUNCHER_GONE, Fault, LinkError, PeerError, waited_too_long
 from decoupled_pp.core.records import write_message
 from decoupled_pp.core.reports import Record, read_record
 
 
 class LocalControl(Control):
-    """All stages live in this process."""
+    """The control plane of a run in one process."""
 
     def __init__(self) -> None:
         """Start with nothing posted."""
@@ -35,17 +36,19 @@ class LocalControl(Control):
     def collect(self) -> list[Record]:
         """Hand over the records."""
         with self._lock:
-            records, self._records = self._records, []
+            records = self._records
+            self._records = []
         return records
 
-    def report_fault(self, text: str, *, usage: bool = False, code: str = "link-broken") -> bool:
+    def report_fault(self, fault: Fault) -> bool:
         """Keep the first fault."""
-        first = self._fault is None
-        self._fault = self._fault or Fault(text, 0, usage, code)
-        return first
+        is_first = self._fault is None
+        if is_first:
+            self._fault = fault
+        return is_first
 
     def fault(self) -> Fault | None:
-        """The first fault."""
+        """Return the first fault."""
         return self._fault
 
     def request_stop(self, reason: str) -> None:
@@ -53,7 +56,7 @@ class LocalControl(Control):
         self._stop = self._stop or reason
 
     def stop_requested(self) -> str | None:
-        """The reason, if any."""
+        """Return the reason, if any."""
         return self._stop
 
     def gather(self, name: str, value: Any, timeout_seconds: float) -> list[Any]:
@@ -68,14 +71,18 @@ class LocalControl(Control):
 class StoreControl(Control):
     """One rank's access to the store that torchrun (or any launcher) gave the process group.
 
-    Only non-blocking calls are used, because a blocking call would hold the store's connection from other threads.
-    A store that is gone (its host, the launcher, died) makes records vanish and faults unknown, and is a reason to
-    stop: packets need no store, so the run can still save and end in order. Only `gather` and `from_rank_0` raise.
+    If the store is gone (its host, the launcher, died), records vanish and faults stay unknown, and the run is to stop.
+    Packets need no store, so the run can still save and end in order. Only `gather` and `from_rank_0` raise.
     """
+
+    # Only non-blocking calls of the store are used: a blocking one, such as `wait`, would hold the store's one
+    # connection, and all other threads of this process would wait with it.
 
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:
         """Wrap `store`; every rank makes one with the same prefix."""
-        self._store, self._rank, self._size = store, rank, size
+        self._store = store
+        self._rank = rank
+        self._size = size
         self._posted = 0
         self._collected = [0] * size
         self._lock = threading.Lock()
@@ -91,20 +98,24 @@ class StoreControl(Control):
         """Take every rank's new records out of the store."""
         records: list[Record] = []
         for rank in range(self._size):
-            while (text := self._get(f"record/{rank}/{self._collected[rank]}")) is not None:
+            while (text := self._get(self._record_key(rank))) is not None:
                 records.append(read_record(json.loads(text)))
-                self._try(lambda key=f"record/{rank}/{self._collected[rank]}": self._store.delete_key(key))
+                self._try(partial(self._store.delete_key, self._record_key(rank)))
                 self._collected[rank] += 1
         return records
 
-    def report_fault(self, text: str, *, usage: bool = False, code: str = "link-broken") -> bool:
+    def _record_key(self, rank: int) -> str:
+        """Return the key of the oldest record of a rank that is not collected yet."""
+        return f"record/{rank}/{self._collected[rank]}"
+
+    def report_fault(self, fault: Fault) -> bool:
         """Set the fault if there is none yet."""
-        mine = json.dumps([text, self._rank, usage, code])
+        mine = json.dumps([fault.text, fault.rank, fault.usage, fault.code])
         kept = self._try(lambda: self._store.compare_set("fault", "", mine))
         return kept is None or _text(kept) == mine
 
     def fault(self) -> Fault | None:
-        """The first fault of any rank."""
+        """Return the first fault of any rank."""
         kept = self._get("fault")
         return None if kept is None else Fault(*json.loads(kept))
 
@@ -113,18 +124,18 @@ class StoreControl(Control):
         self._try(lambda: self._store.compare_set("stop", "", reason))
 
     def stop_requested(self) -> str | None:
-        """The reason, if any rank asked, or that the store is gone."""
+        """Return the reason if any rank asked, or that the store is gone."""
         return self._get("stop") or self._lost
 
     def lost(self) -> str | None:
-        """That the store is gone, in words, or None while it answers."""
+        """Return in words that the store is gone; None while it answers."""
         self._get("fault")
         return self._lost
 
     def from_rank_0(self, name: str, make: Callable[[], Any], timeout_seconds: float) -> Any:
         """Let rank 0 make a JSON-able value and give it to every rank; what fails there fails everywhere.
 
-        How long rank 0 needs (to tokenise, to measure) is its own affair: the bound is for how long it gives no sign of
+        Rank 0 may take as long as it needs (to tokenise, to measure). The bound is for how long it gives no sign of
         life.
 
         Raises:
@@ -137,17 +148,18 @@ class StoreControl(Control):
             with self._showing_life(f"alive/{name}", timeout_seconds / 10):
                 value = make()
         except Exception as error:
-            reported = error if isinstance(error, ReportedError) else ReportedError(str(error), code="unexpected-error")
-            self.report_fault(reported.text, usage=isinstance(error, UsageError), code=reported.code)
+            self.report_fault(Fault.of(error, self._rank))
             raise
         self._try(lambda: self._store.set(f"share/{name}", json.dumps(value)))
         return value
 
     def gather(self, name: str, value: Any, timeout_seconds: float) -> list[Any]:
-        """Through the store, one key per rank."""
+        """Exchange the values through the store, one key per rank."""
         self._try(lambda: self._store.set(f"gather/{name}/{self._rank}", write_message(value)))
-        keys = [f"gather/{name}/{rank}" for rank in range(self._size)]
-        return [json.loads(self._await(k, timeout_seconds, f"{name} from rank {r}")) for r, k in enumerate(keys)]
+        return [
+            json.loads(self._await(f"gather/{name}/{rank}", timeout_seconds, f"{name} from rank {rank}"))
+            for rank in range(self._size)
+        ]
 
     @contextmanager
     def _showing_life(self, key: str, period_seconds: float) -> Iterator[None]:
@@ -168,30 +180,37 @@ class StoreControl(Control):
 
     def _await(self, key: str, timeout_seconds: float, what: str, life: str | None = None) -> str:
         """Wait for a key, no longer than the bound after the last change of the key `life`."""
-        deadline, pause, last = time.monotonic() + timeout_seconds, 0.001, None
+        start = time.monotonic()
+        deadline = start + timeout_seconds
+        pause = 0.001
+        last_sign = None
         while (text := self._get(key)) is None:
-            if life is not None and (sign := self._get(life)) != last:
-                deadline, last = time.monotonic() + timeout_seconds, sign
+            sign = self._get(life) if life is not None else None
+            if sign != last_sign:
+                deadline = time.monotonic() + timeout_seconds
+                last_sign = sign
             if self._lost is not None:
-                raise LinkError(f"rank {self._rank} cannot get {what}: {self._lost}")
+                raise LinkError(f"rank {self._rank} cannot get {what}: {self._lost}", code="launcher-gone")
             if (fault := self.fault()) is not None:
                 raise PeerError(fault)
             if time.monotonic() > deadline:
-                raise LinkError(f"rank {self._rank} waited {timeout_seconds:g} s for {what}: the bound is over")
+                raise waited_too_long(f"rank {self._rank}", what, time.monotonic() - start, timeout_seconds)
             time.sleep(pause)
-            pause = min(0.05, pause * 1.5)
+            pause = min(0.05, pause * 1.5)  # short at first, because most waits are; then easy on the store
         return text
 
     def _get(self, key: str) -> str | None:
+        """Return what is under a key now, or None; `get` alone would wait for the key."""
         found = self._try(lambda: self._store.get(key) if self._store.check([key]) else None)
         return None if found is None else _text(found)
 
-    def _try(self, call: Any) -> Any:
-        if self._lost is not None:  # each further call would print torch's own trace
+    def _try(self, call: Callable[[], Any]) -> Any:
+        """Call the store; None, now and from now on, if it is gone."""
+        if self._lost is not None:  # each further call would make torch print a trace of its own
             return None
         try:
             return call()
-        except (RuntimeError, OSError):  # DistStoreError and its kin are RuntimeErrors: the store's host is gone
+        except (RuntimeError, OSError):  # DistStoreError and its kin, all RuntimeErrors: the store's host is gone
             self._lost = LAUNCHER_GONE
             return None
 

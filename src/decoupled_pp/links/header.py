@@ -1,4 +1,4 @@
-"""What a host message says: a packet's kind, number, form, dtypes and shapes, and in CPU links its tensors too."""
+"""Packs packets into host messages: kind, number, form, dtypes and shapes, and in CPU links the tensors too."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ HEADER_WORDS = 128
 
 HEADER_BYTES = 8 * HEADER_WORDS
 
-_MAGIC, _RESIZE = 0x6470_7001, 0x6470_7002
-_ALIGNMENT = 64
+_MAGIC = 0x6470_7001
+_RESIZE = 0x6470_7002
+_ALIGNMENT = 64  # bytes; torch's kernels take aligned memory faster
 _DTYPES = (
     torch.float32,
     torch.bfloat16,
@@ -45,14 +46,14 @@ Spec = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of one tensor."""
 
 Forms = tuple[int, int, int]
-"""Of payload, target and rider: -1 is one tensor, n >= 0 a tuple of n tensors."""
+"""Forms of payload, target and rider: -1 is one tensor, n >= 0 a tuple of n tensors."""
 
 
 class Parcel(NamedTuple):
     """A packet made ready to travel.
 
     Attributes:
-        header: What `decode` reads; at most HEADER_BYTES.
+        header: The bytes that `decode` reads; at most HEADER_BYTES.
         tensors: Activations, then targets, then the rider.
         payload_bytes: Bytes of the tensors.
         message_bytes: Size of the smallest message that holds the header and all tensors, each aligned.
@@ -65,20 +66,23 @@ class Parcel(NamedTuple):
 
 
 def parcel(packet: Packet) -> Parcel:
-    """Make a packet ready to travel. In a CPU link's hot path: it runs cold after every wait, so it is kept short.
+    """Make a packet ready to travel.
 
     Raises:
         UsageError: A dtype that cannot travel, or more tensors than a header can announce.
     """
+    # One plain loop: this is a CPU link's hot path, and after every wait its code is no longer in the caches.
     parts = (packet.payload, packet.target, packet.rider)
     tensors = (*as_tuple(parts[0]), *as_tuple(parts[1]), *as_tuple(parts[2]))
     words = [_MAGIC, packet.kind, packet.number, _form(parts[0]), _form(parts[1]), _form(parts[2])]
-    payload_bytes, message_bytes = 0, HEADER_BYTES
+    payload_bytes = 0
+    message_bytes = HEADER_BYTES
     for tensor in tensors:
         code = _CODES.get(tensor.dtype)
         if code is None:
             raise UsageError(
-                f"packet {packet.number}: a tensor of {tensor.dtype} cannot travel a link; convert it first"
+                f"packet {packet.number}: a tensor of {tensor.dtype} cannot travel a link; convert it first",
+                code="dtype-cannot-travel",
             )
         words += (code, tensor.dim(), *tensor.shape)
         payload_bytes += tensor.nbytes
@@ -86,32 +90,34 @@ def parcel(packet: Packet) -> Parcel:
     if len(words) > HEADER_WORDS:
         raise UsageError(
             f"packet {packet.number} holds {len(tensors)} tensors, more than a link's header can announce; "
-            "cut elsewhere"
+            "cut elsewhere",
+            code="too-many-tensors-to-travel",
         )
     return Parcel(_words(words), tensors, payload_bytes, message_bytes)
 
 
 def announce(content: Parcel) -> Tensor:
-    """A message of the header alone, uint8 (HEADER_BYTES,)."""
+    """Return a message of the header alone, uint8 (HEADER_BYTES,)."""
     return _message(content.header, HEADER_BYTES)
 
 
 def encode_resize(size: int, new_size: int) -> Tensor:
-    """A message of the present size that says: one posted receive less of this size, one more of the new."""
+    """Return a message of the present size that says: one posted receive less of this size, one more of the new."""
     return _message(_words([_RESIZE, new_size]), size)
 
 
 def new_size(message: Tensor) -> int | None:
-    """The new size if this is a resize message, else None."""
+    """Return the new size if this is a resize message, else None."""
     words = message[:16].view(torch.int64).tolist()
     return words[1] if words[0] == _RESIZE else None
 
 
 def pack(content: Parcel, size: int) -> Tensor:
-    """Header and tensors in one message of `size` bytes, at least `message_bytes`; the rest is padding."""
+    """Put header and tensors into one message of `size` bytes, at least `message_bytes`; the rest is padding."""
     message = _message(content.header, size)
     at = message.data_ptr() + HEADER_BYTES
     for tensor in content.tensors:
+        # Conjugation and negation may be pending: bits of the tensor, not in its memory yet.
         plain = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
         source = tensor if plain else tensor.resolve_conj().resolve_neg().contiguous()
         ctypes.memmove(at, source.data_ptr(), source.nbytes)  # a tenth of the cost of slicing and copying in torch
@@ -120,11 +126,14 @@ def pack(content: Parcel, size: int) -> Tensor:
 
 
 def unpack(message: Tensor) -> Packet:
-    """The packet of a message made by `pack`; its tensors share the message's memory, not a version counter."""
+    """Return the packet of a message made by `pack`; its tensors share the message's memory."""
     kind, number, forms, specs = decode(message)
-    storage, at, tensors = message.untyped_storage(), HEADER_BYTES, []
+    storage = message.untyped_storage()
+    at = HEADER_BYTES
+    tensors = []
     for shape, dtype in specs:
-        # No view of the message: views share one version counter, and so forbid each other in-place changes.
+        # Not a view of the message: views share one version counter, and so an in-place change of one would make
+        # autograd refuse all others.
         tensor = torch.empty(0, dtype=dtype)
         tensor.set_(storage, at // tensor.element_size(), shape, _strides(shape))
         tensors.append(tensor)
@@ -154,7 +163,7 @@ def _aligned(size: int) -> int:
 
 
 def decode(header: Tensor) -> tuple[PacketKind, int, Forms, list[Spec]]:
-    """Kind, number, the forms of payload, target and rider, and the specs of all their tensors in order.
+    """Return kind, number, the forms of payload, target and rider, and the specs of all their tensors in order.
 
     Raises:
         LinkError: The message is not a header of this version.
@@ -162,22 +171,27 @@ def decode(header: Tensor) -> tuple[PacketKind, int, Forms, list[Spec]]:
     words: list[int] = header[:HEADER_BYTES].view(torch.int64).tolist()
     if words[0] != _MAGIC:
         raise LinkError(
-            f"got a message that is no packet header (first word {words[0]:#x}): do both ranks run one version?"
+            f"got a message that is no packet header (first word {words[0]:#x}); run one version on all ranks",
+            code="message-is-no-packet",
         )
-    kind, number, forms = PacketKind(words[1]), words[2], (words[3], words[4], words[5])
-    at, specs = 6, []
+    forms = (words[3], words[4], words[5])
+    specs = []
+    at = 6
     for _ in range(sum(map(_count, forms))):
         dims = words[at + 1]
         specs.append((tuple(words[at + 2 : at + 2 + dims]), _DTYPES[words[at]]))
         at += 2 + dims
-    return kind, number, forms, specs
+    return PacketKind(words[1]), words[2], forms, specs
 
 
 def assemble(kind: PacketKind, number: int, forms: Forms, tensors: list[Tensor]) -> Packet:
-    """The packet of received tensors, in the order of their specs."""
-    first, second = _count(forms[0]), _count(forms[0]) + _count(forms[1])
-    payload, target, rider = tensors[:first], tensors[first:second], tensors[second:]
-    return Packet(kind, number, _shape(forms[0], payload), _shape(forms[1], target), _shape(forms[2], rider))
+    """Return the packet of received tensors, which are in the order of their specs."""
+    first = _count(forms[0])
+    second = first + _count(forms[1])
+    payload = _shape(forms[0], tensors[:first])
+    target = _shape(forms[1], tensors[first:second])
+    rider = _shape(forms[2], tensors[second:])
+    return Packet(kind, number, payload, target, rider)
 
 
 def _form(payload: Payload) -> int:

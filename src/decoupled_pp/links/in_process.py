@@ -12,15 +12,13 @@ from torch import Tensor
 
 from decoupled_pp.core.channels import Inlet, LinkCounters, LinkEnd, LinkTerms, Outlet
 from decoupled_pp.core.device import Fence
-from decoupled_pp.core.errors import LinkError
+from decoupled_pp.core.errors import LinkError, waited_too_long
 from decoupled_pp.core.packets import Packet, PacketKind, as_tuple, map_payload, payload_bytes
 
 
 def _carried(tensor: Tensor) -> Tensor:
-    """A copy as a wire would make it: no graph comes along, and the strides are the plain ones of the shape.
-
-    Kernels sum in an order that depends on strides, so with others the two kinds of links would train differently.
-    """
+    """Return a copy as a wire would make it: no graph comes along, and the tensor is contiguous."""
+    # Kernels sum in an order that depends on strides, so with others the two kinds of links would train differently.
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
@@ -56,15 +54,13 @@ class InProcessLink(Inlet, Outlet, LinkEnd):
 
     @property
     def counters(self) -> LinkCounters:
-        """What has crossed."""
+        """The count of what has crossed."""
         return self._counters
 
     def send(self, packet: Packet) -> None:
-        """Queue a copy of the packet.
-
-        A thread that issues both stages' work on CUDA runs ahead of the device; so a packet counts as taken once the
-        device of the receiving stage has come to it, or the copies of all packets issued ahead would pile up.
-        """
+        """Queue a copy of the packet."""
+        # One thread issues the work of both stages on CUDA and runs ahead of the device. So a packet counts as taken
+        # only once the device has come to it: else the copies of all packets issued ahead would pile up in memory.
         while len(self._taken) >= self._capacity:
             self._taken.popleft().synchronize()
         copied = Packet(
@@ -80,7 +76,8 @@ class InProcessLink(Inlet, Outlet, LinkEnd):
             self._counters.packets += 1
             size = sum(payload_bytes(part) for part in (packet.payload, packet.target, packet.rider))
             self._counters.payload_bytes_forward += size
-            self._counters.training_bytes_forward += size if packet.kind is PacketKind.TRAIN else 0
+            if packet.kind is PacketKind.TRAIN:
+                self._counters.training_bytes_forward += size
             self._changed.notify_all()
 
     def receive(self) -> Packet:
@@ -95,7 +92,7 @@ class InProcessLink(Inlet, Outlet, LinkEnd):
         return packet
 
     def give_back(self, number: int, tensors: Sequence[Tensor]) -> None:
-        """Leave copies for the sending stage, in the form in which a wire would carry them."""
+        """Leave copies for the sending stage, in the form that a wire would carry."""
         copies = [self._as_carried_back(tensor) for tensor in tensors]
         fence = Fence(self._device)
         with self._changed:
@@ -104,7 +101,7 @@ class InProcessLink(Inlet, Outlet, LinkEnd):
             self._changed.notify_all()
 
     def returned(self, number: int, like: Sequence[Tensor] = ()) -> list[Tensor]:
-        """Take what the receiving stage has left."""
+        """Take the tensors that the receiving stage has left."""
         with self._changed:
             self._wait(lambda: number in self._returned, 0, f"what comes back for packet {number} from")
             tensors, made = self._returned.pop(number)
@@ -117,7 +114,7 @@ class InProcessLink(Inlet, Outlet, LinkEnd):
         return _carried(tensor)
 
     def depth(self) -> int:
-        """Packets in the link."""
+        """Return the number of packets in the link."""
         return len(self._packets)
 
     def close(self) -> None:
@@ -127,12 +124,11 @@ class InProcessLink(Inlet, Outlet, LinkEnd):
             self._changed.notify_all()
 
     def _wait(self, ready: Callable[[], bool], side: int, what: str) -> None:
-        here, there = self._names[side], self._names[1 - side]
+        """Wait under `_changed` until ready; `side` is 0 for the sending stage and 1 for the receiving one."""
+        here = self._names[side]
+        there = self._names[1 - side]
         start = time.monotonic()
         if not self._changed.wait_for(lambda: ready() or self._closed, self._timeout):
-            waited = time.monotonic() - start
-            raise LinkError(
-                f"{here} waited {waited:.1f} s for {what} {there}: the bound of {self._timeout:g} s is over"
-            )
+            raise waited_too_long(here, f"{what} {there}", time.monotonic() - start, self._timeout)
         if self._closed and not ready():
-            raise LinkError(f"{here} waited for {what} {there}, which closed the link")
+            raise LinkError(f"{here} waited for {what} {there}, which closed the link", code="link-closed")

@@ -1,4 +1,4 @@
-"""Tensors over a two-rank process group, one blocking call each: NCCL payload, and the greeting of two ends."""
+"""Carries tensors over a two-rank process group, one blocking call each: NCCL payload, and the greeting of two ends."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ class Lane:
     """Sends to, or receives from, the one peer of a two-rank group, and counts the bytes it sends."""
 
     def __init__(self, group: dist.ProcessGroup, peer: int, tag: int = 0) -> None:
-        """Wrap `group`; `peer` is the other rank *within the group* (0 or 1). Of gloo, a tag tells lanes apart."""
-        self._group, self._peer, self._tag = group, peer, tag
+        """Wrap `group`; `peer` is the other rank *within the group* (0 or 1). Tags tell a gloo group's lanes apart."""
+        self._group = group
+        self._peer = peer
+        self._tag = tag
         self.bytes_sent = 0
 
     def send(self, tensor: Tensor) -> None:
@@ -37,7 +39,7 @@ class Lane:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """A flat uint8 view (so that every dtype can travel every transport); a copy only if not contiguous."""
-    return (
-        tensor.contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0, dtype=torch.uint8)
-    )
+    """Return a flat uint8 view (so that every dtype can travel every transport); a copy only if not contiguous."""
+    if not tensor.numel():  # torch cannot view some empty tensors as another dtype
+        return tensor.new_empty(0, dtype=torch.uint8)
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

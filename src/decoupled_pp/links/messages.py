@@ -1,4 +1,4 @@
-"""Messages of one size between two ranks on the host (gloo), with receives posted ahead and sends not waited for.
+"""Carries messages of one size between two ranks on the host (gloo); receives are posted ahead, sends not waited for.
 
 gloo moves data only once the receive is posted: a message that meets no posted receive costs a round trip more. With as
 many receives posted as messages can be under way, the link's latency is hidden.
@@ -17,13 +17,14 @@ from torch import Tensor
 from decoupled_pp.core.torch_private import backend_of
 
 FOREVER = timedelta(days=365)
-"""Timeout of waits in helper threads: the bounded waits are the stage's own, whose errors can say who waited."""
+"""Timeout of waits in helper threads. The bounded waits are those of the stage, whose errors can say who waited."""
 
-_SPARE_TAG = 99
+_SPARE_TAG = 99  # no message has this tag
 
 
 def _backend(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The gloo backend itself: calls through the group pass torch's dispatcher, at 10 to 50 microseconds each."""
+    """Return the gloo backend of a group."""
+    # Calls through the group itself pass torch's dispatcher, at 10 to 50 microseconds each.
     return backend_of(group, torch.device("cpu"))
 
 
@@ -49,7 +50,10 @@ class MessageSender:
             ahead: Sends that may be unfinished.
             timeout_seconds: Longest wait for the transport to take a message; when it is over, the link is broken.
         """
-        self._backend, self._peer, self._tag, self._ahead = _backend(group), peer, tag, ahead
+        self._backend = _backend(group)
+        self._peer = peer
+        self._tag = tag
+        self._ahead = ahead
         self._timeout = timedelta(seconds=timeout_seconds)
         self._in_flight: deque[tuple[Tensor, dist.Work]] = deque()  # a buffer stays referenced until its send is over
         self.size = size
@@ -66,14 +70,13 @@ class MessageSender:
         self.payload_bytes += message.numel() - control_bytes
         self.control_bytes += control_bytes
         self._in_flight.append((message, self._backend.send([message], self._peer, self._tag)))
+        # gloo finishes a send only in its `wait`, so one that nobody waits for keeps its buffer for ever.
         while len(self._in_flight) > self._ahead:
             self._in_flight.popleft()[1].wait(self._timeout)
 
     def break_off(self) -> None:
-        """Close the connection now, so that both ends' waiting threads wake with an error.
-
-        A gloo wait that expires closes the pair; aborting a gloo group would leave its waiting threads asleep.
-        """
+        """Close the connection now, so that both ends' waiting threads wake with an error."""
+        # A gloo wait that expires closes the pair. Aborting a gloo group would leave its waiting threads asleep.
         spare = torch.empty(1, dtype=torch.uint8)
         with suppress(RuntimeError):
             self._backend.recv([spare], self._peer, _SPARE_TAG).wait(timedelta(milliseconds=1))
@@ -88,7 +91,9 @@ class MessageReceiver:
 
     def __init__(self, group: dist.ProcessGroup, peer: int, tag: int, *, size: int, ahead: int) -> None:
         """Post the first `ahead` receives; the other arguments are as the sender's."""
-        self._backend, self._peer, self._tag = _backend(group), peer, tag
+        self._backend = _backend(group)
+        self._peer = peer
+        self._tag = tag
         self._posted: deque[tuple[Tensor, dist.Work]] = deque()
         self.size = size
         for _ in range(ahead):

@@ -1,4 +1,4 @@
-"""Messages that go back over a link between ranks: credits, one goodbye, and floats that a training rule sends back."""
+"""Builds and reads messages that go back over a link between ranks: credits, a goodbye, and floats of a rule."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from torch import Tensor
 
 from decoupled_pp.core.errors import UsageError
 
-GOODBYE, FLOATS, CREDIT = 0, 2, 0x0101_0101_0101_0101
-"""First word of a message."""
+GOODBYE = 0
+FLOATS = 2
+CREDIT = 0x0101_0101_0101_0101
+"""First word of a message: its kind."""
 
 _WORD = 8
 _HEADER = 3 * _WORD

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from decoupled_pp.core.errors import LinkError
 from decoupled_pp.links.lane import Lane
 from decoupled_pp.links.messages import MessageReceiver, MessageSender
 
@@ -17,13 +18,13 @@ class Wire:
 
     Attributes:
         sender: Index of the sending stage.
-        out: What this end sends: packets (upstream end) or credits (downstream end).
-        into: What it receives: credits or packets.
+        out: Sends packets (upstream end) or credits (downstream end).
+        into: Receives credits or packets.
         payload: The lane of the tensors between GPUs; None between CPUs, where they are in the messages.
         device: Where the tensors are.
         here: Name of this end, e.g. "stage 0 (rank 0)".
         there: Name of the other end.
-        failed: Called once with the text, from whichever thread finds the link broken.
+        failed: Called once with the error, from whichever thread finds the link broken.
         back: The lane on which tensors as large as activations come back; None if none do.
     """
 
@@ -34,12 +35,12 @@ class Wire:
     device: torch.device
     here: str
     there: str
-    failed: Callable[[str], object]
+    failed: Callable[[LinkError], object]
     back: Lane | None = None
 
     @property
     def payload_bytes(self) -> int:
-        """Bytes of tensors that this end has sent."""
+        """The bytes of tensors that this end has sent."""
         return self.out.payload_bytes + sum(lane.bytes_sent for lane in self._lanes)
 
     def break_off(self) -> None:

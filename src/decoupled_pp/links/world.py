@@ -1,4 +1,4 @@
-"""The ranks of one run: joins the launcher's process group, connects neighbouring stages, leaves again."""
+"""Joins the ranks of one run: the launcher's process group, and links between neighbouring stages."""
 
 from __future__ import annotations
 
@@ -16,25 +16,28 @@ from torch.distributed.rendezvous import rendezvous
 
 from decoupled_pp.core import environment
 from decoupled_pp.core.channels import LinkTerms
-from decoupled_pp.core.errors import LinkError, UsageError
+from decoupled_pp.core.errors import Fault, LinkError, UsageError, first_line
 from decoupled_pp.core.topology import Topology
 from decoupled_pp.core.torch_private import default_store
 from decoupled_pp.links.control import StoreControl
 from decoupled_pp.links.header import HEADER_BYTES
 from decoupled_pp.links.lane import Lane
 from decoupled_pp.links.messages import MessageReceiver, MessageSender
-from decoupled_pp.links.process_group import ReceivingEnd, SendingEnd
+from decoupled_pp.links.receiving_end import ReceivingEnd
 from decoupled_pp.links.returns import backward_bytes
+from decoupled_pp.links.sending_end import SendingEnd
 from decoupled_pp.links.wire import Wire
 
 Group: TypeAlias = dist.ProcessGroup
 _world: list[World] = []
+_PACKETS = 1
+_CREDITS = 2
 _BACK = 3
-"""Tag of large tensors that come back between CPUs; packets have 1 and credits 2."""
+"""Tags that tell apart what a host group carries; the last is of large tensors that come back between CPUs."""
 
 
 def join_world(timeout_seconds: float) -> World:
-    """The World of this process; joined at the first call, left at exit.
+    """Return the World of this process; joined at the first call, left at exit.
 
     Raises:
         LinkError: The other ranks did not come within the bound.
@@ -46,21 +49,21 @@ def join_world(timeout_seconds: float) -> World:
 
 
 def first_to_report(text: str, timeout_seconds: float) -> bool:
-    """Report bad input, joined or not; whether this rank is the first of the launch to do so.
-
-    Ranks that have not joined only use the store: joining takes all of them, and they are about to end.
-    """
+    """Report bad input, joined or not. Return whether this rank is the first of the launch to do so."""
+    fault = Fault(text, environment.rank(), usage=True, code="bad-input")  # each rank has the code of its own error
     if _world:
-        return _world[0].control.report_fault(text, usage=True)
+        return _world[0].control.report_fault(fault)
+    # Ranks that have not joined only use the store: joining takes all of them, and they are about to end.
     try:
         store = dist.PrefixStore("early", _store_of_launch(timeout_seconds))
     except (RuntimeError, ValueError):  # the store's host is gone: nobody else can say it either
         return True
-    return StoreControl(store, environment.rank(), environment.world_size()).report_fault(text, usage=True)
+    return StoreControl(store, environment.rank(), environment.world_size()).report_fault(fault)
 
 
 def _store_of_launch(timeout_seconds: float) -> dist.Store:
-    """The launcher's store, without what an attempt before a restart left in it (torchrun's c10d store outlives it)."""
+    """Return the launcher's store, under keys of this attempt."""
+    # torchrun's store outlives a restart of the workers, and so does what the attempt before has left in it.
     store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
     return dist.PrefixStore(f"dpp/attempt-{environment.restart_count()}", store)
 
@@ -86,7 +89,8 @@ class World:
         Raises:
             LinkError: The other ranks did not come within the bound.
         """
-        self.rank, self.size = environment.rank(), environment.world_size()
+        self.rank = environment.rank()
+        self.size = environment.world_size()
         self._joined = not dist.is_initialized()
         if self._joined:
             try:
@@ -99,7 +103,9 @@ class World:
                 )
             except (RuntimeError, ValueError) as error:
                 raise LinkError(
-                    f"rank {self.rank} could not join the {self.size} ranks: {str(error).splitlines()[0]}"
+                    f"rank {self.rank} could not join the {self.size} ranks: {first_line(error)}; look at the "
+                    "log of the rank that did not come",
+                    code="ranks-not-connected",
                 ) from error
         self._store = default_store()
         self._channels = itertools.count()
@@ -107,7 +113,7 @@ class World:
         self.control = self.channel()
 
     def channel(self) -> StoreControl:
-        """A fresh key space of the store; every rank must call this equally often."""
+        """Return a control plane in a fresh key space of the store; every rank must call this equally often."""
         prefix = f"dpp/{next(self._channels)}"
         return StoreControl(dist.PrefixStore(prefix, self._store), self.rank, self.size)
 
@@ -142,7 +148,9 @@ class World:
             groups = self._groups_of(edge, device, terms)
             if self.rank not in edge.ranks:
                 continue
-            payload = Lane(groups.payload, 1 - edge.end_of(self.rank)) if groups.payload is not None else None
+            payload = None
+            if groups.payload is not None:
+                payload = Lane(groups.payload, 1 - edge.end_of(self.rank))
             self._greet(edge, groups.host, payload, device, plan_digest)
             wire = self._wire(control, edge, groups, payload, device, terms)
             if edge.end_of(self.rank) == 0:
@@ -154,14 +162,15 @@ class World:
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Fill `tensor` on every rank with rank `source`'s values; set-up and export only, never training.
 
-        It goes once around the ring, through host memory: ranks may hold it on different kinds of devices. Not by
-        `dist.broadcast`: a gloo collective lets go of its tensors in a thread of its own, some time later, and if the
-        interpreter is ending by then the process aborts.
+        It goes once around the ring, through host memory: ranks may hold it on different kinds of devices.
         """
+        # Not by `dist.broadcast`: a gloo collective lets go of its tensors in a thread of its own, some time later, and
+        # if the interpreter is ending by then the process aborts.
         host = tensor.detach().cpu().contiguous()
         if not host.numel():
             return
-        before, after = (self.rank - 1) % self.size, (self.rank + 1) % self.size
+        before = (self.rank - 1) % self.size
+        after = (self.rank + 1) % self.size
         if self.rank != source:
             dist.recv(host, before)
         if after != source:
@@ -198,7 +207,7 @@ class World:
             bound = timedelta(seconds=timeout_seconds)
             group: Group = dist.new_group(list(edge.ranks), backend=backend, timeout=bound)
         except (RuntimeError, ValueError) as error:
-            cause = self.control.lost() or str(error).splitlines()[0]  # ranks find each other through the store
+            cause = self.control.lost() or first_line(error)  # ranks find each other through the store
             raise LinkError(
                 f"{edge.names[0]} and {edge.names[1]} could not be connected: {cause}, seen by rank {self.rank}; look "
                 "at the log of the rank that did not come",
@@ -219,7 +228,6 @@ class World:
     ) -> Wire:
         """Return this end's transport, its first receives posted."""
         here = edge.end_of(self.rank)
-        packets, credits = 1, 2  # tags
         floats = terms.samples if terms.returns.per_sample else 0
         credit_size = backward_bytes(floats)
         # A credit for every packet, and as many messages again if floats come back beside them.
@@ -227,7 +235,7 @@ class World:
         out = MessageSender(
             groups.host,
             1 - here,
-            packets if here == 0 else credits,
+            _PACKETS if here == 0 else _CREDITS,
             size=HEADER_BYTES if here == 0 else credit_size,
             ahead=terms.capacity if here == 0 else backward,
             timeout_seconds=terms.timeout_seconds,
@@ -235,7 +243,7 @@ class World:
         into = MessageReceiver(
             groups.host,
             1 - here,
-            credits if here == 0 else packets,
+            _CREDITS if here == 0 else _PACKETS,
             size=credit_size if here == 0 else HEADER_BYTES,
             ahead=backward + 1 if here == 0 else terms.capacity,  # upstream: every message, and the goodbye
         )
@@ -248,13 +256,15 @@ class World:
             device=device,
             here=edge.names[here],
             there=edge.names[1 - here],
-            failed=control.report_fault,
+            failed=lambda error: control.report_fault(Fault.of(error, self.rank)),
         )
 
     def _lane_back(self, groups: _Groups, peer: int, terms: LinkTerms) -> Lane | None:
         if not terms.returns.per_activation:
             return None
-        return Lane(groups.back, peer) if groups.back is not None else Lane(groups.host, peer, _BACK)
+        if groups.back is None:
+            return Lane(groups.host, peer, _BACK)
+        return Lane(groups.back, peer)
 
     def _greet(self, edge: _Edge, host: Group, payload: Lane | None, device: torch.device, plan_digest: str) -> None:
         """Use the connections once; both ends must have the same digest."""
@@ -273,7 +283,7 @@ class World:
                     lane.receive(received)
                     lane.send(sent)
         except RuntimeError as error:
-            cause = str(error).splitlines()[0]
+            cause = first_line(error)
             raise LinkError(
                 f"{edge.names[here]} could not connect to {edge.names[1 - here]}: {cause}; look at that rank's log",
                 code="ranks-not-connected",
@@ -289,7 +299,7 @@ class World:
 
 @dataclass(frozen=True)
 class _Edge:
-    """One link: the index of its sending stage, and rank and name of both ends, the sending one first."""
+    """One link: the index of its sending stage, and rank and name of both ends, the sending end first."""
 
     sender: int
     ranks: tuple[int, int]

@@ -1,4 +1,4 @@
-"""Exact bytes of activations that autograd keeps for a backward pass, counted through saved-tensor hooks."""
+"""Counts the exact bytes of activations that autograd keeps for a backward pass, through saved-tensor hooks."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 
 from decoupled_pp.core.torch_private import storage_address
 
-# byte offset, bytes, shape, strides
 _View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+"""Byte offset, bytes, shape and strides of a tensor in its storage."""
 
 
 class SavedActivations:
-    """Context in which every tensor that autograd saves is counted once, parameters left out.
+    """Counts, while the context lasts, every tensor that autograd saves, each once and parameters left out.
 
     A tensor counts from the moment it is first saved until the last graph node that saved it lets go. Different views
     of one storage add up, but to no more than the storage; a view of a large data set counts as the view. Under
-    activation checkpointing this is what stays saved between forward and backward; what backward recomputes for
-    itself, one layer at a time, is not in it.
+    activation checkpointing the count holds the tensors that stay saved between forward and backward, not those that
+    backward recomputes for itself, one layer at a time.
 
     Attributes:
         peak: Largest number of bytes held at any moment.
@@ -51,7 +51,7 @@ class SavedActivations:
         return _Saved(tensor, self)
 
     def change(self, saved: _Saved, by: int) -> None:
-        """A node saved this tensor (+1) or let go of it (-1)."""
+        """Count that a node saved this tensor (+1) or let go of it (-1)."""
         if saved.pointer in self._excluded:
             return
         views = self._views[saved.pointer]
@@ -65,17 +65,18 @@ class SavedActivations:
 
 
 class _Saved:
-    """What a graph node holds instead of the tensor; its end is the node's letting go."""
+    """The object that a graph node holds instead of the tensor; it is deleted when the node lets go."""
 
     __slots__ = ("_meter", "pointer", "storage_bytes", "tensor", "view")
 
     def __init__(self, tensor: Tensor, meter: SavedActivations) -> None:
         storage = tensor.untyped_storage()
-        self.tensor, self._meter = tensor, meter
-        self.pointer, self.storage_bytes = storage_address(storage), storage.nbytes()
-        size = tensor.element_size()
-        offset, count = int(tensor.storage_offset()) * size, tensor.numel() * size
-        self.view: _View = (offset, count, tuple(tensor.shape), tuple(tensor.stride()))
+        self.tensor = tensor
+        self._meter = meter
+        self.pointer = storage_address(storage)
+        self.storage_bytes = storage.nbytes()
+        offset = int(tensor.storage_offset()) * tensor.element_size()
+        self.view: _View = (offset, tensor.nbytes, tuple(tensor.shape), tuple(tensor.stride()))
         meter.change(self, +1)
 
     def __del__(self) -> None:

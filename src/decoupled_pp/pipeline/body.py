@@ -1,4 +1,4 @@
-"""The body of a stage: its layers and its critic, and how they compute."""
+"""Runs the layers of a stage and its critic."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Body:
         judge: The critic as a `Judge`, also where there is none.
         loss: loss(logits, target) -> scalar mean.
         device: Where the stage computes.
-        random: The stage's random stream. Whoever else draws random numbers in this process, it goes on alone, so that
+        random: The stage's random stream. It goes on alone, whoever else draws random numbers in this process, so that
             timing never changes the result.
     """
 
@@ -61,9 +61,9 @@ class Body:
         self.random = RandomStream(seed, device)
         self._index = index
         self._seed = seed
-        self._run_trunk: Callable[[Payload], Payload] = (
-            checkpointed(trunk) if training.checkpoint_activations else trunk
-        )
+        self._run_trunk: Callable[[Payload], Payload] = trunk
+        if training.checkpoint_activations:
+            self._run_trunk = checkpointed(trunk)
         self._run_critic: Callable[[Payload], Tensor] = self.judge
         self._run_objective: Callable[[View], Tensor] = self._objective
         if training.compile:
@@ -81,7 +81,7 @@ class Body:
         return [self.trunk] if self.critic is None else [self.trunk, self.critic]
 
     def forward(self, payload: Payload) -> Payload:
-        """Return what the layers make of a payload.
+        """Return the output of the layers for a payload.
 
         Raises:
             UsageError: The last layer returned something that cannot travel.
@@ -90,7 +90,7 @@ class Body:
             return check_payload(self._run_trunk(payload), f"stage {self._index}")
 
     def view(self, packet: Packet) -> View:
-        """Run the layers on a training packet; returns what its critic is to see, with the graph of the layers."""
+        """Run the layers on a training packet. Return the view of it that the critic gets, with the graph."""
         inputs = packet.payload
         if self.judge.follows_input:
             inputs = map_payload(as_leaf, inputs)
@@ -105,12 +105,12 @@ class Body:
             return self._run_objective(view)
 
     def logits(self, hidden: Payload) -> Tensor:
-        """Return what the critic makes of the stage's output: logits shaped like the network's output."""
+        """Return the critic's logits for the stage's output, shaped like the network's output."""
         with self.autocast:
             return self._run_critic(hidden)
 
     def watching_first_layer(self, outputs: list[Payload]) -> AbstractContextManager[object]:
-        """Keep what the first layer makes, without its graph, in `outputs` if the critic asks for it."""
+        """Keep the first layer's output, without its graph, in `outputs` if the critic asks for it."""
         return self._first_layer_kept(outputs) if self.judge.needs_first else _NOTHING
 
     @contextmanager

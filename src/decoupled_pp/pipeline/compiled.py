@@ -1,4 +1,4 @@
-"""`torch.compile` for one part of a stage: compiled for itself, and never quietly left uncompiled."""
+"""Compiles one part of a stage by `torch.compile`: for itself, and never quietly left uncompiled."""
 
 from __future__ import annotations
 
@@ -13,24 +13,22 @@ from decoupled_pp.core.torch_private import compiler_config, recompile_limit_hit
 
 
 def compiled(function: Callable[[Any], Any], name: str) -> Callable[[Any], Any]:
-    """The compiled `function`.
-
-    The compiler keeps what it has made by code object, up to `recompile_limit` versions, and runs the rest uncompiled.
-    Stages of one process (every trunk is an `nn.Sequential`) would share that limit; so each part has a code object of
-    its own here.
+    """Compile `function`.
 
     Args:
         function: A module, or a function of a payload.
-        name: What to call it, e.g. "trunk 2"; the compiler keeps which sizes change by this name.
+        name: Its name, e.g. "trunk 2"; the compiler remembers by it which sizes change.
 
     Returns:
-        The same function. It raises TrainingError where the compiler would give up and run it uncompiled.
+        The compiled function. It raises TrainingError where the compiler would give up and run it uncompiled.
     """
     config = compiler_config()
 
     def run(payload: Any) -> Any:
         return function(payload)
 
+    # The compiler keeps up to `recompile_limit` versions per code object, and runs further ones uncompiled. Stages of
+    # one process would share that limit: every trunk is an `nn.Sequential`. So each part gets a code object of its own.
     code = run.__code__.replace(co_name=name, co_qualname=name)
     fast = torch.compile(FunctionType(code, run.__globals__, name, None, run.__closure__))
 
@@ -40,9 +38,11 @@ def compiled(function: Callable[[Any], Any], name: str) -> Callable[[Any], Any]:
                 return fast(payload)
         except recompile_limit_hit() as error:
             raise TrainingError(
-                f"compile: {name} would have to be compiled more than {config.recompile_limit} times, for inputs of so "
-                "many forms; feed fewer (sizes that change, dtypes), raise torch._dynamo.config.recompile_limit, or "
-                "leave compile off"
+                f"`training.compile`: {name} would have to be compiled more than {config.recompile_limit} times, for "
+                "inputs of so many forms; feed fewer (sizes that change, dtypes), raise "
+                "torch._dynamo.config.recompile_limit, or set `training.compile` to false",
+                code="too-many-recompilations",
+                key="training.compile",
             ) from error
 
     return call

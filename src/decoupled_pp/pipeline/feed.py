@@ -1,4 +1,4 @@
-"""Batches -> the packets of a run, in order: training, checkpoints, held-out evaluation, the end."""
+"""Turns batches into the packets of a run, in order: training, checkpoints, held-out evaluation, the end."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 
 import torch
+from torch import Tensor
 
 from decoupled_pp.core.channels import Inlet
 from decoupled_pp.core.datasets import BatchSource
@@ -17,7 +18,7 @@ from decoupled_pp.core.packets import Batch, Packet, PacketKind, map_payload
 
 @dataclass(frozen=True)
 class Itinerary:
-    """What a run does when.
+    """The schedule of a run.
 
     Attributes:
         steps: Optimizer steps in all.
@@ -26,7 +27,7 @@ class Itinerary:
         validate_every: Optimizer steps between evaluations; None: only at the end.
         validation_batches: Micro-batches per evaluation; None: all.
         save_every: Optimizer steps between checkpoints; None: only at the end.
-        save: Whether there are checkpoints at all.
+        save: True if there are checkpoints at all.
     """
 
     steps: int
@@ -58,29 +59,37 @@ class Feed(Inlet):
         Args:
             train: Training micro-batches; None for an evaluation only.
             validation: Held-out micro-batches, or None.
-            itinerary: What to do when.
+            itinerary: When to evaluate, save and end.
             device: Where the first stage computes.
             stop_requested: Asked between optimizer steps.
         """
-        self._train, self._validation = train, validation
-        self._itinerary, self._device, self._stop_requested = itinerary, device, stop_requested
+        self._train = train
+        self._validation = validation
+        self._itinerary = itinerary
+        self._device = device
+        self._stop_requested = stop_requested
         self._packets = self._stream()
 
     def receive(self) -> Packet:
-        """The next packet of the run, on the device."""
+        """Return the next packet of the run, on the device."""
         return next(self._packets)
 
     def _stream(self) -> Iterator[Packet]:
-        plan, held_out = self._itinerary, self._held_out()
-        number, step = plan.start * plan.accumulate, plan.start
-        batches = self._train.batches(number) if self._train is not None and step < plan.steps else iter(())
+        plan = self._itinerary
+        held_out = self._held_out()
+        step = plan.start
+        number = plan.start * plan.accumulate
+        batches: Iterator[Batch] = iter(())
+        if self._train is not None and step < plan.steps:
+            batches = self._train.batches(number)
         stopping = False
         while step < plan.steps and not stopping:
             for _ in range(plan.accumulate):
                 yield self._packet(PacketKind.TRAIN, number, next(batches))
                 number += 1
             step += 1
-            last, stopping = step == plan.steps, self._stop_requested()
+            last = step == plan.steps
+            stopping = self._stop_requested()
             if plan.save and (last or stopping or _due(step, plan.save_every)):
                 yield Packet(PacketKind.SAVE, number)
             if not stopping and (last or _due(step, plan.validate_every)):
@@ -91,13 +100,16 @@ class Feed(Inlet):
         yield Packet(PacketKind.END, number)
 
     def _held_out(self) -> Iterator[Batch] | None:
-        """One pass over the held-out data, its first batch already read; None without such data."""
+        """Begin a pass over the held-out data by reading its first batch; None without such data."""
         if self._validation is None:
             return None
         batches = islice(self._validation.batches(), self._itinerary.validation_batches)
         first = next(batches, None)
         if first is None:
-            raise UsageError("validate: there is no held-out batch; give at least one, or leave validation out")
+            raise UsageError(
+                "there is no held-out batch to validate on; give at least one, or leave validation out",
+                code="no-held-out-batch",
+            )
         return chain([first], batches)
 
     def _evaluation(self, number: int, opened: Iterator[Batch] | None) -> Iterator[Packet]:
@@ -109,9 +121,12 @@ class Feed(Inlet):
         yield Packet(PacketKind.EVALUATION_END, number)
 
     def _packet(self, kind: PacketKind, number: int, batch: Batch) -> Packet:
-        # Detached: a graph behind a target would be one for all stages, and its backward pass goes through it once.
-        payload, target = (map_payload(lambda t: on_device(t.detach(), self._device), part) for part in batch)
-        return Packet(kind, number, payload, target)
+        payload, target = batch
+        return Packet(kind, number, map_payload(self._fed, payload), map_payload(self._fed, target))
+
+    def _fed(self, tensor: Tensor) -> Tensor:
+        # Detached: a graph behind a target would be shared by all stages, and only one backward pass can go through it.
+        return on_device(tensor.detach(), self._device)
 
 
 def _due(step: int, every: int | None) -> bool:

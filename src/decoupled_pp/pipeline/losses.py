@@ -1,4 +1,4 @@
-"""The losses known by name, the user's own, and the accuracy that goes with class targets."""
+"""Finds losses by name or reference, and scores exits by held-out loss and accuracy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from decoupled_pp.core.suggestions import did_you_mean
 
 
 def cross_entropy(logits: Tensor, target: Payload) -> Tensor:
-    """Mean cross-entropy.
+    """Return the mean cross-entropy.
 
     Args:
         logits: (..., C), classes last, with targets of shape (...); else as `torch.nn.functional.cross_entropy`.
@@ -30,21 +30,23 @@ def cross_entropy(logits: Tensor, target: Payload) -> Tensor:
 
 
 def mse(logits: Tensor, target: Payload) -> Tensor:
-    """Mean squared error of the network's output against a target of the same shape."""
+    """Return the mean squared error of the network's output against a target of the same shape."""
     wanted = as_tuple(target)[0]
     if wanted.shape != logits.shape:  # torch would broadcast, with a warning
         raise UsageError(
-            f"loss: mse compares the network's output {tuple(logits.shape)} with a target {tuple(wanted.shape)}; "
-            "they must have one shape, or choose loss cross_entropy"
+            f"`loss` mse compares the network's output {tuple(logits.shape)} with a target {tuple(wanted.shape)}; give "
+            "both one shape, or set `loss` to cross_entropy",
+            code="loss-does-not-fit-targets",
+            key="loss",
         )
     return functional.mse_loss(logits, wanted)
 
 
 def per_sample(loss: Loss) -> Callable[[Tensor, Payload], Tensor]:
-    """The same loss, sample by sample: (logits, target) -> (B,).
+    """Return a loss in its form per sample: (logits, target) -> (B,).
 
     Raises:
-        UsageError: It is neither cross_entropy nor mse.
+        UsageError: The loss is neither cross_entropy nor mse.
     """
     if loss is cross_entropy:
         return _cross_entropies
@@ -58,7 +60,7 @@ def per_sample(loss: Loss) -> Callable[[Tensor, Payload], Tensor]:
 
 
 def _cross_entropies(logits: Tensor, target: Payload) -> Tensor:
-    """Mean over the positions of each sample that count; 0 where none does."""
+    """Return the mean over the positions of each sample that count; 0 where none does."""
     classes = as_tuple(target)[0]
     last = classes.shape == logits.shape[:-1]
     each = functional.cross_entropy(logits.movedim(-1, 1) if last else logits, classes, reduction="none")
@@ -70,7 +72,7 @@ _NAMED: dict[str, Loss] = {"cross_entropy": cross_entropy, "mse": mse}
 
 
 def find_loss(choice: str | Loss) -> Loss:
-    """A loss by name, by `package.module:function`, or the user's own callable.
+    """Return a loss by name, by `package.module:function`, or the user's own callable.
 
     Raises:
         UsageError: No such loss.
@@ -82,14 +84,14 @@ def find_loss(choice: str | Loss) -> Loss:
     if ":" in choice:
         return cast(Loss, import_factory(choice, "loss"))
     remedy = f"{did_you_mean(choice, _NAMED)}; one of {', '.join(_NAMED)}, or package.module:function"
-    raise UsageError(f"loss: {choice!r} is not known{remedy}")
+    raise UsageError(f"`loss`: {choice!r} is not known{remedy}", code="unknown-loss", key="loss")
 
 
 class ExitScore:
     """Held-out loss and accuracy of one exit, summed on the device and read once at the end."""
 
     def __init__(self) -> None:
-        """Start at nothing."""
+        """Start with no micro-batch."""
         self._loss: Tensor | float = 0.0
         self._weight: Tensor | float = 0.0
         self._correct: Tensor | float = 0.0
@@ -99,7 +101,8 @@ class ExitScore:
         """Add one micro-batch; its weight is its number of targets that count (else of samples)."""
         classes = as_tuple(target)[0]
         if torch.is_floating_point(classes) or classes.shape != logits.shape[:-1]:
-            self._classes, weight = False, logits.new_full((), float(logits.shape[0]), dtype=torch.float64)
+            self._classes = False
+            weight = logits.new_full((), float(logits.shape[0]), dtype=torch.float64)
         else:
             counted = classes != IGNORED
             weight = counted.sum().double()
@@ -109,21 +112,23 @@ class ExitScore:
         self._weight = self._weight + weight
 
     def sums(self) -> list[float | None]:
-        """What has been summed (loss, weight, correct or None), to be joined with others' by `of_sums`."""
+        """Return the sums (loss, weight, correct or None), to be joined with others' by `of_sums`."""
         return [float(self._loss), float(self._weight), float(self._correct) if self._classes else None]
 
     @staticmethod
     def of_sums(parts: list[list[Any]]) -> tuple[float, float | None]:
-        """`result` of several scores, each given by its `sums`."""
+        """Return the `result` of several scores, each given by its `sums`."""
         whole = ExitScore()
-        whole._loss, whole._weight = sum(part[0] for part in parts), sum(part[1] for part in parts)
+        whole._loss = sum(part[0] for part in parts)
+        whole._weight = sum(part[1] for part in parts)
         whole._classes = all(part[2] is not None for part in parts)
         whole._correct = sum(part[2] or 0.0 for part in parts)
         return whole.result()
 
     def result(self) -> tuple[float, float | None]:
-        """Mean loss and, for class targets, the share classified right (None otherwise)."""
+        """Return the mean loss and, for class targets, the share classified right (None otherwise)."""
         weight = float(self._weight)
         if not weight:
             return float("nan"), None
-        return float(self._loss) / weight, float(self._correct) / weight if self._classes else None
+        accuracy = float(self._correct) / weight if self._classes else None
+        return float(self._loss) / weight, accuracy

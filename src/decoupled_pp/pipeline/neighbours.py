@@ -1,4 +1,4 @@
-"""A probe: how well a stage's output tells classes apart without any critic, by its nearest training samples.
+"""Measures how well a stage's output tells classes apart without any critic, by its nearest training samples.
 
 Legend: B batch, D features, N samples kept, k neighbours.
 """
@@ -18,16 +18,17 @@ from decoupled_pp.pipeline.probes import Probe
 
 
 class Neighbours(Probe):
-    """The last training samples of a stage, and the score of held-out ones among them."""
+    """Keeps the last training samples of a stage, and scores held-out ones by a vote of the nearest."""
 
     def __init__(self, k: int, samples: int) -> None:
         """Start empty.
 
         Args:
             k: Neighbours that vote.
-            samples: How many training samples are kept at most.
+            samples: Training samples that are kept at most.
         """
-        self._k, self._samples = k, samples
+        self._k = k
+        self._samples = samples
         self._kept: deque[tuple[Tensor, Tensor]] = deque()
         self._count = 0
         self._correct: Tensor | int = 0
@@ -50,7 +51,8 @@ class Neighbours(Probe):
         """Classify a held-out micro-batch by a vote of the k most similar kept samples (cosine)."""
         if not self._kept:
             return
-        features, classes = (torch.cat(column)[-self._samples :] for column in zip(*self._kept, strict=True))
+        features = torch.cat([features for features, _ in self._kept])[-self._samples :]
+        classes = torch.cat([classes for _, classes in self._kept])[-self._samples :]
         nearest = (_features(hidden) @ features.T).topk(min(self._k, len(classes)), dim=1).indices
         wanted = _classes(target)
         self._correct = self._correct + (classes[nearest].mode(dim=1).values == wanted).sum()
@@ -65,17 +67,22 @@ class Neighbours(Probe):
 
 
 def _features(hidden: Payload) -> Tensor:
-    """(B, D): the mean over space or sequence, of length 1."""
+    """Return the mean over space or sequence, (B, D), each row of length 1."""
     tensor = first_tensor(hidden).detach().float()
-    pooled = tensor.flatten(2).mean(dim=2) if tensor.dim() == 4 else tensor.mean(dim=1) if tensor.dim() == 3 else tensor
-    return functional.normalize(pooled.flatten(1), dim=1)
+    if tensor.dim() == 4:  # (B, D, H, W)
+        tensor = tensor.flatten(2).mean(dim=2)
+    elif tensor.dim() == 3:  # (B, T, D)
+        tensor = tensor.mean(dim=1)
+    return functional.normalize(tensor.flatten(1), dim=1)
 
 
 def _classes(target: Payload) -> Tensor:
     classes = as_tuple(target)[0]
     if classes.dim() != 1 or classes.is_floating_point():
         raise UsageError(
-            f"validation.knn needs one class index per sample, not targets {tuple(classes.shape)} {classes.dtype}; "
-            "leave it out"
+            f"`validation.knn` needs one class index per sample, not targets {tuple(classes.shape)} {classes.dtype}; "
+            "leave it out",
+            code="knn-needs-classes",
+            key="validation.knn",
         )
     return classes

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules of a stage, from `torch.optim` by name or from the user's factory."""
+"""Builds optimizers and learning-rate schedules of a stage, from `torch.optim` by name or the user's factory."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from decoupled_pp.core.factory import call_factory
 from decoupled_pp.core.suggestions import did_you_mean
 from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings
 
+_UNFIT = ("LBFGS", "SparseAdam", "Optimizer")
+"""Classes of `torch.optim` that need a closure or sparse gradients, and their base."""
+
 OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], Optimizer]
 """Makes the optimizer of one stage from its trainable parameters (its critic's included)."""
 
@@ -24,18 +27,19 @@ OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], Optimizer]
 def build_optimizers(
     choice: OptimizerSettings | OptimizerFactory, trunk: nn.Module, critic: nn.Module | None, *, owns_head: bool
 ) -> list[Optimizer]:
-    """The optimizers of one stage: one, or two for Muon, or none if nothing requires a gradient.
+    """Build the optimizers of one stage: one, or two for Muon, or none if nothing requires a gradient.
 
     Args:
         choice: A class of `torch.optim` with its arguments, or a factory.
         trunk: The stage's layers.
         critic: The stage's critic; both are updated together, as in decoupled greedy learning.
-        owns_head: Whether the trunk's last layer is the network's head (Muon leaves it to AdamW).
+        owns_head: True if the trunk's last layer is the network's head (Muon leaves it to AdamW).
 
     Raises:
         UsageError: Unknown name, wrong arguments, or a factory that returns something else.
     """
-    parameters = [p for module in (trunk, critic) if module is not None for p in module.parameters() if p.requires_grad]
+    parameters = [*trunk.parameters(), *(critic.parameters() if critic is not None else ())]
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
     if not parameters:
         return []
     if not isinstance(choice, OptimizerSettings):
@@ -50,53 +54,68 @@ def build_optimizers(
             return _muon(kind, parameters, hidden_matrices(trunk, owns_head), arguments)
         return [kind(parameters, **arguments)]
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(f"optimizer: torch.optim.{choice.kind} refuses {arguments}: {error}") from error
+        raise UsageError(
+            f"`optimizer`: torch.optim.{choice.kind} refuses {arguments}: {error}; change `optimizer.arguments`",
+            code="optimizer-refuses-arguments",
+            key="optimizer.arguments",
+        ) from error
 
 
 def _check_arguments(kind: type[Optimizer], arguments: dict[str, Any]) -> None:
-    """Raises UsageError for what torch's own checks miss or do not explain: unknown names, values of another form."""
-    known = {key: p.default for key, p in inspect.signature(kind).parameters.items() if key not in ("params", "lr")}
-    for key, value in arguments.items():
-        where = f"optimizer.arguments.{key}: torch.optim.{kind.__name__}"
-        if key not in known:
-            raise UsageError(f"{where} has no such argument{did_you_mean(key, known)}; one of {', '.join(known)}")
-        default = known[key]
-        if isinstance(default, tuple) and not (isinstance(value, list | tuple) and len(value) == len(default)):
-            raise UsageError(f"{where} takes a list of {len(default)} like {list(default)}, not {value!r}")
-        if isinstance(default, float) and not isinstance(value, int | float | torch.Tensor):
-            raise UsageError(f"{where} takes a number like {default}, not {value!r}")
+    """Raise UsageError for what torch's own checks miss or do not explain: unknown names, values of another form."""
+    parameters = inspect.signature(kind).parameters
+    known = {name: parameter.default for name, parameter in parameters.items() if name not in ("params", "lr")}
+    for name, value in arguments.items():
+        if name not in known:
+            fault = f"has no such argument{did_you_mean(name, known)}; one of {', '.join(known)}"
+        elif isinstance(known[name], tuple) and not _is_list_like(value, known[name]):
+            fault = f"takes a list of {len(known[name])} like {list(known[name])}, not {value!r}"
+        elif isinstance(known[name], float) and not isinstance(value, int | float | torch.Tensor):
+            fault = f"takes a number like {known[name]}, not {value!r}"
+        else:
+            continue
+        key = f"optimizer.arguments.{name}"
+        raise UsageError(f"`{key}`: torch.optim.{kind.__name__} {fault}", code="optimizer-refuses-arguments", key=key)
+
+
+def _is_list_like(value: object, default: tuple[Any, ...]) -> bool:
+    return isinstance(value, list | tuple) and len(value) == len(default)
 
 
 def find_optimizer(name: str) -> type[Optimizer]:
-    """The class of `torch.optim` with this name.
+    """Return the class of `torch.optim` with this name.
 
     Raises:
         UsageError: There is none (or it needs a closure or sparse gradients, which a stage does not have).
     """
-    found = getattr(torch.optim, name, None)
-    unfit = {"LBFGS", "SparseAdam", "Optimizer"}
-    if not (isinstance(found, type) and issubclass(found, Optimizer)) or name in unfit:
-        known = sorted(
-            key
-            for key, value in vars(torch.optim).items()
-            if isinstance(value, type) and issubclass(value, Optimizer) and key not in unfit
-        )
+    usable = {
+        key: value
+        for key, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, Optimizer) and key not in _UNFIT
+    }
+    if name not in usable:
+        known = sorted(usable)
         remedy = f"{did_you_mean(name, known)}; one of {', '.join(known)}"
-        raise UsageError(f"optimizer.kind: torch.optim has no usable {name!r} here{remedy}")
-    return found
+        raise UsageError(
+            f"`optimizer.kind`: torch.optim has no usable {name!r} here{remedy}",
+            code="unknown-optimizer",
+            key="optimizer.kind",
+        )
+    return usable[name]
 
 
 def hidden_matrices(trunk: nn.Module, owns_head: bool) -> set[int]:
-    """Ids of the weights Muon is made for: of `nn.Linear` layers, embeddings and the network's head excepted."""
+    """Return the ids of the weights Muon is made for: those of `nn.Linear` layers other than the network's head."""
     layers = list(trunk.children())
     hidden = layers[:-1] if owns_head else layers
-    return {id(m.weight) for layer in hidden for m in layer.modules() if isinstance(m, nn.Linear)}
+    modules = [module for layer in hidden for module in layer.modules()]
+    return {id(module.weight) for module in modules if isinstance(module, nn.Linear)}
 
 
 def _muon(
     kind: type[Optimizer], parameters: list[nn.Parameter], matrices: set[int], arguments: dict[str, Any]
 ) -> list[Optimizer]:
-    """Muon for the hidden matrices, AdamW for all else (torch's Muon takes 2-D parameters only)."""
+    """Build Muon for the hidden matrices and AdamW for all else (torch's Muon takes 2-D parameters only)."""
     hidden = [p for p in parameters if id(p) in matrices]
     others = [p for p in parameters if id(p) not in matrices]
     shared = {key: value for key, value in arguments.items() if key in ("lr", "weight_decay")}
@@ -111,14 +130,18 @@ def _muon(
 
 def _checked(optimizer: object, source: str) -> Optimizer:
     if not isinstance(optimizer, Optimizer):
-        raise UsageError(f"optimizer: {source} returned {type(optimizer).__name__}, not a torch.optim.Optimizer")
+        raise UsageError(
+            f"`optimizer`: {source} returned {type(optimizer).__name__}; it must return a torch.optim.Optimizer",
+            code="optimizer-is-none",
+            key="optimizer",
+        )
     return optimizer
 
 
 def build_schedules(
     settings: ScheduleSettings, optimizers: list[Optimizer], steps: int, done: int = 0
 ) -> list[LambdaLR]:
-    """One scheduler per optimizer, `done` steps on its way; none for a constant rate.
+    """Build one scheduler per optimizer, `done` steps on its way; none for a constant rate.
 
     The rate is a function of the step alone, so a resumed run needs nothing but its step, and may change the settings.
     """
@@ -133,7 +156,7 @@ def build_schedules(
 
 
 def rate_factor(settings: ScheduleSettings, step: int, steps: int) -> float:
-    """Multiplier of the learning rate at optimizer step `step` (from 0) of `steps`."""
+    """Return the multiplier of the learning rate at optimizer step `step` (from 0) of `steps`."""
     if step < settings.warmup:
         return (step + 1) / (settings.warmup + 1)
     if settings.kind == "constant":
@@ -141,5 +164,7 @@ def rate_factor(settings: ScheduleSettings, step: int, steps: int) -> float:
     if settings.kind == "steps":
         return float(settings.factor ** sum(step >= milestone for milestone in settings.milestones))
     progress = min(1.0, (step - settings.warmup) / max(1, steps - settings.warmup))
-    remaining = 1 - progress if settings.kind == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    remaining = (1 + math.cos(math.pi * progress)) / 2
+    if settings.kind == "linear":
+        remaining = 1 - progress
     return settings.final + (1 - settings.final) * remaining

@@ -1,4 +1,4 @@
-"""What an optimizer carries from step to step, for checkpoints: state per parameter, and entries of `param_groups`.
+"""Reads and restores what an optimizer carries from step to step: state per parameter, entries of `param_groups`.
 
 State per parameter is all that torch's own optimizers keep. Others (schedule-free ones, Prodigy) count and adapt in
 their `param_groups`, beside the settings. An entry is state if steps have changed it: settings that have stayed what
@@ -23,31 +23,38 @@ Groups: TypeAlias = list[list[dict[str, Any]]]
 
 
 def group_entries(optimizers: Sequence[Optimizer]) -> Groups:
-    """A copy of all entries of the groups."""
+    """Return a copy of all entries of the groups."""
     return [[_entries(group) for group in optimizer.param_groups] for optimizer in optimizers]
 
 
 def refuse_unsavable(groups: Groups) -> None:
-    """Raises UsageError if a group has an entry that could not be saved if it changed."""
-    for group in (group for groups_of_one in groups for group in groups_of_one):
-        for name, value in group.items():
-            if not _savable(value):
-                raise UsageError(
-                    f"optimizer: it keeps a {type(value).__name__} ({name!r}) in its param_groups, which a checkpoint "
-                    "cannot hold; keep numbers, strings or tensors there, or train without checkpoints"
-                )
+    """Raise UsageError if a group has an entry that could not be saved if it changed."""
+    for groups_of_one in groups:
+        for group in groups_of_one:
+            for name, value in group.items():
+                if not _savable(value):
+                    raise _cannot_be_saved("the optimizer", value, f"{name!r} in its param_groups")
 
 
 def changed_entries(optimizers: Sequence[Optimizer], before: Groups, scheduled: bool) -> dict[str, Any]:
-    """The entries that steps have changed, by `<optimizer>.<group>.<name>`; a scheduled rate is the schedule's."""
-    theirs = {"initial_lr", "lr"} if scheduled else {"initial_lr"}
-    return {
-        f"{i}.{j}.{name}": value
-        for i, (optimizer, groups) in enumerate(zip(optimizers, before, strict=True))
-        for j, (group, entries) in enumerate(zip(optimizer.param_groups, groups, strict=True))
-        for name, value in group.items()
-        if name not in theirs | {"params"} and not (name in entries and _equal(value, entries[name]))
-    }
+    """Return the entries that steps have changed, by `<optimizer>.<group>.<name>`.
+
+    Args:
+        optimizers: The optimizers.
+        before: The entries before the first step.
+        scheduled: True if a schedule sets the learning rate, which is then no state of the optimizer.
+    """
+    ignored = {"params", "initial_lr"}
+    if scheduled:
+        ignored.add("lr")
+    changed = {}
+    for i, (optimizer, groups) in enumerate(zip(optimizers, before, strict=True)):
+        for j, (group, entries) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
+            for name, value in group.items():
+                is_as_before = name in entries and _equal(value, entries[name])
+                if name not in ignored and not is_as_before:
+                    changed[f"{i}.{j}.{name}"] = value
+    return changed
 
 
 def reset_entries(optimizers: Sequence[Optimizer], groups: Groups, saved: Mapping[str, Any]) -> None:
@@ -58,7 +65,7 @@ def reset_entries(optimizers: Sequence[Optimizer], groups: Groups, saved: Mappin
             group.clear()
             group.update(params=parameters, **_entries(entries))
     for key, value in saved.items():
-        i, j, name = key.split(".", 2)
+        i, j, name = key.split(".", 2)  # as `changed_entries` makes them
         group = optimizers[int(i)].param_groups[int(j)]
         group[name] = _like(group.get(name), value)
 
@@ -66,9 +73,9 @@ def reset_entries(optimizers: Sequence[Optimizer], groups: Groups, saved: Mappin
 def make_state(optimizers: Sequence[Optimizer], parameters: Sequence[nn.Parameter], device: torch.device) -> None:
     """Let the optimizers make the state they keep of these parameters, by a step with gradients of zero.
 
-    Which state that is, in which shapes, types and places, only the optimizer knows. The step may change parameters and
-    entries of the groups: these are to be restored afterwards.
+    The step may change parameters and entries of the groups: restore these afterwards.
     """
+    # Only the optimizer knows which state it keeps, in which shapes, types and places.
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     with seeded(0, device):
@@ -78,37 +85,45 @@ def make_state(optimizers: Sequence[Optimizer], parameters: Sequence[nn.Paramete
 
 
 def named_state(optimizers: Sequence[Optimizer], names: Mapping[Tensor, str]) -> Iterator[tuple[str, str, Any]]:
-    """(parameter's name, field, value) of all state of the named parameters.
+    """Yield (parameter's name, field, value) of all state of the named parameters.
 
     Raises:
         UsageError: A value that a checkpoint cannot hold.
     """
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
-            for field, value in state.items() if parameter in names else ():
+            if parameter not in names:
+                continue
+            for field, value in state.items():
                 if isinstance(value, Tensor | int | float):
                     yield names[parameter], field, value
                 elif value is not None:
-                    raise UsageError(
-                        f"{type(optimizer).__name__} keeps a {type(value).__name__} ({field!r}): cannot be saved"
-                    )
+                    raise _cannot_be_saved(type(optimizer).__name__, value, repr(field))
 
 
 def owners(optimizers: Sequence[Optimizer], names: Mapping[Tensor, str]) -> dict[str, Optimizer]:
-    """Name of a parameter -> the optimizer that trains it."""
-    return {
-        names[parameter]: optimizer
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter in names
-    }
+    """Return the optimizer that trains each parameter, by the parameter's name."""
+    found: dict[str, Optimizer] = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            found |= {names[parameter]: optimizer for parameter in group["params"] if parameter in names}
+    return found
+
+
+def _cannot_be_saved(keeper: str, value: object, where: str) -> UsageError:
+    return UsageError(
+        f"`optimizer`: {keeper} keeps a {type(value).__name__} ({where}), which a checkpoint cannot hold; keep "
+        "numbers, strings or tensors there, or train without checkpoints",
+        code="optimizer-state-not-savable",
+        key="optimizer",
+    )
 
 
 def _like(first: object, value: Any) -> Any:
-    """The saved value in the form and place of the entry that it replaces."""
+    """Return the saved value in the form and on the device of the entry that it replaces."""
     if isinstance(first, Tensor) and isinstance(value, Tensor):
         return value.to(first.device)
+    # JSON has no tuples, and an optimizer may compare or unpack its own (betas).
     return tuple(value) if isinstance(first, tuple) else value
 
 

@@ -1,4 +1,4 @@
-"""Which part of a stage learns at which optimizer step."""
+"""Says which part of a stage learns at which optimizer step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Pace:
-    """When one stage learns.
+    """Says when one stage learns.
 
     Attributes:
         begins: Optimizer steps before the stage learns; until then it only passes packets on (`training.stagger`).

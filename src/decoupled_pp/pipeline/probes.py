@@ -1,4 +1,4 @@
-"""Probes: they look at the packets of a stage and change nothing that trains."""
+"""Defines probes, which look at the packets of a stage and change nothing that trains."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Probe:
         """Look at the stage's output for a held-out packet."""
 
     def results(self) -> dict[str, Any]:
-        """Return what was found in the evaluation that ends now, by its key in the record of the evaluation."""
+        """Return the findings of the evaluation that ends now, by their keys in the record of the evaluation."""
         return {}
 
 

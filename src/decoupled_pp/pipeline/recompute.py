@@ -1,4 +1,4 @@
-"""Activation checkpointing: a stage's layers recompute their activations in the backward pass."""
+"""Lets a stage's layers recompute their activations in the backward pass (activation checkpointing)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from decoupled_pp.core.packets import Payload
 
 
 def checkpointed(trunk: nn.Module) -> Callable[[Payload], Payload]:
-    """The layers in a row, each of which recomputes its activations in the backward pass."""
+    """Return the layers as one function; each recomputes its activations in the backward pass."""
 
     def run(payload: Payload) -> Payload:
         for layer in trunk.children():
@@ -25,10 +25,8 @@ def checkpointed(trunk: nn.Module) -> Callable[[Payload], Payload]:
 
 
 def _same_buffers(layer: nn.Module) -> dict[str, Any]:
-    """Let recomputation start from the buffers that forward found (batch-norm statistics), and leave no trace in them.
-
-    Without this, torch's checkpoint counts every packet twice in running statistics (torch's compiler does not).
-    """
+    """Let recomputation start from the buffers that forward found (batch-norm statistics), and then put them back."""
+    # Without this, torch's checkpoint counts every packet twice in running statistics (torch's compiler does not).
     buffers = list(layer.buffers())
     if torch.compiler.is_compiling() or not buffers:
         return {}

@@ -1,4 +1,4 @@
-"""The loop of one rank: take a packet, do what it asks, pass it on.
+"""Runs the loop of one rank: take a packet, do what it asks, pass it on.
 
     feed --> [stage 0] --link--> [stage 1] --link--> [stage 2]        time -->
     stage 0   F0 B0 F1 B1 F2 B2 F3 B3
@@ -31,7 +31,7 @@ _WAITS = {
     PacketKind.SAVE: "save",
     PacketKind.END: "end",
 }
-"""What the wait for a packet is called: one for a pause is part of the pause, not of training."""
+"""Phase that the wait for a packet belongs to: a wait for an evaluation is part of that, not of training."""
 
 
 class Worker:
@@ -70,7 +70,7 @@ class Worker:
         self._packet: Packet | None = None
 
     def advance(self) -> bool:
-        """Take one packet and do what it asks; False once that was the END."""
+        """Take one packet and do what it asks; return False once that was the END."""
         packet = self.ends.inlet.receive()
         self._packet = packet
         self.meter.begin(packet.number)
@@ -149,8 +149,8 @@ class Worker:
             raise
         except Exception as error:
             if self._packet is not None:
-                kind, number = self._packet.kind.name, self._packet.number
-                error.add_note(f"stage {self.stage.index}, {kind} packet {number}")
+                packet = self._packet
+                error.add_note(f"stage {self.stage.index}, {packet.kind.name} packet {packet.number}")
             raise
 
 

@@ -1,4 +1,4 @@
-"""One stage: it trains on packets by its rule and scores its exit; it knows neither its rank nor its links."""
+"""Joins the parts of one stage, which trains on packets and scores its exit; it knows neither rank nor links."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Stage:
         self._begin_evaluation()
 
     def train(self, packet: Packet, ends: Ends, lap: Lap) -> Done | None:
-        """Train on one packet; None if `resume` is to finish it."""
+        """Train on one packet; return None if `resume` is to finish it."""
         with ExitStack() as stack:
             stack.enter_context(self.body.random)  # around the update too: an optimizer may draw random numbers
             for probe in self.probes:
@@ -69,8 +69,11 @@ class Stage:
         return score.result() if self.body.judge.exits else None
 
     def probe_results(self) -> dict[str, Any]:
-        """Return what the probes found in the evaluation that ends now."""
-        return {key: value for probe in self.probes for key, value in probe.results().items()}
+        """Return the findings of all probes in the evaluation that ends now."""
+        found: dict[str, Any] = {}
+        for probe in self.probes:
+            found |= probe.results()
+        return found
 
     @property
     def trunk(self) -> nn.Module:
@@ -115,4 +118,5 @@ class Stage:
         return named
 
     def _begin_evaluation(self) -> None:
-        self._score, self._evaluation_random = ExitScore(), self.body.random_of_evaluation()
+        self._score = ExitScore()
+        self._evaluation_random = self.body.random_of_evaluation()

@@ -16,7 +16,8 @@ from decoupled_pp.core.datasets import DataInfo
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.records import write_json
 from decoupled_pp.core.reports import Report, Span
-from decoupled_pp.run.checkpoints.parts import list_checkpoints, remove_incomplete, write_atomically
+from decoupled_pp.run.checkpoints.files import write_atomically
+from decoupled_pp.run.checkpoints.parts import list_checkpoints, remove_incomplete
 from decoupled_pp.run.log import METRICS_FILE, read_records
 from decoupled_pp.run.output_folder import OutputFolder
 from decoupled_pp.run.plots import plot_losses, plot_timeline

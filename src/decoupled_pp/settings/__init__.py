@@ -1,1 +1,1 @@
-"""Every option of a run: the only declaration of its name, type, default and check."""
+"""Declares every option of a run, once: its name, type, default and check."""

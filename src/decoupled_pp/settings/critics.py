@@ -1,4 +1,4 @@
-"""The `critic` section of the settings: one class for every kind."""
+"""Declares the `critic` section of the settings: one class for every kind."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from decoupled_pp.settings.sections import Factory, Section
 
 
 class AutoCritic(Section):
-    """What has been measured to serve a kind of network best (docs/critics.md): by the form of a stage's output."""
+    """The critic measured to serve a kind of network best (docs/critics.md), chosen by the form of a stage's output."""
 
     kind: Literal["auto"] = "auto"
 
@@ -104,7 +104,7 @@ class NeuronGroupsCritic(Section):
     diversity: float = Field(0.5, ge=0)
     """Weight of the mean pairwise cosine between the groups' softened wrong-class distributions (paper: 0.5)."""
     temperature: float = Field(3.0, gt=0)
-    """What softens them (paper: 3)."""
+    """Temperature that softens them (paper: 3)."""
 
 
 class CollaborativeCritic(Section):
@@ -114,11 +114,11 @@ class CollaborativeCritic(Section):
     heads: int = Field(2, ge=2)
     """Heads, H; the gradient into the stage is that of all heads divided by H."""
     base: Literal["head", "mlp_sr"] = "head"
-    """What every head is."""
+    """Kind of every head."""
     label_share: float = Field(0.5, ge=0, le=1)
     """Share of the labels' loss; the rest is that of the others' consensus (beta in the paper)."""
     temperature: float = Field(2.0, gt=0)
-    """What softens the consensus (T in the paper)."""
+    """Temperature that softens the consensus (T in the paper)."""
 
 
 class SgrCritic(Section):
@@ -126,7 +126,7 @@ class SgrCritic(Section):
 
     kind: Literal["sgr"]
     base: Literal["head", "mlp_sr"] = "head"
-    """What makes the logits of a stage."""
+    """Kind of head that makes the logits of a stage."""
     weight: float = Field(0.1, ge=0)
     """Weight of the distance between this stage's gradient for its input and the previous stage's delta (lambda)."""
     distance: Literal["cosine", "l2"] = "cosine"
@@ -162,7 +162,9 @@ class VocabularyCritic(Section):
     @model_validator(mode="after")
     def _one_softmax(self) -> VocabularyCritic:
         if self.classes is not None and self.buckets is not None:
-            raise ValueError("give at most one of classes (sampled softmax) and buckets (hashed softmax)")
+            raise ValueError(
+                "give at most one of `critic.classes` (sampled softmax) and `critic.buckets` (hashed softmax)"
+            )
         return self
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -14,7 +15,7 @@ from decoupled_pp.core.suggestions import did_you_mean
 from decoupled_pp.settings.critics import CriticSettings
 from decoupled_pp.settings.rules import CriticTargetSettings
 from decoupled_pp.settings.run import Settings
-from decoupled_pp.settings.sections import DataSettings, ModelSettings, Section
+from decoupled_pp.settings.sections import DataSettings, ModelSettings, Section, kinds_of, section_types
 from decoupled_pp.settings.yaml_text import read_yaml
 
 
@@ -66,12 +67,13 @@ def check_settings(raw: dict[str, Any], source: str = "settings", overrides: tup
 
 
 def _source(fault: UsageError, path: str, overrides: tuple[str, ...]) -> str:
-    """Return where the key of a fault was given: the last override that the fault names, else the file."""
+    """Return where the key of a fault was given: in the last override that the fault names, else in the file."""
     for override in reversed(overrides):
         key, _, _ = override.partition("=")
         section, _, last = key.rpartition(".")
         named = rf"(?<![\w.]){re.escape(key)}(?!\w)"
-        in_section = rf"(?<![\w.]){re.escape(last)}(?!\w)"  # "`model`: width 10 is not a multiple of heads 4"
+        # A check of a whole section may name its field alone.
+        in_section = rf"(?<![\w.]){re.escape(last)}(?!\w)"
         if re.search(named, fault.text) or (fault.key == section and re.search(in_section, fault.text)):
             return f"--set {override}"
     return path
@@ -108,10 +110,11 @@ def usage_error(error: ValidationError, section: str | None = None) -> UsageErro
     faults = [_with_field(fault) for fault in error.errors()]
     paths = [[*([section] if section else []), *map(str, fault["loc"])] for fault in faults]
     keys = [_shown(path) for path in paths]
-    code, text = _explained(faults[0], paths[0], keys[0])
+    found = _explained(faults[0], paths[0], keys[0])
     more = len(set(keys)) - 1
-    key = f"{keys[0]}.kind".removeprefix(".") if code == "unknown-kind" else keys[0]
-    return UsageError(text + (f" (and {more} more)" if more else ""), code=code, key=key or None)
+    if more:
+        found.text += f" (and {more} more)"
+    return found
 
 
 def _with_field(fault: Any) -> Any:
@@ -122,23 +125,24 @@ def _with_field(fault: Any) -> Any:
     return {**fault, "loc": (*fault["loc"], found["field"]), "input": found["value"]}
 
 
-def _explained(fault: Any, path: list[str], key: str) -> tuple[str, str]:
-    """Return code and text of one fault that pydantic found.
+def _explained(fault: Any, path: list[str], key: str) -> UsageError:
+    """Return the error of one fault that pydantic found.
 
     Args:
         fault: From `ValidationError.errors`.
         path: Where, with the tags of unions.
         key: Where, as a user writes it.
     """
-    kind, value = fault["type"], fault.get("input")
+    kind = fault["type"]
+    value = fault.get("input")
     if kind == "extra_forbidden":
         known = _keys_at(path[:-1])
         remedy = did_you_mean(path[-1], known) or f"; use one of {', '.join(known)}"
-        return "unknown-setting", f"`{key}`: unknown key, given {value!r}{remedy}"
+        return UsageError(f"`{key}`: unknown key, given {value!r}{remedy}", code="unknown-setting", key=key)
     if kind == "missing":
-        return "missing-setting", f"`{key}`: required key is missing; give it a value"
+        return UsageError(f"`{key}`: required key is missing; give it a value", code="missing-setting", key=key)
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        return "unknown-kind", _explained_kind(fault, key)
+        return _explained_kind(fault, f"{key}.kind".removeprefix("."))
     if kind == "value_error":
         return _explained_check(fault, key)
     message = fault["msg"]
@@ -147,42 +151,49 @@ def _explained(fault: Any, path: list[str], key: str) -> tuple[str, str]:
         remedy = did_you_mean(str(value), choices)
         if key == "cut":
             remedy += "; or give the layers per stage, e.g. [3, 2]"
-        return "not-one-of-the-choices", f"`{key}`: {message}, not {value!r}{remedy}"
-    return "unusable-value", f"`{key}`: {message}, not {value!r}"
+        return UsageError(f"`{key}`: {message}, not {value!r}{remedy}", code="not-one-of-the-choices", key=key)
+    return UsageError(f"`{key}`: {message}, not {value!r}", code="unusable-value", key=key)
 
 
-def _explained_check(fault: Any, key: str) -> tuple[str, str]:
-    """Return code and text of a fault that a validator of ours raised."""
+def _explained_check(fault: Any, key: str) -> UsageError:
+    """Return the error of a fault that a validator of ours raised."""
     cause = fault.get("ctx", {}).get("error")
     if isinstance(cause, UsageError):
-        return cause.code, cause.text
+        return UsageError(cause.text, code=cause.code, key=cause.key)
     message = fault["msg"].removeprefix("Value error, ")
-    return "contradictory-settings", f"`{key}`: {message}" if key else message
+    text = f"`{key}`: {message}" if key else message
+    return UsageError(text, code="contradictory-settings", key=key or None)
 
 
-def _explained_kind(fault: Any, key: str) -> str:
+def _explained_kind(fault: Any, key: str) -> UsageError:
     value = fault.get("input")
     expected = fault.get("ctx", {}).get("expected_tags", "")
     kinds = [tag.strip("' ") for tag in expected.split(",") if tag]
     given = value.get("kind") if isinstance(value, dict) else value
-    choice = f"; one of {', '.join(kinds)}" if kinds else "; a section with a `kind` is needed"
-    return f"`{key}.kind`: {given!r} is not known{did_you_mean(str(given), kinds)}{choice}"
+    remedy = f"one of {', '.join(kinds)}" if kinds else "give a section with a `kind`"
+    text = f"`{key}`: {given!r} is not known{did_you_mean(str(given), kinds)}; {remedy}"
+    return UsageError(text, code="unknown-kind", key=key)
 
 
 def _shown(path: list[str]) -> str:
     """Return a path as a user writes it: without the tags that tell which member of a union was tried."""
     tags = _kinds()
-    return ".".join(part for at, part in enumerate(path) if not (part in tags and at > 0 and path[at - 1] in _UNIONS))
+    shown = path[:1]
+    for before, part in pairwise(path):
+        if not (before in _UNIONS and part in tags):
+            shown.append(part)
+    return ".".join(shown)
 
 
 _UNIONS = {"model", "data", "critic", "critic_target", "cut"}
 
 
 def _kinds() -> set[str]:
-    tags = {"literal['time','parameters','uniform']", "list[int]"}
+    """Return the tags that pydantic puts into the path of a fault in a union."""
+    tags = {"literal['time','parameters','uniform']", "list[int]"}  # the members of `cut`
     for union in (ModelSettings, DataSettings, CriticSettings, CriticTargetSettings):
-        for section in get_args(get_args(union)[0]):
-            tags.update(get_args(section.model_fields["kind"].annotation))
+        for section in section_types(union):
+            tags.update(kinds_of(section))
     return tags
 
 
@@ -190,14 +201,9 @@ def _keys_at(path: list[str]) -> list[str]:
     """Return the keys of the section at `path` (which holds a union's tag after the union's key)."""
     sections: list[type[Section]] = [Settings]
     for part in path:
-        for section in sections:
-            if part in section.model_fields:
-                annotation = section.model_fields[part].annotation
-                candidates = [annotation, *get_args(annotation)]
-                sections = [c for c in candidates if isinstance(c, type) and issubclass(c, Section)]
-                break
-        else:
-            sections = [
-                s for s in sections if part in get_args(getattr(s.model_fields.get("kind"), "annotation", None))
-            ]
+        holder = next((section for section in sections if part in section.model_fields), None)
+        if holder is not None:
+            sections = section_types(holder.model_fields[part].annotation)
+        else:  # a union's tag
+            sections = [section for section in sections if part in kinds_of(section)]
     return sorted({key for section in sections for key in section.model_fields})

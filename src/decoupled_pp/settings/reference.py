@@ -1,4 +1,4 @@
-"""Settings -> `docs/configuration.md`: `python -m decoupled_pp.settings.reference > docs/configuration.md`."""
+"""Writes the reference of all settings: `python -m decoupled_pp.settings.reference > docs/configuration.md`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from decoupled_pp.settings.run import Settings
-from decoupled_pp.settings.sections import Section
+from decoupled_pp.settings.sections import Section, kinds_of, section_types
 
 INTRODUCTION = """\
 # Configuration
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def reference() -> str:
-    """The whole of `docs/configuration.md`."""
+    """Return the whole of `docs/configuration.md`."""
     parts = [INTRODUCTION, "## Top level\n\n" + _table(Settings)]
     for name, field in Settings.model_fields.items():
         if kinds := section_types(field.annotation):
@@ -47,28 +47,15 @@ def reference() -> str:
     return "\n".join(parts)
 
 
-def section_types(annotation: Any) -> list[type[Section]]:
-    """The sections that a key may hold: none for a plain value, several for a `kind`."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    return [section for part in get_args(annotation) for section in section_types(part)]
-
-
 def _section(name: str, field: FieldInfo, kinds: list[type[Section]]) -> str:
-    text = f"## `{name}`\n\n{field.description}"
     if "kind" not in kinds[0].model_fields or len(kinds) == 1:
-        return f"## `{name}`\n\n{_docstring(kinds[0])}\n\n" + _table(kinds[0])
-    parts = [f"{text} Kinds: {', '.join(f'`{_kind(section)}`' for section in kinds)}.\n"]
+        return f"## `{name}`\n\n{_docstring(kinds[0])}\n\n{_table(kinds[0])}"
+    names = ", ".join(f"`{kinds_of(section)[0]}`" for section in kinds)
+    parts = [f"## `{name}`\n\n{field.description} Kinds: {names}.\n"]
     for section in kinds:
-        parts.append(
-            f"### `{name}: {{kind: {_kind(section)}}}`\n\n{_docstring(section)}\n\n"
-            + _table(section, without_kind=True)
-        )
+        title = f"### `{name}: {{kind: {kinds_of(section)[0]}}}`"
+        parts.append(f"{title}\n\n{_docstring(section)}\n\n{_table(section, without_kind=True)}")
     return "\n".join(parts)
-
-
-def _kind(section: type[Section]) -> str:
-    return str(get_args(section.model_fields["kind"].annotation)[0])
 
 
 def _docstring(section: type[Section]) -> str:
@@ -91,13 +78,14 @@ def _row(name: str, field: FieldInfo) -> str:
 
 
 def _value(field: FieldInfo) -> str:
-    """Type and bounds of a key, in the terms of YAML."""
+    """Return type and bounds of a key, in the terms of YAML."""
     return ", ".join([type_name(field.annotation), *_constraints(field)])
 
 
 def type_name(annotation: Any) -> str:
-    """A type in the terms of YAML."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
+    """Return the name of a type in the terms of YAML."""
+    origin = get_origin(annotation)
+    arguments = get_args(annotation)
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in arguments)
     if origin is list:

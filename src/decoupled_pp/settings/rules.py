@@ -1,4 +1,4 @@
-"""The settings of training rules: what critics learn from, and end-to-end steps between local ones.
+"""Declares the settings of training rules: what critics learn from, and end-to-end steps between local ones.
 
 A new rule has a section here, if it has options, and one row in `pipeline/rules/table.py`.
 """

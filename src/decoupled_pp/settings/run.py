@@ -1,4 +1,4 @@
-"""Every setting of a run: typed, documented field by field, checked together; those with a `kind` in `sections.py`."""
+"""Declares the settings of a run, except for the sections that have a `kind`, and checks them together."""
 
 from __future__ import annotations
 
@@ -28,29 +28,34 @@ class OptimizerSettings(Section):
     @model_validator(mode="after")
     def _one_rate(self) -> OptimizerSettings:
         if "lr" in self.arguments:
-            raise ValueError(f"arguments.lr {self.arguments['lr']} would override lr {self.lr}; give lr alone")
+            raise ValueError(
+                f"`optimizer.arguments.lr` {self.arguments['lr']} would override `optimizer.lr` {self.lr}; give the "
+                "latter alone"
+            )
         if any(factor < 0 for factor in self.lr_per_stage or ()):
-            raise ValueError(f"lr_per_stage {self.lr_per_stage} must not be negative; 0 freezes a stage")
+            raise ValueError(
+                f"`optimizer.lr_per_stage` {self.lr_per_stage} must not be negative; give 0 to freeze a stage"
+            )
         return self
 
     def freezes(self, index: int) -> bool:
-        """Whether a stage and its critic stay as they are."""
+        """Return whether a stage and its critic stay as they are."""
         return self.lr_per_stage is not None and self.lr_per_stage[index] == 0
 
     def of_stage(self, index: int) -> OptimizerSettings:
-        """The same with the rate of one stage that is not frozen."""
+        """Return these settings with the rate of one stage; a frozen stage keeps the common one."""
         if self.lr_per_stage is None or self.freezes(index):
             return self
         return self.model_copy(update={"lr": self.lr * self.lr_per_stage[index], "lr_per_stage": None})
 
 
 class BalanceSettings(Section):
-    """What a cut by time or by parameters has to respect (decoupled only)."""
+    """Bounds that a cut by time or by parameters has to respect (decoupled only)."""
 
     speeds: list[float] | None = None
-    """Of the devices of the stages, relative to each other, e.g. `[1, 1, 0.5, 1]`; default: all alike."""
+    """Speeds of the stages' devices, relative to each other, e.g. `[1, 1, 0.5, 1]`; default: all alike."""
     memory: str | list[str] | None = None
-    """Of the devices: one size, such as `20GiB`, or one for every stage; no stage may need more. Default: no bound."""
+    """Memory of the devices: one size, such as `20GiB`, or one for each stage; none may need more. Default: any."""
 
 
 class ScheduleSettings(Section):
@@ -137,7 +142,7 @@ class MetricsSettings(Section):
 
 
 class LoggingSettings(MetricsSettings):
-    """What is written and shown while training."""
+    """Metrics that are written and shown while training."""
 
     tensorboard: bool = True
     """Write TensorBoard events."""
@@ -179,11 +184,11 @@ STAGES_ALONE: dict[str, Any] = {
     "validation.knn": None,
     "global_correction": None,
 }
-"""What only decoupled stages can have, and the value with which they have not."""
+"""Settings that only decoupled stages can have -> the value that leaves each one out."""
 
 
 def refuse_rates(optimizer: OptimizerSettings, stages: int) -> None:
-    """Raises UsageError unless each stage has one factor of the learning rate, or none has."""
+    """Raise UsageError unless each stage has one factor of the learning rate, or none has."""
     factors = optimizer.lr_per_stage
     if factors is not None and len(factors) != stages:
         raise UsageError(
@@ -227,7 +232,7 @@ class Settings(Section):
     critic: CriticSettings = AutoCritic()
     """The critic of every stage before the last."""
     critic_target: CriticTargetSettings = LabelTarget()
-    """What critics learn from: labels, or the next stage's losses."""
+    """Source that critics learn from: labels, or the next stage's losses."""
     critic_overlap: int = Field(0, ge=0)
     """First layers of the next stage that every stage trains copies of, below its critic; no byte more is sent."""
     global_correction: CorrectionSettings | None = None
@@ -261,32 +266,44 @@ class Settings(Section):
             )
         if isinstance(self.cut, list) and (len(self.cut) != self.stages or min(self.cut, default=0) < 1):
             raise ValueError(
-                f"cut {self.cut} must have {self.stages} entries (stages), each at least 1; list the layers per stage"
+                f"`cut` {self.cut} must have {self.stages} entries (`stages`), each at least 1; list the layers per "
+                "stage"
             )
         if isinstance(self.model, HuggingFaceModel) and self.model.meta:
-            whole = {"strategy": self.strategy != "decoupled", "sample": self.sample, "start_from": self.start_from}
-            if given := next((key for key, value in whole.items() if value), None):
-                raise ValueError(f"{given} needs the whole network in one process; leave model.meta out, or {given}")
+            self._refuse_whole_network()
         if self.schedule.warmup >= self.training.steps:
             raise ValueError(
-                f"schedule.warmup {self.schedule.warmup} leaves none of training.steps {self.training.steps}; "
+                f"`schedule.warmup` {self.schedule.warmup} leaves none of `training.steps` {self.training.steps}; "
                 "lower the one or raise the other"
             )
         if (self.validation.every or 0) > self.training.steps:
             raise ValueError(
-                f"validation.every {self.validation.every} is more than training.steps {self.training.steps}; "
+                f"`validation.every` {self.validation.every} is more than `training.steps` {self.training.steps}; "
                 "lower it, or leave it out (null) to validate only at the end"
             )
-        if self.schedule.kind == "steps" and not self.schedule.milestones:
-            raise ValueError("schedule.kind 'steps' needs schedule.milestones; give a list of steps")
-        for key, kinds in (("factor", ("steps",)), ("milestones", ("steps",)), ("final", ("cosine", "linear"))):
-            changed = getattr(self.schedule, key) != getattr(ScheduleSettings(), key)
-            if changed and self.schedule.kind not in kinds:
-                raise ValueError(
-                    f"schedule.{key} has no effect with schedule.kind {self.schedule.kind!r}; "
-                    f"leave it out, or use kind {' or '.join(kinds)}"
-                )
+        self._refuse_unused_schedule()
         return self
+
+    def _refuse_whole_network(self) -> None:
+        """Raise ValueError for settings that need the whole network, which a model on the meta device never is."""
+        needs_it = {"strategy": self.strategy != "decoupled", "sample": self.sample, "start_from": self.start_from}
+        for key, value in needs_it.items():
+            if value:
+                raise ValueError(f"`{key}` needs the whole network in one process; leave it or `model.meta` out")
+
+    def _refuse_unused_schedule(self) -> None:
+        """Raise ValueError for options of the schedule that its kind lacks, or does not use."""
+        kind = self.schedule.kind
+        if kind == "steps" and not self.schedule.milestones:
+            raise ValueError("`schedule.kind` steps needs `schedule.milestones`; give a list of steps")
+        users = {"factor": ["steps"], "milestones": ["steps"], "final": ["cosine", "linear"]}
+        for key, kinds in users.items():
+            changed = getattr(self.schedule, key) != getattr(ScheduleSettings(), key)
+            if changed and kind not in kinds:
+                raise ValueError(
+                    f"`schedule.{key}` has no effect with `schedule.kind` {kind}; leave it out, or use kind "
+                    f"{' or '.join(kinds)}"
+                )
 
     @property
     def folder(self) -> Path:

@@ -1,4 +1,4 @@
-"""The arguments of `Trainer`, `fit` and `partition` that are fields of a section: their names in scripts.
+"""Maps fields of sections to the arguments of `Trainer`, `fit` and `partition` that set them in a script.
 
 Sections are the only declaration of an option. A script may give a section as a dictionary,
 `training={"clip_norm": 1}`, or its fields as arguments, `clip_norm=1`; this table says which argument is which field.

@@ -1,15 +1,15 @@
-"""The sections of the settings that have a `kind` (model, data; critics: `critics.py`), and what all share."""
+"""Declares the sections of the settings that have a `kind` (model, data), and the base of all sections."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, yes/no is no number, settings do not change after the check."""
+    """Base of all sections: unknown keys are errors, a yes/no value is no number, and checked settings are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -17,11 +17,27 @@ class Section(BaseModel):
     @classmethod
     def _yes_is_no_number(cls, values: Any) -> Any:
         # pydantic takes true for 1. A validator of single fields would be refused on `kind`, which tells unions apart.
-        for key, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, bool) and key in cls.model_fields and cls.model_fields[key].annotation is not bool:
+        if not isinstance(values, dict):
+            return values
+        for key, value in values.items():
+            field = cls.model_fields.get(key)
+            if isinstance(value, bool) and field is not None and field.annotation is not bool:
                 text = "a yes/no value cannot be used here; quote it if it is meant as text"
                 raise PydanticCustomError("yes_no", text, {"field": key, "value": value})
         return values
+
+
+def section_types(annotation: Any) -> list[type[Section]]:
+    """Return the sections that a key may hold: none for a plain value, several for a `kind`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in section_types(part)]
+
+
+def kinds_of(section: type[Section]) -> tuple[str, ...]:
+    """Return the kinds that a section is for; none if it has no `kind` among fixed ones."""
+    field = section.model_fields.get("kind")
+    return () if field is None else get_args(field.annotation)
 
 
 def in_scripts(name: str) -> dict[str, Any]:
@@ -30,7 +46,7 @@ def in_scripts(name: str) -> dict[str, Any]:
 
 
 class Factory(Section):
-    """Something of your own, made by a function that is named here."""
+    """A part of your own, made by a function that is named here."""
 
     kind: Literal["factory"]
     factory: str
@@ -58,7 +74,9 @@ class GptModel(Section):
     @model_validator(mode="after")
     def _width_divides(self) -> GptModel:
         if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+            raise ValueError(
+                f"`model.width` {self.width} is not a multiple of `model.heads` {self.heads}; change one of them"
+            )
         return self
 
 
@@ -105,7 +123,7 @@ class HuggingFaceModel(Section):
     type: str | None = None
     """Instead of a path: an architecture with fresh weights, by its `model_type`, such as `llama` or `vit`."""
     head: Literal["causal_lm", "masked_lm", "sequence_classification", "image_classification"] | None = None
-    """What stands on top; default: the one for the data's targets."""
+    """Layers on top; default: those for the data's targets."""
     pretrained: bool = True
     """Load the weights of `path`; false: fresh ones, from its config alone."""
     config: dict[str, Any] = Field(default_factory=dict)
@@ -117,7 +135,7 @@ class HuggingFaceModel(Section):
     @model_validator(mode="after")
     def _one_origin(self) -> HuggingFaceModel:
         if (self.path is None) == (self.type is None):
-            raise ValueError("give either path or type")
+            raise ValueError("give either `model.path` or `model.type`")
         return self
 
 
@@ -130,7 +148,7 @@ ModelSettings = Annotated[
 
 
 class BatchSettings(Section):
-    """What every data set shares."""
+    """Base of the sections of all data sets."""
 
     batch_size: int = Field(32, ge=1)
     """Samples per packet (micro-batch)."""
@@ -139,19 +157,19 @@ class BatchSettings(Section):
 
 
 class ImageSettings(BatchSettings):
-    """What image data sets share."""
+    """Base of the sections of image data sets."""
 
     augment: bool = False
     """Standard augmentation of training images: pad by 4 and crop at random, flip left-right at random."""
 
 
 class TokenSettings(BatchSettings):
-    """What token data sets share."""
+    """Base of the sections of token data sets."""
 
     context: int = Field(128, ge=1)
     """Tokens per sample; of sentences (a text column with a `label_column`) the most."""
     target: Literal["next_token", "masked_tokens"] = "next_token"
-    """What is predicted: every next token, or tokens that are masked (needs a tokenizer that has a mask token)."""
+    """Tokens to predict: every next one, or those that are masked (needs a tokenizer that has a mask token)."""
     mask_share: float = Field(0.15, gt=0, lt=1)
     """Share of the tokens to predict, for `masked_tokens`; 80 % of them are masked, 10 % replaced, 10 % kept."""
     validation_fraction: float = Field(0.1, gt=0, lt=1)
@@ -237,23 +255,29 @@ class HuggingFaceData(TokenSettings):
     @model_validator(mode="after")
     def _one_column(self) -> HuggingFaceData:
         if (self.text_column is None) == (self.image_column is None):
-            raise ValueError("give exactly one of text_column and image_column")
+            raise ValueError("give exactly one of `data.text_column` and `data.image_column`")
         return self
 
     @model_validator(mode="after")
     def _one_target(self) -> HuggingFaceData:
         if self.label_column is not None and self.label_column in {self.text_column, self.image_column}:
-            raise ValueError(f"label_column and text_column or image_column are one column, {self.label_column!r}")
+            raise ValueError(
+                f"`data.label_column` names the same column, {self.label_column!r}, as `data.text_column` or "
+                "`data.image_column`; name another one"
+            )
         if self.target != "next_token" and (self.image_column or self.label_column):
-            raise ValueError(f"target {self.target!r} is for text without labels; leave label_column out")
+            raise ValueError(
+                f"`data.target` {self.target} is for text without labels; leave `data.label_column` and "
+                "`data.image_column` out"
+            )
         return self
 
     @model_validator(mode="after")
     def _builder_has_files(self) -> HuggingFaceData:
         if self.path in BUILDERS and self.data_files is None:  # it would read whatever lies in the working directory
             raise ValueError(
-                f"path {self.path!r} is a builder and needs data_files, e.g. {{train: 'texts/*'}}; "
-                "or give a folder or a name on the hub"
+                f"`data.path` {self.path!r} is a builder and needs `data.data_files`, e.g. {{train: 'texts/*'}}; give "
+                "them, or name a folder or a data set on the hub"
             )
         return self
 

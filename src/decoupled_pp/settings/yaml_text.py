@@ -1,4 +1,4 @@
-"""YAML text to values and back: as PyYAML's safe loader, but a key stands once, and 1e-3 is a number as in YAML 1.2."""
+"""Reads and writes YAML as PyYAML's safe loader does, but a key stands once, and 1e-3 is a number as in YAML 1.2."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class _Loader(yaml.SafeLoader):
     """Refuses a key that stands twice in one mapping (PyYAML takes the last)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping, after a look at its keys; those that `<<` merges in may be overridden."""
+        """Return the mapping, after a look at its keys; those that `<<` merges in may be overridden."""
         first: dict[str, int] = {}
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
@@ -36,7 +36,7 @@ for _side in (_Loader, _Dumper):
 
 
 def read_yaml(text: str) -> Any:
-    """The value that a YAML text holds.
+    """Return the value that a YAML text holds.
 
     Raises:
         yaml.YAMLError: It is not YAML, or a key stands twice in one mapping.
@@ -45,5 +45,5 @@ def read_yaml(text: str) -> Any:
 
 
 def write_yaml(value: Any) -> str:
-    """YAML text that `read_yaml` reads as `value`; the order of keys is kept."""
+    """Return YAML text that `read_yaml` reads as `value`; the order of keys is kept."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False)

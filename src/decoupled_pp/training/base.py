@@ -1,4 +1,4 @@
-"""What every trainer offers to whoever runs it: decoupled stages and baselines alike."""
+"""Defines what every trainer offers to whoever runs it: decoupled stages and baselines alike."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class BaseTrainer(ABC):
 
     Attributes:
         plan: The network and its cut.
-        recipe: How it is trained.
+        recipe: Says how it is trained.
         device: Where this process computes.
         interrupted: Set by a signal handler: the run is to end in order.
         every_rank_reads: True if all ranks read the data, False if only rank 0 does.
@@ -42,7 +42,7 @@ class BaseTrainer(ABC):
 
         Args:
             plan: The network and its cut.
-            recipe: How it is trained.
+            recipe: Says how it is trained.
             device: "auto", "cpu" or "cuda".
             observer: Takes the metric records, on rank 0.
         """
@@ -88,7 +88,18 @@ class BaseTrainer(ABC):
         resume: bool | Checkpoint | None = None,
         trace_packets: range = range(0),
     ) -> Report:
-        """Train; every rank calls this with the same arguments and gets the same report."""
+        """Train; every rank calls this with the same arguments and gets the same report.
+
+        Args:
+            train_batches: Training micro-batches.
+            steps: Optimizer steps.
+            validate: Held-out micro-batches; scored at the end, and every `validate_every` steps.
+            validate_every: Optimizer steps between evaluations; default: the recipe's.
+            validation_batches: Micro-batches per evaluation; default: the recipe's, else all.
+            save_every: Optimizer steps between checkpoints, for trainers that save them; default: the recipe's.
+            resume: Checkpoint to go on from, for trainers that save them.
+            trace_packets: Numbers of the micro-batches whose spans are recorded.
+        """
 
     @abstractmethod
     def finished_network(self) -> nn.Module | None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from decoupled_pp.core.device import seeded
@@ -31,7 +31,7 @@ from decoupled_pp.training.recipe import Recipe
 
 
 def critic_contexts(plan: Plan) -> list[CriticContext]:
-    """Return what each critic of a plan may look at, by running the plan's sample through the network once."""
+    """Return the context of each critic of a plan, by running the plan's sample through the network once."""
     hiddens, output = trace(plan.module, plan.sample)
     return [
         critic_context(plan.module, hiddens, output, boundary=plan.boundaries[k + 1], stage=k, stages=plan.stages)
@@ -50,8 +50,10 @@ def build_critics(plan: Plan, builder: CriticBuilder, stages: Sequence[int], see
     critics: dict[int, nn.Module] = {}
     last = plan.stages - 1
     closing: Callable[[], nn.Module | None] = getattr(builder, "closing", lambda: None)
-    if last in stages and plan.stages > 1 and (critic := closing()) is not None:
-        critics[last] = critic
+    if last in stages and plan.stages > 1:
+        critic = closing()
+        if critic is not None:
+            critics[last] = critic
     if all(k == last for k in stages):
         return critics
     for context in critic_contexts(plan):
@@ -65,7 +67,7 @@ def build_stages(plan: Plan, recipe: Recipe, stages: Sequence[int], device: torc
 
     Args:
         plan: The plan.
-        recipe: How its stages are made and trained.
+        recipe: Says how its stages are made and trained.
         stages: Which stages.
         device: Where they compute.
 
@@ -109,7 +111,7 @@ def assemble_stage(index: int, stages: int, body: Body, optimizers: list[Optimiz
         stages: Number of stages.
         body: Its layers and critic.
         optimizers: Over the parameters that its update trains.
-        recipe: Its rule, pace, probes and update.
+        recipe: Chooses its rule, pace, probes and update.
     """
     update = UPDATES["alone"](optimizers, recipe.training)
     probes = _build_probes(body, recipe.validation)
@@ -127,14 +129,17 @@ def _optimizers(plan: Plan, recipe: Recipe, index: int, body: Body) -> list[Opti
 
 def _build_probes(body: Body, validation: ValidationSettings) -> list[Probe]:
     """Build the probes of a stage: activations, and nearest neighbours if they are asked for."""
-    probes: list[Probe] = [ActivationProbe([t for m in body.modules for t in (*m.parameters(), *m.buffers())])]
+    kept: list[Tensor] = []
+    for module in body.modules:
+        kept += [*module.parameters(), *module.buffers()]
+    probes: list[Probe] = [ActivationProbe(kept)]
     if validation.knn is not None:
         probes.append(Neighbours(validation.knn, validation.knn_samples))
     return probes
 
 
 def plan_digest(plan: Plan, recipe: Recipe, itinerary: Itinerary) -> str:
-    """Return what all ranks must agree on, as text. Of the itinerary it is what every rank acts on."""
+    """Return as text what all ranks must agree on: plan, recipe, and the part of the itinerary that each acts on."""
     shapes = {name: list(tensor.shape) for name, tensor in plan.module.state_dict().items()}
     made_of = re.sub(r" at 0x[0-9a-f]+|cuda:\d+", "", repr(recipe))  # addresses and devices are each rank's own
     course = [itinerary.start, itinerary.steps, itinerary.save]

@@ -1,4 +1,4 @@
-"""What a script may choose by name, dictionary or object -> the checked section or the builder that it means."""
+"""Turns what a script chooses by name, dictionary or object into the checked section, or the builder, it means."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CorrectionChoice: TypeAlias = "dict[str, Any] | CorrectionSettings | None"
 """End-to-end steps between local ones, as a settings section."""
 
 RuleChoice: TypeAlias = "str | dict[str, Any] | RuleSettings"
-"""What critics learn from: a kind, or a settings section."""
+"""Target that critics learn from: a kind, or a settings section."""
 
 OptimizerChoice: TypeAlias = "str | dict[str, Any] | OptimizerSettings | OptimizerFactory"
 """An optimizer of `torch.optim` by name, as a settings section, or a function of the parameters."""
@@ -39,7 +39,7 @@ def choose_section(choice: dict[str, Any] | S | None, section: type[S], key: str
     """Return the section that a dictionary means; None means its defaults.
 
     Args:
-        choice: What the user gave.
+        choice: Given by the user.
         section: The class of the section.
         key: Its key in the settings, for messages.
 
@@ -65,7 +65,9 @@ def choose_critic(choice: CriticChoice) -> CriticBuilder:
         return partial(_copied_critic, choice)
     if isinstance(choice, list | tuple):
         return partial(_listed_critic, choice)
-    return choice if callable(choice) else build_critic(cast("CriticSettings", choice))
+    if callable(choice):
+        return choice
+    return build_critic(cast("CriticSettings", choice))
 
 
 def choose_rule(choice: RuleChoice) -> RuleSettings:

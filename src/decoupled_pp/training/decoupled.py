@@ -86,12 +86,14 @@ class DecoupledTrainer(BaseTrainer):
         """
         if resume is not None:
             refuse_other_network(resume, self.plan.module)
-            self.plan = with_cut_of(resume, self.plan) if not self._stages else self.plan
         if not self._stages:
+            if resume is not None:
+                self.plan = with_cut_of(resume, self.plan)
             mine = [place.stage for place in self._topology.places_of(self.rank)]
             self._stages = build_stages(self.plan, self.recipe, mine, self.device)
-            for stage in self._stages if self._checkpoints is not None else ():
-                refuse_unsavable(stage.first_groups)
+            if self._checkpoints is not None:
+                for stage in self._stages:
+                    refuse_unsavable(stage.first_groups)
         if resume is not None and resume is not self._loaded:
             for stage in self._stages:
                 notes = load_stage(resume, stage, self.plan)
@@ -137,7 +139,7 @@ class DecoupledTrainer(BaseTrainer):
         validation = _with(self.recipe.validation, "validation", every=validate_every, batches=validation_batches)
         checkpoint = _with(self.recipe.checkpoint, "checkpoint", every=save_every)
         self._refuse_unused(validation if validate is None else None, checkpoint)
-        done = self._stages[0].updates if self._stages else 0
+        done = self._steps_done()
         found = self._newest() if resume is True else resume or None
         itinerary = Itinerary(
             steps=steps if resume else done + steps,
@@ -155,7 +157,7 @@ class DecoupledTrainer(BaseTrainer):
 
     def evaluate(self, batches: Batches | BatchSource, *, resume: Checkpoint | None = None) -> tuple[Exit, ...]:
         """Score every exit on held-out micro-batches; every rank calls this and gets the same scores."""
-        step = resume.step if resume is not None else (self._stages[0].updates if self._stages else 0)
+        step = resume.step if resume is not None else self._steps_done()
         return self._session(None, as_source(batches), Itinerary(step, step), resume, range(0)).exits
 
     def export(self) -> nn.Module:
@@ -179,9 +181,10 @@ class DecoupledTrainer(BaseTrainer):
         """Return the network on rank 0, the other ranks' stages from the newest checkpoint."""
         if self.rank != 0 or any(parameter.is_meta for parameter in self.plan.module.parameters()):
             return None
-        newest = latest_checkpoint(self._checkpoints.path) if self._checkpoints is not None else None
-        if newest is not None:
-            load_model(newest, self.plan.module)
+        if self._checkpoints is not None:
+            newest = latest_checkpoint(self._checkpoints.path)
+            if newest is not None:
+                load_model(newest, self.plan.module)
         return self.plan.module
 
     def _session(
@@ -210,7 +213,9 @@ class DecoupledTrainer(BaseTrainer):
             report = self._gather(workers)
             if self.rank == 0 and train is not None and self._stages[0].updates > itinerary.start:
                 self._ensure_saved()
-            return replace(report, stopped=None) if report.steps >= itinerary.steps else report
+            if report.steps >= itinerary.steps:  # a stop that was asked for in the last step changed nothing
+                return replace(report, stopped=None)
+            return report
         except Exception as error:
             cause = explain_failure(error, self._control, self.rank, self._topology)
             if cause is error:
@@ -230,9 +235,12 @@ class DecoupledTrainer(BaseTrainer):
     def _begin(self, itinerary: Itinerary, resume: Checkpoint | None, *, training: bool) -> None:
         """Bring this rank's stages to where the run begins, and wait until all ranks have."""
         self.build(resume)
-        for stage in self._stages if training else ():
-            schedule, update = self.recipe.schedule, stage.update
-            update.schedules = build_schedules(schedule, update.optimizers, itinerary.steps, update.steps)
+        if training:
+            for stage in self._stages:
+                update = stage.update
+                update.schedules = build_schedules(
+                    self.recipe.schedule, update.optimizers, itinerary.steps, update.steps
+                )
         self._loaded = None  # training changes what was loaded
         devices = self._control.gather("built", self.device.type, self._timeout)
         if len(set(devices)) > 1:
@@ -286,6 +294,9 @@ class DecoupledTrainer(BaseTrainer):
                 key="checkpoint.every",
             )
 
+    def _steps_done(self) -> int:
+        return self._stages[0].updates if self._stages else 0
+
     def _newest(self) -> Checkpoint | None:
         if self._checkpoints is None:
             raise UsageError("resume=True needs a trainer with checkpoints=FOLDER", code="no-checkpoint-folder")
@@ -299,7 +310,7 @@ class DecoupledTrainer(BaseTrainer):
             self._post(CheckpointRecord(stage=stage.index, step=stage.updates))
 
     def _ensure_saved(self) -> None:
-        """Rank 0, once all ranks have written their parts: no run ends well without its last checkpoint."""
+        """See to it that the last checkpoint is complete; rank 0 calls this once all ranks have written their parts."""
         step = self._stages[0].updates
         if self._checkpoints is not None and self._checkpoints.ensure_committed(step, self.plan.stages):
             self._post(CheckpointRecord(stage=0, step=step))

@@ -17,7 +17,7 @@ from decoupled_pp.pipeline.stage import Stage
 
 @dataclass(frozen=True)
 class Session:
-    """What the workers of one run share.
+    """The things that the workers of one run share.
 
     Attributes:
         feed: The inlet of the first stage.
@@ -25,7 +25,7 @@ class Session:
         post: Takes records.
         log_every: Packets between two flushes of the metrics.
         trace: Packet numbers whose spans are recorded.
-        terms: What both ends of every link agree on.
+        terms: Terms that both ends of every link agree on.
     """
 
     feed: Inlet

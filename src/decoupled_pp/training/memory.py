@@ -1,4 +1,4 @@
-"""What every stage of a plan needs in memory while it trains; a network on the meta device is measured without any."""
+"""Predicts the memory that every stage of a plan needs while it trains, and which stages fit their devices."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class StageMemory:
 
     Attributes:
         weights: Parameters and buffers.
-        gradients: Of the trainable parameters.
-        optimizer: What the optimizer keeps for them.
-        activations: What autograd keeps between forward and backward of a micro-batch.
-        accumulates: Whether gradients are there from one micro-batch to the next.
+        gradients: Gradients of the trainable parameters.
+        optimizer: State of the optimizer for them.
+        activations: Tensors that autograd keeps between forward and backward of a micro-batch.
+        accumulates: True if gradients are there from one micro-batch to the next.
     """
 
     weights: int
@@ -46,13 +46,12 @@ class StageMemory:
 
     @property
     def peak(self) -> int:
-        """The most that is there at once.
-
-        With an update per micro-batch activations are let go of while gradients are made, and gradients are gone before
-        the next forward pass: of the two the larger counts. What operators need for a moment is not in it.
-        """
+        """The most bytes at one time, without those that operators need for a moment."""
         both = (self.activations, self.gradients)
-        return self.weights + self.optimizer + (sum(both) if self.accumulates else max(both))
+        if self.accumulates:
+            return self.weights + self.optimizer + sum(both)
+        # Activations are freed while gradients are made, and gradients are freed before the next forward pass.
+        return self.weights + self.optimizer + max(both)
 
 
 def predict_memory(
@@ -63,12 +62,12 @@ def predict_memory(
     optimizer: OptimizerSettings | OptimizerFactory,
     accumulate: int = 1,
 ) -> tuple[StageMemory, ...]:
-    """The memory of every stage of a decoupled run; a network on the meta device needs none for this.
+    """Return the memory of every stage of a decoupled run; a network on the meta device needs none for this.
 
     Args:
         plan: Its sample is the micro-batch.
         critic: Builds the critics; None: there are none.
-        loss: Of the last stage and of every critic, with a made-up target.
+        loss: Loss of the last stage and of every critic; targets are made up.
         optimizer: Its state is counted by a step along zeros.
         accumulate: Micro-batches per optimizer step.
     """
@@ -77,8 +76,8 @@ def predict_memory(
     for stage in range(plan.stages):
         last = stage == plan.stages - 1
         trunk = _copy(plan.stage_module(stage))
-        bare = any(parameter.is_meta for parameter in trunk.parameters())
-        place = torch.device("meta") if bare else as_tuple(hiddens[plan.boundaries[stage]])[0].device
+        given = hiddens[plan.boundaries[stage]]
+        place = _place_of(trunk, given)
         judge: nn.Module | None = None
         if not last and critic is not None:
             context = critic_context(
@@ -88,8 +87,7 @@ def predict_memory(
             judge = CriticWithLoss(critic(context), context, objective).to(place)
         else:
             objective = stand_in_objective(loss, output)
-        given = hiddens[plan.boundaries[stage]]
-        one = _of_stage(trunk, judge, given, optimizer, place, objective if last else None)
+        one = _measure_stage(trunk, judge, given, optimizer, place, objective if last else None)
         found.append(replace(one, accumulates=accumulate > 1))
     return tuple(found)
 
@@ -98,7 +96,14 @@ def _copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).train()
 
 
-def _of_stage(  # noqa: PLR0917 - a stage, and how to run it
+def _place_of(module: nn.Module, given: Payload) -> torch.device:
+    """Return where to run a module: on the meta device if its weights are there, else where its input is."""
+    if any(parameter.is_meta for parameter in module.parameters()):
+        return torch.device("meta")
+    return as_tuple(given)[0].device
+
+
+def _measure_stage(  # noqa: PLR0917 - a stage, and how to run it
     trunk: nn.Module,
     judge: nn.Module | None,
     given: Payload,
@@ -106,7 +111,7 @@ def _of_stage(  # noqa: PLR0917 - a stage, and how to run it
     place: torch.device,
     objective: Objective | None,
 ) -> StageMemory:
-    """One forward pass with its local loss, and one step of the optimizer."""
+    """Return the memory of a stage, by one forward pass with its local loss and a few steps of the optimizer."""
     whole = nn.ModuleList([trunk] if judge is None else [trunk, judge]).to(place)
     owned: list[Tensor] = [*whole.parameters(), *whole.buffers()]
     trainable = [parameter for parameter in whole.parameters() if parameter.requires_grad]
@@ -121,9 +126,9 @@ def _of_stage(  # noqa: PLR0917 - a stage, and how to run it
 
 
 class Room:
-    """Which stages fit the memory of their devices, layer by layer: an upper bound of what `predict_memory` says.
+    """Says which stages fit the memory of their devices, by an upper bound of `predict_memory` made layer by layer.
 
-    What two neighbours both keep is counted twice, so a stage that fits does fit.
+    A tensor that two neighbouring layers both keep is counted twice, so a stage that fits here does fit.
     """
 
     def __init__(
@@ -143,25 +148,30 @@ class Room:
             module: The network.
             sample: An input micro-batch.
             critic: Builds the critics; None: there are none.
-            limits: Bytes of the device of every stage.
+            limits: Bytes that the device of every stage has.
             loss: As for `predict_memory`.
             optimizer: As for `predict_memory`.
             accumulate: As for `predict_memory`.
         """
-        self._module, self._critic, self._optimizer = module, critic, optimizer
-        self._limits, self._accumulates = list(limits), accumulate > 1
+        self._module = module
+        self._critic = critic
+        self._optimizer = optimizer
+        self._limits = list(limits)
+        self._accumulates = accumulate > 1
         hiddens, output = trace(module, sample)
-        self._hiddens, self._output = [map_payload(zeros_if_meta, hidden) for hidden in hiddens], zeros_if_meta(output)
-        self._objective = objective = stand_in_objective(loss, self._output)
+        self._hiddens = [map_payload(zeros_if_meta, hidden) for hidden in hiddens]
+        self._output = zeros_if_meta(output)
+        self._objective = stand_in_objective(loss, self._output)
+        objectives: list[Objective | None] = [None] * (len(module) - 1)
         self._layers = [
-            self._alone(layer, hidden, objective if index == len(module) - 1 else None)
-            for index, (layer, hidden) in enumerate(zip(module, self._hiddens, strict=True))
+            self._alone(layer, hidden, objective)
+            for layer, hidden, objective in zip(module, self._hiddens, [*objectives, self._objective], strict=True)
         ]
         self._critics: dict[tuple[int, int], StageMemory] = {}
         self._alike: dict[object, StageMemory] = {}
 
     def __call__(self, stage: int, first: int, end: int) -> bool:
-        """Whether layers first..end-1 and the critic behind them fit as this stage."""
+        """Return whether layers first..end-1 and the critic behind them fit as this stage."""
         parts = list(self._layers[first:end])
         if self._critic is not None and end < len(self._layers):
             parts.append(self._critic_at(stage, end))
@@ -181,28 +191,28 @@ class Room:
                 self._module, self._hiddens, self._output, boundary=boundary, stage=stage, stages=len(self._limits)
             )
             critic = self._critic(context)
-            look = boundary, critic_signature(critic)
+            look = (boundary, critic_signature(critic))  # critics that look alike at one place need the same
             if look not in self._alike:
                 self._alike[look] = self._alone(CriticWithLoss(critic, context, self._objective), context.hidden, None)
             self._critics[stage, boundary] = self._alike[look]
         return self._critics[stage, boundary]
 
     def _alone(self, module: nn.Module, given: Payload, objective: Objective | None) -> StageMemory:
-        bare = any(parameter.is_meta for parameter in module.parameters())
-        place = torch.device("meta") if bare else as_tuple(given)[0].device
-        return _of_stage(_copy(module), None, given, self._optimizer, place, objective)
+        place = _place_of(module, given)
+        return _measure_stage(_copy(module), None, given, self._optimizer, place, objective)
 
 
-_STEPS = 5  # after a first one, which makes the state
+_STEPS = 5
+"""Measured steps, after a first one, which makes the optimizer's state."""
 
 
 def optimizer_cost(module: nn.Module, choice: OptimizerSettings | OptimizerFactory) -> tuple[float, int]:
-    """Seconds of a step and bytes of the state it leaves, by taking steps along gradients of zeros."""
+    """Return the seconds of a step and the bytes of the state it leaves, by taking steps along gradients of zeros."""
     optimizers = build_optimizers(choice, nn.Sequential(module), None, owns_head=False)
     if not optimizers:
         return 0.0, 0
     seconds = []
-    for _ in range(1 + _STEPS):  # the first one makes the state
+    for _ in range(1 + _STEPS):
         for parameter in module.parameters():
             parameter.grad = torch.zeros_like(parameter)
         start = time.perf_counter()
@@ -212,39 +222,45 @@ def optimizer_cost(module: nn.Module, choice: OptimizerSettings | OptimizerFacto
         if next(module.parameters()).is_cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    tensors = [
-        value
-        for optimizer in optimizers
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    ]
-    return statistics.median(seconds[1:]), sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    kept = [state for optimizer in optimizers for state in optimizer.state.values()]
+    values = [value for state in kept for value in state.values()]
+    tensors = tuple(value for value in values if isinstance(value, Tensor))
+    return statistics.median(seconds[1:]), payload_bytes(tensors)
 
 
 def limits_of(memory: str | int | Sequence[str | int], stages: int) -> list[int]:
-    """Bytes of the device of every stage, from "20GiB", a number of bytes, or a list of them.
+    """Return the bytes that the device of every stage has, from "20GiB", a number of bytes, or a list of them.
 
     Raises:
         UsageError: It is no size, or there is not one for each stage.
     """
     listed = [memory] * stages if isinstance(memory, str | int) else list(memory)
     if len(listed) != stages:
-        raise UsageError(f"memory has {len(listed)} sizes for {stages} stages; give one for all, or one for each")
+        raise UsageError(
+            f"`balance.memory` has {len(listed)} sizes for {stages} stages; give one for all, or one for each",
+            code="one-memory-per-stage",
+            key="balance.memory",
+        )
     try:
         found = [units.size(one) if isinstance(one, str) else float(one) for one in listed]
     except ValueError as error:
-        raise UsageError(f"memory: {error}") from None
+        raise UsageError(f"`balance.memory`: {error}", code="unusable-value", key="balance.memory") from None
     if any(one <= 0 for one in found):
-        raise UsageError(f"memory {memory!r} must be above 0")
+        raise UsageError(
+            f"`balance.memory` {memory!r} must be above 0; give the memory of a device",
+            code="unusable-value",
+            key="balance.memory",
+        )
     return [int(one) for one in found]
 
 
 def refuse_overflow(predicted: Sequence[StageMemory], limits: Sequence[int]) -> None:
-    """Raises UsageError if a stage needs more than its device has."""
+    """Raise UsageError if a stage needs more than its device has."""
     for stage, (one, limit) in enumerate(zip(predicted, limits, strict=True)):
         if one.peak > limit:
             raise UsageError(
-                f"stage {stage} needs {one.peak / 2**30:.3g} GiB and its device has {limit / 2**30:.3g}; use more "
-                "stages, a smaller micro-batch, or cut by 'time'"
+                f"stage {stage} needs {one.peak / 2**30:.3g} GiB, and its device has {limit / 2**30:.3g} GiB "
+                "(`balance.memory`); use more `stages`, a smaller micro-batch, or set `cut` to time",
+                code="stage-exceeds-memory",
+                key="balance.memory",
             )

@@ -1,4 +1,4 @@
-"""The public `partition`: rank 0 chooses the cut, and every rank takes it."""
+"""Implements the public `partition`: rank 0 chooses the cut, and every rank takes it."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def partition(
         critic_target: As for `Trainer`; critics that learn from the next stage's losses go forward twice.
         loss: Counted in the balance.
         device: Where to measure: "auto", "cpu" or "cuda".
-        speeds: Of the devices of the stages, relative to each other, e.g. [1, 1, 0.5, 1]; for "time" and "parameters".
-        memory: Of the devices, "20GiB" or a list with one for each stage: no stage may need more for weights,
+        speeds: Speeds of the stages' devices, relative to each other, e.g. [1, 1, 0.5, 1]; for "time" and "parameters".
+        memory: Memory of the devices, "20GiB" or one for each stage: no stage may need more for weights,
             gradients, optimizer and activations. For "time" and "parameters"; another cut is checked.
         optimizer: Its state is counted; use the same for `Trainer`.
         accumulate: Micro-batches per optimizer step; then gradients stay while activations come and go.
@@ -92,8 +92,12 @@ def partition(
                 code="plan-without-sample",
                 key="balance.memory",
             )
-        limits, counted = limits_of(memory, stages), choose_optimizer(optimizer)
-        needs: dict[str, Any] = {"loss": find_loss(loss), "optimizer": counted, "accumulate": accumulate}
+        limits = limits_of(memory, stages)
+        needs: dict[str, Any] = {
+            "loss": find_loss(loss),
+            "optimizer": choose_optimizer(optimizer),
+            "accumulate": accumulate,
+        }
         plan = cut(by, Room(as_sequential(layers), sample, builder, limits=limits, **needs))
         refuse_overflow(predict_memory(plan, builder, **needs), limits)
         return plan

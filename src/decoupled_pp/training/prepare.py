@@ -1,4 +1,4 @@
-"""Settings -> data, a network with seeded weights, and its cut."""
+"""Prepares a run from its settings: data, a network with seeded weights, and its cut."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from decoupled_pp.core.channels import Control
-from decoupled_pp.core.datasets import Data, DataInfo
+from decoupled_pp.core.datasets import BatchSource, Data, DataInfo
 from decoupled_pp.core.device import seeded
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.packets import Loss, Payload, as_tuple, map_payload
@@ -27,7 +28,7 @@ from decoupled_pp.training.partition import partition
 
 
 def prepare(settings: Settings, control: Control | None = None) -> tuple[Data | None, DataInfo, Plan]:
-    """Data (rank 0 only), what it is like, and the cut network with seeded weights.
+    """Return the data (rank 0 only), their description, and the cut network with seeded weights.
 
     Raises:
         UsageError: Data, model, critic or cut do not work out.
@@ -38,16 +39,21 @@ def prepare(settings: Settings, control: Control | None = None) -> tuple[Data | 
 
     def describe_data() -> dict[str, Any]:
         opened.append(open_data(settings.data, settings.seed))
+        info = opened[0].info
         payload, _ = next(opened[0].train.batches())
-        sample, info = map_payload(torch.zeros_like, payload), opened[0].info
-        if info.form == "sentences":  # of any length; what is measured and predicted is for the longest
+        sample = map_payload(torch.zeros_like, payload)
+        if info.form == "sentences":  # micro-batches differ in length: measure and predict for the longest
             sample = tuple(torch.ones(len(tensor), *info.shape, dtype=tensor.dtype) for tensor in as_tuple(sample))
         if settings.sample is not None and (info.encode is None or info.decode is None):
-            raise UsageError(f"sample: data.kind {settings.data.kind!r} is no text to go on from; leave sample out")
+            raise UsageError(
+                f"`sample`: `data.kind` {settings.data.kind} is no text to go on from; leave `sample` out",
+                code="sample-needs-text",
+                key="sample",
+            )
         return {"info": info.known(), "sample": _spec(sample)}
 
     described = (control or LocalControl()).from_rank_0("data", describe_data, settings.links.timeout_seconds)
-    if not opened and settings.strategy != "decoupled":  # a pipeline's last stage needs targets, data parallel all
+    if not opened and settings.strategy != "decoupled":  # every rank of a baseline reads the data
         opened.append(open_data(settings.data, settings.seed))
     info = opened[0].info if opened else DataInfo.of(described["info"])
     with seeded(settings.seed):
@@ -55,7 +61,9 @@ def prepare(settings: Settings, control: Control | None = None) -> tuple[Data | 
     if settings.start_from is not None:
         run_folder.load_weights(Path(settings.start_from), module)
     baseline = settings.strategy != "decoupled"
-    stages = stages_needed(settings.strategy, settings.stages) or 1 if baseline else settings.stages
+    stages = settings.stages
+    if baseline:
+        stages = stages_needed(settings.strategy, settings.stages) or 1
     plan = partition(
         module,
         stages,
@@ -75,14 +83,16 @@ def prepare(settings: Settings, control: Control | None = None) -> tuple[Data | 
 
 
 def _cut(settings: Settings, stages: int) -> By:
-    """How to cut into so many stages, which a baseline may want more or fewer of than the settings name."""
+    """Return how to cut into so many stages; a baseline may want more or fewer of them than the settings name."""
     if stages == 1:
         return "uniform"
-    return "time" if isinstance(settings.cut, list) and len(settings.cut) != stages else settings.cut
+    if isinstance(settings.cut, list) and len(settings.cut) != stages:
+        return "time"
+    return settings.cut
 
 
 def _spec(payload: Payload) -> list[Any]:
-    """JSON for the shapes and dtypes of a payload; a tuple's list is marked by a leading null."""
+    """Return shapes and dtypes of a payload for JSON; the list of a tuple has a leading null."""
     if isinstance(payload, tuple):
         return [None, *(_spec(tensor) for tensor in payload)]
     return [list(payload.shape), str(payload.dtype).removeprefix("torch.")]
@@ -95,22 +105,31 @@ def _zeros(spec: list[Any]) -> Payload:
 
 
 def check_loss(plan: Plan, loss: Loss, data: Data | None) -> None:
-    """Raises UsageError unless network and loss take a batch of training and of validation data (on the CPU)."""
-    for name, source in (("training", data.train), ("validation", data.validation)) if data is not None else ():
-        batch = next(source.batches(), None)
-        if batch is None:
-            raise UsageError(f"data: there is no {name} batch; give more data")
-        given, target = (map_payload(torch.Tensor.cpu, part) for part in batch)
-        _, output = trace(plan.module, given)
-        met = f"the network's output {describe(output)} and a {name} target {describe(target)}"
-        try:
-            result = loss(zeros_if_meta(output), target)
-        except LAYER_FAULTS as error:
-            if isinstance(error, UsageError):
-                raise
-            raise UsageError(
-                f"loss: fails on {met}: {error}; choose another loss or data with other targets"
-            ) from error
-        if not isinstance(result, torch.Tensor) or result.dim():
-            got = describe(result) if isinstance(result, torch.Tensor) else type(result).__name__
-            raise UsageError(f"loss: turns {met} into {got}; it must return one scalar tensor")
+    """Raise UsageError unless network and loss take a batch of training and of validation data (on the CPU)."""
+    if data is not None:
+        _check_loss(plan, loss, data.train, "training")
+        _check_loss(plan, loss, data.validation, "validation")
+
+
+def _check_loss(plan: Plan, loss: Loss, source: BatchSource, name: str) -> None:
+    batch = next(source.batches(), None)
+    if batch is None:
+        raise UsageError(f"`data`: there is no {name} batch; give more data", code="no-batch", key="data")
+    inputs, target = (map_payload(Tensor.cpu, part) for part in batch)
+    _, output = trace(plan.module, inputs)
+    met = f"the network's output {describe(output)} and a {name} target {describe(target)}"
+    try:
+        result = loss(zeros_if_meta(output), target)
+    except LAYER_FAULTS as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(
+            f"`loss` fails on {met}: {error}; set another `loss`, or use data with other targets",
+            code="loss-does-not-fit-targets",
+            key="loss",
+        ) from error
+    if not isinstance(result, Tensor) or result.dim():
+        got = describe(result) if isinstance(result, Tensor) else type(result).__name__
+        raise UsageError(
+            f"`loss` turns {met} into {got}; it must return one scalar tensor", code="loss-is-no-scalar", key="loss"
+        )

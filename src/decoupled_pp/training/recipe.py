@@ -1,4 +1,4 @@
-"""What makes stages out of a plan: the checked sections of the settings, and what they choose."""
+"""Holds what makes stages out of a plan: checked sections of the settings, and the builders that they choose."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from decoupled_pp.settings.run import (
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the stages of a plan are made and trained. Each part of a run is built from its own section of this.
+    """Says how the stages of a plan are made and trained. Each part of a run is built from its own section of this.
 
     Attributes:
         loss: loss(logits, target) -> scalar, the mean over a micro-batch.
         critic: Builds the critic of every stage before the last.
         optimizer: Makes the optimizer of every stage.
         schedule: Learning-rate schedule of every stage.
-        target: Chooses the training rule: what critics learn from.
+        target: Chooses the training rule, by what critics learn from.
         correction: End-to-end steps between those of the rule; None: none.
-        training: How every stage computes and updates.
+        training: Says how every stage computes and updates.
         links: The links between stages.
-        validation: When and how exits are scored.
-        checkpoint: When stages are saved.
-        metrics: When metrics are flushed.
+        validation: Says when and how exits are scored.
+        checkpoint: Says when stages are saved.
+        metrics: Says when metrics are flushed.
         seed: Seed of the critics' weights and of dropout.
     """
 
@@ -63,7 +63,9 @@ class Recipe:
 
     def optimizer_of(self, stage: int) -> OptimizerSettings | OptimizerFactory:
         """Return the optimizer of one stage, with its own learning rate if stages have several."""
-        return self.optimizer.of_stage(stage) if isinstance(self.optimizer, OptimizerSettings) else self.optimizer
+        if isinstance(self.optimizer, OptimizerSettings):
+            return self.optimizer.of_stage(stage)
+        return self.optimizer
 
     def freezes(self, stage: int) -> bool:
         """Return whether a stage and its critic stay as they are."""

@@ -1,4 +1,4 @@
-"""Faults in the words of a script: `clip_norm`, where a settings file says `training.clip_norm`."""
+"""Translates faults into the words of a script: `clip_norm`, where a settings file says `training.clip_norm`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The public `Trainer`: the same script trains in one process and under torchrun."""
+"""Implements the public `Trainer`: the same script trains in one process and under torchrun."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Trainer(DecoupledTrainer):
             loss: "cross_entropy", "mse", "package.module:function", or loss(logits, target) -> scalar mean.
             critic: A kind ("auto", "head", "auglocal", ...), a settings dictionary, one module (copied for every
                 stage), a list of modules (one per stage but the last), or a function of a `CriticContext`.
-            critic_target: What critics learn from: "label", "cascade" or "mix", or a settings dictionary.
+            critic_target: Target that critics learn from: "label", "cascade" or "mix", or a settings dictionary.
             global_correction: End-to-end steps between local ones, like {"every": 100, "steps": 1}; None: none.
             optimizer: Name in `torch.optim`, a dictionary like {"kind": "AdamW", "lr": 3e-4}, or a function of the
                 parameters of one stage.

@@ -1,4 +1,4 @@
-"""The side thread of a run (records, stop requests), signals, and what a failure on one rank means for all."""
+"""Watches a run: a side thread for records and stop requests, signals, and what a failure on one rank means for all."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 from decoupled_pp.core.channels import Control
-from decoupled_pp.core.errors import Fault, LinkError, PeerError, ReportedError, TrainingError, UsageError
+from decoupled_pp.core.errors import Fault, LinkError, PeerError, TrainingError, UsageError
 from decoupled_pp.core.reports import Record
 from decoupled_pp.core.topology import Topology
 
 _GRACE_SECONDS = 1.0
 _GRACE_PER_STAGE_SECONDS = 0.25
+"""Waits for a rank that may know more about a failure than this one."""
+
 _failing = threading.Event()
-"""This process ends because of a failure: a SIGTERM (the launcher sends one soon) must not cut its last words short."""
+"""Set once this process ends because of a failure: the launcher's SIGTERM must not cut its last words short."""
 
 
 class Terminated(TrainingError):
-    """This process got SIGTERM."""
+    """Raised when this process got SIGTERM."""
 
 
 def is_termination(fault: Fault) -> bool:
-    """Whether a run ends because a rank got SIGTERM."""
+    """Return whether a run ends because a rank got SIGTERM."""
     return fault.code == "terminated"
 
 
@@ -53,7 +54,9 @@ class Watcher:
             interrupted: Set by a signal handler: the run is to save and end.
             period_seconds: Time between two looks.
         """
-        self._control, self._observer, self._interrupted = control, observer, interrupted
+        self._control = control
+        self._observer = observer
+        self._interrupted = interrupted
         self._stop_reason: str | None = None
         self._period_seconds = period_seconds
         self._ending = threading.Event()
@@ -62,7 +65,7 @@ class Watcher:
         self._thread.start()
 
     def stop_requested(self) -> str | None:
-        """Why the run is to end early, or None; who is told here will find it in the control plane as well."""
+        """Return why the run is to end early, or None; the control plane is told as well."""
         self._pass_on_interrupt()
         return self._stop_reason
 
@@ -84,6 +87,7 @@ class Watcher:
             self._look()
 
     def _pass_on_interrupt(self) -> None:
+        # The signal handler only sets an event: it may run in the middle of any call of the store.
         if self._interrupted.is_set() and self._stop_reason is None:
             self._control.request_stop("interrupted")
             self._stop_reason = "interrupted"
@@ -94,7 +98,8 @@ class Watcher:
             return
         self._stop_reason = self._stop_reason or self._control.stop_requested()
         try:
-            if records := self._control.collect():
+            records = self._control.collect()
+            if records:
                 self._observer(records)
         except Exception as error:  # a full disk under the log must end the run, not this thread alone
             self._error = error
@@ -110,9 +115,9 @@ def explain_failure(error: Exception, control: Control, rank: int, topology: Top
 
     Args:
         error: Raised on this rank.
-        control: Of the run.
+        control: Control plane of the run.
         rank: This rank.
-        topology: Which rank holds which stage; None: the ranks are no pipeline of packets.
+        topology: Says which rank holds which stage; None: the ranks are no pipeline of packets.
     """
     _failing.set()
     if isinstance(error, PeerError):
@@ -121,19 +126,12 @@ def explain_failure(error: Exception, control: Control, rank: int, topology: Top
     deadline = time.monotonic() + _grace(error, rank, topology)
     while control.fault() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    if control.report_fault(**_as_fault(error, rank)):
+    if control.report_fault(Fault.of(error, rank)):
         return error
     fault = control.fault()
     if fault is None or (told_by_itself and is_termination(fault)):  # all ranks were told to end; none is at fault
         return error
     return _behind(error, fault, rank, topology)
-
-
-def _as_fault(error: Exception, rank: int) -> dict[str, Any]:
-    """Return the arguments of `Control.report_fault` for an error; the words of its text are those of no front end."""
-    if isinstance(error, ReportedError):
-        return {"text": error.text, "usage": isinstance(error, UsageError), "code": error.code}
-    return {"text": f"rank {rank}: {type(error).__name__}: {error}", "code": "unexpected-error"}
 
 
 def _grace(error: Exception, rank: int, topology: Topology | None) -> float:
@@ -171,7 +169,7 @@ def told_to_all(control: Control, rank: int, topology: Topology | None = None) -
 
 @contextmanager
 def sigterm_ends(rank: int) -> Iterator[None]:
-    """SIGTERM raises `Terminated` in the main thread, unless this process is already ending because of a failure."""
+    """Make SIGTERM raise `Terminated` in the main thread, unless this process already ends because of a failure."""
 
     def terminate(_number: int, _frame: FrameType | None) -> None:
         if not _failing.is_set():
@@ -184,14 +182,14 @@ def sigterm_ends(rank: int) -> Iterator[None]:
 
 @contextmanager
 def sigterm_kills() -> Iterator[None]:
-    """SIGTERM ends the process at once: for calls that wait outside of Python, where no handler of Python's runs."""
+    """Make SIGTERM end the process at once: for calls that wait in C++, where Python's handlers cannot run."""
     with _handler(signal.SIGTERM, signal.SIG_DFL):
         yield
 
 
 @contextmanager
 def sigint_stops(interrupted: threading.Event) -> Iterator[None]:
-    """Ctrl-C asks for an orderly end; a second one ends at once."""
+    """Make Ctrl-C ask for an orderly end, and a second one end at once."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         if interrupted.is_set():

@@ -1,1 +1,1 @@
-"""Training rules: what one stage does with a training packet."""
+"""Training rules: each says what a stage does with a training packet; `table.py` is the table of kinds."""

@@ -1,4 +1,4 @@
-"""The cascade rule: a critic learns to give the loss that the next stage has (Lee & Lee 2019; Lee, Hsieh & Lee 2022).
+"""Lets a critic learn to give the loss that the next stage has (Lee & Lee 2019; Lee, Hsieh & Lee 2022).
 
     stage k     F n   C n   B n   S n | critic learns from packet n - lag
     stage k+1          F n   C n  ...  +---- its losses, one float per sample ----> stage k, used at packet n + lag
@@ -98,7 +98,8 @@ class Cascade(Local):
         """
         state: RuleState = {}
         for lesson in self.lessons:
-            for name, payload in (("hidden", lesson.hidden), ("target", lesson.target), ("losses", lesson.losses)):
+            parts = {"hidden": lesson.hidden, "target": lesson.target, "losses": lesson.losses}
+            for name, payload in parts.items():
                 assert payload is not None, "lessons are complete before they are saved"
                 key = f"lesson.{lesson.number}.{name}"
                 state[key] = isinstance(payload, Tensor)
@@ -168,7 +169,8 @@ class Cascade(Local):
             return tensors[0] if state[key] else tuple(tensors)
 
         for number in sorted({int(key.split(".")[1]) for key in state if key.startswith("lesson.")}):
-            hidden, target = (map_payload(lambda t: t.to(device), part(number, name)) for name in ("hidden", "target"))
+            hidden = map_payload(lambda t: t.to(device), part(number, "hidden"))
+            target = map_payload(lambda t: t.to(device), part(number, "target"))
             yield Lesson(number, hidden, target, first_tensor(part(number, "losses")))
 
 

@@ -1,4 +1,4 @@
-"""End-to-end steps between those of another rule: true gradients flow back, while every stage waits.
+"""Puts end-to-end steps between those of another rule: true gradients flow back, while every stage waits.
 
 stage 0   F n .............................. B n S n | local steps again
 stage 1      F n .............. B n S n --gradient-^
@@ -29,7 +29,7 @@ class _Half:
 
     Attributes:
         packet: The packet.
-        inputs: What the stage was given, as leaves of the graph.
+        inputs: The stage's input, as leaves of the graph.
         hidden: The stage's output, with the graph.
     """
 
@@ -74,7 +74,9 @@ class EndToEnd(Rule):
         """Train by the other rule, or run forward and leave the rest to `resume`."""
         if not self._covers(packet.number):
             return self._other.step(packet, ends, lap)
-        inputs = packet.payload if self.parts.is_first else map_payload(as_leaf, packet.payload)
+        inputs = packet.payload
+        if not self.parts.is_first:
+            inputs = map_payload(as_leaf, inputs)
         hidden = self.parts.body.forward(inputs)
         lap("forward")
         ends.outlet.send(replace(packet, payload=map_payload(torch.detach, hidden), rider=()))

@@ -1,4 +1,4 @@
-"""The rule of decoupled training: a stage lowers its own critic's loss, at once.
+"""Implements the rule of decoupled training: a stage lowers its own critic's loss, at once.
 
 packet n in ---> forward ---> critic forward + backward ---> backward ---> optimizer step
                     |

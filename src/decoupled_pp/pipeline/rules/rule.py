@@ -1,4 +1,4 @@
-"""What every training rule is: one stage's way with a training packet."""
+"""Defines training rules: what one stage does with a training packet."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Lap: TypeAlias = Callable[[str], None]
 """Called at the end of each phase of a packet with the phase's name (`reports.PHASES`)."""
 
 RuleState: TypeAlias = dict[str, Any]
-"""What a rule keeps from packet to packet, for checkpoints: tensors, numbers and truth values by name."""
+"""State of a rule from packet to packet, for checkpoints: tensors, numbers and truth values by name."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Done:
 
 @dataclass(frozen=True)
 class RuleParts:
-    """What a rule works with.
+    """The parts of a stage that a rule works with.
 
     Attributes:
         index: Index of the stage.
@@ -72,15 +72,15 @@ class RuleParts:
 
 
 class Rule(ABC):
-    """What one stage does with a training packet.
+    """Says what one stage does with a training packet.
 
     A rule runs inside the stage's random stream. It ends every phase with a call of `lap`, in the order of
     `reports.PHASES`, and sends the stage's output as early as it can.
 
     Attributes:
-        returns: What comes back over the links under this rule.
+        returns: Describes what comes back over the links under this rule.
         owns_critic: True if the rule updates the critic by an optimizer of its own, so that `Update` leaves it out.
-        parts: What the rule works with.
+        parts: The parts of the stage.
         optimizers: The rule's own optimizers; checkpoints hold their state.
         unfinished: True between a `step` that returned None and its `resume`.
     """
@@ -93,7 +93,7 @@ class Rule(ABC):
         """Take over the parts.
 
         Args:
-            parts: What the rule works with.
+            parts: The parts of the stage.
             settings: The section that chose the rule.
 
         Raises:
@@ -118,11 +118,11 @@ class Rule(ABC):
         """Take what is still under way on the links, before a checkpoint or the end of the run."""
 
     def state(self) -> RuleState:
-        """Return what the rule keeps from packet to packet; called after `settle`."""
+        """Return the state that the rule keeps from packet to packet; called after `settle`."""
         return {}
 
     def load(self, state: Mapping[str, Any]) -> str | None:
-        """Go on from a state; returns what is lost, in words, if the state is empty and the rule needs one."""
+        """Go on from a state. Return in words what is lost if the state is empty and the rule needs one."""
         return None
 
     def pass_on(self, packet: Packet, view: View, ends: Ends) -> None:

@@ -1,4 +1,4 @@
-"""The table of training rules. A new rule is a file beside this one, and a row here."""
+"""Holds the table of training rules. A new rule is a file beside this one, and a row here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def build_rule(parts: RuleParts, target: RuleSettings, correction: CorrectionSet
     """Build the rule of one stage.
 
     Args:
-        parts: What the rule works with.
+        parts: The parts of the stage.
         target: The section that chooses the rule.
         correction: End-to-end steps between those of the rule; None: none.
 

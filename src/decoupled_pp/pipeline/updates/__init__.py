@@ -1,1 +1,1 @@
-"""How the gradients of a stage become new weights; `table.py` is the table of kinds."""
+"""Updates: they turn the gradients of a stage into new weights; `table.py` is the table of kinds."""

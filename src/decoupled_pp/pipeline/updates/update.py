@@ -1,4 +1,4 @@
-"""Gradients -> weights: accumulation, clipping, the optimizers' steps and their schedules."""
+"""Turns gradients into new weights: accumulation, clipping, the optimizers' steps and their schedules."""
 
 from __future__ import annotations
 

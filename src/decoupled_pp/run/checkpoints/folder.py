@@ -1,8 +1,8 @@
-"""The folder of a run's checkpoints, as all its ranks use it: agree on the newest, share it, save, commit.
+"""Manages the folder of a run's checkpoints for all its ranks: agree on the newest, share it, save, commit.
 
-Tied weights are kept in step through it, forward-only. Where a weight was one and is two (a token embedding and the
-output projection), the stage of the later one owns it. At every regular checkpoint after the first, the stage of the
-earlier one takes the owner's as it was in the checkpoint before:
+Tied weights are kept in step through it, forward-only. Where splitting made two weights out of one (a token embedding
+and the output projection), the stage of the later one owns it. At every regular checkpoint after the first, the stage
+of the earlier one takes the owner's as it was in the checkpoint before:
 
     stage 0   ... save 1 ......... save 2 (table = projection of save 1) ......... save 3 (of save 2)
     stage K           ... save 1 ......... save 2 ......... save 3
@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from decoupled_pp.core.channels import Control
-from decoupled_pp.core.errors import LinkError, PeerError, UsageError
+from decoupled_pp.core.errors import PeerError, UsageError, waited_too_long
 from decoupled_pp.core.plans import Layers, Plan
 from decoupled_pp.pipeline.stage import Stage
+from decoupled_pp.run.checkpoints.files import cannot_write
 from decoupled_pp.run.checkpoints.parts import (
     MOMENT_SECONDS,
     Checkpoint,
@@ -38,38 +39,51 @@ from decoupled_pp.run.checkpoints.parts import (
 
 
 def tied_weights(plan: Plan) -> Mapping[str, str]:
-    """Key of a parameter that was tied and has become one of its own -> key of the one that it was.
+    """Return the parameters that splitting untied: key of the copy -> key of the one that it was tied to.
 
     Raises:
         UsageError: The plan's network has none.
     """
     tied = plan.module.tied if isinstance(plan.module, Layers) else {}
     if not tied:
-        raise UsageError("refresh_tied: no weight of the network was tied and is two now (Layers.tied); leave it out")
+        raise UsageError(
+            "`checkpoint.refresh_tied` has nothing to do: splitting this network untied no weights (Layers.tied); "
+            "leave it out",
+            code="nothing-to-refresh",
+            key="checkpoint.refresh_tied",
+        )
     return tied
 
 
 def _owners(tied: Mapping[str, str]) -> dict[str, str]:
-    """Every copy of a tied weight but the last -> the last one, which owns it."""
+    """Return the owner of every copy of a tied weight: the last copy."""
     users: dict[str, list[str]] = {}
     for later, first in tied.items():
         users.setdefault(first, [first]).append(later)
-    return {key: copies[-1] for copies in users.values() for key in copies[:-1]}
+    owners: dict[str, str] = {}
+    for *copies, last in users.values():
+        owners |= dict.fromkeys(copies, last)
+    return owners
 
 
 @dataclass(frozen=True)
-class _Course:
-    """When a run saves, and how it hears of faults."""
+class _Refresh:
+    """Says how tied weights are refreshed.
+
+    Attributes:
+        every: Optimizer steps between regular checkpoints.
+        control: Tells whether another rank has failed.
+    """
 
     every: int
     control: Control
 
 
 class CheckpointFolder:
-    """One folder, which all ranks must share."""
+    """The folder of checkpoints, which all ranks must share."""
 
     def __init__(self, path: Path, *, keep: int, timeout_seconds: float, tied: Mapping[str, str] | None = None) -> None:
-        """Nothing is written yet.
+        """Take over the path; nothing is written yet.
 
         Args:
             path: The folder.
@@ -78,11 +92,14 @@ class CheckpointFolder:
             tied: Weights to keep in step: key of the later one -> key of the earlier; None: none.
         """
         self.path = path
-        self._keep, self._timeout, self._owners = keep, timeout_seconds, _owners(tied or {})
-        self._course: _Course | None = None
+        self._keep = keep
+        self._timeout = timeout_seconds
+        self._owners = _owners(tied or {})
+        self._refreshing: _Refresh | None = None
 
     def newest(self, control: Control) -> Checkpoint | None:
-        """The newest that rank 0 sees, on every rank: what others see of a shared folder may lag behind."""
+        """Return the newest checkpoint, on every rank the one that rank 0 sees; None if there is none."""
+        # Other ranks' view of a shared folder may lag behind.
         newest = [path.name for path in list_checkpoints(self.path)[-1:]]
         agreed = control.gather("newest checkpoint", newest, self._timeout)[0]
         return open_checkpoint(self.path / agreed[0]) if agreed else None
@@ -91,8 +108,8 @@ class CheckpointFolder:
         """Make the folder ready; every rank calls this, before anything is trained.
 
         Args:
-            control: Of the run.
-            rank: Of this process.
+            control: Control plane of the run.
+            rank: Rank of this process.
             step: Optimizer steps already done.
             every: Optimizer steps between checkpoints; None: only at the end.
 
@@ -101,9 +118,10 @@ class CheckpointFolder:
                 the checkpoint that tied weights are taken from next.
         """
         if self._owners:
-            self._course = _Course(self._regular(step, every), control)
+            self._refreshing = _Refresh(self._regular(step, every), control)
         if rank == 0:
             self._make_room(step)
+        # A file that only this run can know of: a folder under the same path on another machine has no such file.
         mark = f".shared-{uuid.uuid4().hex}"
         if rank == 0:
             self._write(mark)
@@ -115,51 +133,62 @@ class CheckpointFolder:
             blind = ", ".join(str(rank) for rank, saw in enumerate(sees) if not saw)
             raise UsageError(
                 f"rank {blind} cannot write, or does not see what rank 0 writes, in the checkpoint folder {self.path}; "
-                "put it on a file system that all machines share, under the same path"
+                "put it on a file system that all machines share, under the same path",
+                code="checkpoint-folder-not-shared",
             )
 
     def save(self, stage: Stage, plan: Plan, packet: int) -> bool:
         """Refresh its copies of tied weights if that is asked for, and save a stage; see `save_stage`."""
-        if self._course is not None:
-            self._refresh(stage, self._course)
+        if self._refreshing is not None:
+            self._refresh(stage, self._refreshing)
         return save_stage(self.path, stage, plan, packet, keep=self._kept)
 
     def ensure_committed(self, step: int, stages: int) -> bool:
-        """See to it that a checkpoint is complete; see `checkpoint.ensure_committed`."""
+        """See to it that a checkpoint is complete; see `parts.ensure_committed`."""
         return ensure_committed(self.path, step, stages, keep=self._kept, timeout_seconds=self._timeout)
 
     @property
     def _kept(self) -> Keep:
-        return Keep(self._keep, self._course.every if self._course is not None else None)
+        every = self._refreshing.every if self._refreshing is not None else None
+        return Keep(self._keep, every)
 
     def _regular(self, step: int, every: int | None) -> int:
+        """Return the interval between regular checkpoints, once it is certain that tied weights can be taken."""
         if every is None:
-            raise UsageError("refresh_tied takes weights from checkpoints: give save_every (checkpoint.every)")
+            raise UsageError(
+                "`checkpoint.refresh_tied` takes weights from checkpoints: set `checkpoint.every`",
+                code="refresh-needs-checkpoints",
+                key="checkpoint.every",
+            )
         before = final_path(self.path, step // every * every)
         if step >= every and not before.is_dir():
             raise UsageError(
-                f"refresh_tied: {before} is gone, from which tied weights are taken next; go on with the interval "
-                "between checkpoints of before, or without refresh_tied"
+                f"`checkpoint.refresh_tied` takes tied weights from {before} next, which is gone; keep "
+                "`checkpoint.every` as it was, or leave `checkpoint.refresh_tied` out",
+                code="checkpoint-to-refresh-from-gone",
+                key="checkpoint.every",
             )
         return every
 
-    def _refresh(self, stage: Stage, course: _Course) -> None:
-        """Copy what later stages own and this one has a copy of, as of the regular checkpoint before this one."""
-        state, before = stage.trunk.state_dict(), stage.updates - course.every
+    def _refresh(self, stage: Stage, refresh: _Refresh) -> None:
+        """Copy weights that later stages own and this one has a copy of, as of the regular checkpoint before."""
+        state = stage.trunk.state_dict()
         wanted = {key: owner for key, owner in self._owners.items() if key in state}
-        if stage.updates % course.every or before <= 0 or not wanted:
+        before = stage.updates - refresh.every
+        if stage.updates % refresh.every or before <= 0 or not wanted:
             return
-        path, deadline = final_path(self.path, before), time.monotonic() + self._timeout
-        while not path.is_dir():
-            if (fault := course.control.fault()) is not None:
+        path = final_path(self.path, before)
+        start = time.monotonic()
+        while not path.is_dir():  # complete long ago, unless the last stage lags by a whole interval
+            fault = refresh.control.fault()
+            if fault is not None:
                 raise PeerError(fault)
-            if time.monotonic() > deadline:
-                raise LinkError(
-                    f"stage {stage.index} waited {self._timeout:g} s for {path} to be complete, to take tied weights "
-                    "from it: the bound is over"
-                )
+            waited = time.monotonic() - start
+            if waited > self._timeout:
+                what = f"{path} to be complete, to take tied weights from it"
+                raise waited_too_long(f"stage {stage.index}", what, waited, self._timeout)
             time.sleep(0.01)
-        checkpoint = open_checkpoint(path, verify=False)
+        checkpoint = open_checkpoint(path, verify=False)  # written by this run: no need to read it all
         for key, owner in wanted.items():
             checkpoint.fill({f"model.{owner}": state[key]})
 
@@ -167,8 +196,9 @@ class CheckpointFolder:
         later = [path for path in list_checkpoints(self.path) if path.name > f"step-{step:08d}"]
         if later:
             raise UsageError(
-                f"{self.path} holds {later[-1].name}, and this run begins at step {step}; "
-                "resume, or give another folder"
+                f"{self.path} holds {later[-1].name}, and this run begins at step {step}; resume, or give another "
+                "folder",
+                code="checkpoint-folder-in-use",
             )
         remove_incomplete(self.path)
 
@@ -177,9 +207,10 @@ class CheckpointFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / mark).touch()
         except OSError as error:
-            raise UsageError(f"cannot write {self.path}: {error.strerror or error}; name another folder") from error
+            raise cannot_write(self.path, error, "folder") from error
 
     def _sees(self, mark: str) -> bool:
+        """Return whether this rank can write here and sees a file of rank 0, which may take its time to appear."""
         deadline = time.monotonic() + min(self._timeout, MOMENT_SECONDS)
         while not (self.path / mark).exists():
             if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""Save, find and export: one consistent cut of all stages, written stage by stage, committed by a rename.
+"""Saves, finds and exports checkpoints: a consistent cut of all stages, written stage by stage, committed by a rename.
 
     checkpoints/step-00000200.incomplete/          every stage writes its own part after the same packet, alone
         stage-0/*.safetensors                      tensors, by torch.distributed.checkpoint (safetensors format)
@@ -16,11 +16,9 @@ stages can load them (`resume.py`).
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 import warnings
-import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,44 +33,54 @@ from decoupled_pp.core.errors import TrainingError, UsageError
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.pipeline.optimizer_state import changed_entries, named_state, owners
 from decoupled_pp.pipeline.stage import Stage
+from decoupled_pp.run.checkpoints.files import (
+    cannot_write,
+    checksum,
+    checksum_of,
+    sync,
+    sync_folder,
+    write_atomically,
+)
 
 FORMAT = 2
 _PARTIAL = ".incomplete"
 MOMENT_SECONDS = 60.0
-"""How long a file on a shared file system may take to appear on another machine (NFS looks again after that)."""
+"""Longest time a file on a shared file system may take to appear on another machine (NFS caches listings that long)."""
 
 
 def critic_name(plan: Plan, stage: int) -> str:
-    """Name of the critic after a stage: the layer it follows. A critic keeps its name as long as its place is cut."""
+    """Return the name of the critic after a stage: the layer it follows, so that it keeps its name in other cuts."""
     return f"after_{plan.layer_names[plan.boundaries[stage + 1] - 1]}"
 
 
 def name_of_critic(stage: Stage, plan: Plan) -> str:
-    """`critic_name` of a stage's critic, empty if it has none."""
+    """Return the `critic_name` of a stage's critic, empty if it has none."""
     return critic_name(plan, stage.index) if stage.critic is not None else ""
 
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints are kept.
+    """Says which checkpoints are kept.
 
     Attributes:
-        newest: So many of the newest.
-        every: And the newest whose step is a multiple of this, from which tied weights are taken; None: no more.
+        newest: Number of the newest ones to keep.
+        every: Keep the newest whose step is a multiple of this as well: tied weights are taken from it. None: no more.
     """
 
     newest: int
     every: int | None = None
 
     def superfluous(self, paths: list[Path]) -> list[Path]:
-        """Those of the checkpoints, oldest first, that need not be kept."""
-        regular = [path for path in paths if self.every is not None and step_of(path) % self.every == 0]
+        """Return those of the checkpoints (oldest first) that need not be kept."""
+        regular: list[Path] = []
+        if self.every is not None:
+            regular = [path for path in paths if step_of(path) % self.every == 0]
         kept = {*paths[-self.newest :], *regular[-1:]}
         return [path for path in paths if path not in kept]
 
 
 def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
+    """Return the step in a checkpoint's name."""
     return int(path.name.removeprefix("step-"))
 
 
@@ -80,27 +88,22 @@ def step_of(path: Path) -> int:
 
 
 def save_stage(folder: Path, stage: Stage, plan: Plan, packet: int, *, keep: Keep) -> bool:
-    """Write one stage's part of the checkpoint after `packet` training packets; waits for no other stage.
+    """Write one stage's part of the checkpoint after `packet` training packets; wait for no other stage.
 
     Args:
         folder: The run's `checkpoints` folder, shared by all ranks.
         stage: The stage.
         plan: The plan of the run.
         packet: Training packets done, the same for every stage of this checkpoint.
-        keep: Which committed checkpoints to keep.
+        keep: Says which committed checkpoints to keep.
 
     Returns:
-        Whether this part completed the checkpoint.
+        True if this part completed the checkpoint.
 
     Raises:
-        TrainingError: A parameter is not finite: nothing worth keeping.
+        TrainingError: A parameter is not finite.
     """
-    for name, parameter in stage.named_parameters(name_of_critic(stage, plan)).items():
-        if parameter.requires_grad and not bool(parameter.isfinite().all()):
-            raise TrainingError(
-                f"stage {stage.index}: {name} is not finite after packet {packet - 1}; lower the learning rate, or "
-                "clip gradients (training.clip_norm)"
-            )
+    _refuse_not_finite(stage, plan, packet)
     partial = _partial(final_path(folder, stage.updates))
     part = partial / f"stage-{stage.index}"
     shutil.rmtree(part, ignore_errors=True)
@@ -109,7 +112,8 @@ def save_stage(folder: Path, stage: Stage, plan: Plan, packet: int, *, keep: Kee
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*assuming the intent is to save in a single process.*")
         dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(part), save_distributed=True), no_dist=True)
-    _to_disk(part)
+    sync_folder(part)
+    trained_by = owners(stage.all_optimizers, _names(stage, plan))
     record = {
         "format": FORMAT,
         "stage": stage.index,
@@ -120,56 +124,76 @@ def save_stage(folder: Path, stage: Stage, plan: Plan, packet: int, *, keep: Kee
         "samples": stage.samples,
         "scalars": scalars,
         "accumulate": stage.update.accumulate,
-        "owners": {key: type(one).__name__ for key, one in owners(stage.all_optimizers, _names(stage, plan)).items()},
-        "checksums": {file.name: _checksum(file) for file in sorted(part.iterdir())},
+        "owners": {key: type(optimizer).__name__ for key, optimizer in trained_by.items()},
+        "checksums": {file.name: checksum(file) for file in sorted(part.iterdir())},
     }
-    write_atomically(_record(partial, stage.index), json.dumps({**record, "checksum": _checksum_of(record)}))
+    # Written last: who sees the record of a stage may rely on its tensors.
+    write_atomically(_record(partial, stage.index), json.dumps({**record, "checksum": checksum_of(record)}))
     return _commit(folder, stage.updates, plan.stages, keep)
 
 
+def _refuse_not_finite(stage: Stage, plan: Plan, packet: int) -> None:
+    """Raise TrainingError if a parameter is not finite: such a checkpoint is not worth keeping."""
+    for name, parameter in stage.named_parameters(name_of_critic(stage, plan)).items():
+        if parameter.requires_grad and not bool(parameter.isfinite().all()):
+            raise TrainingError(
+                f"stage {stage.index}: {name} is not finite after packet {packet - 1}; lower `optimizer.lr`, or set "
+                "`training.clip_norm`",
+                code="parameter-not-finite",
+                key="optimizer.lr",
+            )
+
+
 def ensure_committed(folder: Path, step: int, stages: int, *, keep: Keep, timeout_seconds: float) -> bool:
-    """See to it that a checkpoint whose parts are all written is committed; returns whether this call did it.
+    """See to it that a checkpoint whose parts are all written is committed; return whether this call did it.
 
     On a shared file system the last stage to write may not have seen the others' parts at once.
 
     Raises:
         TrainingError: Parts of it do not appear here.
     """
-    final, deadline = final_path(folder, step), time.monotonic() + min(timeout_seconds, MOMENT_SECONDS)
+    final = final_path(folder, step)
+    deadline = time.monotonic() + min(timeout_seconds, MOMENT_SECONDS)
     while not final.exists():
         if _commit(folder, step, stages, keep):
             return True
         if time.monotonic() > deadline:
             lost = ", ".join(str(k) for k in range(stages) if not _record(_partial(final), k).exists())
             raise TrainingError(
-                f"the checkpoint {final} is not complete: the parts of stages {lost} do not appear "
-                "here; give all ranks one folder on a file system that they share"
+                f"the checkpoint {final} is not complete: the parts of stages {lost} do not appear here; give all "
+                "ranks one folder on a file system that they share",
+                code="checkpoint-incomplete",
             )
         time.sleep(0.05)
     return False
 
 
 def _commit(folder: Path, step: int, stages: int, keep: Keep) -> bool:
-    """Commit a checkpoint if all its parts are there, and delete what need not be kept; returns whether it was done."""
+    """Commit a checkpoint if all its parts are there, and delete superfluous ones; return whether it was done."""
     final = final_path(folder, step)
     partial = _partial(final)
     if not all(_record(partial, k).exists() for k in range(stages)):
         return False
     try:
-        _to_disk(partial)
+        # A rename is atomic, but a loss of power may leave it on the disk without the files, unless they are synced
+        # first. The folder that holds the name is synced after it.
+        sync_folder(partial)
         partial.rename(final)
-        _sync(folder)
+        sync(folder)
     except OSError as error:
         if not partial.exists():  # another stage found all parts there at the same moment
             return False
-        raise TrainingError(f"cannot commit the checkpoint {final}: {error.strerror or error}") from error
+        raise TrainingError(
+            f"cannot commit the checkpoint {final}: {error.strerror or error}; free or mend the disk, then resume",
+            code="checkpoint-not-committed",
+        ) from error
     for old in keep.superfluous(list_checkpoints(folder)):
         shutil.rmtree(old, ignore_errors=True)
     return True
 
 
 def final_path(folder: Path, step: int) -> Path:
-    """Where the committed checkpoint of a step is."""
+    """Return the path of the committed checkpoint of a step."""
     return folder / f"step-{step:08d}"
 
 
@@ -182,7 +206,7 @@ def _record(checkpoint: Path, stage: int) -> Path:
 
 
 def _stage_state(stage: Stage, plan: Plan) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Everything of a stage that training changes: its tensors, and what fits into JSON."""
+    """Return everything of a stage that training changes: its tensors, and the values that fit into JSON."""
     name = name_of_critic(stage, plan)
     state: dict[str, Any] = {f"model.{key}": t for key, t in stage.trunk.state_dict().items()}
     if stage.critic is not None:
@@ -191,16 +215,14 @@ def _stage_state(stage: Stage, plan: Plan) -> tuple[dict[str, Tensor], dict[str,
     state |= {f"rule.stage{stage.index}.{key}": value for key, value in stage.rule.state().items()}
     for parameter, field, value in named_state(stage.all_optimizers, _names(stage, plan)):
         state[f"optimizer.{parameter}.{field}"] = value
-    for key, value in changed_entries(
-        stage.all_optimizers, stage.first_groups, scheduled=bool(stage.update.schedules)
-    ).items():
-        state[f"groups.stage{stage.index}.{key}"] = value
+    changed = changed_entries(stage.all_optimizers, stage.first_groups, scheduled=bool(stage.update.schedules))
+    state |= {f"groups.stage{stage.index}.{key}": value for key, value in changed.items()}
     tensors = _apart({key: value.detach().contiguous() for key, value in state.items() if isinstance(value, Tensor)})
     return tensors, {key: value for key, value in state.items() if key not in tensors}
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """No two of them in one memory, which the file format refuses: a parameter used twice in a stage is saved twice."""
+    """Return the tensors, those copied that share memory with an earlier one: the file format refuses shared memory."""
     seen: set[int] = set()
     found = {}
     for key, tensor in tensors.items():
@@ -218,12 +240,12 @@ def _names(stage: Stage, plan: Plan) -> dict[Tensor, str]:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Committed checkpoints, oldest first."""
+    """Return the committed checkpoints, oldest first."""
     return sorted(p for p in folder.glob("step-*") if p.is_dir() and not p.name.endswith(_PARTIAL))
 
 
 def remove_incomplete(folder: Path) -> None:
-    """Delete what killed saves left behind."""
+    """Delete the parts that killed saves left behind."""
     for partial in folder.glob(f"*{_PARTIAL}"):
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -251,11 +273,14 @@ class Checkpoint:
     places: dict[str, tuple[Path, torch.Size, torch.dtype]]
 
     def merged(self, key: str) -> dict[str, Any]:
-        """An entry of the records of all stages, `owners` or `scalars`, as one."""
-        return {name: value for part in self.parts for name, value in part[key].items()}
+        """Return an entry of the records of all stages, `owners` or `scalars`, as one."""
+        merged: dict[str, Any] = {}
+        for part in self.parts:
+            merged |= part[key]
+        return merged
 
     def fill(self, tensors: dict[str, Tensor]) -> None:
-        """Read the tensors of these names in place; all must be there, in these shapes."""
+        """Read the tensors of these names in place; all must be in the checkpoint, in these shapes."""
         by_folder: dict[Path, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             by_folder.setdefault(self.places[key][0], {})[key] = tensor
@@ -275,35 +300,51 @@ def open_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
     Raises:
         UsageError: It is incomplete, damaged or of another format.
     """
-    before = [other for other in list_checkpoints(path.parent) if other.name < path.name]
-    remedy = f"delete {path} to go on from {before[-1].name}" if before else "it is the first: start anew (--overwrite)"
     try:
         first = json.loads((path / "stage-0.json").read_text())
         if first["format"] != FORMAT:
-            raise UsageError(f"checkpoint {path} has format {first['format']}, this version reads {FORMAT}")
+            raise UsageError(
+                f"checkpoint {path} has format {first['format']}, and this version reads {FORMAT}; use the version "
+                "that wrote it",
+                code="checkpoint-of-another-format",
+            )
         parts = tuple(json.loads((path / f"stage-{k}.json").read_text()) for k in range(first["stages"]))
         for part in parts:
-            if part.pop("checksum") != _checksum_of(part):
-                raise UsageError(f"checkpoint {path} is corrupt: stage-{part['stage']}.json was altered; {remedy}")
+            if part.pop("checksum") != checksum_of(part):
+                raise _corrupt(path, f"stage-{part['stage']}.json was altered")
         places: dict[str, tuple[Path, torch.Size, torch.dtype]] = {}
         for part in parts:
             folder = path / f"stage-{part['stage']}"
-            for name, checksum in part["checksums"].items() if verify else ():
-                if _checksum(folder / name) != checksum:
-                    raise UsageError(
-                        f"checkpoint {path} is corrupt: {folder.name}/{name} does not match its checksum; {remedy}"
-                    )
+            if verify:
+                _verify(path, folder, part["checksums"])
             for key, entry in HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items():
                 places[key] = (folder, entry.size, entry.properties.dtype)  # type: ignore[union-attr]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"checkpoint {path} is corrupt: {type(error).__name__}: {error}; {remedy}") from error
+    except UsageError:
+        raise
+    except json.JSONDecodeError as error:
+        raise _corrupt(path, "the record of a stage is no JSON") from error
+    except (OSError, KeyError, TypeError, ValueError) as error:  # whatever a damaged JSON or safetensors file leads to
+        raise _corrupt(path, f"{type(error).__name__}: {error}") from error
     return Checkpoint(path, tuple(first["boundaries"]), first["packet"], first["step"], first["samples"], parts, places)
 
 
+def _verify(path: Path, folder: Path, checksums: dict[str, int]) -> None:
+    for name, expected in checksums.items():
+        if checksum(folder / name) != expected:
+            raise _corrupt(path, f"{folder.name}/{name} does not match its checksum")
+
+
+def _corrupt(path: Path, why: str) -> UsageError:
+    """Return the error of a damaged checkpoint, with the checkpoint before it as the remedy."""
+    before = [other for other in list_checkpoints(path.parent) if other.name < path.name]
+    remedy = "it is the first: start anew (--overwrite)"
+    if before:
+        remedy = f"delete {path} to go on from {before[-1].name}"
+    return UsageError(f"checkpoint {path} is corrupt: {why}; {remedy}", code="checkpoint-corrupt")
+
+
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest committed checkpoint of a run, opened and checked; None if there is none."""
+    """Return the newest committed checkpoint of a run, opened and checked; None if there is none."""
     found = list_checkpoints(folder)
     return open_checkpoint(found[-1]) if found else None
 
@@ -321,47 +362,11 @@ def export_safetensors(module: torch.nn.Module, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
-        mode = temporary.stat().st_mode  # as the user's umask has it; safetensors makes files for their owner alone
+        mode = temporary.stat().st_mode  # by the user's umask; safetensors would make a file for its owner alone
         save_file(tensors, temporary, metadata={"format": "pt"})
         temporary.chmod(mode)
         temporary.replace(path)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise UsageError(f"cannot write {path}: {error.strerror or error}; name another file") from error
-
-
-def _to_disk(folder: Path) -> None:
-    """Wait until a folder, with what is in it, would survive a loss of power."""
-    for path in (*folder.iterdir(), folder):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _checksum(path: Path) -> int:
-    checksum = 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            checksum = zlib.crc32(chunk, checksum)
-    return checksum
-
-
-def _checksum_of(record: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file; one that is killed, or loses its power, leaves the old or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+        raise cannot_write(path, error, "file") from error

@@ -1,4 +1,4 @@
-"""Bring a stage, or the plain network, to the state of a checkpoint: by names, whatever cut it was saved with."""
+"""Brings a stage, or the plain network, to the state of a checkpoint: by names, whatever cut it was saved with."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ def load_stage(checkpoint: Checkpoint, stage: Stage, plan: Plan) -> list[str]:
     """Bring a stage to the state of the checkpoint, by parameter names, whatever cut it was saved with.
 
     Returns:
-        What could not be taken over, in words (a critic whose place moved, the random stream of another cut).
+        Notes of what could not be taken over (a critic whose place moved, the random stream of another cut).
 
     Raises:
         UsageError: A parameter of the stage is missing in the checkpoint, or has another shape.
     """
     _refuse_other_accumulation(checkpoint, stage)
+    same_cut = checkpoint.boundaries == plan.boundaries
     notes: list[str] = []
     name = name_of_critic(stage, plan)
     wanted = {f"model.{key}": t for key, t in stage.trunk.state_dict().items()}
@@ -37,15 +38,15 @@ def load_stage(checkpoint: Checkpoint, stage: Stage, plan: Plan) -> list[str]:
             notes.append(f"stage {stage.index}: the checkpoint has no critic {name} like this one; it starts anew")
     loaded = {key: p for key, p in stage.named_parameters(name).items() if key in wanted}
     _load_optimizers(checkpoint, stage, loaded)
-    _load_groups(checkpoint, stage, same_cut=checkpoint.boundaries == plan.boundaries)
+    _load_groups(checkpoint, stage, same_cut=same_cut)
     _load_into(checkpoint, wanted)
-    if checkpoint.boundaries != plan.boundaries:
+    if same_cut:
+        notes += _load_random_stream(checkpoint, stage)
+    else:
         notes.append(
             f"stage {stage.index}: cut {checkpoint.boundaries} -> {plan.boundaries}; its random stream starts anew"
         )
-    else:
-        notes += _load_random_stream(checkpoint, stage)
-    lost = stage.rule.load(_rule_state(checkpoint, stage, same_cut=checkpoint.boundaries == plan.boundaries))
+    lost = stage.rule.load(_rule_state(checkpoint, stage) if same_cut else {})
     if lost is not None:
         notes.append(f"stage {stage.index}: {lost}")
     stage.update.steps = checkpoint.step
@@ -54,7 +55,7 @@ def load_stage(checkpoint: Checkpoint, stage: Stage, plan: Plan) -> list[str]:
 
 
 def _load_random_stream(checkpoint: Checkpoint, stage: Stage) -> list[str]:
-    """Bring the random stream of a stage to where it was; returns a note if that cannot be."""
+    """Bring the random stream of a stage to where it was; return a note if that cannot be."""
     key = f"rng.stage{stage.index}"
     state = stage.body.random.state
     if checkpoint.places[key][1] != state.shape:
@@ -64,52 +65,59 @@ def _load_random_stream(checkpoint: Checkpoint, stage: Stage) -> list[str]:
     return []
 
 
-def _rule_state(checkpoint: Checkpoint, stage: Stage, *, same_cut: bool) -> dict[str, Any]:
-    """Return what the rule of a stage kept, without the prefix of the stage; nothing if the cut is another one.
+def _rule_state(checkpoint: Checkpoint, stage: Stage) -> dict[str, Any]:
+    """Return the state of a stage's rule, without the prefix of the stage."""
+    own = f"rule.stage{stage.index}."
+    of_0_1_0 = f"lesson.stage{stage.index}."  # version 0.1.0 wrote `rule.stage0.lesson.7.hidden` as this + `7.hidden`
+    saved = _begin_with(checkpoint, (own, of_0_1_0))
+    return {key.replace(of_0_1_0, "lesson.").removeprefix(own): value for key, value in saved.items()}
 
-    Version 0.1.0 wrote what is `rule.stage0.lesson.7.hidden` now as `lesson.stage0.7.hidden`.
-    """
-    if not same_cut:
-        return {}
-    own, of_0_1_0 = f"rule.stage{stage.index}.", f"lesson.stage{stage.index}."
+
+def _begin_with(checkpoint: Checkpoint, prefixes: tuple[str, ...]) -> dict[str, Any]:
+    """Return all scalars and tensors of a checkpoint whose names begin with one of the prefixes."""
     tensors = {
         key: torch.empty(shape, dtype=dtype)
         for key, (_, shape, dtype) in checkpoint.places.items()
-        if key.startswith((own, of_0_1_0))
+        if key.startswith(prefixes)
     }
     checkpoint.fill(tensors)
-    scalars = {key: value for key, value in checkpoint.merged("scalars").items() if key.startswith((own, of_0_1_0))}
-    return {key.replace(of_0_1_0, "lesson.").removeprefix(own): value for key, value in (scalars | tensors).items()}
+    scalars = {key: value for key, value in checkpoint.merged("scalars").items() if key.startswith(prefixes)}
+    return scalars | tensors
 
 
 def _refuse_other_accumulation(checkpoint: Checkpoint, stage: Stage) -> None:
-    """Packets per step cannot change on the way: their numbers count on."""
+    """Raise UsageError if the number of packets per step has changed: the numbers of packets go on from there."""
     saved = checkpoint.parts[0]["accumulate"]
     if saved != stage.update.accumulate:
         raise UsageError(
-            f"checkpoint {checkpoint.path} was made with accumulate {saved}, not {stage.update.accumulate}; keep it"
+            f"checkpoint {checkpoint.path} was made with `training.accumulate` {saved}, not {stage.update.accumulate}; "
+            "keep it",
+            code="checkpoint-of-other-settings",
+            key="training.accumulate",
         )
 
 
 def _load_into(checkpoint: Checkpoint, wanted: dict[str, Tensor]) -> None:
-    """Fill the tensors in place."""
+    """Fill the tensors in place, strictly."""
     for key, tensor in wanted.items():
         if key not in checkpoint.places:
-            raise _of_another_plan(checkpoint, f"it has no {key}")
+            raise of_another_network(checkpoint, f"it has no {key}")
         shape = checkpoint.places[key][1]
         if shape != tensor.shape:
-            raise _of_another_plan(checkpoint, f"{key} is {tuple(shape)} there and {tuple(tensor.shape)} here")
+            raise of_another_network(checkpoint, f"{key} is {tuple(shape)} there and {tuple(tensor.shape)} here")
     checkpoint.fill(wanted)
 
 
 def _load_optimizers(checkpoint: Checkpoint, stage: Stage, loaded: dict[str, nn.Parameter]) -> None:
-    """Load the state of these parameters, which are to be loaded afterwards: making room for it changes them."""
+    """Load the state of these parameters. Load the parameters afterwards: making room for the state changes them."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in loaded.items()}
-    here, kinds = owners(stage.all_optimizers, names), checkpoint.merged("owners")
+    here = owners(stage.all_optimizers, names)
+    kinds = checkpoint.merged("owners")
     for name, optimizer in here.items():
         if kinds.get(name, type(optimizer).__name__) != type(optimizer).__name__:
             raise _other_optimizer(checkpoint, f"was trained by {kinds[name]}", name, optimizer)
-    scalars, saved = checkpoint.merged("scalars"), _saved_fields(checkpoint, here)
+    scalars = checkpoint.merged("scalars")
+    saved = _saved_fields(checkpoint, here)
     make_state(stage.all_optimizers, [loaded[name] for name in saved], stage.body.device)
     for name, field, _ in named_state(stage.all_optimizers, names):
         if field not in saved[name]:
@@ -130,7 +138,7 @@ def _load_optimizers(checkpoint: Checkpoint, stage: Stage, loaded: dict[str, nn.
 
 
 def _saved_fields(checkpoint: Checkpoint, here: dict[str, Optimizer]) -> dict[str, set[str]]:
-    """Which state the checkpoint has of these parameters."""
+    """Return the fields of optimizer state that the checkpoint has of each of these parameters."""
     saved: dict[str, set[str]] = {}
     for key in (*checkpoint.places, *checkpoint.merged("scalars")):
         name, _, field = key.removeprefix("optimizer.").rpartition(".")
@@ -146,7 +154,9 @@ def _load_groups(checkpoint: Checkpoint, stage: Stage, *, same_cut: bool) -> Non
     if keys and not same_cut:
         raise UsageError(
             f"checkpoint {checkpoint.path}: its optimizers keep state of a whole stage ({keys[0].split('.')[-1]!r} in "
-            f"param_groups); go on with its cut, layers {list(checkpoint.boundaries)}"
+            f"param_groups); go on with its `cut`, layers {list(checkpoint.boundaries)}",
+            code="optimizer-state-of-another-cut",
+            key="cut",
         )
     start = f"groups.stage{stage.index}."
     places = {key: place for key, place in checkpoint.places.items() if key.startswith(start)}
@@ -158,14 +168,18 @@ def _load_groups(checkpoint: Checkpoint, stage: Stage, *, same_cut: bool) -> Non
     except IndexError:
         raise UsageError(
             f"checkpoint {checkpoint.path} has more param_groups of stage {stage.index} than there are here; use the "
-            "optimizer it was made with"
+            "`optimizer` it was made with",
+            code="checkpoint-of-another-optimizer",
+            key="optimizer",
         ) from None
 
 
 def _other_optimizer(checkpoint: Checkpoint, what: str, name: str, optimizer: Optimizer) -> UsageError:
     return UsageError(
         f"checkpoint {checkpoint.path} is of another optimizer: {name} {what} there, and {type(optimizer).__name__} "
-        "with these settings trains it here; use the optimizer it was made with"
+        "with these settings trains it here; use the `optimizer` it was made with",
+        code="checkpoint-of-another-optimizer",
+        key="optimizer",
     )
 
 
@@ -180,26 +194,34 @@ def load_model(checkpoint: Checkpoint, module: torch.nn.Module) -> None:
 
 
 def refuse_other_network(checkpoint: Checkpoint, module: torch.nn.Module) -> None:
-    """Raises UsageError unless the checkpoint has exactly the weights and buffers of this network, in their shapes.
+    """Raise UsageError unless the checkpoint has exactly the weights and buffers of this network, in their shapes.
 
-    A stage alone cannot tell: what the checkpoint has and it has not may be another stage's.
+    A stage alone cannot tell: a weight that it lacks may be another stage's.
     """
     here = {f"model.{name}": tensor.shape for name, tensor in module.state_dict().items()}
     there = {key: shape for key, (_, shape, _) in checkpoint.places.items() if key.startswith("model.")}
     for key in (*here, *there):
         if key not in there:
-            raise _of_another_plan(checkpoint, f"it has no {key}")
+            raise of_another_network(checkpoint, f"it has no {key}")
         if key not in here:
-            raise _of_another_plan(checkpoint, f"it has {key}, which this network has not")
+            raise of_another_network(checkpoint, f"it has {key}, which this network has not")
         if here[key] != there[key]:
-            raise _of_another_plan(checkpoint, f"{key} is {tuple(there[key])} there and {tuple(here[key])} here")
+            raise of_another_network(checkpoint, f"{key} is {tuple(there[key])} there and {tuple(here[key])} here")
 
 
 def with_cut_of(checkpoint: Checkpoint, plan: Plan) -> Plan:
-    """The plan, cut as the checkpoint is if only a new measurement says otherwise (noise)."""
-    same = (len(checkpoint.boundaries), checkpoint.boundaries[-1]) == (len(plan.boundaries), plan.boundaries[-1])
-    return replace(plan, boundaries=checkpoint.boundaries) if plan.layer_seconds is not None and same else plan
+    """Return the plan with the checkpoint's cut if it was cut by time and has as many stages and layers."""
+    # Timing noise can move a cut, and a critic whose place moves starts anew.
+    same_stages = len(checkpoint.boundaries) == len(plan.boundaries)
+    same_layers = checkpoint.boundaries[-1] == plan.boundaries[-1]
+    if plan.layer_seconds is not None and same_stages and same_layers:
+        return replace(plan, boundaries=checkpoint.boundaries)
+    return plan
 
 
-def _of_another_plan(checkpoint: Checkpoint, why: str) -> UsageError:
-    return UsageError(f"checkpoint {checkpoint.path} is of another plan: {why}; use the config it was made with")
+def of_another_network(checkpoint: Checkpoint, why: str) -> UsageError:
+    """Return the error of a checkpoint that does not fit the network."""
+    return UsageError(
+        f"checkpoint {checkpoint.path} is of another network: {why}; use the settings it was made with",
+        code="checkpoint-of-another-network",
+    )

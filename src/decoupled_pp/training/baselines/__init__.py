@@ -1,4 +1,4 @@
-"""What a decoupled run is compared with: the same network trained by backpropagation, in one process and pipelined."""
+"""Baselines for decoupled runs: the same network trained by backpropagation, in one process and pipelined."""
 
 from __future__ import annotations
 
@@ -18,21 +18,39 @@ __all__ = ["BASELINES", "Strategy", "Training", "build_baseline", "stages_needed
 
 
 def stages_needed(kind: str, ranks: int) -> int | None:
-    """Stages that a plan must have for a baseline on so many ranks; None if any plan will do."""
+    """Return the stages that a plan must have for a baseline on so many ranks; None if any plan will do."""
     if kind == "deepspeed":
         return ranks
     return ranks * SCHEDULES[kind].stages_per_rank if kind in SCHEDULES else None
 
 
+def refuse_ranks(kind: str, ranks: int) -> None:
+    """Raise UsageError if a baseline cannot have so many ranks."""
+    if kind == "backprop" and ranks > 1:
+        raise UsageError(
+            f"`strategy` backprop is the whole network in one process, not {ranks}: start one rank, or set `strategy` "
+            "to data_parallel",
+            code="ranks-do-not-fit-strategy",
+            key="strategy",
+        )
+    if kind == "deepspeed" and ranks < 2:
+        raise UsageError(
+            f"`strategy` deepspeed is a pipeline over at least 2 ranks, not {ranks}: start more, or set `strategy` to "
+            "backprop",
+            code="ranks-do-not-fit-strategy",
+            key="strategy",
+        )
+
+
 def build_baseline(
     kind: str, plan: Plan, training: Training, device: torch.device, *, rank: int, ranks: int
 ) -> Strategy:
-    """One rank of a baseline; more than one rank must have joined the default process group.
+    """Build one rank of a baseline; more than one rank must have joined the default process group.
 
     Args:
         kind: One of `BASELINES`.
         plan: The network; with `stages_needed` stages.
-        training: How it trains.
+        training: Says how it trains.
         device: Where this rank computes.
         rank: This rank.
         ranks: Number of ranks.
@@ -41,17 +59,16 @@ def build_baseline(
         UsageError: An unknown kind, one that does not fit the plan or the ranks, or one whose package is missing.
     """
     if kind not in BASELINES:
-        raise UsageError(f"strategy {kind!r} is not known; one of {', '.join(BASELINES)}")
-    if kind == "backprop" and ranks > 1:
         raise UsageError(
-            f"backprop is the whole network in one process; start 1 rank, not {ranks}, or use data_parallel"
+            f"`strategy`: {kind!r} is not known; one of {', '.join(BASELINES)}",
+            code="not-one-of-the-choices",
+            key="strategy",
         )
+    refuse_ranks(kind, ranks)
     if kind == "backprop":
         return Backprop(plan, training, device)
     if kind == "data_parallel":
         return DataParallel(plan, training, device, rank=rank, ranks=ranks)
     if kind == "deepspeed":
-        if ranks < 2:
-            raise UsageError(f"deepspeed is a pipeline over at least 2 ranks, not {ranks}; use backprop")
         return DeepSpeedPipeline(plan, training, device, rank=rank, ranks=ranks)
     return TorchPipeline(kind, plan, training, device, rank=rank, ranks=ranks)

@@ -1,4 +1,4 @@
-"""What a pipelined baseline is made of, measured apart: passes, messages, and the schedule on one rank alone."""
+"""Measures the parts of a pipelined baseline: passes, messages, and the schedule on one rank alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from decoupled_pp.training.baselines.torch_pipeline import TorchPipeline
 
 @dataclass(frozen=True)
 class MessageSeconds:
-    """What a message costs.
+    """The cost of a message.
 
     Attributes:
         latency: Seconds until it has arrived, once both sides have posted it; None on a rank that has timed no trip.
@@ -38,17 +38,19 @@ class MessageSeconds:
 def message_seconds(
     tensor: Tensor, *, rank: int, ranks: int, compute: Callable[[], object], repeats: int
 ) -> MessageSeconds:
-    """Exchange a tensor with each neighbour over the default process group, all ranks at once; medians of this rank.
+    """Exchange a tensor with each neighbour over the default process group; return the medians of this rank.
+
+    All ranks call this at the same time.
 
         first  computes, sends |---- latency ---->| second wakes, sends |---- latency ---->| first wakes
                           host                      host
 
     Args:
-        tensor: What is sent.
+        tensor: The message.
         rank: This rank.
         ranks: Number of ranks, at least 2.
-        compute: Called before and after every exchange: what the messages of a pipeline run between, for a loop of
-            messages alone finds caches warm.
+        compute: Called before and after every exchange, as a pipeline computes between messages. (A loop of messages
+            alone would find its caches warm.)
         repeats: Exchanges with every neighbour.
     """
     hosts: list[float] = []
@@ -73,8 +75,11 @@ def message_seconds(
             start = time.perf_counter()
             _wait(sent)  # long done
             checks.append(time.perf_counter() - start)
-    host = median(hosts)  # medians: the first exchange with a neighbour waits for it to come from the other one
-    latency = max(0.0, median(trips) / 2 - host) if trips else None  # the last rank of an even number only answers
+    # Medians, because the first exchange with a neighbour waits for it to come from its other one.
+    host = median(hosts)
+    latency = None
+    if trips:  # the last rank of an even number only answers
+        latency = max(0.0, median(trips) / 2 - host)
     return MessageSeconds(latency, host + median(checks))
 
 
@@ -97,7 +102,7 @@ def pass_seconds(
     split: bool,
     repeats: int,
 ) -> dict[int, tuple[float, float, float]]:
-    """Mean seconds of forward, input's gradient and weights' gradient of every part, by itself, without links.
+    """Return the mean seconds of forward, input's gradient and weights' gradient of each part, without links.
 
     Unless `split`, the whole backward pass counts as the input's. The first stage, whose input takes no gradient, is
     never split (torch 2.13, `backward_one_chunk`). The passes are those that torch's schedules call.
@@ -106,17 +111,17 @@ def pass_seconds(
         parts: Stage -> its layers.
         inputs: One micro-batch of an input that fits every part.
         target: Its target, for the last stage.
-        loss: The last stage's.
+        loss: Loss of the last stage.
         stages: Number of stages.
-        split: Whether the schedule splits its backward passes.
+        split: True if the schedule splits its backward passes.
         repeats: Measured runs, after one that is not counted.
     """
     seconds = {}
     for stage, part in parts.items():
         judge = loss if stage == stages - 1 else None
-        runs = [_passes(part, inputs, target, judge, first=stage == 0, split=split) for _ in range(repeats + 1)][1:]
-        forward, to_input, weights = (sum(column) / repeats for column in zip(*runs, strict=True))
-        seconds[stage] = forward, to_input, weights
+        runs = [_passes(part, inputs, target, judge, first=stage == 0, split=split) for _ in range(repeats + 1)]
+        forward, to_input, weights = (sum(column) / repeats for column in zip(*runs[1:], strict=True))
+        seconds[stage] = (forward, to_input, weights)
         part.zero_grad(set_to_none=True)
     return seconds
 
@@ -125,9 +130,9 @@ def pass_seconds(
 def pipeline_of_one(
     kind: str, plan: Plan, training: Training, device: torch.device, *, rank: int
 ) -> Iterator[Strategy]:
-    """A pipeline of this rank alone, whatever other ranks do meanwhile; all ranks must make one at the same time.
+    """Build a pipeline of this rank alone, whatever other ranks do meanwhile; all ranks must do so at the same time.
 
-    Torch's schedules have all stages of `plan` on it. DeepSpeed's engine, which has one stage per rank, has the one.
+    With torch's schedules this rank has all stages of `plan`, with DeepSpeed's engine its own one.
     """
     if kind == "deepspeed":
         yield DeepSpeedPipeline.alone(plan, training, device)
@@ -142,6 +147,7 @@ def pipeline_of_one(
 def _passes(
     part: Part, inputs: Tensor, target: Payload, loss: Loss | None, *, first: bool, split: bool
 ) -> tuple[float, float, float]:
+    """Return the seconds of one forward pass, its input's gradient and its weights' gradient."""
     given = inputs.detach().clone().requires_grad_(not first)
     times = [time.perf_counter()]
     output = part(given)

@@ -1,4 +1,4 @@
-"""Baseline `deepspeed`: DeepSpeed's own PipelineModule and PipelineEngine (1F1B) as a strategy like the others."""
+"""Implements the baseline `deepspeed`: DeepSpeed's own PipelineModule and PipelineEngine (1F1B) as a strategy."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.packets import Batch, Payload, as_tuple, map_payload
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.pipeline.optim import build_optimizers
-from decoupled_pp.training.baselines.strategy import Part, Strategy, Training
+from decoupled_pp.training.baselines.strategy import Part, Strategy, Training, refuse_other_stages
 
 
 class DeepSpeedPipeline(Strategy):
     """One stage per rank, trained by `PipelineEngine.train_batch` and stepped by the engine's own optimizer step.
 
-    What runs is what DeepSpeed's users run: its 1F1B `TrainSchedule`, its blocking sends, its reduction over (here
-    single) replicas, its clipping over the whole network, then our torch optimizer and learning-rate schedule, both
-    handed to `deepspeed.initialize`. One thing is moved: the instruction `OptimizerStep`, last in the schedule, is held
+    DeepSpeed's own code runs: its 1F1B `TrainSchedule`, its blocking sends, its reduction over (here single) replicas,
+    its clipping over the whole network, then our torch optimizer and learning-rate schedule, both handed to
+    `deepspeed.initialize`. One thing is moved: the instruction `OptimizerStep`, last in the schedule, is held
     back until `train_batch` has returned, so that `gradients` leaves the gradients in `.grad`; `_update` then executes
     it. Autocast to bf16 is ours (`Part`), so that parameters and optimizer state stay fp32 as in the other baselines.
 
@@ -41,9 +41,9 @@ class DeepSpeedPipeline(Strategy):
         """Take over this rank's stage; every rank must have joined the default process group.
 
         Args:
-            plan: With as many stages as ranks.
-            training: How.
-            device: Where. On GPUs all of DeepSpeed's groups are NCCL's.
+            plan: The network, in as many stages as ranks.
+            training: Says how to train.
+            device: Where this rank computes. On GPUs all of DeepSpeed's groups are NCCL's.
             rank: This rank.
             ranks: Number of ranks.
 
@@ -54,19 +54,22 @@ class DeepSpeedPipeline(Strategy):
         super().__init__(plan, [rank], training, device)
         for parameter in self.parts[rank].parameters():
             parameter.model_parallel = True  # type: ignore[attr-defined] # no copy of another rank's: counts in the norm
-        self._rank, self._last = rank, rank == ranks - 1
-        self._forwards = self._backwards = 0
+        self._rank = rank
+        self._last = rank == ranks - 1
+        self._forwards = 0
+        self._backwards = 0
         self._shapes: object = None
         self._engine = self._build(ranks)
 
     @staticmethod
     def alone(plan: Plan, training: Training, device: torch.device) -> DeepSpeedPipeline:
-        """A pipeline of one rank: the engine's own Python, without a message. All ranks call this at the same time.
+        """Build a pipeline of one rank: the engine's own Python, without a message. All ranks call this together.
 
         Ranks of pipelines one stage deep are replicas to DeepSpeed; here they exchange nothing.
         """
         pipeline = DeepSpeedPipeline(plan, training, device, rank=0, ranks=1)
-        pipeline._engine.is_data_parallel = pipeline._engine.pipeline_enable_backward_allreduce = False
+        pipeline._engine.is_data_parallel = False
+        pipeline._engine.pipeline_enable_backward_allreduce = False
         return pipeline
 
     def gradients(self, batches: Sequence[Batch]) -> list[Tensor]:
@@ -79,7 +82,8 @@ class DeepSpeedPipeline(Strategy):
         if engine.dynamic_shape or shapes[0] != self._shapes:
             engine.reset_activation_shape()
         self._shapes = None if engine.dynamic_shape else shapes[0]
-        self._forwards = self._backwards = 0
+        self._forwards = 0
+        self._backwards = 0
         engine.train_batch(iter(batches))
         return list(engine.fwd_outputs) if self._last else []
 
@@ -88,11 +92,11 @@ class DeepSpeedPipeline(Strategy):
         return stage
 
     def _update(self) -> None:
-        """The engine's own step: clip, optimizer, zero the gradients, learning rate."""
+        """Take the engine's own step: clip, optimizer, zero the gradients, learning rate."""
         self._engine._exec_optimizer_step()
 
     def _build(self, ranks: int) -> Any:
-        """The engine of this rank's stage, with instructions that record what they do."""
+        """Build the engine of this rank's stage, with instructions that record what they do."""
         deepspeed = import_deepspeed(self.device)
         others: nn.Module | Callable[..., Any] = _elsewhere
         layers = [_Layer(self.parts[k]) if k in self.parts else others for k in range(ranks)]
@@ -119,28 +123,33 @@ class DeepSpeedPipeline(Strategy):
         return engine
 
     def _recorded(self, instructions: dict[Any, Any]) -> dict[Any, Any]:
-        """The engine's instructions, some of which tell the recorder or count what they send."""
+        """Return the engine's instructions; some of them tell the recorder, or count what they send."""
         shadows: dict[str, Callable[..., None]] = {
             "ForwardPass": self._forward,
             "BackwardPass": self._backward,
             "SendActivation": self._send_activation,
             "SendGrad": self._send_gradient,
         }
-        wrapped = {
-            kind: _shadow(shadows[kind.__name__], execute) if kind.__name__ in shadows else execute
-            for kind, execute in instructions.items()
-        }
-        return {k: _hold_back if k.__name__ == "OptimizerStep" else execute for k, execute in wrapped.items()}
+        recorded = {}
+        for kind, execute in instructions.items():
+            name = kind.__name__
+            if name == "OptimizerStep":
+                recorded[kind] = _hold_back
+            elif name in shadows:
+                recorded[kind] = _shadow(shadows[name], execute)
+            else:
+                recorded[kind] = execute
+        return recorded
 
     def _forward(self, execute: Callable[[], None], engine: Any, buffer: int) -> None:
         self._begin(self._forwards)
         self._forwards += 1
         execute()
-        if not self._last:  # there `_judge` has told of it
+        if not self._last:  # in the last stage `_judge` has recorded it
             self.recorder.lap("forward")
 
     def _judge(self, output: Payload, target: Payload) -> Tensor:
-        """The loss, which the engine computes as the end of the last stage's forward pass."""
+        """Return the loss; the engine computes it at the end of the last stage's forward pass."""
         self.recorder.lap("forward")
         with self.training.autocast(self.device):
             loss = self.training.loss(as_tuple(output)[0], target)
@@ -171,12 +180,12 @@ class DeepSpeedPipeline(Strategy):
         execute()
 
     def _buffer(self, place: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A receive buffer; the engine's own method hands out an earlier one of any dtype that is large enough."""
+        """Return a new receive buffer; the engine's own method would hand out an earlier one, of any dtype."""
         return torch.empty(tuple(shape), dtype=dtype, device=self.device)
 
 
 class _Layer(nn.Module):
-    """A part as the engine can send its output: contiguous, of known dtypes, and every floating tensor with a graph."""
+    """Makes the output of a part fit to send: contiguous, of known dtypes, and every floating tensor with a graph."""
 
     def __init__(self, part: Part) -> None:
         super().__init__()
@@ -187,10 +196,10 @@ class _Layer(nn.Module):
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """The package, told where it computes; it leaves no environment variable and writes nothing but errors.
+    """Import DeepSpeed for a device; it leaves no environment variable and writes nothing but errors.
 
     Raises:
-        UsageError: It is not there, or was imported for another kind of device.
+        UsageError: The package is missing, or was imported for another kind of device.
     """
     try:
         with environment.temporarily({"DS_ACCELERATOR": device.type}):  # read once, at the import
@@ -198,36 +207,48 @@ def import_deepspeed(device: torch.device) -> Any:
             from deepspeed.accelerator import get_accelerator
     except ImportError as error:
         raise UsageError(
-            f"deepspeed: the package cannot be imported ({error}); pip install 'decoupled_pp[deepspeed]', "
-            "or leave this strategy out"
+            f"`strategy` deepspeed: the package cannot be imported ({error}); pip install 'decoupled_pp[deepspeed]', "
+            "or use another strategy",
+            code="package-missing",
+            key="strategy",
         ) from error
     kind = get_accelerator().device_name()
     if kind != device.type:
-        raise UsageError(f"deepspeed: the package has been imported for {kind}, not {device.type}; use a new process")
+        raise UsageError(
+            f"`strategy` deepspeed: the package has been imported for {kind}, not {device.type}; use a new process",
+            code="package-imported-for-another-device",
+        )
     deepspeed.utils.logger.setLevel(logging.ERROR)
     return deepspeed
 
 
 def _check(plan: Plan, training: Training, ranks: int) -> None:
-    """Refuse on every rank alike, before anything is sent."""
-    if plan.stages != ranks:
-        raise UsageError(f"deepspeed on {ranks} ranks needs a plan of {ranks} stages, not {plan.stages}")
+    """Refuse what the engine cannot train, on every rank alike and before anything is sent."""
+    refuse_other_stages("deepspeed", plan, ranks, ranks)
     dtypes = {parameter.dtype for parameter in plan.module.parameters()}
-    if unfit := dtypes - {torch.float32, torch.bfloat16, torch.float16}:
-        raise UsageError(f"deepspeed cannot reduce gradients of {unfit.pop()}; use fp32 parameters")
+    unfit = dtypes - {torch.float32, torch.bfloat16, torch.float16}
+    if unfit:
+        raise UsageError(
+            f"`strategy` deepspeed cannot reduce gradients of {unfit.pop()}; use fp32 parameters",
+            code="dtype-cannot-be-reduced",
+            key="strategy",
+        )
     for k in range(plan.stages):
         count = len(build_optimizers(training.optimizer, plan.stage_module(k), None, owns_head=k == plan.stages - 1))
         if count != 1:
             reason = "has nothing to train" if count == 0 else f"has {count} optimizers, as Muon's stages do"
-            raise UsageError(f"deepspeed: stage {k} {reason}; its engine takes one: choose another cut or optimizer")
+            raise UsageError(
+                f"`strategy` deepspeed: stage {k} {reason}; its engine takes one: set `cut` or `optimizer.kind` to "
+                "something else",
+                code="engine-takes-one-optimizer",
+                key="strategy",
+            )
 
 
 def _use_process_group(deepspeed: Any, device: torch.device) -> None:
-    """Let DeepSpeed talk over the process group that is there, and never compile anything for it.
-
-    On the CPU it would build a shared-memory operator at the first run, which takes ninja, a C++ compiler and half a
-    minute, and serves inference's reductions only.
-    """
+    """Let DeepSpeed talk over the process group that is there, and never compile anything for it."""
+    # On the CPU it would build a shared-memory operator at the first run. That takes ninja, a C++ compiler and half a
+    # minute, and the operator serves only the reductions of inference.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = importlib.import_module("deepspeed.comm.torch").TorchBackend("gloo", None, None)
     if device.type == "cuda":
@@ -239,16 +260,16 @@ def _use_process_group(deepspeed: Any, device: torch.device) -> None:
 
 
 def _shadow(told: Callable[..., None], execute: Callable[..., None]) -> Callable[..., None]:
-    """An instruction of the engine that `told` carries out by calling its first argument."""
+    """Return an instruction of the engine that `told` carries out by calling its first argument."""
     return lambda engine, buffer_id: told(partial(execute, engine, buffer_id), engine, buffer_id)
 
 
 def _hold_back(engine: Any) -> None:
-    """In place of the optimizer step; see `DeepSpeedPipeline`."""
+    """Do nothing in place of the optimizer step; see `DeepSpeedPipeline`."""
 
 
 def _elsewhere(payload: Payload) -> Payload:
-    """A stage of another rank: DeepSpeed counts it and never calls it."""
+    """Stand for a stage of another rank: DeepSpeed counts it and never calls it."""
     return payload
 
 
@@ -256,7 +277,11 @@ def _sendable(tensor: Tensor) -> Tensor:
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
     if tensor.dtype not in PipelineEngine.DTYPE_TO_ID:
-        raise UsageError(f"deepspeed cannot send tensors of {tensor.dtype} between stages; use another cut")
+        raise UsageError(
+            f"`strategy` deepspeed cannot send tensors of {tensor.dtype} between stages; set `cut` to something else",
+            code="dtype-cannot-travel",
+            key="strategy",
+        )
     if tensor.is_floating_point() and not tensor.requires_grad:
         tensor = tensor.detach().requires_grad_()
     return tensor.contiguous()

@@ -1,4 +1,4 @@
-"""What all baselines share: one rank's part in one optimizer step of the whole network, trained by backpropagation."""
+"""Defines the base of all baselines: one rank's part in an optimizer step of the whole network."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from decoupled_pp.core.channels import LinkCounters
+from decoupled_pp.core.device import on_device
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.packets import Batch, Loss, Payload
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.pipeline.activations import SavedActivations
@@ -25,25 +27,25 @@ class Recorder(Protocol):
     """Takes the phases of a rank (`reports.PHASES`) as they end; `meter.StageMeter` is one."""
 
     def begin(self, packet: int) -> None:
-        """The laps from here on belong to this micro-batch."""
+        """Count the laps from here on for this micro-batch."""
 
     def lap(self, phase: str) -> None:
-        """The time since the last lap was `phase`."""
+        """Count the time since the last lap as `phase`."""
 
 
 class Unrecorded(Recorder):
-    """Takes no notice."""
+    """A recorder that records nothing."""
 
     def begin(self, packet: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def lap(self, phase: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """How a baseline trains, by the same sections that a decoupled run takes.
+    """Says how a baseline trains, by the same sections that a decoupled run takes.
 
     Attributes:
         loss: loss(logits, target) -> scalar, the mean over a micro-batch.
@@ -64,6 +66,17 @@ class Training:
         if self.options.precision == "bf16":
             return torch.autocast(device.type, dtype=torch.bfloat16)
         return nullcontext()
+
+
+def refuse_other_stages(kind: str, plan: Plan, ranks: int, wanted: int) -> None:
+    """Raise UsageError unless a plan has as many stages as a baseline needs on its ranks."""
+    if plan.stages != wanted:
+        raise UsageError(
+            f"`strategy` {kind} on {ranks} ranks needs a plan of {wanted} stages, not {plan.stages}; cut the network "
+            "into as many",
+            code="stages-do-not-fit-strategy",
+            key="stages",
+        )
 
 
 class Part(nn.Module):
@@ -110,14 +123,15 @@ class Strategy(ABC):
         Args:
             plan: The plan.
             stages: The stages that this rank trains.
-            training: How.
-            device: Where.
+            training: Says how to train.
+            device: Where this rank computes.
 
         Raises:
             UsageError: The optimizer does not fit.
         """
         self.parts = {k: Part(plan.stage_module(k).to(device).train(), training, device) for k in stages}
-        self.training, self.device = training, device
+        self.training = training
+        self.device = device
         self.recorder: Recorder = Unrecorded()
         self.first = 0
         self.links: dict[tuple[int, int], LinkCounters] = {}
@@ -140,16 +154,17 @@ class Strategy(ABC):
         """
 
     def owner(self, stage: int) -> int | None:
-        """The rank that trains a stage; None if every rank does."""
+        """Return the rank that trains a stage; None if every rank does."""
         return None
 
     def share(self, count: int) -> range:
-        """Which of a step's `count` micro-batches this rank works on."""
+        """Return which of a step's `count` micro-batches this rank works on."""
         return range(count)
 
     def step(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """One optimizer step on the micro-batches; returns what `gradients` does."""
-        with self._probe() if self.saved_activation_bytes_peak is None else nullcontext():
+        """Take one optimizer step on the micro-batches; return the losses that `gradients` returns."""
+        is_first_step = self.saved_activation_bytes_peak is None
+        with self._probe() if is_first_step else nullcontext():
             losses = self.gradients(batches)
         self.recorder.lap("wait_in")
         self._update()
@@ -158,7 +173,7 @@ class Strategy(ABC):
         return losses
 
     def _update(self) -> None:
-        """Clip and use up the gradients, and move the learning rates on."""
+        """Clip the gradients, take the optimizers' steps, and move the learning rates on."""
         if self.training.options.clip_norm is not None:
             self._clip(self.training.options.clip_norm)
         for optimizer in self.optimizers:
@@ -187,12 +202,16 @@ class Strategy(ABC):
 
     def _clip(self, limit: float) -> None:
         """Scale the gradients down if the norm over the whole network is above the limit."""
-        parameters = [p for part in self.parts.values() for p in part.parameters() if p.grad is not None]
+        parameters = [p for part in self.parts.values() for p in part.parameters()]
+        parameters = [p for p in parameters if p.grad is not None]
         own = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = self._sum_over_ranks(own**2) ** 0.5
         self.recorder.lap("wait_in")  # for the last rank to be done with the flush
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
 
+    def _here(self, tensor: Tensor) -> Tensor:
+        return on_device(tensor, self.device)
+
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
-        """The sum of a 0-dim tensor over the ranks that hold different parameters."""
+        """Return the sum of a 0-dim tensor over the ranks that hold different parameters."""
         return value

@@ -1,7 +1,8 @@
-"""Baselines that are `torch.distributed.pipelining`'s own schedules: what each demands, and one step of it."""
+"""Implements the baselines that are `torch.distributed.pipelining`'s own schedules."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, schedules
 
-from decoupled_pp.core.device import on_device
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.packets import Batch, Payload, as_tuple, map_payload
 from decoupled_pp.core.plans import Plan
-from decoupled_pp.training.baselines.strategy import Strategy, Training
+from decoupled_pp.training.baselines.strategy import Strategy, Training, refuse_other_stages
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class ScheduleKind:
     """One of torch's schedules.
 
     Attributes:
-        make: Its class.
+        make: Class of the schedule.
         stages_per_rank: Stages on every rank.
-        folded: Whether the stages go up the ranks and down again (V), instead of starting over at rank 0.
-        splits_backward: Whether a backward pass is done in two parts, first for inputs, later for weights.
+        folded: True if the stages go up the ranks and down again (V), instead of starting over at rank 0.
+        splits_backward: True if a backward pass is done in two parts, first for inputs, later for weights.
     """
 
     make: Any
@@ -35,9 +35,13 @@ class ScheduleKind:
     splits_backward: bool = False
 
     def stages_of(self, rank: int, ranks: int) -> list[int]:
-        """The stages that a rank trains."""
-        rounds = range(self.stages_per_rank)
-        return [r * ranks + (ranks - 1 - rank if self.folded and r % 2 else rank) for r in rounds]
+        """Return the stages that a rank trains."""
+        stages = []
+        for turn in range(self.stages_per_rank):
+            runs_down = self.folded and turn % 2 == 1
+            place = ranks - 1 - rank if runs_down else rank
+            stages.append(turn * ranks + place)
+        return stages
 
 
 SCHEDULES = {
@@ -52,7 +56,7 @@ and zero-bubble schedules, interleaved and ZBV (Qi et al. 2024, 2401.10241)."""
 
 
 class _RecordedStage(PipelineStage):
-    """torch's stage, which tells its strategy of every forward and backward, and counts what it sends."""
+    """A stage of torch that records every forward and backward for its strategy, and counts what it sends."""
 
     def __init__(self, part: nn.Module, index: int, pipeline: TorchPipeline) -> None:
         super().__init__(part, index, pipeline.plan.stages, pipeline.device, group=pipeline.group)
@@ -68,20 +72,18 @@ class _RecordedStage(PipelineStage):
         return self._recorded("backward", bwd_chunk_id, super().backward_weight_one_chunk, *arguments, **keywords)
 
     def _compute_outputs(self, *arguments: Any, module: nn.Module, **keywords: Any) -> Any:
-        """Torch's trial run for shapes before the first step, on memory that nobody has written: it leaves no trace.
-
-        Buffers are put back (BatchNorm's running statistics would stay NaN), past autograd, whose backward trial is to
-        come. What is saved for that is no step's, so no probe sees it.
-        """
+        """Let torch's trial run, which finds shapes before the first step, leave no trace."""
+        # The trial computes on memory that nobody has written, so BatchNorm's running statistics would stay NaN. The
+        # hooks hide the trial's saved tensors from the probe of activations: they belong to no step.
         before = [(buffer, buffer.clone()) for buffer in module.buffers()]
         with torch.autograd.graph.saved_tensors_hooks(_as_is, _as_is):
             outputs = super()._compute_outputs(*arguments, module=module, **keywords)
         for buffer, value in before:
-            buffer.data.copy_(value)
+            buffer.data.copy_(value)  # .data: the trial's backward pass, which comes next, must not see a change
         return outputs
 
     def _prepare_backward_infra(self, *arguments: Any, **keywords: Any) -> Any:
-        """The second half of the trial run; its loss is no micro-batch's, and nobody is told of it."""
+        """Keep the loss of the trial run from the recorder: it is no micro-batch's."""
         if keywords.get("loss_fn") is not None:
             keywords["loss_fn"] = self._pipeline.judge
         return super()._prepare_backward_infra(*arguments, **keywords)
@@ -127,30 +129,37 @@ class TorchPipeline(Strategy):
 
         Args:
             kind: A key of `SCHEDULES`.
-            plan: With as many stages as the schedule has on all ranks.
-            training: How.
-            device: Where.
+            plan: The network, in as many stages as the schedule has on all ranks.
+            training: Says how to train.
+            device: Where this rank computes.
             rank: This rank.
             ranks: Number of ranks.
-            group: These ranks; default: all.
+            group: Process group of these ranks; default: all ranks.
 
         Raises:
             UsageError: The plan does not fit the schedule.
         """
-        self.kind, self._schedule_kind = kind, SCHEDULES[kind]
-        wanted = ranks * self._schedule_kind.stages_per_rank
-        if plan.stages != wanted:
-            raise UsageError(f"{kind} on {ranks} ranks needs a plan of {wanted} stages, not {plan.stages}")
+        self.kind = kind
+        self._schedule_kind = SCHEDULES[kind]
+        refuse_other_stages(kind, plan, ranks, ranks * self._schedule_kind.stages_per_rank)
         if training.options.compile and self._schedule_kind.splits_backward:
             raise UsageError(
-                f"{kind}: torch's split backward does not work with torch.compile; set training.compile: false"
+                f"`strategy` {kind}: torch's split backward does not work with torch.compile; set `training.compile` "
+                "to false",
+                code="contradictory-settings",
+                key="training.compile",
             )
         mine = self._schedule_kind.stages_of(rank, ranks)
         super().__init__(plan, mine, training, device)
-        self.plan, self._rank, self._ranks = plan, rank, ranks
-        self.group = dist.new_group(backend="nccl") if device.type == "cuda" and group is None else group
+        self.plan = plan
+        self.group = group
+        if device.type == "cuda" and group is None:
+            self.group = dist.new_group(backend="nccl")
+        self._rank = rank
+        self._ranks = ranks
         self._stages = [_RecordedStage(part, k, self) for k, part in self.parts.items()]
-        self._first, self._last = 0 in mine, plan.stages - 1 in mine
+        self._first = 0 in mine
+        self._last = plan.stages - 1 in mine
         self._schedules_by_count: dict[int, Any] = {}
         self._targets: list[Payload] = []
 
@@ -158,12 +167,21 @@ class TorchPipeline(Strategy):
         """See `Strategy`; rank 0 uses the inputs, the rank of the last stage the targets and returns the losses."""
         shapes = {tuple(tensor.shape for tensor in as_tuple(inputs)) for inputs, _ in batches}
         if len(shapes) > 1:
-            raise UsageError(f"{self.kind}: micro-batches of one step must have one shape, not {sorted(shapes)}")
+            raise UsageError(
+                f"`strategy` {self.kind}: micro-batches of one step must have one shape, not {sorted(shapes)}; leave "
+                "smaller ones out",
+                code="micro-batches-of-other-shapes",
+                key="strategy",
+            )
         schedule = self._schedule(len(batches))
-        self._targets = [map_payload(self._here, target) for _, target in batches] if self._last else []
-        inputs = [as_tuple(payload) for payload, _ in batches] if self._first else []
-        whole = [self._here(torch.cat(tensors)) for tensors in zip(*inputs, strict=True)]
-        numbers = torch.arange(len(batches)) if self._last else None
+        whole: list[Tensor] = []
+        if self._first:
+            inputs = [as_tuple(payload) for payload, _ in batches]
+            whole = [self._here(torch.cat(tensors)) for tensors in zip(*inputs, strict=True)]
+        numbers = None
+        if self._last:
+            self._targets = [map_payload(self._here, target) for _, target in batches]
+            numbers = torch.arange(len(batches))
         losses: list[Tensor] = []
         schedule.step(*whole, target=numbers, losses=losses, return_outputs=False)
         return [loss.detach() for loss in losses]
@@ -174,27 +192,36 @@ class TorchPipeline(Strategy):
 
     def count(self, sent: Sequence[tuple[int, int]], *, backward: bool) -> None:
         """Count messages (peer rank, bytes) of one micro-batch; tensors of one payload are one packet."""
-        for peer in dict.fromkeys(peer for peer, _ in sent):
-            ends = (peer, self._rank) if backward else (self._rank, peer)
-            self._sent(*ends, sum(size for to, size in sent if to == peer), backward=backward)
+        sizes: Counter[int] = Counter()
+        for peer, size in sent:
+            sizes[peer] += size
+        for peer, size in sizes.items():
+            sender, receiver = (peer, self._rank) if backward else (self._rank, peer)
+            self._sent(sender, receiver, size, backward=backward)
 
     def _schedule(self, count: int) -> Any:
-        """The schedule for so many micro-batches per step.
+        """Return the schedule for so many micro-batches per step.
 
         Raises:
             UsageError: torch refuses the number.
         """
         if count not in self._schedules_by_count:
-            make, alone = self._schedule_kind.make, self._schedule_kind.stages_per_rank == 1
-            stages: Any = self._stages[0] if alone else self._stages
+            make = self._schedule_kind.make
+            has_one = self._schedule_kind.stages_per_rank == 1
+            stages: Any = self._stages[0] if has_one else self._stages
             try:
                 self._schedules_by_count[count] = make(stages, n_microbatches=count, loss_fn=self._loss)
             except (ValueError, AssertionError) as error:
-                raise UsageError(f"{self.kind} cannot run with {count} micro-batches per step: {error}") from error
+                raise UsageError(
+                    f"`strategy` {self.kind} cannot run with {count} micro-batches per step: {error}; set "
+                    "`training.accumulate` to another number",
+                    code="micro-batches-do-not-fit-strategy",
+                    key="training.accumulate",
+                ) from error
         return self._schedules_by_count[count]
 
     def judge(self, output: Payload, number: Tensor) -> Tensor:
-        """The loss of a micro-batch, given by number: torch can chunk a tensor of numbers, but no tuple of targets."""
+        """Return the loss of a micro-batch, given by number: torch can chunk a tensor, but no tuple of targets."""
         with self.training.autocast(self.device):
             return self.training.loss(as_tuple(output)[0], self._targets[int(number)])
 
@@ -202,9 +229,6 @@ class TorchPipeline(Strategy):
         loss = self.judge(output, number)
         self.recorder.lap("critic")
         return loss
-
-    def _here(self, tensor: Tensor) -> Tensor:
-        return on_device(tensor, self.device)
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
         dist.all_reduce(value, group=self.group)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from decoupled_pp.core import environment
 from decoupled_pp.core.datasets import BatchSource
 from decoupled_pp.core.device import Clock, RandomStream, on_device
-from decoupled_pp.core.errors import LinkError, UsageError
+from decoupled_pp.core.errors import LinkError, UsageError, first_line
 from decoupled_pp.core.packets import Batch, as_tuple, map_payload
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.core.reports import Exit, Report, ValidationRecord
@@ -50,7 +50,7 @@ class BaselineTrainer(BaseTrainer):
         Args:
             kind: One of `baselines.BASELINES`.
             plan: The network, cut into as many stages as the strategy needs.
-            recipe: How it is trained; what only decoupled stages have is not looked at.
+            recipe: Says how it is trained; settings that only decoupled stages have are not read.
             steps: Optimizer steps that the learning-rate schedule spans.
             device: "auto", "cpu" or "cuda".
             observer: Takes the metric records, on rank 0.
@@ -93,20 +93,10 @@ class BaselineTrainer(BaseTrainer):
         resume: bool | Checkpoint | None = None,
         trace_packets: range = range(0),
     ) -> Report:
-        """Train; every rank calls this with the same arguments and gets the same report.
-
-        Args:
-            train_batches: Training micro-batches.
-            steps: Optimizer steps.
-            validate: Held-out micro-batches; scored at the end, and every `validate_every` steps.
-            validate_every: Optimizer steps between evaluations; default: the recipe's.
-            validation_batches: Micro-batches per evaluation; default: the recipe's, else all.
-            save_every: Not to be had: baselines save no checkpoints.
-            resume: Not to be had either.
-            trace_packets: Numbers of the micro-batches whose spans are recorded.
+        """Train; see `BaseTrainer.fit`.
 
         Raises:
-            UsageError: The strategy cannot run with these micro-batches.
+            UsageError: The strategy cannot run with these micro-batches, or checkpoints are asked for.
             TrainingError: Training cannot go on.
         """
         self._refuse_checkpoints(bool(resume) or save_every is not None)
@@ -138,7 +128,7 @@ class BaselineTrainer(BaseTrainer):
             watcher.close()
 
     def export(self) -> nn.Module:
-        """The whole network with the trained weights, on every rank (which all must call this)."""
+        """Return the whole network with the trained weights; every rank must call this."""
         strategy = self._built()
         for stage in range(self.plan.stages):
             owner = strategy.owner(stage)
@@ -168,7 +158,7 @@ class BaselineTrainer(BaseTrainer):
             )
 
     def _steps(self, train: BatchSource, steps: int, strategy: Strategy, meter: StageMeter) -> Iterator[int]:
-        """Take the steps; yields the number done after each."""
+        """Take the steps; yield the number done after each."""
         batches = train.batches()
         for step in range(1, steps + 1):
             if self.interrupted.is_set():
@@ -183,29 +173,32 @@ class BaselineTrainer(BaseTrainer):
             yield step
 
     def _trained(self, batches: Sequence[Batch], losses: list[Tensor], strategy: Strategy, meter: StageMeter) -> bool:
-        """Tell the meter of the micro-batches that this rank worked on. Returns whether a flush is due."""
-        share, due = strategy.share(len(batches)), False
+        """Tell the meter of the micro-batches that this rank worked on. Return whether a flush is due."""
+        share = strategy.share(len(batches))
+        due = False
         for place, number in enumerate(share):
             loss = losses[place] if self.rank == self._judge(strategy) else None
             due |= meter.trained(strategy.first - len(batches) + number, loss, _samples(batches[number]))
         return due
 
     def _judge(self, strategy: Strategy) -> int:
-        """The rank that reports the loss."""
+        """Return the rank that reports the loss."""
         return strategy.owner(self.plan.stages - 1) or 0
 
     def _evaluate(self, batches: Iterator[Batch], meter: StageMeter) -> None:
         """Score the whole network: every rank a share of the micro-batches, the sums joined."""
-        network, score = self.export().to(self.device).eval(), ExitScore()
+        network = self.export().to(self.device).eval()
+        score = ExitScore()
         with torch.no_grad(), self._random:
-            for inputs, target in islice(batches, self.rank, None, self._ranks):
-                given, wanted = (map_payload(lambda t: on_device(t, self.device), part) for part in (inputs, target))
+            for batch in islice(batches, self.rank, None, self._ranks):
+                inputs, target = (map_payload(lambda t: on_device(t, self.device), part) for part in batch)
                 with self.training.autocast(self.device):
-                    logits = as_tuple(network(given))[0]
-                    score.add(self.training.loss(logits, wanted), logits, wanted)
+                    logits = as_tuple(network(inputs))[0]
+                    score.add(self.training.loss(logits, target), logits, target)
         network.train()
         sums = self._control.gather(f"evaluation/{self.updates}", score.sums(), self._timeout)
-        self._score = loss, accuracy = ExitScore.of_sums(sums)
+        loss, accuracy = ExitScore.of_sums(sums)
+        self._score = (loss, accuracy)
         meter.lap("evaluate")
         if self.rank == self._judge(self._built()):
             record = ValidationRecord(
@@ -220,6 +213,7 @@ class BaselineTrainer(BaseTrainer):
             self._control.post(record)
 
     def _report(self, strategy: Strategy, meter: StageMeter) -> Report:
+        """Return the report of what all ranks measured, the same on each."""
         judges = self.rank == self._judge(strategy)
         score = self._score or (None, None)
         own = measure(
@@ -245,8 +239,11 @@ def _samples(batch: Batch) -> int:
 
 
 def _as_link_error(error: Exception, rank: int) -> Exception:
-    """A broken connection inside of torch's or DeepSpeed's own transport, as the echo of a fault elsewhere."""
+    """Return a LinkError, the echo of a fault elsewhere, if torch's or DeepSpeed's own transport broke."""
     text = str(error)
     if isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "NCCL", "Connection closed")):
-        return LinkError(f"rank {rank} lost the connection to another rank: {text.splitlines()[0]}")
+        return LinkError(
+            f"rank {rank} lost the connection to another rank: {first_line(error)}; look at the other ranks' logs",
+            code="peer-gone",
+        )
     return error

@@ -1,4 +1,4 @@
-"""Baselines with the whole network on every rank: `backprop` (one process) and `data_parallel` (torch's DDP)."""
+"""Implements the baselines with the whole network on every rank: `backprop`, and `data_parallel` (torch's DDP)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from decoupled_pp.core.device import on_device
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.packets import Batch, Payload, as_tuple, map_payload
 from decoupled_pp.core.plans import Plan
@@ -20,7 +19,7 @@ from decoupled_pp.training.baselines.strategy import Part, Strategy, Training
 
 
 class _Chain(nn.Module):
-    """All parts, one after the other."""
+    """Runs all parts, one after the other."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         super().__init__()
@@ -48,7 +47,7 @@ class Backprop(Strategy):
     def _backward(self, batch: Batch, number: int, count: int) -> Tensor:
         """Add the gradient of micro-batch `number`'s share of the mean of `count`."""
         self.recorder.begin(self.first + number)
-        inputs, target = (map_payload(lambda tensor: on_device(tensor, self.device), payload) for payload in batch)
+        inputs, target = (map_payload(self._here, payload) for payload in batch)
         self.recorder.lap("wait_in")
         output = self._network(*as_tuple(inputs))
         self.recorder.lap("forward")
@@ -74,17 +73,22 @@ class DataParallel(Backprop):
         # DDP compares a hook's annotations with types, and ours are strings: the lambda has none.
         self._copy.register_comm_hook(group, lambda group, bucket: self._all_reduce(group, bucket))  # noqa: PLW0108
         self._network = self._copy
-        self._rank, self._ranks = rank, ranks
+        self._rank = rank
+        self._ranks = ranks
 
     def gradients(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """See `Strategy`; gradients are averaged over ranks in the last micro-batch's backward pass."""
+        """See `Strategy`."""
         if len(batches) % self._ranks:
             raise UsageError(
-                f"data_parallel: {len(batches)} micro-batches per step cannot be shared by {self._ranks} ranks evenly; "
-                f"use a multiple of {self._ranks}"
+                f"`strategy` data_parallel: {len(batches)} micro-batches per step cannot be shared by {self._ranks} "
+                f"ranks evenly; set `training.accumulate` to a multiple of {self._ranks}",
+                code="micro-batches-do-not-fit-strategy",
+                key="training.accumulate",
             )
-        mine, losses = self.share(len(batches)), []
+        mine = self.share(len(batches))
+        losses = []
         for number in mine:
+            # DDP averages gradients in the last backward pass only: the others just add to them.
             with nullcontext() if number == mine[-1] else self._copy.no_sync():
                 losses.append(self._backward(batches[number], number, len(mine)))
         return losses
@@ -94,7 +98,8 @@ class DataParallel(Backprop):
         return range(self._rank, count, self._ranks)
 
     def _all_reduce(self, group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> Any:
-        """DDP's own averaging. Of a ring all-reduce every rank sends 2 (n - 1) / n of the buffer to its neighbour."""
+        """Average gradients as DDP does, and count the bytes."""
+        # In a ring all-reduce every rank sends 2 (n - 1) / n of the buffer to its neighbour.
         size = 2 * (self._ranks - 1) * bucket.buffer().nbytes // self._ranks
         self._sent(self._rank, (self._rank + 1) % self._ranks, size, backward=True)
         return default_hooks.allreduce_hook(group, bucket)  # type: ignore[arg-type]
