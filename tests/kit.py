@@ -50,6 +50,12 @@ def check_text(code, text, *parts):
     SEEN.setdefault(code, set()).add(_normal(text))
 
 
+def check_said(text, code, *parts):
+    """Hold what a `dpp` process said, one line, to the golden file; `code` is that of the fault it says."""
+    assert text.startswith("dpp: ") and text.endswith("\n"), text
+    check_text(code, text.removeprefix("dpp: ").removesuffix("\n"), *parts)
+
+
 def _normal(text):
     """The text without what differs from machine to machine and from run to run."""
     text = re.sub(rf"{re.escape(tempfile.gettempdir())}[^\s'\",;:]*", "PATH", text)

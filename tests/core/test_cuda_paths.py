@@ -12,8 +12,9 @@ from decoupled_pp.core.channels import LinkTerms
 from decoupled_pp.core.device import Clock
 from decoupled_pp.core.errors import LinkError
 from decoupled_pp.core.packets import Packet, PacketKind
-from decoupled_pp.links import InProcessLink, SendingEnd, in_process, process_group
+from decoupled_pp.links import InProcessLink, SendingEnd, in_process, sending_end
 from decoupled_pp.links.wire import Wire
+from kit import refused
 from ranks import PATIENCE
 
 CUDA = torch.device("cuda", 0)
@@ -73,7 +74,7 @@ def test_a_cuda_clock_goes_on_where_it_ended(clock):
 
 
 class Log(list):
-    """What happened, in order."""
+    """A list of what happened, in order."""
 
     def fence(self):
         log, count = self, [0]
@@ -127,9 +128,9 @@ class Transport:
         self.log.append((self.name, "broken off"))
 
 
-def sending_end(log, monkeypatch, **message):
-    """As between GPUs: the tensors travel over a lane of their own."""
-    monkeypatch.setattr(process_group, "Fence", log.fence())
+def end_between_gpus(log, monkeypatch, **message):
+    """Build a sending end whose tensors travel over a lane of their own, as between GPUs."""
+    monkeypatch.setattr(sending_end, "Fence", log.fence())
     faults = []
     out, into, payload = Transport(log, "header", **message), Transport(log, "credit"), Transport(log, "payload")
     names = {"here": "stage 0", "there": "stage 1", "failed": faults.append}
@@ -140,7 +141,7 @@ def sending_end(log, monkeypatch, **message):
 def test_a_packet_is_announced_once_it_is_computed_and_kept_until_it_is_sent(monkeypatch):
     """Fences by number: each packet's `computed` when it is handed over, its `sent` when the sender has sent it."""
     log = Log()
-    end, faults = sending_end(log, monkeypatch)
+    end, faults = end_between_gpus(log, monkeypatch)
     end.send(marker(PacketKind.TRAIN, 0))
     end.send(marker(PacketKind.END, 1))
     end.close()
@@ -154,13 +155,13 @@ def test_a_packet_is_announced_once_it_is_computed_and_kept_until_it_is_sent(mon
 
 def test_a_broken_link_frees_the_device(monkeypatch):
     log = Log()
-    end, faults = sending_end(log, monkeypatch, fails=True)
+    end, faults = end_between_gpus(log, monkeypatch, fails=True)
     end.send(marker(PacketKind.TRAIN, 0))
     deadline = time.monotonic() + PATIENCE
     while not (faults and ("payload", "broken off") in log) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert ("payload", "broken off") in log
-    assert len(faults) == 1
-    with pytest.raises(LinkError):
+    assert [error.code for error in faults] == ["peer-gone"]
+    with refused("peer-gone", LinkError, "stage 1 is gone", "seen by stage 0"):
         end.send(marker(PacketKind.TRAIN, 1))
     end.close()

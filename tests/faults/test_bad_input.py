@@ -6,80 +6,125 @@ import pytest
 import runs
 
 import ranks
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.settings.load import load_settings
+from decoupled_pp.training.job import run_rank
+from kit import check_said, refused
 
 CASES = {
-    "unknown key": ({"training.stepz": 3}, ["training.stepz", "unknown key", "'steps'"]),
-    "missing key": ({"training": {}}, ["training.steps", "missing"]),
-    "wrong type": ({"training.steps": "many"}, ["training.steps", "integer", "'many'"]),
-    "fraction": ({"training.steps": 1.5}, ["training.steps", "integer", "1.5"]),
-    "misspelt critic": ({"critic": {"kind": "haed"}}, ["critic.kind", "'haed'", "did you mean 'head'"]),
-    "misspelt model": ({"model": {"kind": "mpl"}}, ["model.kind", "'mpl'", "did you mean 'mlp'"]),
-    "misspelt data": ({"data": {"kind": "digit"}}, ["data.kind", "'digit'", "did you mean 'digits'"]),
-    "misspelt cut": ({"cut": "tmie"}, ["cut", "'tmie'", "'time'"]),
-    "misspelt optimizer": ({"optimizer": {"kind": "Adamm"}}, ["optimizer.kind", "'Adamm'", "AdamW"]),
-    "misspelt loss": ({"loss": "xent"}, ["loss", "'xent'", "cross_entropy"]),
-    "more stages than layers": ({"stages": 5, "cut": "uniform"}, ["`stages` is 5", "4 layers", "fewer stages"]),
-    "cut that does not add up": ({"cut": [1, 1]}, ["`cut` [1, 1]", "adds up to 2", "has 4"]),
-    "cut of other stages": ({"cut": [1, 1, 2]}, ["cut [1, 1, 2]", "2 entries"]),
-    "empty stage": ({"cut": [0, 4]}, ["cut [0, 4]", "at least 1"]),
-    "no capacity": ({"links.capacity": 0}, ["links.capacity", "greater than or equal to 1", "0"]),
-    "no IDX files": ({"data": {"kind": "idx", "folder": "nowhere"}}, ["data.folder", "nowhere", "four IDX files"]),
-    "truncated IDX": ({"data": {"kind": "idx", "folder": "idx"}}, ["train-images", "truncated", "fetch it again"]),
+    "unknown key": ({"training.stepz": 3}, "unknown-setting", ["3", "'steps'"]),
+    "missing key": ({"training": {}}, "missing-setting", []),
+    "wrong type": ({"training.steps": "many"}, "unusable-value", ["'many'"]),
+    "fraction": ({"training.steps": 1.5}, "unusable-value", ["1.5"]),
+    "misspelt critic": ({"critic": {"kind": "haed"}}, "unknown-kind", ["'haed'", "did you mean 'head'"]),
+    "misspelt model": ({"model": {"kind": "mpl"}}, "unknown-kind", ["'mpl'", "did you mean 'mlp'"]),
+    "misspelt data": ({"data": {"kind": "digit"}}, "unknown-kind", ["'digit'", "did you mean 'digits'"]),
+    "misspelt cut": ({"cut": "tmie"}, "not-one-of-the-choices", ["'tmie'", "did you mean 'time'"]),
+    "misspelt optimizer": ({"optimizer": {"kind": "Adamm"}}, "unknown-optimizer", ["'Adamm'", "AdamW"]),
+    "misspelt loss": ({"loss": "xent"}, "unknown-loss", ["'xent'"]),
+    "more stages than layers": ({"stages": 5, "cut": "uniform"}, "too-few-layers", ["5", "4 layers"]),
+    "cut that does not add up": ({"cut": [1, 1]}, "bad-cut", ["[1, 1]", "2 layers", "has 4"]),
+    "cut of other stages": ({"cut": [1, 1, 2]}, "contradictory-settings", ["[1, 1, 2]", "2 entries"]),
+    "empty stage": ({"cut": [0, 4]}, "contradictory-settings", ["[0, 4]"]),
+    "no capacity": ({"links.capacity": 0}, "unusable-value", ["not 0"]),
+    "no IDX files": ({"data": {"kind": "idx", "folder": "nowhere"}}, "data-file-missing", ["nowhere"]),
+    "truncated IDX": ({"data": {"kind": "idx", "folder": "idx"}}, "data-file-damaged", ["train-images"]),
     "no CIFAR files": (
         {"data": {"kind": "cifar_binary", "folder": "nowhere"}},
-        ["nowhere/data_batch_1.bin", "missing"],
+        "data-file-missing",
+        ["nowhere/data_batch_1.bin"],
     ),
-    "truncated CIFAR": ({"data": {"kind": "cifar_binary", "folder": "cifar"}}, ["data_batch_1.bin", "5000 bytes"]),
-    "no text files": ({"data": {"kind": "text", "files": ["nowhere/*.txt"]}}, ["nowhere/*.txt"]),
-    "unwritable run folder": ({"runs": "/dev/null/x"}, ["/dev/null/x/run", "not a directory", "change `runs`"]),
-    "run folder under a file": ({"runs": "run.yaml"}, ["run.yaml", "not a directory", "change `runs`"]),
-    "no such module": (
-        {"model": {"kind": "factory", "factory": "nowhere:f"}},
-        ["model.factory", "nowhere:f", "import"],
+    "truncated CIFAR": (
+        {"data": {"kind": "cifar_binary", "folder": "cifar"}},
+        "data-file-damaged",
+        ["data_batch_1.bin", "5000 bytes"],
     ),
-    "no such function": (
-        {"model": {"kind": "factory", "factory": "faulty:f"}},
-        ["model.factory", "'faulty' has no 'f'"],
+    "no text files": ({"data": {"kind": "text", "files": ["nowhere/*.txt"]}}, "data-file-missing", ["nowhere/*.txt"]),
+    "unwritable run folder": ({"runs": "/dev/null/x"}, "output-not-writable", ["/dev/null/x/"]),
+    "run folder under a file": ({"runs": "run.yaml"}, "output-not-writable", ["run.yaml"]),
+    "no such module": ({"model": {"kind": "factory", "factory": "nowhere:f"}}, "factory-not-importable", ["nowhere:f"]),
+    "no such function": ({"model": {"kind": "factory", "factory": "faulty:f"}}, "factory-missing", ["'faulty'", "'f'"]),
+    "no function at all": ({"model": {"kind": "factory", "factory": "faulty"}}, "factory-unreadable", ["'faulty'"]),
+    "module with an error": (
+        {"model": {"kind": "factory", "factory": "broken:f"}},
+        "factory-not-importable",
+        ["broken:f", "SyntaxError"],
     ),
-    "no function at all": ({"model": {"kind": "factory", "factory": "faulty"}}, ["'faulty'", "module:function"]),
-    "module with an error": ({"model": {"kind": "factory", "factory": "broken:f"}}, ["broken:f", "SyntaxError"]),
-    "arguments that do not fit": ({"model": runs.factory("misfit", widht=3)}, ["faulty:misfit", "widht"]),
-    "factory of no layers": ({"model": runs.factory("no_layers")}, ["model.factory", "returned int"]),
-    "layers that do not fit": ({"model": runs.factory("misfit")}, ["layer '2' (Linear)", "(16, 16)", "correct it"]),
-    "layer of a dictionary": ({"model": runs.factory("returns_dictionary")}, ["layer '1' (Strange)", "dict"]),
-    "model for other data": ({"model": {"kind": "gpt"}}, ["'gpt'", "tokens", "'image'"]),
-    "critic of other outputs": ({"critic": runs.factory("critic_of_3_classes")}, ["stage 0", "(16, 3)", "(16, 10)"]),
-    "critic of other inputs": ({"critic": runs.factory("critic_for_7_inputs")}, ["stage 0", "(16, 16)", "7x10"]),
-    "critic that does not import": ({"critic": {"kind": "factory", "factory": "nowhere:f"}}, ["critic.factory"]),
+    "arguments that do not fit": (
+        {"model": runs.factory("misfit", widht=3)},
+        "factory-arguments",
+        ["faulty:misfit", "widht"],
+    ),
+    "factory of no layers": ({"model": runs.factory("no_layers")}, "factory-wrong-result", ["int"]),
+    "layers that do not fit": (
+        {"model": runs.factory("misfit")},
+        "layer-shape-mismatch",
+        ["layer '2' (Linear)", "(16, 16)"],
+    ),
+    "layer of a dictionary": (
+        {"model": runs.factory("returns_dictionary")},
+        "output-cannot-travel",
+        ["layer '1' (Strange)", "dict"],
+    ),
+    "model for other data": ({"model": {"kind": "gpt"}}, "model-data-mismatch", ["'gpt'", "tokens", "'image'"]),
+    "critic of other outputs": (
+        {"critic": runs.factory("critic_of_3_classes")},
+        "critic-wrong-output",
+        ["stage 0", "(16, 3)", "(16, 10)"],
+    ),
+    "critic of other inputs": (
+        {"critic": runs.factory("critic_for_7_inputs")},
+        "critic-fails",
+        ["stage 0", "(16, 16)", "7x10"],
+    ),
+    "critic that does not import": (
+        {"critic": {"kind": "factory", "factory": "nowhere:f"}},
+        "factory-not-importable",
+        ["nowhere:f"],
+    ),
     "critic of a listed cut": (
         {"critic": runs.factory("critic_of_3_classes"), "cut": [2, 2]},
-        ["stage 0: critic Linear", "(16, 3)", "(16, 10)"],
+        "critic-wrong-output",
+        ["stage 0", "(16, 3)", "(16, 10)"],
     ),
-    "optimizer arguments": ({"optimizer.arguments": {"momentun": 1}}, ["torch.optim.AdamW", "momentun"]),
-    "loss of other targets": ({"loss": "mse"}, ["loss", "(16, 10)", "(16,)", "cross_entropy"]),
+    "optimizer arguments": (
+        {"optimizer.arguments": {"momentun": 1}},
+        "optimizer-refuses-arguments",
+        ["torch.optim.AdamW"],
+    ),
+    "loss of other targets": ({"loss": "mse"}, "loss-does-not-fit-targets", ["(16, 10)", "(16,)"]),
     "validation label that is no class": (
         {"data.factory": "faulty:mislabelled"},
-        ["loss", "a validation target", "out of bounds"],
+        "loss-does-not-fit-targets",
+        ["a validation target", "out of bounds"],
     ),
-    "no validation batch": ({"data.factory": "faulty:nothing_held_out"}, ["no validation batch", "more data"]),
-    "loss that is no scalar": ({"loss": "faulty:no_scalar"}, ["loss", "(16, 10)", "scalar"]),
-    "sample of no text": ({"sample": {"tokens": 9}}, ["sample", "data.kind 'factory'", "leave sample out"]),
-    "no such device": ({"device": "cuda"}, ["device: cuda", "found 0", "cpu"]),
+    "no validation batch": ({"data.factory": "faulty:nothing_held_out"}, "no-batch", ["validation"]),
+    "loss that is no scalar": ({"loss": "faulty:no_scalar"}, "loss-is-no-scalar", ["(16, 10)"]),
+    "sample of no text": ({"sample": {"tokens": 9}}, "sample-needs-text", ["factory"]),
+    "no such device": ({"device": "cuda"}, "too-few-gpus", ["found 0"]),
 }
+"""Name -> change of good settings, code of the fault, and the values that its text must hold."""
+
 COMMAND_LINES = {
-    "no such file": (["nowhere.yaml"], ["nowhere.yaml", "No such file"]),
-    "no mapping": (["list.yaml"], ["list.yaml", "mapping", "list"]),
-    "no YAML": (["open.yaml"], ["open.yaml is not YAML"]),
-    "override without a value": (["run.yaml", "--set=training.steps"], ["'training.steps'", "key.sub=value"]),
-    "override that is no YAML": (["run.yaml", "--set=model={"], ["'model={'", "not YAML"]),
-    "other ranks than stages": (["run.yaml", "--ranks=3"], ["stages is 2", "not 3"]),
-    "no ranks": (["run.yaml", "--ranks=0"], ["stages is 2", "not 0"]),
-    "fewer restarts than none": (["run.yaml", "--ranks=2", "--max-restarts=-1"], ["--max-restarts -1", "at least 0"]),
-    "restarts of one process": (["run.yaml", "--max-restarts=5"], ["--max-restarts 5", "--ranks 2"]),
-    "both ways": (["run.yaml", "--resume", "--overwrite"], ["--resume", "--overwrite", "contradict"]),
-    "unknown option": (["run.yaml", "--resum=3"], ["--resum", "dpp"]),
-    "no checkpoint": (["run.yaml", "--set=name=new", "--resume"], ["runs/new", "no checkpoint", "without --resume"]),
+    "no such file": (["nowhere.yaml"], "configuration-unreadable", ["nowhere.yaml", "No such file"]),
+    "no mapping": (["list.yaml"], "configuration-is-no-mapping", ["list.yaml", "list"]),
+    "no YAML": (["open.yaml"], "configuration-is-no-yaml", ["open.yaml"]),
+    "override without a value": (["run.yaml", "--set=training.steps"], "override-unreadable", ["'training.steps'"]),
+    "override that is no YAML": (["run.yaml", "--set=model={"], "override-unreadable", ["'model={'"]),
+    "other ranks than stages": (["run.yaml", "--ranks=3"], "ranks-do-not-fit-stages", ["2 stages", "not 3"]),
+    "no ranks": (["run.yaml", "--ranks=0"], "ranks-do-not-fit-stages", ["2 stages", "not 0"]),
+    "fewer restarts than none": (
+        ["run.yaml", "--ranks=2", "--max-restarts=-1"],
+        "option-out-of-range",
+        ["--max-restarts -1"],
+    ),
+    "restarts of one process": (["run.yaml", "--max-restarts=5"], "option-without-effect", ["--max-restarts 5"]),
+    "both ways": (["run.yaml", "--resume", "--overwrite"], "resume-and-overwrite", ["--resume", "--overwrite"]),
+    "unknown option": (["run.yaml", "--resum=3"], "bad-command-line", ["--resum"]),
+    "no checkpoint": (["run.yaml", "--set=name=new", "--resume"], "nothing-to-resume", ["runs/new"]),
 }
+"""Name -> arguments of `dpp train`, code of the fault, and the values that its text must hold."""
+
 FOUND_IN_DIFFERENT_PLACES = [
     "unknown key",  # before the ranks have met
     "misspelt optimizer",  # by every rank
@@ -127,21 +172,21 @@ def _overrides(case):
     return [runs.override(key, value) for key, value in CASES[case][0].items()]
 
 
-def _check_line(text, words):
-    assert text.startswith("dpp: ") and text.count("\n") == 1 and text.endswith("\n"), text
-    assert all(word in text for word in words), text
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_bad_settings_are_one_line_and_touch_nothing(case, here, capsys):
+    """A run that is there survives --overwrite, and one that is not there does not come to be."""
     before = runs.fingerprint(here)
-    # What is there must survive --overwrite, and what is not there must not come to be.
-    for way in (["--overwrite"], ["--set=name=new"]):
-        assert runs.dpp("train", "run.yaml", *_overrides(case), *way) == 2
-        printed = capsys.readouterr()
-        _check_line(printed.err.replace("runs/new", "runs/run").replace("x/new", "x/run"), CASES[case][1])
-        assert printed.out == ""
-        assert runs.fingerprint(here) == before and not Path("runs/new").exists()
+    _, code, parts = CASES[case]
+    overrides = tuple(override.removeprefix("--set=") for override in _overrides(case))
+    with refused(code, UsageError, *parts) as caught:
+        run_rank(load_settings("run.yaml", overrides), overwrite=True)
+    assert runs.fingerprint(here) == before
+    capsys.readouterr()
+    assert runs.dpp("train", "run.yaml", *_overrides(case), "--set=name=new") == 2
+    printed = capsys.readouterr()
+    assert printed.err.replace("runs/new", "runs/run").replace("/new", "/run") == f"dpp: {caught.value}\n"
+    assert printed.out == ""
+    assert runs.fingerprint(here) == before and not Path("runs/new").exists()
 
 
 def test_a_held_out_text_that_a_tokenizer_makes_too_short_touches_nothing(tmp_path, monkeypatch, capsys):
@@ -155,16 +200,16 @@ def test_a_held_out_text_that_a_tokenizer_makes_too_short_touches_nothing(tmp_pa
     data = {"kind": "text", "files": ["short.txt"], "tokenizer": "words.json", "context": 64, "batch_size": 2}
     runs.write_settings(data=data, model={"kind": "gpt", "width": 8, "depth": 2, "heads": 2})
     assert runs.dpp("train", "run.yaml") == 2
-    _check_line(capsys.readouterr().err, ["the validation text has", "`data.context` 64"])
+    check_said(capsys.readouterr().err, "too-little-data", "`data.context` 64")
     assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("case", COMMAND_LINES)
 def test_bad_command_lines_are_one_line_and_touch_nothing(case, here, capsys):
     before = runs.fingerprint(here)
-    arguments, words = COMMAND_LINES[case]
+    arguments, code, parts = COMMAND_LINES[case]
     assert runs.dpp("train", *arguments) == 2
-    _check_line(capsys.readouterr().err, words)
+    check_said(capsys.readouterr().err, code, *parts)
     assert runs.fingerprint(here) == before and not Path("runs/new").exists()
 
 
@@ -172,13 +217,13 @@ def test_bad_command_lines_are_one_line_and_touch_nothing(case, here, capsys):
 def test_a_run_folder_that_exists_is_refused(arguments, here, capsys):
     before = runs.fingerprint(here)
     assert runs.dpp("train", "run.yaml", *arguments) == 2
-    _check_line(capsys.readouterr().err, ["runs/run exists", "--resume", "--overwrite"])
+    check_said(capsys.readouterr().err, "output-exists", "runs/run")
     assert runs.fingerprint(here) == before
 
 
 def test_a_folder_that_is_no_run_is_never_overwritten(here, capsys):
     assert runs.dpp("train", "run.yaml", "--overwrite", "--set=runs=.", "--set=name=idx") == 2
-    _check_line(capsys.readouterr().err, ["idx", "no run folder", "not overwritten"])
+    check_said(capsys.readouterr().err, "not-an-output-folder", "idx")
     assert Path("idx/train-images-idx3-ubyte").exists()
 
 
@@ -198,7 +243,8 @@ def test_ranks_say_it_once_and_touch_nothing(case, here, tmp_path):
     size = 5 if case == "more stages than layers" else 2
     results = ranks.launch(runs.dpp_in_rank, str(here), *arguments, size=size, folder=tmp_path)
     assert ranks.values(results) == [2] * size
-    _check_line("".join(result.output for result in results), CASES[case][1])
+    _, code, parts = CASES[case]
+    check_said("".join(result.output for result in results), code, *parts)
     assert runs.fingerprint(here) == before
 
 
@@ -213,14 +259,15 @@ def test_a_fault_of_the_middle_rank_alone_is_said_once(here, tmp_path):
     arguments = ["train", "run.yaml", *overrides, "--overwrite"]
     results = ranks.launch(runs.dpp_in_rank, str(here), *arguments, size=3, folder=tmp_path)
     assert ranks.values(results) == [2, 2, 2]
-    _check_line("".join(result.output for result in results), ["stage 1: critic Linear", "(16, 64)", "65x10"])
+    said = "".join(result.output for result in results)
+    check_said(said, "critic-fails", "stage 1", "(16, 64)", "65x10")
     assert runs.fingerprint(here) == before
 
 
 def test_other_ranks_than_stages_under_a_launcher(here, tmp_path):
     results = ranks.launch(runs.dpp_in_rank, str(here), "train", "run.yaml", "--overwrite", size=3, folder=tmp_path)
     assert ranks.values(results) == [2, 2, 2]
-    _check_line("".join(result.output for result in results), ["stages is 2", "not 3"])
+    check_said("".join(result.output for result in results), "ranks-do-not-fit-stages", "2 stages", "not 3")
 
 
 @pytest.mark.slow
@@ -232,7 +279,8 @@ def test_launched_ranks_say_it_once(here):
     )
     code, errors = command.wait()
     assert code == 2
-    _check_line(errors, CASES[LATE][1])
+    _, fault, parts = CASES[LATE]
+    check_said(errors, fault, *parts)
     assert runs.fingerprint(here) == before
 
 

@@ -12,7 +12,8 @@ import torch
 import yaml
 
 import decoupled_pp
-from decoupled_pp.training import job
+from decoupled_pp.training import prepare
+from kit import check_said
 
 
 @pytest.fixture(autouse=True)
@@ -110,8 +111,8 @@ def test_an_error_in_a_layer_is_a_traceback(capsys):
 
 def test_a_run_opens_its_data_once_and_counts_its_processes(monkeypatch):
     """A second look might find other files: those of the run itself, for one."""
-    opened, open_data = [], job.open_data
-    monkeypatch.setattr(job, "open_data", lambda *given: opened.append(given) or open_data(*given))
+    opened, open_data = [], prepare.open_data
+    monkeypatch.setattr(prepare, "open_data", lambda *given: opened.append(given) or open_data(*given))
     assert runs.dpp("train", "run.yaml") == 0
     assert len(opened) == 1
     assert json.loads((runs.FOLDER / "summary.json").read_text())["ranks"] == 1
@@ -199,8 +200,11 @@ def test_a_damaged_checkpoint_is_refused_by_every_command(damage, run, capsys):
     capsys.readouterr()
     for command in (["train", "run.yaml", "--resume"], ["evaluate", run], ["export", run, "-o", "weights"]):
         assert runs.dpp(*command) == 2
-        words = ["format 99"] if damage is _change_the_format else ["corrupt", "to go on from step-00000004"]
-        _line(capsys, "step-00000006", *words)
+        said = capsys.readouterr().err
+        if damage is _change_the_format:
+            check_said(said, "checkpoint-of-another-format", "step-00000006", "format 99")
+        else:
+            check_said(said, "checkpoint-corrupt", "step-00000006", "to go on from step-00000004")
         assert runs.fingerprint(Path()) == before
 
 
@@ -210,7 +214,7 @@ def test_the_only_checkpoint_has_no_one_before(run, capsys):
     _flip_a_byte(run)
     capsys.readouterr()
     assert runs.dpp("train", "run.yaml", "--resume") == 2
-    _line(capsys, "step-00000006 is corrupt", "start anew (--overwrite)")
+    check_said(capsys.readouterr().err, "checkpoint-corrupt", "step-00000006", "start anew (--overwrite)")
 
 
 def test_the_remedy_for_a_damaged_checkpoint_works(run, capsys):
@@ -226,7 +230,7 @@ def test_a_checkpoint_of_another_plan_is_refused(run, capsys):
     capsys.readouterr()
     for change in ("--set=model.width=8", "--set=model.depth=5", "--set=model.depth=2", "--set=model.depth=1"):
         assert runs.dpp("train", "run.yaml", "--resume", "--set=training.steps=8", change) == 2
-        _line(capsys, "step-00000006", "another plan", "use the config it was made with")
+        check_said(capsys.readouterr().err, "checkpoint-of-another-network", "step-00000006")
         assert runs.fingerprint(Path()) == before
         assert (run / "checkpoints/step-00000008.incomplete").exists()
 
@@ -269,7 +273,7 @@ def test_an_output_that_cannot_be_written_is_refused(output, run, capsys):
     before = runs.fingerprint(Path())
     capsys.readouterr()
     assert runs.dpp("export", run, "-o", output) == 2
-    _line(capsys, f"cannot write {output}")
+    check_said(capsys.readouterr().err, "file-not-writable", f"cannot write {output}")
     assert runs.fingerprint(Path()) == before
 
 
@@ -336,5 +340,5 @@ def test_a_finished_run_is_not_resumed(run, capsys):
     before = runs.fingerprint(Path())
     capsys.readouterr()
     assert runs.dpp("train", "run.yaml", "--resume") == 2
-    _line(capsys, "is at step 6 of 6", "raise training.steps")
+    check_said(capsys.readouterr().err, "nothing-left-to-train", "is at step 6 of 6", "`training.steps`")
     assert runs.fingerprint(Path()) == before

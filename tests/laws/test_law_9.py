@@ -117,10 +117,11 @@ def _fill(full):
 
 def _send_until_refused(outlet):
     sent = 0
-    with pytest.raises(LinkError, match=f"room to send packet .* to {'stage 1'}"):
+    with pytest.raises(LinkError, match=r"room to send packet .* to stage 1") as caught:
         while True:
             outlet.send(_packet(sent))
             sent += 1
+    assert caught.value.code == "wait-too-long"
     return sent
 
 

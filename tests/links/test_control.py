@@ -8,6 +8,7 @@ import pytest
 from decoupled_pp.core.errors import Fault, LinkError, PeerError, UsageError
 from decoupled_pp.core.reports import CheckpointRecord, NoteRecord
 from decoupled_pp.links import LocalControl, join_world
+from kit import check_text
 from ranks import PATIENCE, launch, values
 
 
@@ -16,8 +17,10 @@ def test_in_one_process():
     control.post(NoteRecord(stage=0, text="half way"))
     assert control.collect() == [NoteRecord(stage=0, text="half way")]
     assert control.collect() == []
-    assert (control.report_fault("first"), control.report_fault("second", usage=True)) == (True, False)
-    assert control.fault() == Fault("first", 0, usage=False, code="link-broken")
+    first = Fault("first", 0, usage=False, code="peer-gone")
+    assert control.report_fault(first)
+    assert not control.report_fault(Fault("second", 0, usage=True, code="unusable-value"))
+    assert control.fault() == first
     assert control.stop_requested() is None
     control.request_stop("enough")
     control.request_stop("really")
@@ -32,7 +35,7 @@ def test_over_ranks(tmp_path):
     assert [first["won"], second["won"]].count(True) == 1
     assert first["fault"] == second["fault"] == ("from rank 0" if first["won"] else "from rank 1")
     assert second["peer error"] == first["fault"]
-    assert second["late"] == "rank 1 waited 0.1 s for never from rank 0: the bound is over"
+    check_text("wait-too-long", second["late"], "rank 1 waited 0.1 s for never from rank 0", "the bound of 0.1 s")
 
 
 def test_what_fails_on_rank_0_fails_everywhere(tmp_path):
@@ -49,7 +52,13 @@ def test_rank_0_may_take_its_time(tmp_path):
 def test_nobody_waits_for_a_rank_0_that_is_gone(tmp_path):
     first, second = launch(_share_and_die, size=2, folder=tmp_path, may_fail=True)
     assert first.exitcode == 3
-    assert second.error == "LinkError: rank 1 waited 1 s for cut from rank 0: the bound is over"
+    check_text(
+        "wait-too-long",
+        second.error.removeprefix("LinkError: "),
+        "rank 1 waited",
+        "for cut from rank 0",
+        "the bound of 1 s",
+    )
 
 
 def _meet():
@@ -63,9 +72,10 @@ def _meet():
     else:
         with pytest.raises(LinkError) as late:
             control.gather("never", 1, 0.1)
+        assert late.value.code == "wait-too-long"
         found["late"] = str(late.value)
     apart.gather("no fault so far", True, PATIENCE)
-    found["won"] = control.report_fault(f"from rank {world.rank}")
+    found["won"] = control.report_fault(Fault(f"from rank {world.rank}", world.rank, usage=False, code="peer-gone"))
     found["fault"] = control.fault().text
     apart.gather("both reported", True, PATIENCE)
     if world.rank == 1:
@@ -77,7 +87,7 @@ def _meet():
 
 def _share_in_vain():
     def make():
-        raise UsageError("no such cut")
+        raise UsageError("no such cut", code="no-such-cut")
 
     join_world(PATIENCE).channel().from_rank_0("cut", make, PATIENCE)
 

@@ -11,7 +11,7 @@ from torch import nn
 from decoupled_pp import Trainer, partition
 from decoupled_pp.core.errors import TrainingError
 from decoupled_pp.pipeline.compiled import compiled
-from kit import ignore
+from kit import check_text, ignore
 from ranks import launch, values
 
 STAGES = 10
@@ -26,8 +26,9 @@ def test_everything_a_stage_computes_is_compiled_however_many_stages_there_are(c
 
 
 def test_what_the_compiler_would_leave_uncompiled_is_an_error(tmp_path):
-    (text,) = values(launch(_too_many_forms, size=1, folder=tmp_path))
-    assert text.startswith("compile: trunk 3 would have to be compiled more than 8 times, for inputs of so many forms")
+    ((code, text),) = values(launch(_too_many_forms, size=1, folder=tmp_path))
+    assert code == "too-many-recompilations"
+    check_text(code, text, "trunk 3", "more than 8 times")
 
 
 def _train_and_evaluate(checkpoint_activations):
@@ -63,4 +64,4 @@ def _too_many_forms():
     with pytest.raises(TrainingError) as caught:
         for dimensions in range(1, 20):
             double(torch.ones([2] * dimensions))
-    return str(caught.value)
+    return caught.value.code, str(caught.value)

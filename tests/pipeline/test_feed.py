@@ -8,6 +8,7 @@ from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.packets import PacketKind
 from decoupled_pp.data import as_source
 from decoupled_pp.pipeline.feed import Feed, Itinerary
+from kit import refused
 
 T, E, V, S, X = "train", "evaluate", "evaluation end", "save", "end"
 NAMES = dict(zip(PacketKind, (T, E, V, S, X), strict=True))
@@ -84,12 +85,12 @@ def test_what_was_trained_is_saved_before_it_is_evaluated():
 def test_a_fault_in_the_held_out_data_is_found_before_anything_is_trained(fault):
     class Broken(BatchSource):
         def batches(self, start=0):
-            raise UsageError("there is no held-out batch")
+            raise UsageError("there is no held-out batch", code="no-held-out-batch")
             yield
 
     held_out = Broken() if fault == "broken" else fault
     feed = Feed(Numbered(), held_out, Itinerary(3, save=True), torch.device("cpu"))
-    with pytest.raises(UsageError, match="no held-out batch"):
+    with refused("no-held-out-batch"):
         feed.receive()
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.pipeline.optim import build_optimizers, build_schedules, find_optimizer, rate_factor
 from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings
+from kit import refused
 
 STEPS = 10
 
@@ -49,7 +50,7 @@ def test_frozen_parameters_are_left_out_and_a_frozen_stage_has_no_optimizer():
 
 @pytest.mark.parametrize("name", ["AdamV", "LBFGS", "SparseAdam", "Optimizer", "lr_scheduler"])
 def test_unusable_names_are_refused_with_the_usable_ones(name):
-    with pytest.raises(UsageError, match=f"torch.optim has no usable '{name}' here.*; one of .*AdamW.*SGD") as caught:
+    with refused("unknown-optimizer", UsageError, f"'{name}'", "AdamW", "SGD") as caught:
         find_optimizer(name)
     assert "LBFGS," not in str(caught.value)
 
@@ -63,27 +64,27 @@ def test_unusable_names_are_refused_with_the_usable_ones(name):
     ],
 )
 def test_bad_arguments_are_refused_with_torchs_reason(kind, arguments, reason):
-    with pytest.raises(UsageError, match=f"optimizer: torch.optim.{kind} refuses .*{reason}"):
+    with refused("optimizer-refuses-arguments", UsageError, f"torch.optim.{kind}", reason):
         build(kind, **arguments)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "text"),
+    ("arguments", "parts"),
     [
-        ({"momentum": 0.9}, "momentum: torch.optim.AdamW has no such argument; one of betas, eps, weight_decay"),
-        ({"weight_dcay": 0.1}, "weight_dcay: torch.optim.AdamW has no such argument; did you mean 'weight_decay'?"),
+        ({"momentum": 0.9}, ["no such argument", "one of betas, eps, weight_decay"]),
+        ({"weight_dcay": 0.1}, ["no such argument", "did you mean 'weight_decay'?"]),
         ({"betas": 5}, "betas: torch.optim.AdamW takes a list of 2 like [0.9, 0.999], not 5"),
         ({"weight_decay": "much"}, "weight_decay: torch.optim.AdamW takes a number like 0.01, not 'much'"),
     ],
 )
-def test_arguments_that_torch_does_not_explain(arguments, text):
-    with pytest.raises(UsageError) as caught:
+def test_arguments_that_torch_does_not_explain(arguments, parts):
+    with refused("optimizer-refuses-arguments", UsageError, *parts) as caught:
         build("AdamW", **arguments)
-    assert str(caught.value).startswith(f"optimizer.arguments.{text}")
+    assert caught.value.key == f"optimizer.arguments.{next(iter(arguments))}"
 
 
 def test_a_misspelt_name_gets_a_suggestion():
-    with pytest.raises(UsageError, match=r"'AdmW' here; did you mean 'AdamW'\?"):
+    with refused("unknown-optimizer", UsageError, "'AdmW'", "did you mean 'AdamW'?"):
         find_optimizer("AdmW")
 
 
@@ -91,7 +92,7 @@ def test_a_factory():
     network = trunk()
     (optimizer,) = build_optimizers(lambda ps: torch.optim.SGD(ps, lr=0.5), network, None, owns_head=True)
     assert optimizer.param_groups[0]["lr"] == 0.5
-    with pytest.raises(UsageError, match=r"the optimizer factory returned int, not a torch.optim.Optimizer"):
+    with refused("optimizer-is-none", UsageError, "returned int"):
         build_optimizers(lambda ps: 3, network, None, owns_head=True)
 
 

@@ -18,6 +18,7 @@ from decoupled_pp.pipeline.losses import cross_entropy
 from decoupled_pp.settings.run import StageSettings
 from decoupled_pp.training.build import assemble_stage
 from decoupled_pp.training.recipe import Recipe
+from kit import refused
 
 CPU = torch.device("cpu")
 B = 4
@@ -202,9 +203,7 @@ def test_what_cannot_travel_is_refused_by_name():
         def forward(self, inputs):
             return {"hidden": inputs}
 
-    with pytest.raises(
-        UsageError, match="stage 3 returned dict: between layers only a tensor or a flat, non-empty tuple"
-    ):
+    with refused("output-cannot-travel", UsageError, "stage 3 returned dict"):
         step(make(nn.Sequential(Dictionary())), packet())
 
 

@@ -1,4 +1,4 @@
-"""What all ranks must agree on: a recipe's every part is in the digest, and nothing that is a rank's own."""
+"""The digest that all ranks must agree on: every part of a recipe is in it, and nothing that is a rank's own."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from decoupled_pp import Trainer, partition
 from decoupled_pp.pipeline.feed import Itinerary
 from decoupled_pp.settings.run import ScheduleSettings
 from decoupled_pp.training.build import plan_digest
-from kit import ignore
+from kit import check_text, ignore
 from ranks import launch
 
 SAMPLE = torch.zeros(4, 3)
@@ -31,9 +31,9 @@ ALIKE = {
 }
 
 
-def digest(itinerary=Itinerary(5), capacity=4, **options):  # noqa: B008 - frozen
+def digest(itinerary=Itinerary(5), **options):  # noqa: B008 - frozen
     plan = partition([nn.Linear(3, 5), nn.Linear(5, 2)], 2, "uniform", SAMPLE, device="cpu")
-    return plan_digest(plan, Trainer(plan, device="cpu", **options).recipe, capacity, itinerary)
+    return plan_digest(plan, Trainer(plan, device="cpu", **options).recipe, itinerary)
 
 
 def test_every_setting_counts():
@@ -60,7 +60,8 @@ def test_what_is_a_ranks_own_does_not_count():
 
 def test_ranks_of_different_settings_are_refused(tmp_path):
     for result in launch(_train_differently, size=2, folder=tmp_path, may_fail=True):
-        assert "run different plans or settings: start all ranks alike" in result.error
+        _, _, text = result.error.partition(": ")
+        check_text("ranks-run-different-plans", text, "stage 0 (rank 0)", "stage 1 (rank 1)")
 
 
 def _train_differently():

@@ -43,7 +43,7 @@ def test_counts_of_fit_are_whole_numbers_above_0(name, value, tmp_path):
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:1", ""])
 def test_a_device_is_one_that_is_known(device):
-    with refused("unknown-device", UsageError, repr(device)):
+    with refused("not-one-of-the-choices", UsageError, "`device`", repr(device)):
         trainer(device=device)
 
 
