@@ -26,13 +26,17 @@ def ended_by(error, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("error", "code", "text"),
     [
-        (UsageError("a: wrong"), 2, "dpp: a: wrong\n"),
-        (TrainingError("two\nlines"), 1, "dpp: two lines\n"),
-        (LinkError("broken"), 1, "dpp: broken\n"),
-        (Terminated("rank 0 got SIGTERM"), 143, "dpp: rank 0 got SIGTERM\n"),
+        (UsageError("a: wrong", code="unusable-value"), 2, "dpp: a: wrong\n"),
+        (TrainingError("two\nlines", code="unusable-value"), 1, "dpp: two lines\n"),
+        (LinkError("broken", code="peer-gone"), 1, "dpp: broken\n"),
+        (Terminated("rank 0 got SIGTERM", code="terminated"), 143, "dpp: rank 0 got SIGTERM\n"),
         (KeyboardInterrupt("saved"), 130, "dpp: interrupted; saved\n"),
-        (PeerError(Fault("a: wrong; mend it", 1, usage=True)), 2, ""),
-        (PeerError(Fault("no packet; retry", 1)), 1, "dpp: rank 0: ended because of rank 1: no packet\n"),
+        (PeerError(Fault("a: wrong; mend it", 1, usage=True, code="unusable-value")), 2, ""),
+        (
+            PeerError(Fault("no packet; retry", 1, usage=False, code="wait-too-long")),
+            1,
+            "dpp: rank 0: ended because of rank 1: no packet\n",
+        ),
     ],
 )
 def test_exit_codes(error, code, text, monkeypatch, capsys):
@@ -40,7 +44,7 @@ def test_exit_codes(error, code, text, monkeypatch, capsys):
 
 
 def test_settings_have_their_keys_of_the_settings_file(monkeypatch, capsys):
-    error = TrainingError("the loss is nan; set `training.clip_norm`")
+    error = TrainingError("the loss is nan; set `training.clip_norm`", code="loss-not-finite")
     error.speak({"training.clip_norm": "clip_norm"})  # as a trainer does for a script
     assert ended_by(error, monkeypatch, capsys) == (1, "dpp: the loss is nan; set `training.clip_norm`\n")
 

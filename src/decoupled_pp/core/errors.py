@@ -22,7 +22,7 @@ class ReportedError(Exception):
         key: Key of the setting at fault in the settings file, such as `training.clip_norm`; None if it is no setting.
     """
 
-    def __init__(self, text: str, *, code: str = "unspecified", key: str | None = None) -> None:
+    def __init__(self, text: str, *, code: str, key: str | None = None) -> None:
         """Keep text, code and key; see the module's docstring for how a text names settings."""
         super().__init__(text)
         self.text = text

@@ -163,7 +163,7 @@ def test_time_counts_the_critic_of_each_stage_itself_and_measures_what_looks_ali
 def test_a_cut_without_possible_critic_is_avoided():
     def critic(context):
         if context.boundary in {2, 3}:
-            raise UsageError(f"no critic at {context.boundary}")
+            raise UsageError(f"no critic at {context.boundary}", code="critic-fails")
         return linear_critic(context)
 
     for by in ("time", "parameters"):
@@ -298,7 +298,7 @@ def test_measure_critics_reports_refusals_in_place():
 
     def critic(context):
         if context.stage:
-            raise UsageError("not here")
+            raise UsageError("not here", code="critic-fails")
         return linear_critic(context)
 
     objective = stand_in_objective(None, output)
