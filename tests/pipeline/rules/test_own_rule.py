@@ -22,15 +22,22 @@ class Damped(Local):
     def __init__(self, parts, settings):
         super().__init__(parts, settings)
         self.mean = torch.ones(())
+        self.due = None
 
     def step(self, packet, ends, lap):
+        self.settle(ends)
         done = super().step(packet, ends, lap)
         if not self.parts.is_first:
             ends.inlet.give_back(packet.number, [done.loss.expand(packet.samples)])
         if not self.parts.is_last:
-            (losses,) = ends.outlet.returned(packet.number)
-            self.mean = 0.5 * self.mean + 0.5 * losses.mean()
+            self.due = packet.number  # in one process, the next stage has its turn after this step
         return done
+
+    def settle(self, ends):
+        if self.due is not None:
+            (losses,) = ends.outlet.returned(self.due)
+            self.mean = 0.5 * self.mean + 0.5 * losses.mean()
+            self.due = None
 
     def judge(self, view):
         return super().judge(view) / (1 + self.mean)
