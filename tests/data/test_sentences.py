@@ -182,7 +182,7 @@ def test_what_cannot_be_is_refused(rows, tokenizer, tmp_path):
     bare.save(str(tmp_path / "bare.json"))
     with refused("no-padding-token"):
         sentences(rows, str(tmp_path / "bare.json"))
-    with pytest.raises(ValueError, match="are one column"):
+    with pytest.raises(ValueError, match="names the same column"):
         sentences(rows, tokenizer, label_column="said")
     with refused("wrong-column-type", UsageError, "'n' holds int"):
         next(sentences(rows, tokenizer, text_column="n").train.batches())

@@ -50,7 +50,7 @@ def _line(capsys, *words):
 def test_a_loss_that_is_not_finite(stage, behind, value, capsys):
     runs.write_settings(cut=[3, 4], model=runs.factory("not_finite", at=5, value=value, behind=behind))
     assert runs.dpp("train", "run.yaml") == 1
-    _line(capsys, f"stage {stage}: the loss is nan at packet 5", "learning rate", "checkpoint at step 4 is kept")
+    _line(capsys, f"stage {stage}: the loss is nan at packet 5", "`optimizer.lr`", "checkpoint at step 4 is kept")
     assert runs.checkpoint_steps() == [2, 4]
     assert runs.dpp("evaluate", runs.FOLDER) == 0
     assert runs.metrics()
@@ -333,7 +333,7 @@ def test_a_run_folder_that_does_not_say_what_its_data_are_like_is_refused(run, c
     (run / "data.json").write_text("{}")
     capsys.readouterr()
     assert runs.dpp("export", run, "-o", "weights") == 2
-    _line(capsys, "data.json", "resumed writes it anew")
+    _line(capsys, "data.json", "which writes it anew")
 
 
 def test_a_finished_run_is_not_resumed(run, capsys):

@@ -116,7 +116,7 @@ def test_what_needs_the_whole_network_is_refused(tmp_path, monkeypatch, capsys, 
     (tmp_path / "tiny.yaml").write_text(RUN)
     ((key, value),) = given.items()
     assert command("train", "tiny.yaml", "--set", "model.meta=true", "--set", f"{key}={json.dumps(value)}") == 2
-    assert f"{key} needs the whole network in one process" in capsys.readouterr().err
+    assert f"`{key}` needs the whole network in one process" in capsys.readouterr().err
 
 
 def test_a_run_is_exported_for_its_own_library(tmp_path, monkeypatch):
@@ -157,7 +157,7 @@ def test_a_model_that_is_not_there_is_named(key, value):
 
 def test_one_origin_is_needed():
     for given in ({}, {"path": "a", "type": "b"}):
-        with pytest.raises(ValueError, match="give either path or type"):
+        with pytest.raises(ValueError, match="give either `model.path` or `model.type`"):
             model(**given)
 
 

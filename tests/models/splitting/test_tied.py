@@ -115,15 +115,15 @@ def test_the_checkpoint_that_is_taken_from_outlives_others(tmp_path, keep):
 def test_a_checkpoint_that_is_gone_is_missed_before_training(tmp_path):
     train(tmp_path, steps=5)
     shutil.rmtree(tmp_path / "step-00000004")
-    with pytest.raises(UsageError, match="step-00000004 is gone"):
+    with refused("checkpoint-to-refresh-from-gone", UsageError, "step-00000004 next, which is gone"):
         trainer(tmp_path).fit(batches(), 9, save_every=2, resume=True)
     assert latest_checkpoint(tmp_path).step == 5 and len(list_checkpoints(tmp_path)) == 2
 
 
 def test_what_cannot_be_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="give save_every"):
+    with refused("refresh-needs-checkpoints", UsageError, "`save_every`"):
         trainer(tmp_path).fit(batches(), 2)
-    with pytest.raises(UsageError, match="give checkpoints=FOLDER"):
+    with refused("no-checkpoint-folder", UsageError, "give checkpoints=FOLDER"):
         trainer(None)
     plan = dpp.partition([nn.Linear(8, 8), nn.Linear(8, 4)], 2, "uniform", torch.randn(2, 8))
     with pytest.raises(UsageError, match="no weight of the network was tied"):
