@@ -50,7 +50,8 @@ def _line(capsys, *words):
 def test_a_loss_that_is_not_finite(stage, behind, value, capsys):
     runs.write_settings(cut=[3, 4], model=runs.factory("not_finite", at=5, value=value, behind=behind))
     assert runs.dpp("train", "run.yaml") == 1
-    _line(capsys, f"stage {stage}: the loss is nan at packet 5", "`optimizer.lr`", "checkpoint at step 4 is kept")
+    said = capsys.readouterr().err
+    check_said(said, "loss-not-finite", f"stage {stage}: the loss is nan at packet 5", "checkpoint at step 4 is kept")
     assert runs.checkpoint_steps() == [2, 4]
     assert runs.dpp("evaluate", runs.FOLDER) == 0
     assert runs.metrics()
@@ -333,7 +334,7 @@ def test_a_run_folder_that_does_not_say_what_its_data_are_like_is_refused(run, c
     (run / "data.json").write_text("{}")
     capsys.readouterr()
     assert runs.dpp("export", run, "-o", "weights") == 2
-    _line(capsys, "data.json", "which writes it anew")
+    check_said(capsys.readouterr().err, "data-info-damaged", "data.json", "'form'")
 
 
 def test_a_finished_run_is_not_resumed(run, capsys):

@@ -27,7 +27,7 @@ def import_factory(reference: str, key: str) -> Callable[..., Any]:
         raise UsageError(
             f"`{key}`: {reference!r} must look like package.module:function", code="factory-unreadable", key=key
         )
-    here = str(Path.cwd())
+    here = str(Path.cwd())  # a console script such as `dpp`, unlike `python -m`, does not search it
     if here not in sys.path:
         sys.path.append(here)
     try:

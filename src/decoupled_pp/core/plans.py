@@ -91,7 +91,7 @@ class Plan:
         return tuple(b - a for a, b in zip(self.boundaries[:-1], self.boundaries[1:], strict=True))
 
     def stage_module(self, stage: int) -> nn.Sequential:
-        """The layers of one stage, sharing the user's modules and keeping their names in `state_dict`."""
+        """Return the layers of one stage, sharing the user's modules and keeping their names in `state_dict`."""
         layers = list(self.module.named_children())
         return Layers(layers[self.boundaries[stage] : self.boundaries[stage + 1]])
 

@@ -43,9 +43,11 @@ class Topology:
             UsageError: There are neither as many ranks as stages nor a single one.
         """
         if self.ranks not in (1, self.stages):
+            remedy = f"start {self.stages} ranks"
+            if self.ranks > 0:
+                remedy += f", or set `stages` to {self.ranks}"
             raise UsageError(
-                f"{self.stages} stages need {self.stages} ranks, or one process for all, not {self.ranks}: start "
-                f"{self.stages} ranks or set `stages` to {self.ranks}",
+                f"{self.stages} stages need {self.stages} ranks, or one process for all, not {self.ranks}: {remedy}",
                 code="ranks-do-not-fit-stages",
                 key="stages",
             )

@@ -44,7 +44,7 @@ class Wire:
         return self.out.payload_bytes + sum(lane.bytes_sent for lane in self._lanes)
 
     def break_off(self) -> None:
-        """Close the connection now; wakes whoever waits at either end."""
+        """Close the connection now, so that whoever waits at either end wakes."""
         self.out.break_off()
         if self.payload is not None:
             for lane in self._lanes:

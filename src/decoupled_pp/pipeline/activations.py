@@ -34,6 +34,7 @@ class SavedActivations:
         self._bytes: Counter[int] = Counter()
         self._held = 0
         self.peak = 0
+        # autograd keeps what `_pack` returns, and drops it with the graph node: its `__del__` tells when that is.
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda saved: saved.tensor)
 
     def __enter__(self) -> SavedActivations:
@@ -58,7 +59,7 @@ class SavedActivations:
         views[saved.view] += by
         if not views[saved.view]:
             del views[saved.view]
-        size = min(saved.storage_bytes, sum(view[1] for view in views))
+        size = min(saved.storage_bytes, sum(view[1] for view in views))  # views may overlap
         self._held += size - self._bytes[saved.pointer]
         self._bytes[saved.pointer] = size
         self.peak = max(self.peak, self._held)

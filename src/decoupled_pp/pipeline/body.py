@@ -93,6 +93,7 @@ class Body:
         """Run the layers on a training packet. Return the view of it that the critic gets, with the graph."""
         inputs = packet.payload
         if self.judge.follows_input:
+            # Leaves: the critic differentiates with respect to them, and no gradient goes on to the stage before.
             inputs = map_payload(as_leaf, inputs)
         first: list[Payload] = []
         with self.watching_first_layer(first):
@@ -119,6 +120,7 @@ class Body:
 
         Submodules that the user froze by `layer.eval()` stay in evaluation mode.
         """
+        # One by one: `train()` at the end would wake the submodules that the user froze.
         modes = [(part, part.training) for module in self.modules for part in module.modules()]
         for module in self.modules:
             module.eval()

@@ -90,6 +90,7 @@ class Feed(Inlet):
             step += 1
             last = step == plan.steps
             stopping = self._stop_requested()
+            # Saved before it is evaluated: a fault in the held-out data must cost no training.
             if plan.save and (last or stopping or _due(step, plan.save_every)):
                 yield Packet(PacketKind.SAVE, number)
             if not stopping and (last or _due(step, plan.validate_every)):

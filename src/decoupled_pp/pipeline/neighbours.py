@@ -44,6 +44,7 @@ class Neighbours(Probe):
         classes = _classes(view.target)
         self._kept.append((features, classes))
         self._count += len(classes)
+        # Whole micro-batches leave, so that no copy is made for a part of one.
         while self._count - len(self._kept[0][1]) >= self._samples:
             self._count -= len(self._kept.popleft()[1])
 

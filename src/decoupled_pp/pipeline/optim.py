@@ -149,6 +149,7 @@ def build_schedules(
         return []
     schedules = [LambdaLR(optimizer, lambda step: rate_factor(settings, step, steps)) for optimizer in optimizers]
     for schedule in schedules:
+        # Set by hand: `step()` called `done` times before any optimizer step would warn, and take its time.
         schedule.last_epoch = done
         for group, base in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
             group["lr"] = base * rate_factor(settings, done, steps)

@@ -102,6 +102,7 @@ class Worker:
 
     def _mark(self, packet: Packet) -> None:
         """Pass a marker on, and do what it asks."""
+        # First of all, so that the stages behind save or end at the same time as this one, not one after the other.
         self.ends.outlet.send(packet)
         if packet.kind in {PacketKind.SAVE, PacketKind.END}:
             self.stage.rule.settle(self.ends)

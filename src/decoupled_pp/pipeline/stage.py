@@ -34,6 +34,7 @@ class Stage:
         self.update = update
         self.rule = rule
         self.probes = probes
+        # A copy: optimizers that adapt (schedule-free, Prodigy) write into their own groups.
         self.first_groups = group_entries(self.all_optimizers)
         self._begin_evaluation()
 

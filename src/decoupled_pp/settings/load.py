@@ -107,6 +107,7 @@ def usage_error(error: ValidationError, section: str | None = None) -> UsageErro
         error: Raised by the check of `Settings`, or of a section alone.
         section: The key of that section.
     """
+    # pydantic finds all faults; a user mends one at a time, and the first often explains the others.
     faults = [_with_field(fault) for fault in error.errors()]
     paths = [[*([section] if section else []), *map(str, fault["loc"])] for fault in faults]
     keys = [_shown(path) for path in paths]
@@ -133,6 +134,7 @@ def _explained(fault: Any, path: list[str], key: str) -> UsageError:
         path: Where, with the tags of unions.
         key: Where, as a user writes it.
     """
+    # Codes are ours: pydantic's types of faults are many, and change from release to release.
     kind = fault["type"]
     value = fault.get("input")
     if kind == "extra_forbidden":

@@ -223,7 +223,7 @@ class DecoupledTrainer(BaseTrainer):
             raise cause from error
         finally:
             for worker in workers:
-                worker.close()
+                worker.close()  # a second time in a good run, which does nothing
             if self._world is not None:
                 self._world.disconnect()
             try:

@@ -70,7 +70,7 @@ class Watcher:
         return self._stop_reason
 
     def close(self) -> None:
-        """Stop watching; hands out the last records.
+        """Stop watching, and hand out the last records.
 
         Raises:
             Exception: What the observer raised, if it did.

@@ -78,6 +78,7 @@ class Cascade(Local):
         done = super().step(packet, ends, lap)
         if self._losses is not None:
             ends.inlet.give_back(packet.number, [self._losses])
+        # At a fixed lag, whenever the losses came: what is learnt must not depend on timing.
         lesson = self.lessons[0] if self.lessons else None
         if lesson is not None and lesson.number <= packet.number - self._lag:
             self.lessons.popleft()
@@ -120,7 +121,7 @@ class Cascade(Local):
         logits = body.logits(view.hidden)
         with body.autocast:
             if not self.parts.is_first:
-                with torch.no_grad():
+                with torch.no_grad():  # the stage before learns from the numbers, not through them
                     self._losses = self._per_sample(logits, view.target)
             return body.loss(logits, view.target)
 

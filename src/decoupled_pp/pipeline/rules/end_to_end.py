@@ -74,6 +74,7 @@ class EndToEnd(Rule):
         """Train by the other rule, or run forward and leave the rest to `resume`."""
         if not self._covers(packet.number):
             return self._other.step(packet, ends, lap)
+        # Leaves, so that backward leaves in their `.grad` what the stage before waits for. The data need none.
         inputs = packet.payload
         if not self.parts.is_first:
             inputs = map_payload(as_leaf, inputs)
@@ -137,10 +138,12 @@ def floating(payload: Payload) -> list[Tensor]:
 
 
 def _backward_from(hidden: Payload, gradient: Sequence[Tensor]) -> None:
+    # A tensor that does not depend on a parameter has no graph, and `backward` refuses it.
     pairs = [(t, g) for t, g in zip(floating(hidden), gradient, strict=True) if t.requires_grad]
     torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
 
 
 def _gradient_of(tensor: Tensor) -> Tensor:
     """Return the gradient of a leaf; zeros if the stage's output does not depend on it."""
+    # Never nothing: the stage before waits for a tensor for each of its activations.
     return tensor.grad if tensor.grad is not None else torch.zeros_like(tensor)

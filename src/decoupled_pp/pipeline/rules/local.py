@@ -29,6 +29,7 @@ class Local(Rule):
             self.pass_on(packet, view, ends)
             lap("wait_out")
         loss = self.judge(view)
+        # A late rider exists only now: the next stage waits for the critic, which is the price of such critics.
         if body.judge.late:
             lap("critic")
             self.pass_on(packet, view, ends)

@@ -127,6 +127,7 @@ class Rule(ABC):
 
     def pass_on(self, packet: Packet, view: View, ends: Ends) -> None:
         """Send the stage's output, and what its critic sends along, to the next stage."""
+        # Detached: a graph that came along would let later stages train this one, and keep its activations.
         rider = map_payload(torch.detach, self.parts.body.judge.rider(view))
         ends.outlet.send(replace(packet, payload=map_payload(torch.detach, view.hidden), rider=rider))
 

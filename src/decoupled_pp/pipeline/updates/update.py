@@ -46,6 +46,8 @@ class Update:
             loss: A scalar with a graph.
             inputs: The parameters that take a gradient; None: all that the loss depends on.
         """
+        # The loss is a mean over a packet, and the step's gradient the mean over its packets (law 5). Dividing by 1
+        # would be another operation in the graph.
         mean = loss / self.accumulate if self.accumulate > 1 else loss
         mean.backward(inputs=inputs)
 
@@ -63,6 +65,7 @@ class Update:
     def clip(self) -> None:
         """Scale the gradients of the stage and its critic down to the largest norm allowed for all of them together."""
         if self._clip_norm is not None:
+            # By the optimizers, not the modules: a critic that its rule updates is not clipped with the layers.
             groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
             nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], self._clip_norm)
 

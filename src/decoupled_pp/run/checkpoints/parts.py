@@ -106,7 +106,7 @@ def save_stage(folder: Path, stage: Stage, plan: Plan, packet: int, *, keep: Kee
     _refuse_not_finite(stage, plan, packet)
     partial = _partial(final_path(folder, stage.updates))
     part = partial / f"stage-{stage.index}"
-    shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(part, ignore_errors=True)  # of a save that was killed
     part.mkdir(parents=True, exist_ok=True)
     tensors, scalars = _stage_state(stage, plan)
     with warnings.catch_warnings():

@@ -37,6 +37,7 @@ def load_stage(checkpoint: Checkpoint, stage: Stage, plan: Plan) -> list[str]:
         else:
             notes.append(f"stage {stage.index}: the checkpoint has no critic {name} like this one; it starts anew")
     loaded = {key: p for key, p in stage.named_parameters(name).items() if key in wanted}
+    # Optimizers first: making room for their state takes a step, which changes parameters and groups.
     _load_optimizers(checkpoint, stage, loaded)
     _load_groups(checkpoint, stage, same_cut=same_cut)
     _load_into(checkpoint, wanted)

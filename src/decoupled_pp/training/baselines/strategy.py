@@ -95,7 +95,7 @@ class Part(nn.Module):
             self._run = cast(Any, torch.compile(self._run))
 
     def forward(self, *payload: Tensor) -> Payload:
-        """The layers' own output; they take a payload as one argument."""
+        """Return the layers' own output; they take a payload as one argument."""
         with self._training.autocast(self._device):
             return self._run(payload[0] if len(payload) == 1 else payload)
 

@@ -165,7 +165,7 @@ class TorchPipeline(Strategy):
 
     def gradients(self, batches: Sequence[Batch]) -> list[Tensor]:
         """See `Strategy`; rank 0 uses the inputs, the rank of the last stage the targets and returns the losses."""
-        shapes = {tuple(tensor.shape for tensor in as_tuple(inputs)) for inputs, _ in batches}
+        shapes = {tuple(tuple(tensor.shape) for tensor in as_tuple(inputs)) for inputs, _ in batches}
         if len(shapes) > 1:
             raise UsageError(
                 f"`strategy` {self.kind}: micro-batches of one step must have one shape, not {sorted(shapes)}; leave "
