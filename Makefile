@@ -28,7 +28,7 @@ lint: $(VENV)/.ready    ## style, layers, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/mypy -p decoupled_pp
+	$(BIN)/mypy -p decoupled_pp -p benchmarks
 
 docs: $(VENV)/.ready    ## regenerate the configuration reference
 	$(BIN)/python -m decoupled_pp.settings.reference > docs/configuration.md

@@ -186,7 +186,7 @@ def test_what_cannot_be_is_refused(rows, tokenizer, tmp_path):
         sentences(rows, tokenizer, label_column="said")
     with refused("wrong-column-type", UsageError, "'n' holds int"):
         next(sentences(rows, tokenizer, text_column="n").train.batches())
-    with pytest.raises(ValueError, match="leave label_column out"):
+    with pytest.raises(ValueError, match="is for text without labels"):
         sentences(rows, tokenizer, target="masked_tokens")
     with pytest.raises(UsageError, match="the hub gives none") as caught:  # the rest is the library's own text
         open_data(TextData(kind="text", files=[rows], tokenizer="no-such-model"), 0)

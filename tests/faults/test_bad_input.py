@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-import runs
 
 import ranks
+import runs
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.settings.load import load_settings
 from decoupled_pp.training.job import run_rank

@@ -3,8 +3,8 @@
 import signal
 
 import pytest
-import runs
 
+import runs
 from kit import check_said
 
 

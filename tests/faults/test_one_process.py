@@ -7,11 +7,11 @@ import signal
 from pathlib import Path
 
 import pytest
-import runs
 import torch
 import yaml
 
 import decoupled_pp
+import runs
 from decoupled_pp.training import prepare
 from kit import check_said
 

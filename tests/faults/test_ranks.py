@@ -6,9 +6,9 @@ import signal
 from pathlib import Path
 
 import pytest
-import runs
 
 import ranks
+import runs
 from kit import check_said
 
 

@@ -4,8 +4,9 @@ import signal
 from pathlib import Path
 
 import pytest
-import runs
 import torch
+
+import runs
 
 SLOW = {"stages": 2, "cut": [3, 4], "training": {"steps": 400}}
 

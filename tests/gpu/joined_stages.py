@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import torch
 
-from decoupled_pp.commands.bench import gpu_measure
-from decoupled_pp.commands.bench.gpu_measure import ADAMW, join, make_packets, run_plainly, two_stages
+from benchmarks import gpu_measure
+from benchmarks.gpu_measure import ADAMW, join, make_packets, run_plainly, two_stages
 from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings
 
 MOMENTUM = OptimizerSettings(kind="SGD", lr=1e-2, arguments={"momentum": 0.9})

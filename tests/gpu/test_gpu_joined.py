@@ -5,8 +5,8 @@ import torch
 from joined_stages import difference_from_plain_pytorch, steps_without_waiting, waiting_forbidden
 from on_gpu import CUDA_ONLY, DEVICE, GPU, ON_CUDA
 
-from decoupled_pp.commands.bench import gpu_measure
-from decoupled_pp.commands.bench.gpu_measure import StageSize
+from benchmarks import gpu_measure
+from benchmarks.gpu_measure import StageSize
 
 pytestmark = GPU
 

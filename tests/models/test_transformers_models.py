@@ -157,7 +157,7 @@ def test_a_model_that_is_not_there_is_named(key, value):
 
 def test_one_origin_is_needed():
     for given in ({}, {"path": "a", "type": "b"}):
-        with pytest.raises(ValueError, match="give either `model.path` or `model.type`"):
+        with pytest.raises(ValueError, match=r"give either `model.path` or `model.type`"):
             model(**given)
 
 

@@ -8,8 +8,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from decoupled_pp.commands.bench import gpu
-from decoupled_pp.commands.bench.gpu_measure import (
+from benchmarks import gpu
+from benchmarks.gpu_measure import (
     FixedInlet,
     StageSize,
     make_packets,

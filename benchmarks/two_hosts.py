@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from decoupled_pp.commands.bench import delay_line
+from benchmarks import delay_line
 from decoupled_pp.core import environment
 from decoupled_pp.core.errors import TrainingError
 

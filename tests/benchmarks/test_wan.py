@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from decoupled_pp.commands.bench import delay_line, two_hosts, wan, wan_report
+from benchmarks import delay_line, two_hosts, wan, wan_report
 from decoupled_pp.core.errors import UsageError
 from kit import refused, run_dpp
 

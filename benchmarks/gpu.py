@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 
-from decoupled_pp.commands.arguments import check_at_least, flag
-from decoupled_pp.commands.bench.gpu_measure import (
+from benchmarks.gpu_measure import (
     StageSize,
     matmul_rates,
     measure_stage,
@@ -29,6 +28,7 @@ from decoupled_pp.commands.bench.gpu_measure import (
     release,
     stage_figures,
 )
+from decoupled_pp.commands.arguments import check_at_least, flag
 from decoupled_pp.core.errors import UsageError
 
 _NO_GPU = (

@@ -15,9 +15,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from decoupled_pp.commands.arguments import flag, numbers_of
-from decoupled_pp.commands.bench import probe, schedule, wan_report
-from decoupled_pp.commands.bench.two_hosts import (
+from benchmarks import probe, wan_report
+from benchmarks.two_hosts import (
     ADDRESSES,
     DEVICE,
     Hosts,
@@ -25,7 +24,9 @@ from decoupled_pp.commands.bench.two_hosts import (
     check_available,
     two_hosts,
 )
-from decoupled_pp.commands.bench.wan_report import Condition
+from benchmarks.wan_report import Condition
+from decoupled_pp.commands.arguments import flag, numbers_of
+from decoupled_pp.commands.bench import schedule
 from decoupled_pp.commands.bench.workload import TIMEOUT, WIDTH
 from decoupled_pp.commands.child import say
 from decoupled_pp.core import environment
