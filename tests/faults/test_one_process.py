@@ -49,7 +49,7 @@ def _line(capsys, *words):
 def test_a_loss_that_is_not_finite(stage, behind, value, capsys):
     runs.write_settings(cut=[3, 4], model=runs.factory("not_finite", at=5, value=value, behind=behind))
     assert runs.dpp("train", "run.yaml") == 1
-    _line(capsys, f"stage {stage}: the loss is nan at packet 5", "learning rate", "checkpoint at step 4 is kept")
+    _line(capsys, f"stage {stage}: the loss is nan at packet 5", "`optimizer.lr`", "checkpoint at step 4 is kept")
     assert runs.checkpoint_steps() == [2, 4]
     assert runs.dpp("evaluate", runs.FOLDER) == 0
     assert runs.metrics()

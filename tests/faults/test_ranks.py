@@ -61,7 +61,7 @@ def test_a_loss_that_is_not_finite_ends_all(value, tmp_path):
     assert [result.value for result in results] == [1, 1, 1]
     assert any("stage 1: the loss is nan at packet 5" in line for line in said), said
     assert all("at packet 5" in line for line in said), said
-    assert sum("lower the learning rate" in line for line in said) == 1, said  # the remedy is said once
+    assert sum("lower `optimizer.lr`" in line for line in said) == 1, said  # the remedy is said once
     assert "ended because of rank 1: stage 1" in said[0] and "ended because of rank 1: stage 1" in said[2], said
     _check_kept(4)
 
