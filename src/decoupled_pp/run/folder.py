@@ -157,7 +157,7 @@ def read_info(folder: Path) -> DataInfo:
         return DataInfo.of(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"{file} {_describe(error)}; resume the run, which writes it anew", code="data-info-damaged"
+            f"{file} {_describe(error)}; a run that is resumed writes it anew", code="data-info-damaged"
         ) from error
 
 

@@ -81,7 +81,7 @@ def test_a_schedule_that_cannot_run_says_so_and_the_others_run(tmp_path):
     results, refused = launch(measure, work, chosen.strategies, 1, size=2, folder=tmp_path)[0].value
     assert list(results) == ["gpipe"]
     text = schedule.describe(schedule.summarize(results, refused, work, chosen))
-    assert "1f1b: not measured: 1f1b cannot run with 1 micro-batches per step: " in text
+    assert "1f1b: not measured: `strategy` 1f1b cannot run with 1 micro-batches per step: " in text
 
 
 @pytest.mark.parametrize(
