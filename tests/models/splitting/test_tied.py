@@ -126,7 +126,7 @@ def test_what_cannot_be_is_refused(tmp_path):
     with refused("no-checkpoint-folder", UsageError, "give checkpoints=FOLDER"):
         trainer(None)
     plan = dpp.partition([nn.Linear(8, 8), nn.Linear(8, 4)], 2, "uniform", torch.randn(2, 8))
-    with pytest.raises(UsageError, match="no weight of the network was tied"):
+    with refused("nothing-to-refresh"):
         dpp.Trainer(plan, refresh_tied=True, checkpoints=tmp_path)
     with refused("tensor-shared-by-stages", UsageError, "dpp.untie"):
         dpp.partition(network(), 2, "uniform", batches(1)[0][0])
