@@ -28,4 +28,4 @@ report = trainer.fit(batches[:45], steps=1000, validate=batches[45:])
 
 model = trainer.export()  # your own layers, trained, as one plain nn.Module
 accuracies = [round(one.val_accuracy, 3) for one in report.exits]
-print(accuracies, report.links[0]["payload_bytes_backward"], "bytes backward")
+print(f"{accuracies} {report.links[0].payload_bytes_backward} bytes backward")
