@@ -39,7 +39,7 @@ def numbers_of(option: str, text: str, least: float, example: str, *, whole: boo
         text: Its value.
         least: Smallest number allowed.
         example: A value that could have been given.
-        whole: Whether only whole numbers are allowed.
+        whole: True if only whole numbers are allowed.
 
     Raises:
         UsageError: It is no such list.

@@ -39,7 +39,7 @@ class LinkTerms:
     Attributes:
         capacity: Packets the link may hold.
         timeout_seconds: Longest wait for a packet, for room, or for what comes back.
-        returns: What comes back for a training packet.
+        returns: The tensors that come back for a training packet.
         samples: Samples of the largest packet; sizes what comes back per sample.
     """
 

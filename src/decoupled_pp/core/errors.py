@@ -61,7 +61,7 @@ def waited_too_long(who: str, what: str, waited: float, bound: float) -> LinkErr
 
     Args:
         who: Name of the stage or rank that waited.
-        what: What it waited for, and from whom.
+        what: The thing it waited for, and from whom.
         waited: Seconds that it waited.
         bound: Seconds that it was allowed to.
     """

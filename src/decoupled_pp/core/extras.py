@@ -14,7 +14,7 @@ def import_extra(package: str, key: str, value: str) -> ModuleType:
     Args:
         package: Its name, such as `transformers`.
         key: The setting that needs it.
-        value: That setting's value.
+        value: The value of that setting.
 
     Raises:
         UsageError: The package is not installed.

@@ -29,7 +29,7 @@ def make_fresh(layer: nn.Module, name: str) -> nn.Module:
 
     Args:
         layer: A copy: its old weights are lost.
-        name: What to call it in an error.
+        name: Its name in an error.
 
     Returns:
         The same module, in training mode.

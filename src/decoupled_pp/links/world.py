@@ -130,7 +130,7 @@ class World:
             control: Is told when a link breaks.
             topology: Which rank holds which stage.
             device: Where the stages compute.
-            plan_digest: What both ends of a link must agree on.
+            plan_digest: Text that both ends of a link must agree on.
             terms: Capacity, time-out, and what comes back.
 
         Raises:

@@ -1,46 +1,10 @@
-"""The table of networks that a settings file can name. Each builder returns an `nn.Sequential` of named layers."""
+"""Networks as lists of layers: built-in ones, any model (`splitting/`), and where to cut them (`cutting/`)."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
-
-from torch import nn
-
-from decoupled_pp.core.datasets import DataInfo
-from decoupled_pp.models.factory import build_from_factory
 from decoupled_pp.models.generation import generate
-from decoupled_pp.models.gpt import build_gpt
-from decoupled_pp.models.huggingface import build_from_transformers
-from decoupled_pp.models.mlp import build_mlp
-from decoupled_pp.models.resnet import build_resnet
-from decoupled_pp.models.vgg import build_vgg
-from decoupled_pp.settings.sections import ModelSettings
+from decoupled_pp.models.table import KINDS, build_model
 
-__all__ = ["KINDS", "build_model", "generate"]
-
-KINDS: dict[str, Callable[[Any, DataInfo], nn.Sequential]] = {
-    "gpt": build_gpt,
-    "resnet": build_resnet,
-    "vgg": build_vgg,
-    "mlp": build_mlp,
-    "huggingface": build_from_transformers,
-    "factory": build_from_factory,
-}
-"""`model.kind` -> the function that builds it."""
-
-
-def build_model(settings: ModelSettings, info: DataInfo) -> nn.Sequential:
-    """Build the network of a run, on the CPU, in fp32; initial weights come from torch's global generator.
-
-    Args:
-        settings: The `model` section.
-        info: Facts about the data: form, sample shape, number of outputs.
-
-    Returns:
-        The layers in order, under readable names.
-
-    Raises:
-        UsageError: The network does not fit the data, or a factory is at fault.
-    """
-    return KINDS[settings.kind](settings, info)
+__all__ = [
+    "KINDS",
+    "build_model",
+    "generate",
+]

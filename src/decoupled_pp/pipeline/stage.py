@@ -31,6 +31,7 @@ class Stage:
         """Join the parts."""
         self.index = index
         self.body = body
+        self.trunk = body.trunk
         self.update = update
         self.rule = rule
         self.probes = probes
@@ -75,11 +76,6 @@ class Stage:
         for probe in self.probes:
             found |= probe.results()
         return found
-
-    @property
-    def trunk(self) -> nn.Module:
-        """The layers."""
-        return self.body.trunk
 
     @property
     def critic(self) -> nn.Module | None:

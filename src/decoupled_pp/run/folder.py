@@ -168,9 +168,9 @@ def write_results(
 
     Args:
         folder: The run folder.
-        report: What the run did.
+        report: The report of the run.
         spans: Stage -> its spans.
-        about: What the summary begins with: the strategy and the kind of device.
+        about: First entries of the summary: the strategy and the kind of device.
         unit: Unit of the loss.
 
     Returns:

@@ -18,9 +18,9 @@ class OutputFolder:
 
     Attributes:
         path: The folder; it need not exist.
-        noun: What such a folder is called: "run folder".
+        noun: Name of such a folder in messages: "run folder".
         marker: A file that stands in every such folder: no other folder is overwritten.
-        if_it_exists: What the user can do about a folder that exists.
+        if_it_exists: Advice for the user about a folder that exists.
         elsewhere: How the user chooses another folder.
         key: The setting that does so, if there is one.
     """

@@ -37,7 +37,7 @@ class Contender:
         accumulate: Micro-batches per optimizer update.
         steps: Optimizer updates.
         overrides: Settings in which it differs from the configuration, as `key=value`.
-        own: What the user has set for this entry alone, as `key=value`.
+        own: Settings for this entry alone, as `key=value`.
     """
 
     name: str

@@ -82,8 +82,8 @@ class Column(NamedTuple):
         title: Its title.
         read: Returns the value of a contender.
         form: How a number is formatted.
-        unit: What a number is multiplied by before.
-        missing: What stands for no value.
+        unit: Factor by which a number is multiplied before.
+        missing: Text that stands for no value.
     """
 
     title: str

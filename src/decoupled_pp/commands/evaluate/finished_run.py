@@ -77,7 +77,7 @@ def evaluate_run(
         overrides: `key.sub=value`, on top of its settings.
         note: Is told what could not be taken over from the checkpoint (a critic that starts anew).
         thresholds: Confidences at which samples leave early.
-        together: Whether to score the sum of all exits' logits too.
+        together: True to score the sum of all exits' logits too.
         gradients: Training micro-batches on which local gradients are compared with the true ones.
 
     Raises:
@@ -120,7 +120,7 @@ def export_folder(folder: Path, output: Path, *, tied: bool = False) -> None:
     Args:
         folder: The run folder.
         output: File or folder to write.
-        tied: Whether weights that were tied become one again (a `transformers` model, as a folder).
+        tied: True to make weights that were tied one again (a `transformers` model, as a folder).
 
     Raises:
         UsageError: It is no run folder, or nothing was tied.

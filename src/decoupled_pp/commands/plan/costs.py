@@ -75,7 +75,7 @@ def stage_costs(profile: Profile, boundaries: Sequence[int], *, critics: bool) -
     Args:
         profile: Costs of the network.
         boundaries: Index of the first layer of every stage, then the number of layers.
-        critics: Whether all stages but the last have a critic, and send targets along.
+        critics: True if all stages but the last have a critic, and send targets along.
     """
     costs = []
     for first, end in pairwise(boundaries):

@@ -68,7 +68,7 @@ class Scale:
         model: The network and its devices.
         link: Link between any two devices.
         micro_batches: Per optimizer step: of the whole run, or (`weak`) of every replica.
-        weak: Whether more replicas mean a larger batch.
+        weak: True if more replicas mean a larger batch.
         depth: Deepest pipeline; 0 for as deep as there are blocks.
         capacity: Packets a decoupled link may hold.
     """

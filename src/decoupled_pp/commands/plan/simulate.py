@@ -37,7 +37,7 @@ class Message(NamedTuple):
         source: Sending rank.
         target: Receiving rank.
         size: Bytes.
-        eager: Whether it may leave before the receiver has posted its receive.
+        eager: True if it may leave before the receiver has posted its receive.
     """
 
     kind: str

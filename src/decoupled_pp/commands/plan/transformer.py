@@ -98,7 +98,7 @@ class Transformer:
 
         Args:
             count: Number of stages.
-            critics: Whether all but the last have a critic, and send targets (8 bytes per token) along.
+            critics: True if all but the last have a critic, and send targets (8 bytes per token) along.
             step: Seconds at the end of an optimizer step.
         """
         matrices = self.matrix_seconds / count

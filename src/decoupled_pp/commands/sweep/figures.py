@@ -66,7 +66,7 @@ class SweepFigures(JsonRecord):
     Attributes:
         reference: The variant that all are set against.
         variants: Variant -> its numbers, of those with a run that ended well.
-        runs: What every run was and how it ended.
+        runs: The trial and the end of every run.
     """
 
     reference: str

@@ -48,7 +48,7 @@ class Outcome:
 
     Attributes:
         trial: The trial.
-        report: What its run did; None if it failed.
+        report: The report of its run; None if it failed.
         failure: Why it failed, in one line.
         also: Name of other held-out data -> score of the network's own head on them.
     """

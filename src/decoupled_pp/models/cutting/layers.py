@@ -92,7 +92,7 @@ def misfit(name: str, module: nn.Module, given: Payload, error: Exception) -> Us
         name: How the text names it, such as "layer 'block0'".
         module: The layer or critic.
         given: Its input.
-        error: What it raised.
+        error: The exception that it raised.
     """
     return UsageError(
         f"{name} ({type(module).__name__}) does not fit its input {describe(given)}: {first_line(error)}; "

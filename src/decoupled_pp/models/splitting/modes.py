@@ -59,7 +59,7 @@ def mode_dependent(
     Args:
         parts: Parts of the trace.
         evaluation: The `functional_calls` of the model in evaluation mode.
-        training: The same in training mode.
+        training: The values in training mode.
 
     Raises:
         UsageError: A module that cannot stay.

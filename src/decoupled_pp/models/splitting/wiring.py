@@ -48,7 +48,7 @@ class BlockWiring:
 
     Attributes:
         form: How the leaves make up (args, kwargs).
-        leaves: What each leaf is.
+        leaves: A description of each leaf.
         hidden_in: Index of the leaf that is the hidden state.
         result_form: How the leaves of its result make up the result.
         result_leaves: Leaves of the result that are no tensors; `_TENSOR` in place of a tensor.

@@ -111,8 +111,8 @@ class Strategy(ABC):
         optimizers: Over their parameters.
         recorder: Told of the phases of every micro-batch; `first` + its place in the step is its number.
         first: Number of the first micro-batch of the present step.
-        links: What this rank has sent, by (rank that sends activations, rank that receives them); gradients count as
-            backward. Empty where ranks exchange no activations.
+        links: Counters of the bytes that this rank has sent, by (rank that sends activations, rank that receives them);
+            gradients count as backward. Empty where ranks exchange no activations.
         saved_activation_bytes_peak: Most bytes that autograd held for backward passes at any moment of the first step,
             all micro-batches in flight together; None before it. Measured as in `stage.Stage`.
     """

@@ -1,0 +1,72 @@
+"""Baselines for decoupled runs: the same network trained by backpropagation, in one process and pipelined."""
+
+from __future__ import annotations
+
+import torch
+
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.plans import Plan
+from decoupled_pp.training.baselines.deepspeed_pipeline import DeepSpeedPipeline
+from decoupled_pp.training.baselines.strategy import Strategy, Training
+from decoupled_pp.training.baselines.torch_pipeline import SCHEDULES, TorchPipeline
+from decoupled_pp.training.baselines.whole import Backprop, DataParallel
+
+BASELINES = ("backprop", *SCHEDULES, "deepspeed", "data_parallel")
+"""Names of all baselines."""
+
+
+def stages_needed(kind: str, ranks: int) -> int | None:
+    """Return the stages that a plan must have for a baseline on so many ranks; None if any plan will do."""
+    if kind == "deepspeed":
+        return ranks
+    return ranks * SCHEDULES[kind].stages_per_rank if kind in SCHEDULES else None
+
+
+def refuse_ranks(kind: str, ranks: int) -> None:
+    """Raise UsageError if a baseline cannot have so many ranks."""
+    if kind == "backprop" and ranks > 1:
+        raise UsageError(
+            f"`strategy` backprop is the whole network in one process, not {ranks}: start one rank, or set `strategy` "
+            "to data_parallel",
+            code="ranks-do-not-fit-strategy",
+            key="strategy",
+        )
+    if kind == "deepspeed" and ranks < 2:
+        raise UsageError(
+            f"`strategy` deepspeed is a pipeline over at least 2 ranks, not {ranks}: start more, or set `strategy` to "
+            "backprop",
+            code="ranks-do-not-fit-strategy",
+            key="strategy",
+        )
+
+
+def build_baseline(
+    kind: str, plan: Plan, training: Training, device: torch.device, *, rank: int, ranks: int
+) -> Strategy:
+    """Build one rank of a baseline; more than one rank must have joined the default process group.
+
+    Args:
+        kind: One of `BASELINES`.
+        plan: The network; with `stages_needed` stages.
+        training: Says how it trains.
+        device: Where this rank computes.
+        rank: This rank.
+        ranks: Number of ranks.
+
+    Raises:
+        UsageError: An unknown kind, one that does not fit the plan or the ranks, or one whose package is missing.
+    """
+    if kind not in BASELINES:
+        raise UsageError(
+            f"`strategy`: {kind!r} is not known; one of {', '.join(BASELINES)}",
+            code="not-one-of-the-choices",
+            key="strategy",
+        )
+    refuse_ranks(kind, ranks)
+    if kind == "backprop":
+        return Backprop(plan, training, device)
+    if kind == "data_parallel":
+        return DataParallel(plan, training, device, rank=rank, ranks=ranks)
+    if kind == "deepspeed":
+        return DeepSpeedPipeline(plan, training, device, rank=rank, ranks=ranks)
+    return TorchPipeline(kind, plan, training, device, rank=rank, ranks=ranks)
