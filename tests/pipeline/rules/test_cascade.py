@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from decoupled_pp import Trainer, partition
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.pipeline.losses import cross_entropy, mse, per_sample
+from decoupled_pp.pipeline.rules.cascade import Lesson
 from decoupled_pp.pipeline.stage import Stage
 from decoupled_pp.settings.load import check_settings
 from kit import differences, ignore, refused, tanh_network, vector_batches, weights
@@ -122,6 +123,18 @@ def test_saved_and_resumed_equals_never_stopped(tmp_path):
     resumed.fit(batches(12), 12, resume=True)
     assert differences(weights(whole), weights(resumed)) == []
     assert not list((tmp_path / "b").rglob("*.pkl"))
+
+
+def test_a_lesson_of_many_tensors_keeps_their_order():
+    """Names sort as text: the tenth comes before the second."""
+    saved, loaded = trainer(2), trainer(2)
+    saved.build()
+    loaded.build()
+    hidden = tuple(torch.full((B,), float(i)) for i in range(12))
+    saved.stages[0].rule.lessons.append(Lesson(7, hidden, torch.zeros(B), torch.ones(B)))
+    loaded.stages[0].rule.load(saved.stages[0].rule.state())
+    [lesson] = loaded.stages[0].rule.lessons
+    assert [int(tensor[0]) for tensor in lesson.hidden] == list(range(12))
 
 
 def test_accumulation():

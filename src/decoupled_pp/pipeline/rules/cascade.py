@@ -166,7 +166,8 @@ class Cascade(Local):
 
         def part(number: int, name: str) -> Payload:
             key = f"lesson.{number}.{name}"
-            tensors = [value for k, value in sorted(state.items()) if k.startswith(f"{key}.")]
+            count = sum(k.startswith(f"{key}.") for k in state)
+            tensors = [state[f"{key}.{i}"] for i in range(count)]
             return tensors[0] if state[key] else tuple(tensors)
 
         for number in sorted({int(key.split(".")[1]) for key in state if key.startswith("lesson.")}):
