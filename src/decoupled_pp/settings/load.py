@@ -100,18 +100,20 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         ) from None
 
 
-def usage_error(error: ValidationError, section: str | None = None) -> UsageError:
+def usage_error(error: ValidationError, section: str | None = None, checked: type[Section] | None = None) -> UsageError:
     """Return the first fault of a failed check as an error of one line: where, what, which value, what would be right.
 
     Args:
         error: Raised by the check of `Settings`, or of a section alone.
         section: The key of that section.
+        checked: The class that was checked in place of the section's own, if it takes fewer keys.
     """
     # pydantic finds all faults; a user mends one at a time, and the first often explains the others.
     faults = [_with_field(fault) for fault in error.errors()]
     paths = [[*([section] if section else []), *map(str, fault["loc"])] for fault in faults]
     keys = [_shown(path) for path in paths]
-    found = _explained(faults[0], paths[0], keys[0])
+    known = sorted(checked.model_fields) if checked is not None else _keys_at(paths[0][:-1])
+    found = _explained(faults[0], paths[0], keys[0], known)
     more = len(set(keys)) - 1
     if more:
         found.text += f" (and {more} more)"
@@ -126,19 +128,19 @@ def _with_field(fault: Any) -> Any:
     return {**fault, "loc": (*fault["loc"], found["field"]), "input": found["value"]}
 
 
-def _explained(fault: Any, path: list[str], key: str) -> UsageError:
+def _explained(fault: Any, path: list[str], key: str, known: list[str]) -> UsageError:
     """Return the error of one fault that pydantic found.
 
     Args:
         fault: From `ValidationError.errors`.
         path: Where, with the tags of unions.
         key: Where, as a user writes it.
+        known: Keys that could stand there.
     """
     # Codes are ours: pydantic's types of faults are many, and change from release to release.
     kind = fault["type"]
     value = fault.get("input")
     if kind == "extra_forbidden":
-        known = _keys_at(path[:-1])
         remedy = did_you_mean(path[-1], known) or f"; use one of {', '.join(known)}"
         return UsageError(f"`{key}`: unknown key, given {value!r}{remedy}", code="unknown-setting", key=key)
     if kind == "missing":

@@ -48,7 +48,7 @@ def choose_section(choice: dict[str, Any] | S | None, section: type[S], key: str
     """
     if isinstance(choice, Section):
         return choice
-    return cast(S, _checked(lambda: section.model_validate(choice or {}), key))
+    return cast(S, _checked(lambda: section.model_validate(choice or {}), key, section))
 
 
 def choose_critic(choice: CriticChoice) -> CriticBuilder:
@@ -108,11 +108,11 @@ def _by_kind(choice: str | dict[str, Any], union: Any, key: str) -> Any:
     return _checked(lambda: TypeAdapter(union).validate_python(given), key)
 
 
-def _checked(validate: Callable[[], Any], key: str) -> Any:
+def _checked(validate: Callable[[], Any], key: str, section: type[Section] | None = None) -> Any:
     try:
         return validate()
     except ValidationError as error:
-        raise usage_error(error, key) from None
+        raise usage_error(error, key, section) from None
 
 
 def _copied_critic(critic: nn.Module, _context: CriticContext) -> nn.Module:
