@@ -1,6 +1,7 @@
 """What a script may pass as critic or optimizer: a bad key is named where it is, with the keys of its own section."""
 
 import pytest
+import torch
 
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.training.choices import choose_critic, choose_optimizer
@@ -26,3 +27,9 @@ def test_a_bad_section_is_one_line(choose, choice, code, key, part):
     with refused(code, UsageError, f"`{key}`", part) as caught:
         choose(choice)
     assert caught.value.key == key
+
+
+def test_an_optimizer_that_is_built_already_is_refused():
+    """One object cannot serve several stages."""
+    with refused("optimizer-already-built", UsageError, "a SGD"):
+        choose_optimizer(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1))

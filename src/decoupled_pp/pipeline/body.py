@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from decoupled_pp.core.device import RandomStream
-from decoupled_pp.core.objective import View, judge_of
+from decoupled_pp.core.objective import Critic, View, judge_of
 from decoupled_pp.core.packets import Loss, Packet, Payload, check_payload, map_payload
 from decoupled_pp.pipeline.compiled import compiled
 from decoupled_pp.pipeline.recompute import checkpointed
@@ -68,9 +68,7 @@ class Body:
         self._run_objective: Callable[[View], Tensor] = self._objective
         if training.compile:
             self._run_trunk = compiled(self._run_trunk, f"trunk {index}")
-        if training.compile and critic is not None:
-            self._run_critic = compiled(self._run_critic, f"critic {index}")
-            self._run_objective = compiled(self._run_objective, f"objective {index}")
+            self._compile_critic(index)
         self.autocast: AbstractContextManager[object] = _NOTHING
         if training.precision == "bf16":
             self.autocast = torch.autocast(device.type, dtype=torch.bfloat16)
@@ -134,6 +132,16 @@ class Body:
     def random_of_evaluation(self) -> RandomStream:
         """Return a stream that is the same in every evaluation, and no part of training."""
         return RandomStream(self._seed, self.device)
+
+    def _compile_critic(self, index: int) -> None:
+        """Compile a plain critic without the run's loss, which may be the user's; a `Critic` with its objective."""
+        if self.critic is None:
+            return
+        self._run_critic = compiled(self._run_critic, f"critic {index}")
+        if isinstance(self.critic, Critic):
+            self._run_objective = compiled(self._objective, f"objective {index}")
+        else:
+            self._run_objective = lambda view: self.loss(self._run_critic(view.hidden), view.target)
 
     def _objective(self, view: View) -> Tensor:
         return self.judge.objective(view, self.loss)

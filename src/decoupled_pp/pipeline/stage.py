@@ -21,11 +21,7 @@ from decoupled_pp.pipeline.updates.update import Update
 
 
 class Stage:
-    """A run of layers and its critic: `body` computes, `rule` says what happens with a packet, `update` steps.
-
-    Attributes:
-        first_groups: Entries of the optimizers' groups before the first step. Whatever changes in them is state.
-    """
+    """A run of layers and its critic: `body` computes, `rule` says what happens with a packet, `update` steps."""
 
     def __init__(self, index: int, body: Body, update: Update, rule: Rule, probes: Sequence[Probe] = ()) -> None:
         """Join the parts."""
@@ -35,7 +31,7 @@ class Stage:
         self.update = update
         self.rule = rule
         self.probes = probes
-        # A copy: optimizers that adapt (schedule-free, Prodigy) write into their own groups.
+        # A copy: optimizers that adapt (schedule-free, Prodigy) write state into their own groups; checkpoints compare.
         self.first_groups = group_entries(self.all_optimizers)
         self._begin_evaluation()
 
@@ -57,8 +53,9 @@ class Stage:
         with self.body.evaluating(), self._evaluation_random:
             hidden = self.body.forward(packet.payload)
             send(replace(packet, payload=hidden))
-            for probe in self.probes:
-                probe.evaluated(hidden, packet.target)
+            with self.body.autocast:
+                for probe in self.probes:
+                    probe.evaluated(hidden, packet.target)
             if self.body.judge.exits:
                 logits = self.body.logits(hidden)
                 with self.body.autocast:

@@ -84,6 +84,9 @@ class MixTarget(CascadeTarget):
 
 CriticTargetSettings = Annotated[LabelTarget | CascadeTarget | MixTarget, Field(discriminator="kind")]
 
+BUILT_IN_RULES = ("label", "cascade", "mix")
+"""Kinds that a settings file can name: those of the sections above."""
+
 
 class CorrectionSettings(Section):
     """End-to-end steps now and then: true gradients flow back, as large as the activations, while every stage waits."""

@@ -78,7 +78,7 @@ class StageSettings(Section):
 
     accumulate: int = Field(1, ge=1)
     """Packets (micro-batches) whose gradients are averaged in one optimizer step."""
-    clip_norm: float | None = Field(None, gt=0)
+    clip_norm: float | None = Field(None, gt=0, allow_inf_nan=True)
     """Largest gradient norm of a stage (its critic included); default: no clipping."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """fp32, or bf16 autocast (parameters and optimizer stay fp32)."""

@@ -14,9 +14,10 @@ from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import CriticBuilder, CriticContext
 from decoupled_pp.critics import build_critic
 from decoupled_pp.pipeline.optim import OptimizerFactory
+from decoupled_pp.pipeline.rules.table import RULES
 from decoupled_pp.settings.critics import CriticSettings
 from decoupled_pp.settings.load import usage_error
-from decoupled_pp.settings.rules import CorrectionSettings, CriticTargetSettings, RuleSettings
+from decoupled_pp.settings.rules import BUILT_IN_RULES, CorrectionSettings, CriticTargetSettings, RuleSettings
 from decoupled_pp.settings.run import OptimizerSettings
 from decoupled_pp.settings.sections import Section
 
@@ -48,7 +49,7 @@ def choose_section(choice: dict[str, Any] | S | None, section: type[S], key: str
     """
     if isinstance(choice, Section):
         return choice
-    return cast(S, _checked(lambda: section.model_validate(choice or {}), key, section))
+    return cast(S, _checked(lambda: section.model_validate({} if choice is None else choice), key, section))
 
 
 def choose_critic(choice: CriticChoice) -> CriticBuilder:
@@ -78,6 +79,9 @@ def choose_rule(choice: RuleChoice) -> RuleSettings:
     """
     if isinstance(choice, RuleSettings):
         return choice
+    kind = choice if isinstance(choice, str) else choice.get("kind")
+    if kind in RULES and kind not in BUILT_IN_RULES:  # a rule of the user's own, without options
+        return choose_section({"kind": kind}, RuleSettings, "critic_target")
     return cast(RuleSettings, _by_kind(choice, CriticTargetSettings, "critic_target"))
 
 
@@ -100,6 +104,13 @@ def choose_optimizer(choice: OptimizerChoice) -> OptimizerSettings | OptimizerFa
         choice = {"kind": choice}
     if isinstance(choice, dict):
         return choose_section(choice, OptimizerSettings, "optimizer")
+    if not callable(choice) and not isinstance(choice, OptimizerSettings):
+        raise UsageError(
+            f"`optimizer` is a {type(choice).__name__}; give a name of torch.optim, a dictionary with kind and lr, or "
+            "a function of the parameters of one stage: the trainer builds one optimizer for each",
+            code="optimizer-already-built",
+            key="optimizer",
+        )
     return choice
 
 

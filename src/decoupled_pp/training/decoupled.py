@@ -235,6 +235,8 @@ class DecoupledTrainer(BaseTrainer):
     def _begin(self, itinerary: Itinerary, resume: Checkpoint | None, *, training: bool) -> None:
         """Bring this rank's stages to where the run begins, and wait until all ranks have."""
         self.build(resume)
+        for stage in self._stages:
+            stage.rule.begin()
         if training:
             for stage in self._stages:
                 update = stage.update

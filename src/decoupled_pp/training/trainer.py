@@ -99,6 +99,10 @@ class Trainer(DecoupledTrainer):
     export = script_terms()(DecoupledTrainer.export)
 
 
+_NAMED = ("loss", "critic", "critic_target", "global_correction", "optimizer", "schedule", "device", "checkpoints")
+"""Arguments of `Trainer` that are no field of a section, for suggestions."""
+
+
 def _sections(options: dict[str, Any]) -> dict[str, Any]:
     """Sort options into sections and check each section once.
 
@@ -109,6 +113,7 @@ def _sections(options: dict[str, Any]) -> dict[str, Any]:
     keys = {name: key for key, name in SCRIPT_NAMES.items() if key.split(".")[0] in TRAINER_SECTIONS}
     del keys["steps"]  # `fit` takes it
     given: dict[str, dict[str, Any]] = {key: {} for key in TRAINER_SECTIONS}
+    options = {name: value for name, value in options.items() if value is not None}  # None: the default
     for name, value in options.items():
         if name in TRAINER_SECTIONS:
             given[name] |= value.model_dump() if isinstance(value, Section) else value
@@ -116,7 +121,7 @@ def _sections(options: dict[str, Any]) -> dict[str, Any]:
         if name in TRAINER_SECTIONS:
             continue
         if name not in keys:
-            known = [*keys, *TRAINER_SECTIONS]
+            known = [*keys, *TRAINER_SECTIONS, *_NAMED]
             raise TypeError(f"Trainer() got an unexpected keyword argument {name!r}{did_you_mean(name, known)}")
         section, _, field = keys[name].partition(".")
         if field in given[section]:

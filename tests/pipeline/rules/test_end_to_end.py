@@ -59,11 +59,12 @@ def trainer(stages=4, **options):
     return Trainer(plan, device="cpu", observer=ignore, **(defaults | options))
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_end_to_end_steps_are_plain_backpropagation(accumulate):
+@pytest.mark.parametrize(("accumulate", "critic"), [(1, "head"), (2, "head"), (1, "sgr")])
+def test_end_to_end_steps_are_plain_backpropagation(accumulate, critic):
     """Step 0 is local, all others are not: from its end on, plain PyTorch comes to the same weights, bit for bit."""
     correction = {"every": 1, "steps": 9}
-    trained = trainer(global_correction=correction, accumulate=accumulate, optimizer={"kind": "SGD", "lr": 0.1})
+    options = {"accumulate": accumulate, "critic": critic, "optimizer": {"kind": "SGD", "lr": 0.1}}
+    trained = trainer(global_correction=correction, **options)
     given = batches(4 * accumulate)
     trained.fit(given, 1)
     plain = copy.deepcopy(trained.plan.module).train()
@@ -140,3 +141,33 @@ def test_a_cascade_is_refused():
         trainer(critic_target={"kind": "cascade"})
     with refused("rule-needs-every-packet", UsageError, "`stagger`", "mix"):
         trainer(critic_target={"kind": "mix"}, global_correction=None, stagger=3)
+
+
+class Fuse(nn.Module):
+    """Passes its input on; raises once, at the training packet after it is armed."""
+
+    def __init__(self):
+        super().__init__()
+        self.armed = False
+
+    def forward(self, hidden):
+        if self.armed and self.training:
+            self.armed = False
+            raise ValueError("blown")
+        return hidden
+
+
+@pytest.mark.parametrize("options", [{}, {"global_correction": None, "critic_target": {"kind": "cascade", "lag": 3}}])
+def test_a_session_that_failed_leaves_nothing_that_the_next_waits_for(options):
+    torch.manual_seed(1)
+    fuse = Fuse()
+    layers = [nn.Linear(WIDTH, WIDTH), nn.Sequential(nn.Linear(WIDTH, WIDTH), fuse), nn.Linear(WIDTH, CLASSES)]
+    plan = partition(layers, 3, "uniform", batches(1)[0][0], device="cpu")
+    defaults = {"critic": "head", "capacity": 2, "timeout_seconds": 5, "global_correction": {"every": 2, "steps": 1}}
+    trained = Trainer(plan, device="cpu", observer=ignore, **(defaults | options))
+    trained.fit(batches(6), 2)
+    fuse.armed = True  # packet 2 is an end-to-end one
+    with pytest.raises(ValueError, match="blown"):
+        trained.fit(batches(6), 2)
+    assert len(trained.evaluate(batches(2))) == 3
+    assert trained.fit(batches(6), 5).steps == 7

@@ -7,7 +7,6 @@ from decoupled_pp import Trainer, partition
 from decoupled_pp.core.channels import Returns
 from decoupled_pp.pipeline.rules.local import Local
 from decoupled_pp.pipeline.rules.table import RULES
-from decoupled_pp.settings.rules import RuleSettings
 from kit import assert_equal_states, ignore, merged, states, tanh_network, vector_batches
 from ranks import launch, values
 
@@ -60,8 +59,7 @@ def batches(count):
 
 def trainer(target="damped", **options):
     plan = partition(tanh_network(2, WIDTH, CLASSES), 3, "uniform", batches(1)[0][0], device="cpu")
-    settings = RuleSettings(kind=target) if target == "damped" else target
-    return Trainer(plan, device="cpu", critic_target=settings, observer=ignore, **options)
+    return Trainer(plan, device="cpu", critic_target=target, observer=ignore, **options)
 
 
 def train_in_ranks(steps, folder):

@@ -87,6 +87,10 @@ class Cascade(Local):
             lap("critic")
         return done
 
+    def begin(self) -> None:
+        """Forget lessons whose losses never came: they were on the links of a session that failed."""
+        self.lessons = deque(lesson for lesson in self.lessons if lesson.losses is not None)
+
     def settle(self, ends: Ends) -> None:
         """Take the losses that are under way: a link keeps none for later."""
         for lesson in self.lessons:

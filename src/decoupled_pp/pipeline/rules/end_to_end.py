@@ -107,6 +107,12 @@ class EndToEnd(Rule):
             ends.inlet.give_back(half.packet.number, [_gradient_of(tensor) for tensor in floating(half.inputs)])
         return Done(half.packet, loss)
 
+    def begin(self) -> None:
+        """Forget a first half whose second one never came."""
+        self._half = None
+        self.unfinished = False
+        self._other.begin()
+
     def settle(self, ends: Ends) -> None:
         """Settle the other rule; no end-to-end step is ever under way when a checkpoint is due."""
         self._other.settle(ends)

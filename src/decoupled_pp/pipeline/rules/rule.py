@@ -114,6 +114,9 @@ class Rule(ABC):
         """Finish the packet that `step` left unfinished; called only if there is one."""
         raise AssertionError(f"{type(self).__name__} left no packet unfinished")
 
+    def begin(self) -> None:  # noqa: B027 - a rule that keeps nothing between packets has nothing to forget
+        """Forget what a session that failed has left unfinished; called before a session begins."""
+
     def settle(self, ends: Ends) -> None:  # noqa: B027 - nothing is under way unless a rule says so
         """Take what is still under way on the links, before a checkpoint or the end of the run."""
 
