@@ -189,3 +189,16 @@ def test_settings_do_not_change_after_the_check():
     settings = check_settings(GOOD)
     with pytest.raises(ValueError, match="frozen"):
         settings.stages = 3
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "part"),
+    [
+        ({"critic": "head"}, "section-expected", "write critic: {kind: head}"),
+        ({"optimizer": {"weight_decay": 0.1}}, "unknown-setting", "go under `optimizer.arguments`"),
+    ],
+)
+def test_natural_mistakes_get_their_cure(given, code, part):
+    raw = {"name": "x", "model": {"kind": "mlp"}, "data": {"kind": "digits"}, "training": {"steps": 9}}
+    with refused(code, UsageError, part):
+        check_settings({**raw, **given})

@@ -142,10 +142,12 @@ def _explained(fault: Any, path: list[str], key: str, known: list[str]) -> Usage
     value = fault.get("input")
     if kind == "extra_forbidden":
         remedy = did_you_mean(path[-1], known) or f"; use one of {', '.join(known)}"
+        if path[0] == "optimizer":
+            remedy += "; arguments of its class go under `optimizer.arguments`"
         return UsageError(f"`{key}`: unknown key, given {value!r}{remedy}", code="unknown-setting", key=key)
     if kind == "missing":
         return UsageError(f"`{key}`: required key is missing; give it a value", code="missing-setting", key=key)
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
+    if kind in ("union_tag_invalid", "union_tag_not_found", "model_attributes_type"):
         return _explained_kind(fault, f"{key}.kind".removeprefix("."))
     if kind == "value_error":
         return _explained_check(fault, key)
@@ -171,6 +173,10 @@ def _explained_check(fault: Any, key: str) -> UsageError:
 
 def _explained_kind(fault: Any, key: str) -> UsageError:
     value = fault.get("input")
+    section = key.removesuffix(".kind")
+    if isinstance(value, str):
+        text = f"`{section}` is a section, not {value!r}; write {section}: {{kind: {value}}}"
+        return UsageError(text, code="section-expected", key=section)
     expected = fault.get("ctx", {}).get("expected_tags", "")
     kinds = [tag.strip("' ") for tag in expected.split(",") if tag]
     given = value.get("kind") if isinstance(value, dict) else value
