@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.settings.sections import Section
+from decoupled_pp.settings.sections import Section, kinds_of, section_types
 
 
 class RuleSettings(Section):
@@ -84,7 +84,7 @@ class MixTarget(CascadeTarget):
 
 CriticTargetSettings = Annotated[LabelTarget | CascadeTarget | MixTarget, Field(discriminator="kind")]
 
-BUILT_IN_RULES = ("label", "cascade", "mix")
+BUILT_IN_RULES = tuple(kind for section in section_types(CriticTargetSettings) for kind in kinds_of(section))
 """Kinds that a settings file can name: those of the sections above."""
 
 

@@ -79,9 +79,10 @@ def choose_rule(choice: RuleChoice) -> RuleSettings:
     """
     if isinstance(choice, RuleSettings):
         return choice
-    kind = choice if isinstance(choice, str) else choice.get("kind")
-    if kind in RULES and kind not in BUILT_IN_RULES:  # a rule of the user's own, without options
-        return choose_section({"kind": kind}, RuleSettings, "critic_target")
+    given = {"kind": choice} if isinstance(choice, str) else choice
+    kind = given.get("kind")
+    if kind in RULES and kind not in BUILT_IN_RULES:  # a rule of the user's own; options need a section of its own
+        return choose_section(given, RuleSettings, "critic_target")
     return cast(RuleSettings, _by_kind(choice, CriticTargetSettings, "critic_target"))
 
 

@@ -5,9 +5,10 @@ import torch
 
 from decoupled_pp import Trainer, partition
 from decoupled_pp.core.channels import Returns
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.pipeline.rules.local import Local
 from decoupled_pp.pipeline.rules.table import RULES
-from kit import assert_equal_states, ignore, merged, states, tanh_network, vector_batches
+from kit import assert_equal_states, ignore, merged, refused, states, tanh_network, vector_batches
 from ranks import launch, values
 
 B, WIDTH, CLASSES, STEPS = 4, 6, 3, 8
@@ -67,6 +68,11 @@ def train_in_ranks(steps, folder):
     trained = trainer(checkpoints=folder)
     report = trained.fit(batches(STEPS), steps, resume=True)
     return states(trained), report.links[0]["payload_bytes_backward"]
+
+
+def test_an_option_that_its_section_does_not_declare_is_refused():
+    with refused("unknown-setting", UsageError, "`critic_target.rate`"):
+        trainer({"kind": "damped", "rate": 0.5})
 
 
 def test_it_changes_what_is_learnt():
