@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+import launched
 import ranks
-import runs
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.settings.load import load_settings
 from decoupled_pp.training.job import run_rank
@@ -51,29 +51,29 @@ CASES = {
         ["broken:f", "SyntaxError"],
     ),
     "arguments that do not fit": (
-        {"model": runs.factory("misfit", widht=3)},
+        {"model": launched.factory("misfit", widht=3)},
         "factory-arguments",
         ["faulty:misfit", "widht"],
     ),
-    "factory of no layers": ({"model": runs.factory("no_layers")}, "factory-wrong-result", ["int"]),
+    "factory of no layers": ({"model": launched.factory("no_layers")}, "factory-wrong-result", ["int"]),
     "layers that do not fit": (
-        {"model": runs.factory("misfit")},
+        {"model": launched.factory("misfit")},
         "layer-shape-mismatch",
         ["layer '2' (Linear)", "(16, 16)"],
     ),
     "layer of a dictionary": (
-        {"model": runs.factory("returns_dictionary")},
+        {"model": launched.factory("returns_dictionary")},
         "output-cannot-travel",
         ["layer '1' (Strange)", "dict"],
     ),
     "model for other data": ({"model": {"kind": "gpt"}}, "model-data-mismatch", ["'gpt'", "tokens", "'image'"]),
     "critic of other outputs": (
-        {"critic": runs.factory("critic_of_3_classes")},
+        {"critic": launched.factory("critic_of_3_classes")},
         "critic-wrong-output",
         ["stage 0", "(16, 3)", "(16, 10)"],
     ),
     "critic of other inputs": (
-        {"critic": runs.factory("critic_for_7_inputs")},
+        {"critic": launched.factory("critic_for_7_inputs")},
         "critic-fails",
         ["stage 0", "(16, 16)", "7x10"],
     ),
@@ -83,7 +83,7 @@ CASES = {
         ["nowhere:f"],
     ),
     "critic of a listed cut": (
-        {"critic": runs.factory("critic_of_3_classes"), "cut": [2, 2]},
+        {"critic": launched.factory("critic_of_3_classes"), "cut": [2, 2]},
         "critic-wrong-output",
         ["stage 0", "(16, 3)", "(16, 10)"],
     ),
@@ -146,7 +146,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        runs.write_settings(optimizer={"kind": "AdamW", "arguments": {}})
+        launched.write_settings(optimizer={"kind": "AdamW", "arguments": {}})
         Path("list.yaml").write_text("- a\n")
         Path("open.yaml").write_text("a: [\n")
         Path("broken.py").write_text("def f(:\n")
@@ -158,7 +158,7 @@ def place(tmp_path_factory):
         Path("cifar").mkdir()
         for name in (*(f"data_batch_{k}.bin" for k in range(1, 6)), "test_batch.bin"):
             Path("cifar", name).write_bytes(bytes(5000))
-        assert runs.dpp("train", "run.yaml") == 0
+        assert launched.dpp("train", "run.yaml") == 0
     return folder
 
 
@@ -169,24 +169,24 @@ def here(place, monkeypatch):
 
 
 def _overrides(case):
-    return [runs.override(key, value) for key, value in CASES[case][0].items()]
+    return [launched.override(key, value) for key, value in CASES[case][0].items()]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_bad_settings_are_one_line_and_touch_nothing(case, here, capsys):
     """A run that is there survives --overwrite, and one that is not there does not come to be."""
-    before = runs.fingerprint(here)
+    before = launched.fingerprint(here)
     _, code, parts = CASES[case]
     overrides = tuple(override.removeprefix("--set=") for override in _overrides(case))
     with refused(code, UsageError, *parts) as caught:
         run_rank(load_settings("run.yaml", overrides), overwrite=True)
-    assert runs.fingerprint(here) == before
+    assert launched.fingerprint(here) == before
     capsys.readouterr()
-    assert runs.dpp("train", "run.yaml", *_overrides(case), "--set=name=new") == 2
+    assert launched.dpp("train", "run.yaml", *_overrides(case), "--set=name=new") == 2
     printed = capsys.readouterr()
     assert printed.err.replace("runs/new", "runs/run").replace("/new", "/run") == f"dpp: {caught.value}\n"
     assert printed.out == ""
-    assert runs.fingerprint(here) == before and not Path("runs/new").exists()
+    assert launched.fingerprint(here) == before and not Path("runs/new").exists()
 
 
 def test_a_held_out_text_that_a_tokenizer_makes_too_short_touches_nothing(tmp_path, monkeypatch, capsys):
@@ -198,74 +198,74 @@ def test_a_held_out_text_that_a_tokenizer_makes_too_short_touches_nothing(tmp_pa
     words.save("words.json")
     Path("short.txt").write_text("word " * 500)
     data = {"kind": "text", "files": ["short.txt"], "tokenizer": "words.json", "context": 64, "batch_size": 2}
-    runs.write_settings(data=data, model={"kind": "gpt", "width": 8, "depth": 2, "heads": 2})
-    assert runs.dpp("train", "run.yaml") == 2
+    launched.write_settings(data=data, model={"kind": "gpt", "width": 8, "depth": 2, "heads": 2})
+    assert launched.dpp("train", "run.yaml") == 2
     check_said(capsys.readouterr().err, "too-little-data", "`data.context` 64")
     assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("case", COMMAND_LINES)
 def test_bad_command_lines_are_one_line_and_touch_nothing(case, here, capsys):
-    before = runs.fingerprint(here)
+    before = launched.fingerprint(here)
     arguments, code, parts = COMMAND_LINES[case]
-    assert runs.dpp("train", *arguments) == 2
+    assert launched.dpp("train", *arguments) == 2
     check_said(capsys.readouterr().err, code, *parts)
-    assert runs.fingerprint(here) == before and not Path("runs/new").exists()
+    assert launched.fingerprint(here) == before and not Path("runs/new").exists()
 
 
 @pytest.mark.parametrize("arguments", [[], ["--ranks=2"]])
 def test_a_run_folder_that_exists_is_refused(arguments, here, capsys):
-    before = runs.fingerprint(here)
-    assert runs.dpp("train", "run.yaml", *arguments) == 2
+    before = launched.fingerprint(here)
+    assert launched.dpp("train", "run.yaml", *arguments) == 2
     check_said(capsys.readouterr().err, "output-exists", "runs/run")
-    assert runs.fingerprint(here) == before
+    assert launched.fingerprint(here) == before
 
 
 def test_a_folder_that_is_no_run_is_never_overwritten(here, capsys):
-    assert runs.dpp("train", "run.yaml", "--overwrite", "--set=runs=.", "--set=name=idx") == 2
+    assert launched.dpp("train", "run.yaml", "--overwrite", "--set=runs=.", "--set=name=idx") == 2
     check_said(capsys.readouterr().err, "not-an-output-folder", "idx")
     assert Path("idx/train-images-idx3-ubyte").exists()
 
 
 def test_overwrite_starts_anew(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    runs.write_settings()
-    assert runs.dpp("train", "run.yaml") == 0
-    (runs.FOLDER / "old").touch()
-    assert runs.dpp("train", "run.yaml", "--overwrite", "--set=training.steps=2") == 0
-    assert not (runs.FOLDER / "old").exists() and runs.checkpoint_steps() == [2]
+    launched.write_settings()
+    assert launched.dpp("train", "run.yaml") == 0
+    (launched.FOLDER / "old").touch()
+    assert launched.dpp("train", "run.yaml", "--overwrite", "--set=training.steps=2") == 0
+    assert not (launched.FOLDER / "old").exists() and launched.checkpoint_steps() == [2]
 
 
 @pytest.mark.parametrize("case", FOUND_IN_DIFFERENT_PLACES)
 def test_ranks_say_it_once_and_touch_nothing(case, here, tmp_path):
-    before = runs.fingerprint(here)
+    before = launched.fingerprint(here)
     arguments = ["train", "run.yaml", *_overrides(case), "--overwrite"]
     size = 5 if case == "more stages than layers" else 2
-    results = ranks.launch(runs.dpp_in_rank, str(here), *arguments, size=size, folder=tmp_path)
+    results = ranks.launch(launched.dpp_in_rank, str(here), *arguments, size=size, folder=tmp_path)
     assert ranks.values(results) == [2] * size
     _, code, parts = CASES[case]
     check_said("".join(result.output for result in results), code, *parts)
-    assert runs.fingerprint(here) == before
+    assert launched.fingerprint(here) == before
 
 
 def test_a_fault_of_the_middle_rank_alone_is_said_once(here, tmp_path):
-    before = runs.fingerprint(here)
+    before = launched.fingerprint(here)
     overrides = [
-        runs.override("critic", runs.factory("critic_of_stage_0_only")),
+        launched.override("critic", launched.factory("critic_of_stage_0_only")),
         "--set=stages=3",
         "--set=cut=[1, 1, 2]",
         "--set=model.width=64",
     ]
     arguments = ["train", "run.yaml", *overrides, "--overwrite"]
-    results = ranks.launch(runs.dpp_in_rank, str(here), *arguments, size=3, folder=tmp_path)
+    results = ranks.launch(launched.dpp_in_rank, str(here), *arguments, size=3, folder=tmp_path)
     assert ranks.values(results) == [2, 2, 2]
     said = "".join(result.output for result in results)
     check_said(said, "critic-fails", "stage 1", "(16, 64)", "65x10")
-    assert runs.fingerprint(here) == before
+    assert launched.fingerprint(here) == before
 
 
 def test_other_ranks_than_stages_under_a_launcher(here, tmp_path):
-    results = ranks.launch(runs.dpp_in_rank, str(here), "train", "run.yaml", "--overwrite", size=3, folder=tmp_path)
+    results = ranks.launch(launched.dpp_in_rank, str(here), "train", "run.yaml", "--overwrite", size=3, folder=tmp_path)
     assert ranks.values(results) == [2, 2, 2]
     check_said("".join(result.output for result in results), "ranks-do-not-fit-stages", "2 stages", "not 3")
 
@@ -273,15 +273,15 @@ def test_other_ranks_than_stages_under_a_launcher(here, tmp_path):
 @pytest.mark.slow
 def test_launched_ranks_say_it_once(here):
     """`--ranks` itself: the fault is found in a rank, and no other rank, launcher or restart adds a line."""
-    before = runs.fingerprint(here)
-    command = runs.Command(
+    before = launched.fingerprint(here)
+    command = launched.Command(
         "decoupled_pp", "train", "run.yaml", "--ranks=2", "--max-restarts=2", "--overwrite", *_overrides(LATE)
     )
     code, errors = command.wait()
     assert code == 2
     _, fault, parts = CASES[LATE]
     check_said(errors, fault, *parts)
-    assert runs.fingerprint(here) == before
+    assert launched.fingerprint(here) == before
 
 
 LATE = "critic of a listed cut"
@@ -298,7 +298,7 @@ def test_torchrun_adds_only_its_own_report(here):
         "run.yaml",
         *_overrides("unknown key"),
     ]
-    code, errors = runs.Command("torch.distributed.run", *words).wait()
+    code, errors = launched.Command("torch.distributed.run", *words).wait()
     assert code == 1  # torchrun's own
-    assert len(runs.said(errors)) == 1 and "training.stepz" in runs.said(errors)[0]
+    assert len(launched.said(errors)) == 1 and "training.stepz" in launched.said(errors)[0]
     assert "decoupled_pp/" not in errors.partition("torch.distributed.elastic")[0]  # no traceback of ours

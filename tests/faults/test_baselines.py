@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-import runs
+import launched
 from kit import check_said
 
 
@@ -15,7 +15,7 @@ def _here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def settings():
-    runs.write_settings(checkpoint={}, training={"steps": 6, "accumulate": 2})
+    launched.write_settings(checkpoint={}, training={"steps": 6, "accumulate": 2})
 
 
 @pytest.mark.parametrize(
@@ -31,19 +31,19 @@ def settings():
     ],
 )
 def test_bad_input(strategy, arguments, code, part, settings, capsys):  # noqa: PLR0917 - a row of the table
-    assert runs.dpp("train", "run.yaml", f"--strategy={strategy}", *arguments) == 2
+    assert launched.dpp("train", "run.yaml", f"--strategy={strategy}", *arguments) == 2
     check_said(capsys.readouterr().err, code, part)
-    assert not runs.FOLDER.exists()
+    assert not launched.FOLDER.exists()
 
 
 def _train(tmp_path, strategy, model, **sections):
-    runs.write_settings(checkpoint={}, training={"steps": 6, "accumulate": 2}, model=model, **sections)
-    return runs.train_in_ranks(tmp_path, f"--strategy={strategy}", size=2)
+    launched.write_settings(checkpoint={}, training={"steps": 6, "accumulate": 2}, model=model, **sections)
+    return launched.train_in_ranks(tmp_path, f"--strategy={strategy}", size=2)
 
 
 @pytest.mark.parametrize("strategy", ["1f1b", "data_parallel"])
 def test_a_killed_rank_ends_the_other(strategy, tmp_path):
-    model = runs.factory("dies_once", at=5, number=int(signal.SIGKILL), behind=1)
+    model = launched.factory("dies_once", at=5, number=int(signal.SIGKILL), behind=1)
     results, said = _train(tmp_path, strategy, model, cut=[3, 4])
     dead = [result.exitcode for result in results].index(-signal.SIGKILL)
     assert results[1 - dead].value == 1
@@ -51,6 +51,6 @@ def test_a_killed_rank_ends_the_other(strategy, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_all(tmp_path):
-    results, said = _train(tmp_path, "gpipe", runs.factory("not_finite", at=9, value="nan", behind=2), cut=[3, 4])
+    results, said = _train(tmp_path, "gpipe", launched.factory("not_finite", at=9, value="nan", behind=2), cut=[3, 4])
     assert [result.value for result in results] == [1, 1]
     assert any("the loss is nan at packet" in line for line in said), said

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 import decoupled_pp
-import runs
+import launched
 from decoupled_pp.training import prepare
 from kit import check_said
 
@@ -19,7 +19,7 @@ from kit import check_said
 @pytest.fixture(autouse=True)
 def _here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    runs.write_settings()
+    launched.write_settings()
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +27,16 @@ def finished(tmp_path_factory):
     """The folder of a finished run, made once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("finished"))
-        runs.write_settings()
-        assert runs.dpp("train", "run.yaml") == 0
-        return runs.FOLDER.absolute()
+        launched.write_settings()
+        assert launched.dpp("train", "run.yaml") == 0
+        return launched.FOLDER.absolute()
 
 
 @pytest.fixture
 def run(finished):
     """A finished run, to be damaged."""
-    shutil.copytree(finished, runs.FOLDER)
-    return runs.FOLDER
+    shutil.copytree(finished, launched.FOLDER)
+    return launched.FOLDER
 
 
 def _line(capsys, *words):
@@ -48,32 +48,32 @@ def _line(capsys, *words):
 @pytest.mark.parametrize("value", ["nan", "inf"])
 @pytest.mark.parametrize("stage, behind", [(0, 1), (1, 4)])
 def test_a_loss_that_is_not_finite(stage, behind, value, capsys):
-    runs.write_settings(cut=[3, 4], model=runs.factory("not_finite", at=5, value=value, behind=behind))
-    assert runs.dpp("train", "run.yaml") == 1
+    launched.write_settings(cut=[3, 4], model=launched.factory("not_finite", at=5, value=value, behind=behind))
+    assert launched.dpp("train", "run.yaml") == 1
     said = capsys.readouterr().err
     check_said(said, "loss-not-finite", f"stage {stage}: the loss is nan at packet 5", "checkpoint at step 4 is kept")
-    assert runs.checkpoint_steps() == [2, 4]
-    assert runs.dpp("evaluate", runs.FOLDER) == 0
-    assert runs.metrics()
+    assert launched.checkpoint_steps() == [2, 4]
+    assert launched.dpp("evaluate", launched.FOLDER) == 0
+    assert launched.metrics()
 
 
 @pytest.mark.parametrize("stage, behind", [(0, 2), (1, 5)])
 def test_weights_that_are_not_finite_are_not_saved(stage, behind, capsys):
     """The last loss is finite, the step after it is not: no later loss tells."""
-    runs.write_settings(cut=[3, 4], model=runs.factory("infinite_gradient", at=5, behind=behind))
-    assert runs.dpp("train", "run.yaml") == 1
+    launched.write_settings(cut=[3, 4], model=launched.factory("infinite_gradient", at=5, behind=behind))
+    assert launched.dpp("train", "run.yaml") == 1
     _line(
         capsys,
         f"stage {stage}: model.",
         "not finite after packet 5",
         "at step 4 is kept; go on with: dpp train run.yaml --resume",
     )
-    assert runs.checkpoint_steps() == [2, 4] and not list(runs.FOLDER.glob("checkpoints/*.incomplete"))
+    assert launched.checkpoint_steps() == [2, 4] and not list(launched.FOLDER.glob("checkpoints/*.incomplete"))
 
 
 def test_no_checkpoint_is_promised_where_there_is_none(capsys):
-    runs.write_settings(model=runs.factory("not_finite", at=1, value="nan"))
-    assert runs.dpp("train", "run.yaml") == 1
+    launched.write_settings(model=launched.factory("not_finite", at=1, value="nan"))
+    assert launched.dpp("train", "run.yaml") == 1
     _line(capsys, "the loss is nan at packet 1", "no checkpoint was saved")
 
 
@@ -85,7 +85,7 @@ def test_ctrl_c_during_start_up_says_what_there_is(arguments, run, capsys, monke
     if not arguments:
         shutil.rmtree(run)
     monkeypatch.setattr("decoupled_pp.training.job.run_rank", interrupted)
-    assert runs.dpp("train", "run.yaml", *arguments) == 130
+    assert launched.dpp("train", "run.yaml", *arguments) == 130
     kept = "the checkpoint at step 6 is kept; go on with: dpp train run.yaml --resume"
     _line(capsys, f"interrupted; {kept if arguments else 'no checkpoint was saved'}\n")
     assert run.exists() == bool(arguments)
@@ -98,60 +98,60 @@ def test_under_torchrun_the_way_to_go_on_is_the_users_own_command(run, capsys, m
     monkeypatch.setattr("decoupled_pp.training.job.run_rank", interrupted)
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, value)
-    assert runs.dpp("train", "run.yaml", "--overwrite") == 130
+    assert launched.dpp("train", "run.yaml", "--overwrite") == 130
     _line(capsys, "is kept; go on with: the same command with --resume in place of --overwrite")
 
 
 def test_an_error_in_a_layer_is_a_traceback(capsys):
-    runs.write_settings(model=runs.factory("raises", at=5))
+    launched.write_settings(model=launched.factory("raises", at=5))
     with pytest.raises(ZeroDivisionError):
-        runs.dpp("train", "run.yaml")
+        launched.dpp("train", "run.yaml")
     _line(capsys, "dpp: stage 1, TRAIN packet 5: ZeroDivisionError: ", "its traceback follows")
-    assert runs.checkpoint_steps() == [2, 4]
+    assert launched.checkpoint_steps() == [2, 4]
 
 
 def test_a_run_opens_its_data_once_and_counts_its_processes(monkeypatch):
     """A second look might find other files: those of the run itself, for one."""
     opened, open_data = [], prepare.open_data
     monkeypatch.setattr(prepare, "open_data", lambda *given: opened.append(given) or open_data(*given))
-    assert runs.dpp("train", "run.yaml") == 0
+    assert launched.dpp("train", "run.yaml") == 0
     assert len(opened) == 1
-    assert json.loads((runs.FOLDER / "summary.json").read_text())["ranks"] == 1
+    assert json.loads((launched.FOLDER / "summary.json").read_text())["ranks"] == 1
 
 
 def test_the_version(capsys):
-    assert runs.dpp("--version") == 0
+    assert launched.dpp("--version") == 0
     assert capsys.readouterr().out == f"dpp {decoupled_pp.__version__}\n"
 
 
 @pytest.mark.parametrize("stage, behind", [(0, 1), (1, 4)])
 def test_ctrl_c_saves_and_resume_gives_the_same_weights(stage, behind, capsys):
-    model = runs.factory("dies_once", at=3, number=int(signal.SIGINT), behind=behind)
-    runs.write_settings(cut=[3, 4], model=model)
-    assert runs.dpp("train", "run.yaml", "--set=training.steps=7") == 130
+    model = launched.factory("dies_once", at=3, number=int(signal.SIGINT), behind=behind)
+    launched.write_settings(cut=[3, 4], model=model)
+    assert launched.dpp("train", "run.yaml", "--set=training.steps=7") == 130
     _line(capsys, "interrupted at step 4; saved", "dpp train run.yaml --set training.steps=7 --resume")
-    assert runs.checkpoint_steps() == [2, 4]
-    assert runs.dpp("train", "run.yaml", "--set=training.steps=7", "--resume") == 0
-    assert runs.dpp("train", "run.yaml", "--set=training.steps=7", "--set=name=whole") == 0
-    resumed, whole = runs.weights(), runs.weights(Path("runs/whole"))
+    assert launched.checkpoint_steps() == [2, 4]
+    assert launched.dpp("train", "run.yaml", "--set=training.steps=7", "--resume") == 0
+    assert launched.dpp("train", "run.yaml", "--set=training.steps=7", "--set=name=whole") == 0
+    resumed, whole = launched.weights(), launched.weights(Path("runs/whole"))
     assert resumed.keys() == whole.keys() and all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 @pytest.mark.parametrize("cut", [[1, 3], [3, 1]])
 def test_a_measured_cut_is_kept_by_resume(cut):
     """A new measurement may give another cut, and at least one of these two is another."""
-    assert runs.dpp("train", "run.yaml", f"--set=cut={cut}", "--set=training.steps=2") == 0
-    assert runs.dpp("train", "run.yaml", "--set=cut=time", "--resume") == 0
-    record = json.loads((runs.FOLDER / "checkpoints/step-00000006/stage-0.json").read_text())
+    assert launched.dpp("train", "run.yaml", f"--set=cut={cut}", "--set=training.steps=2") == 0
+    assert launched.dpp("train", "run.yaml", "--set=cut=time", "--resume") == 0
+    record = json.loads((launched.FOLDER / "checkpoints/step-00000006/stage-0.json").read_text())
     assert record["boundaries"] == [0, cut[0], 4]
 
 
 def test_sigterm_ends_the_run_and_keeps_the_last_checkpoint(capsys):
-    runs.write_settings(model=runs.factory("dies_once", at=5, number=int(signal.SIGTERM)))
+    launched.write_settings(model=launched.factory("dies_once", at=5, number=int(signal.SIGTERM)))
     before = signal.getsignal(signal.SIGTERM)
-    assert runs.dpp("train", "run.yaml") == 143
+    assert launched.dpp("train", "run.yaml") == 143
     _line(capsys, "rank 0 got SIGTERM", "the checkpoint at step 4 is kept", "--resume")
-    assert runs.checkpoint_steps() == [2, 4] and runs.metrics()
+    assert launched.checkpoint_steps() == [2, 4] and launched.metrics()
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -197,16 +197,16 @@ DAMAGE = [_flip_a_byte, _cut_short, _break_the_record, _lose_a_stage, _lose_a_re
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_refused_by_every_command(damage, run, capsys):
     damage(run)
-    before = runs.fingerprint(Path())
+    before = launched.fingerprint(Path())
     capsys.readouterr()
     for command in (["train", "run.yaml", "--resume"], ["evaluate", run], ["export", run, "-o", "weights"]):
-        assert runs.dpp(*command) == 2
+        assert launched.dpp(*command) == 2
         said = capsys.readouterr().err
         if damage is _change_the_format:
             check_said(said, "checkpoint-of-another-format", "step-00000006", "format 99")
         else:
             check_said(said, "checkpoint-corrupt", "step-00000006", "to go on from step-00000004")
-        assert runs.fingerprint(Path()) == before
+        assert launched.fingerprint(Path()) == before
 
 
 def test_the_only_checkpoint_has_no_one_before(run, capsys):
@@ -214,39 +214,39 @@ def test_the_only_checkpoint_has_no_one_before(run, capsys):
         shutil.rmtree(run / f"checkpoints/step-{step:08d}")
     _flip_a_byte(run)
     capsys.readouterr()
-    assert runs.dpp("train", "run.yaml", "--resume") == 2
+    assert launched.dpp("train", "run.yaml", "--resume") == 2
     check_said(capsys.readouterr().err, "checkpoint-corrupt", "step-00000006", "start anew (--overwrite)")
 
 
 def test_the_remedy_for_a_damaged_checkpoint_works(run, capsys):
     _flip_a_byte(run)
     shutil.rmtree(_newest(run))
-    assert runs.dpp("train", "run.yaml", "--resume") == 0
-    assert runs.checkpoint_steps() == [2, 4, 6]
+    assert launched.dpp("train", "run.yaml", "--resume") == 0
+    assert launched.checkpoint_steps() == [2, 4, 6]
 
 
 def test_a_checkpoint_of_another_plan_is_refused(run, capsys):
     (run / "checkpoints/step-00000008.incomplete").mkdir()
-    before = runs.fingerprint(Path())
+    before = launched.fingerprint(Path())
     capsys.readouterr()
     for change in ("--set=model.width=8", "--set=model.depth=5", "--set=model.depth=2", "--set=model.depth=1"):
-        assert runs.dpp("train", "run.yaml", "--resume", "--set=training.steps=8", change) == 2
+        assert launched.dpp("train", "run.yaml", "--resume", "--set=training.steps=8", change) == 2
         check_said(capsys.readouterr().err, "checkpoint-of-another-network", "step-00000006")
-        assert runs.fingerprint(Path()) == before
+        assert launched.fingerprint(Path()) == before
         assert (run / "checkpoints/step-00000008.incomplete").exists()
 
 
 def test_a_damaged_log_is_refused(run, capsys):
     (run / "metrics.jsonl").write_text("nothing\n" + (run / "metrics.jsonl").read_text())
     capsys.readouterr()
-    assert runs.dpp("train", "run.yaml", "--resume", "--set=training.steps=8") == 2
+    assert launched.dpp("train", "run.yaml", "--resume", "--set=training.steps=8") == 2
     _line(capsys, "metrics.jsonl line 1", "JSON")
 
 
 def test_overwrite_leaves_a_run_alone_when_another_key_is_bad(run, capsys):
-    before = runs.fingerprint(run)
-    assert runs.dpp("train", "run.yaml", "--overwrite", "--set=optimizer.arguments={momentun: 1}") == 2
-    assert runs.fingerprint(run) == before
+    before = launched.fingerprint(run)
+    assert launched.dpp("train", "run.yaml", "--overwrite", "--set=optimizer.arguments={momentun: 1}") == 2
+    assert launched.fingerprint(run) == before
 
 
 # ------------------------------------------------------------------------------------------ commands on run folders
@@ -255,7 +255,7 @@ def test_overwrite_leaves_a_run_alone_when_another_key_is_bad(run, capsys):
 @pytest.mark.parametrize("command", [["evaluate"], ["export", "-o", "weights"]])
 def test_what_is_no_run_folder_is_refused(command, capsys):
     for folder in ("nowhere", "."):
-        assert runs.dpp(command[0], folder, *command[1:]) == 2
+        assert launched.dpp(command[0], folder, *command[1:]) == 2
         _line(capsys, folder, "not a run folder", "config.yaml")
     assert not Path("weights").exists()
 
@@ -264,32 +264,32 @@ def test_what_is_no_run_folder_is_refused(command, capsys):
 def test_a_run_without_a_checkpoint_is_refused(command, run, capsys):
     shutil.rmtree(run / "checkpoints")
     capsys.readouterr()
-    assert runs.dpp(command[0], run, *command[1:]) == 2
+    assert launched.dpp(command[0], run, *command[1:]) == 2
     _line(capsys, str(run), "no checkpoint yet")
     assert not Path("weights").exists()
 
 
 @pytest.mark.parametrize("output", ["/dev/null/weights", "run.yaml/weights", "runs"])
 def test_an_output_that_cannot_be_written_is_refused(output, run, capsys):
-    before = runs.fingerprint(Path())
+    before = launched.fingerprint(Path())
     capsys.readouterr()
-    assert runs.dpp("export", run, "-o", output) == 2
+    assert launched.dpp("export", run, "-o", output) == 2
     check_said(capsys.readouterr().err, "file-not-writable", f"cannot write {output}")
-    assert runs.fingerprint(Path()) == before
+    assert launched.fingerprint(Path()) == before
 
 
 def _judged(capsys):
     """Rows of the printed table of exits, and the notes beside it."""
     printed = capsys.readouterr()
-    return [line for line in printed.out.splitlines() if "critic" in line or "head" in line], runs.said(printed.err)
+    return [line for line in printed.out.splitlines() if "critic" in line or "head" in line], launched.said(printed.err)
 
 
 @pytest.mark.parametrize("change", [("--set=cut=[1, 3]",), ("--set=stages=3",), ("--set=critic.kind=mlp_sr",)])
 def test_a_run_that_went_on_otherwise_is_evaluated_as_it_is(change, run, capsys):
     """The settings and exits are those of the last checkpoint, not of the beginning; no critic is a fresh one."""
-    assert runs.dpp("train", "run.yaml", "--resume", "--set=training.steps=8", *change) == 0
+    assert launched.dpp("train", "run.yaml", "--resume", "--set=training.steps=8", *change) == 0
     capsys.readouterr()
-    assert runs.dpp("evaluate", run) == 0
+    assert launched.dpp("evaluate", run) == 0
     rows, notes = _judged(capsys)
     exits = json.loads((run / "summary.json").read_text())["exits"]
     assert len(rows) == len(exits) and notes == []
@@ -302,44 +302,44 @@ def test_evaluate_uses_the_cut_of_the_checkpoint(run, capsys):
     settings = yaml.safe_load((run / "config.yaml").read_text())
     (run / "config.yaml").write_text(yaml.safe_dump(settings | {"stages": 3, "cut": [1, 1, 2]}))
     capsys.readouterr()
-    assert runs.dpp("evaluate", run) == 0
+    assert launched.dpp("evaluate", run) == 0
     rows, notes = _judged(capsys)
     assert len(rows) == 2 and notes == []
 
 
 def test_evaluate_says_which_critics_are_not_of_the_run(run, capsys):
     capsys.readouterr()
-    assert runs.dpp("evaluate", run, "--set=critic.kind=mlp_sr") == 0
+    assert launched.dpp("evaluate", run, "--set=critic.kind=mlp_sr") == 0
     _, notes = _judged(capsys)
     assert len(notes) == 1 and "no critic" in notes[0] and "anew" in notes[0]
 
 
 def test_good_folders_are_evaluated_and_exported(run, capsys):
-    assert runs.dpp("evaluate", run) == 0
-    assert runs.dpp("export", run, "-o", "exported/weights.safetensors") == 0
+    assert launched.dpp("evaluate", run) == 0
+    assert launched.dpp("export", run, "-o", "exported/weights.safetensors") == 0
     assert Path("exported/weights.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
 
 
 def test_export_needs_no_data(tmp_path):
     Path("text.txt").write_text("some words to be learnt\n" * 40)
     data = {"kind": "text", "files": ["*.txt"], "context": 8, "batch_size": 2}
-    runs.write_settings(data=data, model={"kind": "gpt", "width": 8, "depth": 2, "heads": 2})
-    assert runs.dpp("train", "run.yaml") == 0
+    launched.write_settings(data=data, model={"kind": "gpt", "width": 8, "depth": 2, "heads": 2})
+    assert launched.dpp("train", "run.yaml") == 0
     Path("text.txt").unlink()
-    assert runs.dpp("export", runs.FOLDER, "-o", "weights.safetensors") == 0
-    assert Path("weights.safetensors").read_bytes() == (runs.FOLDER / "model.safetensors").read_bytes()
+    assert launched.dpp("export", launched.FOLDER, "-o", "weights.safetensors") == 0
+    assert Path("weights.safetensors").read_bytes() == (launched.FOLDER / "model.safetensors").read_bytes()
 
 
 def test_a_run_folder_that_does_not_say_what_its_data_are_like_is_refused(run, capsys):
     (run / "data.json").write_text("{}")
     capsys.readouterr()
-    assert runs.dpp("export", run, "-o", "weights") == 2
+    assert launched.dpp("export", run, "-o", "weights") == 2
     check_said(capsys.readouterr().err, "data-info-damaged", "data.json", "'form'")
 
 
 def test_a_finished_run_is_not_resumed(run, capsys):
-    before = runs.fingerprint(Path())
+    before = launched.fingerprint(Path())
     capsys.readouterr()
-    assert runs.dpp("train", "run.yaml", "--resume") == 2
+    assert launched.dpp("train", "run.yaml", "--resume") == 2
     check_said(capsys.readouterr().err, "nothing-left-to-train", "is at step 6 of 6", "`training.steps`")
-    assert runs.fingerprint(Path()) == before
+    assert launched.fingerprint(Path()) == before

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import launched
 import ranks
-import runs
 from kit import check_said
 
 
@@ -19,16 +19,16 @@ def _here(tmp_path, monkeypatch):
 
 def _train(tmp_path, model, size=3, **sections):
     """A run of `size` ranks, saving after every second packet, stopped by the fault that the model holds."""
-    runs.write_settings(stages=size, cut=[2, *[1] * (size - 2), 7 - size], model=model, **sections)
-    return runs.train_in_ranks(tmp_path, size=size)
+    launched.write_settings(stages=size, cut=[2, *[1] * (size - 2), 7 - size], model=model, **sections)
+    return launched.train_in_ranks(tmp_path, size=size)
 
 
 def _check_kept(packet):
     """Committed checkpoints up to the packet of the fault, all of them good, and readable metrics."""
-    steps = runs.checkpoint_steps()
+    steps = launched.checkpoint_steps()
     assert steps and all(step <= packet for step in steps)
-    runs.metrics()
-    assert runs.dpp("evaluate", runs.FOLDER) == 0  # opens and verifies the newest
+    launched.metrics()
+    assert launched.dpp("evaluate", launched.FOLDER) == 0  # opens and verifies the newest
 
 
 _END_TO_END = {"global_correction": {"every": 1, "steps": 9}}
@@ -37,7 +37,7 @@ _END_TO_END = {"global_correction": {"every": 1, "steps": 9}}
 
 @pytest.mark.parametrize("stage, behind, sections", [(0, 1, {}), (1, 2, {}), (2, 3, {}), (2, 3, _END_TO_END)])
 def test_a_killed_rank_is_named_by_all_others(stage, behind, sections, tmp_path):
-    model = runs.factory("dies_once", at=5, number=int(signal.SIGKILL), behind=behind)
+    model = launched.factory("dies_once", at=5, number=int(signal.SIGKILL), behind=behind)
     results, said = _train(tmp_path, model, **sections)
     assert results[stage].exitcode == -signal.SIGKILL
     for rank in {0, 1, 2} - {stage}:
@@ -49,7 +49,7 @@ def test_a_killed_rank_is_named_by_all_others(stage, behind, sections, tmp_path)
 
 @pytest.mark.parametrize("stage, behind", [(0, 1), (2, 3)])
 def test_a_rank_that_is_told_to_end_says_so_and_ends_all(stage, behind, tmp_path):
-    model = runs.factory("dies_once", at=5, number=int(signal.SIGTERM), behind=behind)
+    model = launched.factory("dies_once", at=5, number=int(signal.SIGTERM), behind=behind)
     results, said = _train(tmp_path, model)
     assert [result.value for result in results] == [143, 143, 143]
     assert all(f"rank {stage} got SIGTERM" in line and "\n" not in line for line in said), said
@@ -58,7 +58,7 @@ def test_a_rank_that_is_told_to_end_says_so_and_ends_all(stage, behind, tmp_path
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_loss_that_is_not_finite_ends_all(value, tmp_path):
-    results, said = _train(tmp_path, runs.factory("not_finite", at=5, value=value, behind=2))
+    results, said = _train(tmp_path, launched.factory("not_finite", at=5, value=value, behind=2))
     assert [result.value for result in results] == [1, 1, 1]
     assert any("stage 1: the loss is nan at packet 5" in line for line in said), said
     assert all("at packet 5" in line for line in said), said
@@ -68,7 +68,7 @@ def test_a_loss_that_is_not_finite_ends_all(value, tmp_path):
 
 
 def test_an_error_in_a_layer_is_a_traceback_there_and_a_line_elsewhere(tmp_path):
-    results, said = _train(tmp_path, runs.factory("raises", at=5, behind=2))
+    results, said = _train(tmp_path, launched.factory("raises", at=5, behind=2))
     assert "Traceback" in results[1].output and "ZeroDivisionError" in results[1].output
     for rank in (0, 2):
         assert results[rank].value == 1 and "rank 1: ZeroDivisionError" in said[rank], said
@@ -83,17 +83,17 @@ def _in_a_folder_of_its_own(folder, *arguments):
     home.mkdir()
     os.chdir(home)
     shutil.copy(Path(folder, "run.yaml"), home)
-    return runs.dpp(*arguments)
+    return launched.dpp(*arguments)
 
 
 def test_a_run_folder_that_is_not_shared_is_refused_before_anything_is_trained(tmp_path):
-    runs.write_settings(links={"timeout_seconds": 3.0})
+    launched.write_settings(links={"timeout_seconds": 3.0})
     results = ranks.launch(
         _in_a_folder_of_its_own, str(tmp_path), "train", "run.yaml", size=2, folder=tmp_path / "logs"
     )
     assert ranks.values(results) == [2, 2], results
-    said = [line for result in results for line in runs.said(result.output)]
+    said = [line for result in results for line in launched.said(result.output)]
     assert len(said) == 1, said
     check_said(f"{said[0]}\n", "checkpoint-folder-not-shared", "rank 1 ")
     assert not list(tmp_path.rglob("step-*")) and not list(tmp_path.rglob(".shared-*"))
-    assert [record for record in runs.metrics(tmp_path / "0" / runs.FOLDER) if record["kind"] == "train"] == []
+    assert [record for record in launched.metrics(tmp_path / "0" / launched.FOLDER) if record["kind"] == "train"] == []

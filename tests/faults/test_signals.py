@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import runs
+import launched
 
 SLOW = {"stages": 2, "cut": [3, 4], "training": {"steps": 400}}
 
@@ -17,16 +17,16 @@ def _here(tmp_path, monkeypatch):
 
 
 def _launch(*more, behind=2):
-    runs.write_settings(**SLOW, model=runs.factory("slow", seconds=0.05, behind=behind))
-    command = runs.Command("decoupled_pp", "train", "run.yaml", "--ranks=2", *more)
-    command.until(lambda: runs.checkpoint_steps() and (runs.FOLDER / "metrics.jsonl").read_text())
+    launched.write_settings(**SLOW, model=launched.factory("slow", seconds=0.05, behind=behind))
+    command = launched.Command("decoupled_pp", "train", "run.yaml", "--ranks=2", *more)
+    command.until(lambda: launched.checkpoint_steps() and (launched.FOLDER / "metrics.jsonl").read_text())
     return command
 
 
 def _check_kept():
-    assert runs.checkpoint_steps() and runs.metrics()
+    assert launched.checkpoint_steps() and launched.metrics()
     Path("hurry").touch()
-    assert runs.dpp("evaluate", runs.FOLDER) == 0  # opens and verifies the newest
+    assert launched.dpp("evaluate", launched.FOLDER) == 0  # opens and verifies the newest
 
 
 def _got_sigterm(rank):
@@ -34,7 +34,7 @@ def _got_sigterm(rank):
 
 
 def _go_on():
-    step = runs.checkpoint_steps()[-1]
+    step = launched.checkpoint_steps()[-1]
     return f"the checkpoint at step {step} is kept; go on with: dpp train run.yaml --ranks 2 --resume"
 
 
@@ -51,12 +51,12 @@ def test_ctrl_c_saves_on_all_ranks_and_says_how_to_go_on():
     assert line.startswith("dpp: interrupted at step ")
     assert line.endswith("saved. Go on with: dpp train run.yaml --set seed=3 --ranks 2 --resume")
     step = int(line.split()[4].strip(";"))
-    assert runs.checkpoint_steps()[-1] == step < 400
+    assert launched.checkpoint_steps()[-1] == step < 400
     Path("hurry").touch()
     short = f"--set=training.steps={step + 3}"
-    assert runs.dpp("train", "run.yaml", "--set=seed=3", short, "--resume") == 0
-    assert runs.dpp("train", "run.yaml", "--set=seed=3", short, "--set=name=whole") == 0
-    assert _equal(runs.weights(), runs.weights(Path("runs/whole")))
+    assert launched.dpp("train", "run.yaml", "--set=seed=3", short, "--resume") == 0
+    assert launched.dpp("train", "run.yaml", "--set=seed=3", short, "--set=name=whole") == 0
+    assert _equal(launched.weights(), launched.weights(Path("runs/whole")))
 
 
 @pytest.mark.slow
@@ -101,38 +101,40 @@ def test_a_killed_rank_is_named_by_the_survivor_and_the_launcher():
 def test_a_killed_launcher_leaves_no_rank_behind():
     """Its store is gone with it; packets need none, so the ranks save at one step and end."""
     command = _launch()
-    before = runs.checkpoint_steps()[-1]
+    before = launched.checkpoint_steps()[-1]
     command.signal(signal.SIGKILL)
     code, errors = command.wait()
     assert code == -signal.SIGKILL
-    lines = runs.said(errors)
+    lines = launched.said(errors)
     assert lines == errors.splitlines()  # and no call stacks of torch's
     assert len(lines) == 2 and all("the launcher is gone: its store does not answer" in line for line in lines), errors
     assert all(line.endswith(_go_on()) for line in lines), errors
-    assert before <= runs.checkpoint_steps()[-1] < 400
+    assert before <= launched.checkpoint_steps()[-1] < 400
     _check_kept()
 
 
 @pytest.mark.slow
 def test_a_restarted_launch_goes_on_by_itself():
-    runs.write_settings(
-        cut=[3, 4], model=runs.factory("dies_once", at=5, number=int(signal.SIGKILL), behind=4), training={"steps": 8}
+    launched.write_settings(
+        cut=[3, 4],
+        model=launched.factory("dies_once", at=5, number=int(signal.SIGKILL), behind=4),
+        training={"steps": 8},
     )
-    code, errors = runs.Command("decoupled_pp", "train", "run.yaml", "--ranks=2", "--max-restarts=1").wait()
+    code, errors = launched.Command("decoupled_pp", "train", "run.yaml", "--ranks=2", "--max-restarts=1").wait()
     assert code == 0, errors
     assert Path("died").exists() and "is gone" in errors and "Traceback" not in errors
-    assert runs.dpp("train", "run.yaml", "--set=name=undisturbed") == 0
-    assert _equal(runs.weights(), runs.weights(Path("runs/undisturbed")))
-    assert [r["step"] for r in runs.metrics() if r["kind"] == "train" and r["stage"] == 0] == [2, 4, 6, 8]
+    assert launched.dpp("train", "run.yaml", "--set=name=undisturbed") == 0
+    assert _equal(launched.weights(), launched.weights(Path("runs/undisturbed")))
+    assert [r["step"] for r in launched.metrics() if r["kind"] == "train" and r["stage"] == 0] == [2, 4, 6, 8]
 
 
 def test_a_restart_never_takes_over_the_run_of_another_launch():
     """The first attempt refuses the folder, so the second must as well."""
-    runs.write_settings()
-    assert runs.dpp("train", "run.yaml") == 0
-    before = runs.fingerprint(runs.FOLDER)
+    launched.write_settings()
+    assert launched.dpp("train", "run.yaml") == 0
+    before = launched.fingerprint(launched.FOLDER)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
         patch.setenv("TORCHELASTIC_RUN_ID", "another")
-        assert runs.dpp("train", "run.yaml") == 2
-        assert runs.fingerprint(runs.FOLDER) == before
+        assert launched.dpp("train", "run.yaml") == 2
+        assert launched.fingerprint(launched.FOLDER) == before
