@@ -1,1 +1,1 @@
-"""Benchmarks of this repository that are not installed: `dpp bench wan` and `dpp bench gpu` in a checkout."""
+"""Benchmarks of this repository, which are not installed: `dpp bench` runs them in a checkout."""

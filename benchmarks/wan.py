@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks import probe, wan_report
+from benchmarks import probe, schedule, wan_report
 from benchmarks.two_hosts import (
     ADDRESSES,
     DEVICE,
@@ -25,9 +25,8 @@ from benchmarks.two_hosts import (
     two_hosts,
 )
 from benchmarks.wan_report import Condition
+from benchmarks.workload import TIMEOUT, WIDTH
 from decoupled_pp.commands.arguments import flag, numbers_of
-from decoupled_pp.commands.bench import schedule
-from decoupled_pp.commands.bench.workload import TIMEOUT, WIDTH
 from decoupled_pp.commands.child import say
 from decoupled_pp.core import environment
 from decoupled_pp.core.errors import TrainingError, UsageError

@@ -13,7 +13,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from decoupled_pp.commands.bench import schedule
+from benchmarks import schedule
 from decoupled_pp.commands.drawing import COLOURS, MARKERS, save_png
 
 _TABLES = (

@@ -89,31 +89,6 @@ def check_recompile_limit_hit():
     assert issubclass(torch_private.recompile_limit_hit(), Exception)
 
 
-def _halves_of_backward():
-    linear, inputs = nn.Linear(2, 3), torch.ones(1, 2, requires_grad=True)
-    hidden = linear(inputs)
-    groups = torch_private.backward_to_input([hidden], [torch.ones(1, 3)], [inputs], linear.parameters())
-    assert inputs.grad is not None and linear.weight.grad is None
-    torch_private.backward_to_weights(linear.parameters(), groups)
-    return linear.weight.grad
-
-
-def check_backward_to_input():
-    _halves_of_backward()
-
-
-def check_backward_to_weights():
-    assert torch.equal(_halves_of_backward(), torch.ones(3, 2))
-
-
-def check_post_messages():
-    assert torch_private.post_messages([]) == []
-
-
-def check_wait_for_messages():
-    torch_private.wait_for_messages([])
-
-
 def check_pytree():
     pytree = torch_private.pytree
     leaves, spec = pytree.tree_flatten({"a": [1, 2], "b": 3})

@@ -7,7 +7,6 @@ oldest that is supported) to 2.14.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -85,34 +84,3 @@ def recompile_limit_hit() -> type[Exception]:
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
     return FailOnRecompileLimitHit
-
-
-def backward_to_input(
-    outputs: list[Tensor], gradients: list[Tensor] | None, inputs: list[Tensor], weights: Iterator[nn.Parameter]
-) -> list[dict[str, Any]]:
-    """Runs the half of a zero-bubble schedule's backward that other ranks wait for; returns what the rest needs."""
-    from torch.distributed.pipelining import _backward
-
-    _, groups = _backward.stage_backward_input(outputs, gradients, inputs, weights)
-    return groups
-
-
-def backward_to_weights(weights: Iterator[nn.Parameter], groups: list[dict[str, Any]]) -> None:
-    """Runs the rest, from what `backward_to_input` returned."""
-    from torch.distributed.pipelining import _backward
-
-    _backward.stage_backward_weight(weights, groups)
-
-
-def post_messages(operations: Sequence[dist.P2POp]) -> list[Any]:
-    """Starts sends and receives together, as torch's schedules do."""
-    from torch.distributed.pipelining import schedules
-
-    return list(schedules._batch_p2p(list(operations)))
-
-
-def wait_for_messages(works: list[Any]) -> None:
-    """Waits for what `post_messages` returned, as torch's schedules do."""
-    from torch.distributed.pipelining import schedules
-
-    schedules._wait_batch_p2p(works)

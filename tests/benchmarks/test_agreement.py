@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from decoupled_pp.commands.bench.predicted import MessageCost, predicted_period
-from decoupled_pp.commands.bench.workload import Workload
+from benchmarks.predicted import MessageCost, predicted_period
+from benchmarks.workload import Workload
 from decoupled_pp.commands.plan.orders import stages_per_rank
 
-RESULTS = Path(__file__).parents[3] / "docs" / "results" / "schedules_compared"
+RESULTS = Path(__file__).parents[2] / "docs" / "results" / "schedules_compared"
 STRATEGIES = ("decoupled", "gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "zbv", "deepspeed")
 ONE_STAGE_PER_RANK = ("decoupled", "gpipe", "1f1b", "deepspeed")
 CLAIMED = [

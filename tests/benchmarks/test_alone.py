@@ -4,8 +4,8 @@ import time
 
 import torch
 
+from benchmarks.alone import message_seconds
 from decoupled_pp.links import join_world
-from decoupled_pp.training.baselines.alone import message_seconds
 from ranks import PATIENCE, launch
 
 LATE = 2.0

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from decoupled_pp.commands.bench.workload import TIMEOUT
+from benchmarks.workload import TIMEOUT
 from decoupled_pp.core.datasets import DataInfo
 from decoupled_pp.core.device import seeded
 from decoupled_pp.core.errors import UsageError

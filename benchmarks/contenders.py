@@ -10,15 +10,15 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from decoupled_pp.commands.bench.emulated import CLASSES, emulated_plan, micro_batch
-from decoupled_pp.commands.bench.workload import TIMEOUT, Durations, Workload
+from benchmarks.alone import pass_seconds, pipeline_of_one
+from benchmarks.emulated import CLASSES, emulated_plan, micro_batch
+from benchmarks.workload import TIMEOUT, Durations, Workload
 from decoupled_pp.commands.plan.orders import SPLIT
 from decoupled_pp.core.reports import Record, SpansRecord
 from decoupled_pp.links import World
 from decoupled_pp.pipeline.losses import cross_entropy
 from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings
 from decoupled_pp.training.baselines import Training, build_baseline, stages_needed
-from decoupled_pp.training.baselines.alone import pass_seconds, pipeline_of_one
 from decoupled_pp.training.trainer import Trainer
 
 _RATE = 0.01

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from decoupled_pp.commands.bench.predicted import MessageCost, predicted_period
-from decoupled_pp.commands.bench.workload import Workload
+from benchmarks.predicted import MessageCost, predicted_period
+from benchmarks.workload import Workload
 
 RANKS, M, STEPS, CAPACITY, F, B = 3, 4, 3, 2, 10.0, 20.0
 EXTRA = 0.5

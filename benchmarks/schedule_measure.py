@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from decoupled_pp.commands.bench import predicted
-from decoupled_pp.commands.bench.contenders import Contender, build_contender
-from decoupled_pp.commands.bench.emulated import emulated_plan, micro_batch
-from decoupled_pp.commands.bench.workload import TIMEOUT, Durations, Workload
+from benchmarks import predicted
+from benchmarks.alone import message_seconds
+from benchmarks.contenders import Contender, build_contender
+from benchmarks.emulated import emulated_plan, micro_batch
+from benchmarks.workload import TIMEOUT, Durations, Workload
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.reports import NoteRecord
 from decoupled_pp.links import join_world
-from decoupled_pp.training.baselines.alone import message_seconds
 
 _MESSAGES = 15
 

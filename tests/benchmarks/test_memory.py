@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from decoupled_pp.commands.bench.memory import draw, table
-from decoupled_pp.commands.bench.memory_measure import GptSize, measure
-from decoupled_pp.commands.bench.schedule import STRATEGIES
+from benchmarks.memory import draw, table
+from benchmarks.memory_measure import GptSize, measure
+from benchmarks.schedule import STRATEGIES
 from decoupled_pp.core.errors import UsageError
 from kit import refused, run_dpp
 from ranks import launch

@@ -6,11 +6,11 @@ from collections import Counter
 import pytest
 import torch
 
-from decoupled_pp.commands.bench import emulated
-from decoupled_pp.commands.bench.contenders import build_contender
-from decoupled_pp.commands.bench.emulated import EmulatedLayer
-from decoupled_pp.commands.bench.schedule import STRATEGIES
-from decoupled_pp.commands.bench.workload import Durations, Unevenness, Workload
+from benchmarks import emulated
+from benchmarks.contenders import build_contender
+from benchmarks.emulated import EmulatedLayer
+from benchmarks.schedule import STRATEGIES
+from benchmarks.workload import Durations, Unevenness, Workload
 from decoupled_pp.links import join_world
 from ranks import PATIENCE, launch
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.pipelining import _backward, schedules
 
 from decoupled_pp.core.packets import Loss, Payload
 from decoupled_pp.core.plans import Plan
-from decoupled_pp.core.torch_private import backward_to_input, backward_to_weights, post_messages, wait_for_messages
 from decoupled_pp.training.baselines.deepspeed_pipeline import DeepSpeedPipeline
 from decoupled_pp.training.baselines.strategy import Part, Strategy, Training
 from decoupled_pp.training.baselines.torch_pipeline import TorchPipeline
@@ -84,12 +84,12 @@ def message_seconds(
 
 
 def _post(operation: Any, tensor: Tensor, peer: int) -> list[Any]:
-    """Post one message as torch's schedules do."""
-    return post_messages([dist.P2POp(operation, tensor, peer)])
+    # torch's schedules call this private function; another way to send would have another cost.
+    return list(schedules._batch_p2p([dist.P2POp(operation, tensor, peer)]))
 
 
 def _wait(works: list[Any]) -> None:
-    wait_for_messages(works)
+    schedules._wait_batch_p2p(works)
 
 
 def pass_seconds(
@@ -156,9 +156,9 @@ def _passes(
     times.append(time.perf_counter())
     gradients = None if loss is not None else [torch.ones_like(output)]
     if split and not first:
-        groups = backward_to_input([result], gradients, [given], part.parameters())
+        _, groups = _backward.stage_backward_input([result], gradients, [given], part.parameters())
         times.append(time.perf_counter())
-        backward_to_weights(part.parameters(), groups)
+        _backward.stage_backward_weight(part.parameters(), groups)
     else:
         torch.autograd.backward([result], gradients)
         times.append(time.perf_counter())

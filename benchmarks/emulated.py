@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from decoupled_pp.commands.bench.workload import WIDTH, Durations, Unevenness, Workload
+from benchmarks.workload import WIDTH, Durations, Unevenness, Workload
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.training.partition import partition
 

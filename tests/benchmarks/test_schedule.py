@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
-from decoupled_pp.commands.bench import emulated, schedule
-from decoupled_pp.commands.bench.schedule_measure import measure
+from benchmarks import emulated, schedule
+from benchmarks.schedule_measure import measure
 from decoupled_pp.commands.main import build_parser
 from decoupled_pp.core.errors import UsageError
 from kit import refused, run_dpp

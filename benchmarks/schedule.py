@@ -11,8 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.workload import Unevenness, Workload
 from decoupled_pp.commands.arguments import check_at_least, strategies_of
-from decoupled_pp.commands.bench.workload import Unevenness, Workload
 from decoupled_pp.commands.plan.orders import PIPELINES
 from decoupled_pp.core import environment
 from decoupled_pp.core.errors import UsageError
@@ -67,7 +67,7 @@ def run_command(chosen: argparse.Namespace) -> int:
         from decoupled_pp.commands.launcher import launch
 
         return launch(sys.argv[1:], chosen.ranks, max_restarts=0, grace_seconds=10)
-    from decoupled_pp.commands.bench.schedule_measure import measure
+    from benchmarks.schedule_measure import measure
 
     results, refused = measure(work, chosen.strategies, chosen.repeats)
     if environment.rank() == 0:

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from decoupled_pp.commands.bench.workload import Workload
+from benchmarks.workload import Workload
 from decoupled_pp.commands.plan.costs import StageCosts, seconds_of
 from decoupled_pp.commands.plan.orders import SPLIT, Operation, rank_of, stages_per_rank
 from decoupled_pp.commands.plan.programs import PipelineShape, decoupled, flushed

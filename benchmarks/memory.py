@@ -13,8 +13,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.schedule import STRATEGIES
 from decoupled_pp.commands.arguments import numbers_of, strategies_of
-from decoupled_pp.commands.bench.schedule import STRATEGIES
 from decoupled_pp.commands.drawing import COLOURS, MARKERS, save_png
 from decoupled_pp.core import environment
 
@@ -37,7 +37,7 @@ def run_command(chosen: argparse.Namespace) -> int:
     """Starts one number of ranks after the other and reports, or is one of the ranks."""
     sizes = [int(number) for number in numbers_of("--ranks", chosen.ranks, 2, "2,4,8", whole=True)]
     strategies = strategies_of(chosen.strategies, STRATEGIES)
-    from decoupled_pp.commands.bench.memory_measure import BLOCKS, GptSize, measure
+    from benchmarks.memory_measure import BLOCKS, GptSize, measure
     from decoupled_pp.commands.launcher import launch
 
     folder = Path(chosen.output)
