@@ -24,13 +24,6 @@ class LiveView:
     """Prints the records of all stages, on rank 0.
 
     It draws only inside `update`, `note` and `close`: there is no background thread.
-
-    Args:
-        stages: Number of stages; the table has a row for each.
-        steps: Optimizer steps that every stage will do.
-        console: Where to print; default: standard output.
-        exits: How many of the stages are scored in an evaluation; default: all.
-        interval_seconds: Shortest time between two refreshes; default: 0.25 s on a terminal, 5 s for plain lines.
     """
 
     def __init__(
@@ -39,7 +32,7 @@ class LiveView:
         steps: int,
         console: Console | None = None,
         interval_seconds: float | None = None,
-        exits: int | None = None,
+        exits: int | None = None,  # stages that an evaluation scores; None: all
     ) -> None:
         self._stages = stages
         self._steps = steps

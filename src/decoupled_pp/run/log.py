@@ -24,16 +24,8 @@ class RunLog:
     """The log of one run, written by rank 0 alone.
 
     `metrics.jsonl` holds every record but the spans (those belong to the trace), one JSON object a line. JSON has no
-    NaN or infinity: such a number is written as `null`.
-
-    Args:
-        folder: The run folder; made if missing.
-        tensorboard: Write TensorBoard events under `folder/tensorboard` as well; their step is the optimizer step.
-        resume_step: The optimizer step that training goes on from: records of later steps are cut from
-            `metrics.jsonl` and hidden in TensorBoard, for they will be written again. None appends to what is there.
-
-    Raises:
-        UsageError: An existing `metrics.jsonl` is damaged before its last line.
+    NaN or infinity: such a number is written as `null`. A run that goes on from `resume_step` will write later steps
+    again, so their records are cut from `metrics.jsonl` and hidden in TensorBoard; None keeps all.
     """
 
     def __init__(self, folder: Path, tensorboard: bool, resume_step: int | None) -> None:
@@ -69,9 +61,6 @@ def read_records(path: Path) -> list[Record]:
     """Returns the records of a `metrics.jsonl`; those of a kind that this version does not know are left out.
 
     A half-written last line (a run killed or still going) is left out as well.
-
-    Raises:
-        UsageError: A line before the last is no JSON object, or a record lacks a key.
     """
     objects = [content for content in _read_objects(path) if content.get("kind") in RECORDS]
     try:

@@ -60,10 +60,6 @@ def plot_timeline(spans_by_stage: Mapping[int, Sequence[Span]], path: Path) -> N
     The window lies where all stages were recorded, so that an empty place in a row is time outside every phase, not
     missing data. (Stages never recorded at the same time are drawn over the whole recording.) "Working" is the share
     of the window that a stage spends in phases other than the two waits.
-
-    Args:
-        spans_by_stage: Stage -> its spans in any order, in seconds of one clock.
-        path: The PNG file.
     """
     rows = {stage: spans for stage, spans in sorted(spans_by_stage.items()) if spans}
     with matplotlib.rc_context(STYLE):
@@ -99,11 +95,6 @@ def plot_losses(records: Sequence[Record], path: Path, unit: str) -> None:
     """Draw the training and held-out loss of every exit against the samples trained on, as a PNG.
 
     Nothing is smoothed: a training point is the mean since the record before it, drawn where that interval ends.
-
-    Args:
-        records: Records of the run; those of training and validation are drawn.
-        path: The PNG file.
-        unit: Unit of the loss, e.g. "nats/token".
     """
     points = [point for point in map(_loss_point, records) if point is not None]
     with matplotlib.rc_context(STYLE):
@@ -122,10 +113,7 @@ def plot_losses(records: Sequence[Record], path: Path, unit: str) -> None:
 def plot_exits(exits: Sequence[tuple[float, float]], early: Sequence[tuple[float, float, float]], path: Path) -> None:
     """Draw held-out accuracy against the cost of a sample, as a PNG.
 
-    Args:
-        exits: (FLOPs, accuracy) of every exit, the whole network last.
-        early: (mean FLOPs, accuracy, confidence) of leaving early.
-        path: The PNG file.
+    Exits are (FLOPs, accuracy), the whole network last; `early` has (mean FLOPs, accuracy, confidence to leave at).
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.5, 4.6), layout="constrained")

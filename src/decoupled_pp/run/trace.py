@@ -27,10 +27,6 @@ def write_trace(path: Path, spans_by_stage: Mapping[int, Sequence[Span]]) -> Non
     Times become relative to the earliest span. They come from the clocks of the ranks: across machines a row may be
     shifted by as much as the clocks differ.
 
-    Args:
-        path: The file; replaced in one go if it exists.
-        spans_by_stage: Stage -> its spans, in any order, starts in Unix seconds.
-
     Source:
         "Trace Event Format" (Google, 2016), complete events ("X") and metadata events ("M").
     """
@@ -48,11 +44,7 @@ def write_trace(path: Path, spans_by_stage: Mapping[int, Sequence[Span]]) -> Non
 
 
 def read_trace(path: Path) -> dict[int, list[Span]]:
-    """Returns stage -> its spans by start, in seconds since the earliest span of all.
-
-    Raises:
-        UsageError: The file is no trace that `write_trace` wrote.
-    """
+    """Returns stage -> its spans by start, in seconds since the earliest span of all."""
     spans: dict[int, list[Span]] = {}
     try:
         for event in json.loads(path.read_bytes())["traceEvents"]:

@@ -25,31 +25,16 @@ Observer = Callable[[list[Record]], None]
 
 
 class BaseTrainer(ABC):
-    """One process of a run: it has built its part of a plan, or does so in the first `fit`.
+    """One process of a run: it has built its part of a plan, or does so in the first `fit`."""
 
-    Attributes:
-        plan: The network and its cut.
-        recipe: Says how it is trained.
-        device: Where this process computes.
-        interrupted: Set by a signal handler: the run is to end in order.
-        every_rank_reads: True if all ranks read the data, False if only rank 0 does.
-    """
-
-    every_rank_reads: ClassVar[bool] = False
+    every_rank_reads: ClassVar[bool] = False  # true if all ranks read the data, False if only rank 0 does
 
     def __init__(self, plan: Plan, recipe: Recipe, device: str, observer: Observer | None = None) -> None:
-        """Take over the parts, and join the other ranks of the launch if there are any.
-
-        Args:
-            plan: The network and its cut.
-            recipe: Says how it is trained.
-            device: "auto", "cpu" or "cuda".
-            observer: Takes the metric records, on rank 0.
-        """
+        """Take over the parts, and join the other ranks of the launch if there are any."""
         self.plan = plan
         self.recipe = recipe
         self.device: torch.device = choose_device(device, environment.local_rank(), environment.local_world_size())
-        self.interrupted = threading.Event()
+        self.interrupted = threading.Event()  # set by a signal handler: the run is to end in order
         self._observer = observer
         self._timeout = recipe.links.timeout_seconds
         self._world: World | None = join_world(self._timeout) if environment.world_size() > 1 else None
@@ -66,14 +51,7 @@ class BaseTrainer(ABC):
 
     @abstractmethod
     def build(self, resume: Checkpoint | None = None) -> None:
-        """Build this process's part now, to find what does not fit before a run starts.
-
-        Args:
-            resume: Bring it to the state of this checkpoint; give `fit` the same.
-
-        Raises:
-            UsageError: A part, or the checkpoint, does not fit.
-        """
+        """Build this process's part now, to find what does not fit before a run starts."""
 
     @abstractmethod
     def fit(

@@ -45,18 +45,7 @@ class DecoupledTrainer(BaseTrainer):
     def __init__(
         self, plan: Plan, recipe: Recipe, device: str, folder: Path | None = None, observer: Observer | None = None
     ) -> None:
-        """Check everything; stages are built by `build`, or the first `fit` or `evaluate`.
-
-        Args:
-            plan: From `partition`, with a sample.
-            recipe: How its stages are made and trained.
-            device: "auto", "cpu" or "cuda".
-            folder: Folder for checkpoints (shared by all ranks), or None.
-            observer: Takes the metric records, on rank 0; None: a live view in the terminal.
-
-        Raises:
-            UsageError: A setting that cannot be; the number of ranks is not the number of stages.
-        """
+        """Check everything; stages are built by `build`, or the first `fit` or `evaluate`."""
         self._topology = Topology(plan.stages, environment.world_size())
         recipe.refuse_contradictions(plan.stages)
         if not as_tuple(plan.sample):

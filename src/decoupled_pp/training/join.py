@@ -17,21 +17,12 @@ from decoupled_pp.pipeline.stage import Stage
 
 @dataclass(frozen=True)
 class Session:
-    """The things that the workers of one run share.
-
-    Attributes:
-        feed: The inlet of the first stage.
-        save: Saves a stage.
-        post: Takes records.
-        log_every: Packets between two flushes of the metrics.
-        trace: Packet numbers whose spans are recorded.
-        terms: Terms that both ends of every link agree on.
-    """
+    """The things that the workers of one run share."""
 
     feed: Inlet
     save: Callable[[Stage, int], None]
     post: Callable[[Record], None]
-    log_every: int
+    log_every: int  # packets between two flushes of the metrics
     trace: range
     terms: LinkTerms
 

@@ -28,21 +28,13 @@ from decoupled_pp.settings.run import OptimizerSettings
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes of a stage and its critic.
-
-    Attributes:
-        weights: Parameters and buffers.
-        gradients: Gradients of the trainable parameters.
-        optimizer: State of the optimizer for them.
-        activations: Tensors that autograd keeps between forward and backward of a micro-batch.
-        accumulates: True if gradients are there from one micro-batch to the next.
-    """
+    """Bytes of a stage and its critic."""
 
     weights: int
     gradients: int
     optimizer: int
-    activations: int
-    accumulates: bool = False
+    activations: int  # tensors that autograd keeps between forward and backward of a micro-batch
+    accumulates: bool = False  # true if gradients are there from one micro-batch to the next
 
     @property
     def peak(self) -> int:
@@ -64,12 +56,7 @@ def predict_memory(
 ) -> tuple[StageMemory, ...]:
     """Return the memory of every stage of a decoupled run; a network on the meta device needs none for this.
 
-    Args:
-        plan: Its sample is the micro-batch.
-        critic: Builds the critics; None: there are none.
-        loss: Loss of the last stage and of every critic; targets are made up.
-        optimizer: Its state is counted by a step along zeros.
-        accumulate: Micro-batches per optimizer step.
+    The plan's sample is the micro-batch, targets are made up, and the optimizer's state is that of a step along zeros.
     """
     hiddens, output = trace(plan.module, plan.sample)
     found = []
@@ -142,17 +129,7 @@ class Room:
         optimizer: OptimizerSettings | OptimizerFactory,
         accumulate: int = 1,
     ) -> None:
-        """Measure every layer; critics are measured when they are asked for.
-
-        Args:
-            module: The network.
-            sample: An input micro-batch.
-            critic: Builds the critics; None: there are none.
-            limits: Bytes that the device of every stage has.
-            loss: As for `predict_memory`.
-            optimizer: As for `predict_memory`.
-            accumulate: As for `predict_memory`.
-        """
+        """Measure every layer; critics are measured when they are asked for."""
         self._module = module
         self._critic = critic
         self._optimizer = optimizer
@@ -229,11 +206,7 @@ def optimizer_cost(module: nn.Module, choice: OptimizerSettings | OptimizerFacto
 
 
 def limits_of(memory: str | int | Sequence[str | int], stages: int) -> list[int]:
-    """Return the bytes that the device of every stage has, from "20GiB", a number of bytes, or a list of them.
-
-    Raises:
-        UsageError: It is no size, or there is not one for each stage.
-    """
+    """Return the bytes that the device of every stage has, from "20GiB", a number of bytes, or a list of them."""
     listed = [memory] * stages if isinstance(memory, str | int) else list(memory)
     if len(listed) != stages:
         raise UsageError(

@@ -28,11 +28,7 @@ from decoupled_pp.training.partition import partition
 
 
 def prepare(settings: Settings, control: Control | None = None) -> tuple[Data | None, DataInfo, Plan]:
-    """Return the data (rank 0 only), their description, and the cut network with seeded weights.
-
-    Raises:
-        UsageError: Data, model, critic or cut do not work out.
-    """
+    """Return the data (rank 0 only), their description, and the cut network with seeded weights."""
     if ":" not in settings.optimizer.kind:
         find_optimizer(settings.optimizer.kind)
     opened: list[Data] = []

@@ -104,12 +104,7 @@ _NAMED = ("loss", "critic", "critic_target", "global_correction", "optimizer", "
 
 
 def _sections(options: dict[str, Any]) -> dict[str, Any]:
-    """Sort options into sections and check each section once.
-
-    Raises:
-        TypeError: There is no such option.
-        UsageError: A value that cannot be, or one that is given twice.
-    """
+    """Sort options into sections and check each section once."""
     keys = {name: key for key, name in SCRIPT_NAMES.items() if key.split(".")[0] in TRAINER_SECTIONS}
     del keys["steps"]  # `fit` takes it
     given: dict[str, dict[str, Any]] = {key: {} for key in TRAINER_SECTIONS}

@@ -46,14 +46,7 @@ class Watcher:
         *,
         period_seconds: float = 0.2,
     ) -> None:
-        """Start watching.
-
-        Args:
-            control: The run's control plane.
-            observer: Takes all records (rank 0), or None.
-            interrupted: Set by a signal handler: the run is to save and end.
-            period_seconds: Time between two looks.
-        """
+        """Start watching."""
         self._control = control
         self._observer = observer
         self._interrupted = interrupted
@@ -70,11 +63,7 @@ class Watcher:
         return self._stop_reason
 
     def close(self) -> None:
-        """Stop watching, and hand out the last records.
-
-        Raises:
-            Exception: What the observer raised, if it did.
-        """
+        """Stop watching, and hand out the last records."""
         if not self._ending.is_set():
             self._ending.set()
             self._thread.join()
@@ -112,12 +101,6 @@ def explain_failure(error: Exception, control: Control, rank: int, topology: Top
 
     A broken link, a SIGTERM from the launcher, or a loss that is not finite behind another stage is usually the echo of
     a fault elsewhere, so those wait a moment for a rank that knows more.
-
-    Args:
-        error: Raised on this rank.
-        control: Control plane of the run.
-        rank: This rank.
-        topology: Says which rank holds which stage; None: the ranks are no pipeline of packets.
     """
     _failing.set()
     if isinstance(error, PeerError):

@@ -39,11 +39,7 @@ from decoupled_pp.run.checkpoints.parts import (
 
 
 def tied_weights(plan: Plan) -> Mapping[str, str]:
-    """Return the parameters that splitting untied: key of the copy -> key of the one that it was tied to.
-
-    Raises:
-        UsageError: The plan's network has none.
-    """
+    """Return the parameters that splitting untied: key of the copy -> key of the one that it was tied to."""
     tied = plan.module.tied if isinstance(plan.module, Layers) else {}
     if not tied:
         raise UsageError(
@@ -68,12 +64,7 @@ def _owners(tied: Mapping[str, str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _Refresh:
-    """Says how tied weights are refreshed.
-
-    Attributes:
-        every: Optimizer steps between regular checkpoints.
-        control: Tells whether another rank has failed.
-    """
+    """Says how tied weights are refreshed."""
 
     every: int
     control: Control
@@ -83,14 +74,7 @@ class CheckpointFolder:
     """The folder of checkpoints, which all ranks must share."""
 
     def __init__(self, path: Path, *, keep: int, timeout_seconds: float, tied: Mapping[str, str] | None = None) -> None:
-        """Take over the path; nothing is written yet.
-
-        Args:
-            path: The folder.
-            keep: Committed checkpoints to keep.
-            timeout_seconds: Longest wait for another rank.
-            tied: Weights to keep in step: key of the later one -> key of the earlier; None: none.
-        """
+        """Take over the path; nothing is written yet."""
         self.path = path
         self._keep = keep
         self._timeout = timeout_seconds
@@ -105,18 +89,7 @@ class CheckpointFolder:
         return open_checkpoint(self.path / agreed[0]) if agreed else None
 
     def prepare(self, control: Control, rank: int, step: int, every: int | None) -> None:
-        """Make the folder ready; every rank calls this, before anything is trained.
-
-        Args:
-            control: Control plane of the run.
-            rank: Rank of this process.
-            step: Optimizer steps already done.
-            every: Optimizer steps between checkpoints; None: only at the end.
-
-        Raises:
-            UsageError: It holds checkpoints that the run would collide with, is not one folder for all ranks, or lacks
-                the checkpoint that tied weights are taken from next.
-        """
+        """Make the folder ready; every rank calls this, before anything is trained."""
         if self._owners:
             self._refreshing = _Refresh(self._regular(step, every), control)
         if rank == 0:

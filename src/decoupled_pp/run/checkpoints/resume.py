@@ -19,11 +19,7 @@ from decoupled_pp.run.checkpoints.parts import Checkpoint, name_of_critic
 def load_stage(checkpoint: Checkpoint, stage: Stage, plan: Plan) -> list[str]:
     """Bring a stage to the state of the checkpoint, by parameter names, whatever cut it was saved with.
 
-    Returns:
-        Notes of what could not be taken over (a critic whose place moved, the random stream of another cut).
-
-    Raises:
-        UsageError: A parameter of the stage is missing in the checkpoint, or has another shape.
+    Return notes of what could not be taken over: a critic whose place moved, the random stream of another cut.
     """
     _refuse_other_accumulation(checkpoint, stage)
     same_cut = checkpoint.boundaries == plan.boundaries
@@ -185,11 +181,7 @@ def _other_optimizer(checkpoint: Checkpoint, what: str, name: str, optimizer: Op
 
 
 def load_model(checkpoint: Checkpoint, module: torch.nn.Module) -> None:
-    """Fill the user's whole module with the checkpoint's weights and buffers, strictly by its own names.
-
-    Raises:
-        UsageError: The checkpoint is of another network.
-    """
+    """Fill the user's whole module with the checkpoint's weights and buffers, strictly by its own names."""
     refuse_other_network(checkpoint, module)
     _load_into(checkpoint, {f"model.{name}": tensor for name, tensor in module.state_dict().items()})
 

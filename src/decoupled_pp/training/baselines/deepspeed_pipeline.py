@@ -40,15 +40,7 @@ class DeepSpeedPipeline(Strategy):
     def __init__(self, plan: Plan, training: Training, device: torch.device, *, rank: int, ranks: int) -> None:
         """Take over this rank's stage; every rank must have joined the default process group.
 
-        Args:
-            plan: The network, in as many stages as ranks.
-            training: Says how to train.
-            device: Where this rank computes. On GPUs all of DeepSpeed's groups are NCCL's.
-            rank: This rank.
-            ranks: Number of ranks.
-
-        Raises:
-            UsageError: The plan or the optimizer does not fit the engine, or the package is missing.
+        On GPUs all of DeepSpeed's groups are NCCL's.
         """
         _check(plan, training, ranks)
         super().__init__(plan, [rank], training, device)
@@ -196,11 +188,7 @@ class _Layer(nn.Module):
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """Import DeepSpeed for a device; it leaves no environment variable and writes nothing but errors.
-
-    Raises:
-        UsageError: The package is missing, or was imported for another kind of device.
-    """
+    """Import DeepSpeed for a device; it leaves no environment variable and writes nothing but errors."""
     try:
         with environment.temporarily({"DS_ACCELERATOR": device.type}):  # read once, at the import
             import deepspeed

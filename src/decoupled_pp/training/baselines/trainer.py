@@ -34,10 +34,6 @@ class BaselineTrainer(BaseTrainer):
     The records of a rank are those of a stage, with the rank in place of the stage. Held-out scores are computed on
     copies of the whole network, gathered on every rank, which share the micro-batches: exact for any shape of batch,
     and no part of training time, however long it takes. An interrupted run ends at once, and nothing is saved.
-
-    Attributes:
-        updates: Optimizer steps done.
-        samples: Training samples done, on all ranks.
     """
 
     every_rank_reads = True
@@ -45,16 +41,7 @@ class BaselineTrainer(BaseTrainer):
     def __init__(
         self, kind: str, plan: Plan, recipe: Recipe, *, steps: int, device: str, observer: Observer | None = None
     ) -> None:
-        """Take the parts; the strategy is built by `build` or the first `fit`.
-
-        Args:
-            kind: One of `baselines.BASELINES`.
-            plan: The network, cut into as many stages as the strategy needs.
-            recipe: Says how it is trained; settings that only decoupled stages have are not read.
-            steps: Optimizer steps that the learning-rate schedule spans.
-            device: "auto", "cpu" or "cuda".
-            observer: Takes the metric records, on rank 0.
-        """
+        """Take the parts; the strategy is built by `build` or the first `fit`."""
         super().__init__(plan, recipe, device, observer)
         self.kind = kind
         self.training = Training(recipe.loss, recipe.optimizer, recipe.schedule, steps, recipe.training)
@@ -73,11 +60,7 @@ class BaselineTrainer(BaseTrainer):
         return float(optimizers[0].param_groups[0]["lr"]) if optimizers else 0.0
 
     def build(self, resume: Checkpoint | None = None) -> None:
-        """Build this rank's part of the strategy now.
-
-        Raises:
-            UsageError: The strategy does not fit the plan, the ranks or the settings; baselines have no checkpoints.
-        """
+        """Build this rank's part of the strategy now."""
         self._refuse_checkpoints(resume is not None)
         self._built()
 
@@ -93,12 +76,7 @@ class BaselineTrainer(BaseTrainer):
         resume: bool | Checkpoint | None = None,
         trace_packets: range = range(0),
     ) -> Report:
-        """Train; see `BaseTrainer.fit`.
-
-        Raises:
-            UsageError: The strategy cannot run with these micro-batches, or checkpoints are asked for.
-            TrainingError: Training cannot go on.
-        """
+        """Train; see `BaseTrainer.fit`."""
         self._refuse_checkpoints(bool(resume) or save_every is not None)
         train = as_source(train_batches, endless=True)
         held_out = as_source(validate) if validate is not None else None
