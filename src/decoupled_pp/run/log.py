@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.records import write_json
 from decoupled_pp.core.reports import RECORDS, Record, SpansRecord, TrainRecord, ValidationRecord, read_record
+from decoupled_pp.run.checkpoints.files import write_atomically
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -96,12 +96,7 @@ def _truncate(path: Path, last_step: int | None) -> None:
     """Drop a half-written last line and all records of steps after `last_step`, in one atomic replacement."""
     # Objects, not records: what a later version wrote must survive a resume by this one.
     kept = [content for content in _read_objects(path) if last_step is None or _step(content) <= last_step]
-    replacement = path.with_name(path.name + ".new")
-    with replacement.open("w", encoding="utf-8") as file:
-        file.writelines(map(_line, kept))
-        file.flush()
-        os.fsync(file.fileno())
-    replacement.replace(path)
+    write_atomically(path, "".join(map(_line, kept)))
 
 
 def _step(content: Mapping[str, Any]) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.reports import Span
+from decoupled_pp.run.checkpoints.files import write_atomically
 
 _COLOURS = {
     "wait_in": "grey",
@@ -37,10 +38,8 @@ def write_trace(path: Path, spans_by_stage: Mapping[int, Sequence[Span]]) -> Non
         events.append(_metadata("thread_sort_index", stage, {"sort_index": stage}))
         events.extend(_complete_events(stage, spans, origin))
     path.parent.mkdir(parents=True, exist_ok=True)
-    replacement = path.with_name(path.name + ".new")
     lines = ",\n".join(json.dumps(event) for event in events)
-    replacement.write_text(f'{{"displayTimeUnit": "ms", "traceEvents": [\n{lines}\n]}}\n', encoding="utf-8")
-    replacement.replace(path)
+    write_atomically(path, f'{{"displayTimeUnit": "ms", "traceEvents": [\n{lines}\n]}}\n')
 
 
 def read_trace(path: Path) -> dict[int, list[Span]]:

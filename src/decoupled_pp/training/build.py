@@ -30,15 +30,6 @@ from decoupled_pp.settings.run import StageSettings, ValidationSettings
 from decoupled_pp.training.recipe import Recipe
 
 
-def critic_contexts(plan: Plan) -> list[CriticContext]:
-    """Return the context of each critic of a plan, by running the plan's sample through the network once."""
-    hiddens, output = trace(plan.module, plan.sample)
-    return [
-        critic_context(plan.module, hiddens, output, boundary=plan.boundaries[k + 1], stage=k, stages=plan.stages)
-        for k in range(plan.stages - 1)
-    ]
-
-
 def build_critics(plan: Plan, builder: CriticBuilder, stages: Sequence[int], seed: int) -> dict[int, nn.Module]:
     """Build and check the critics of the given stages; their weights depend on the seed and the place only.
 
@@ -53,9 +44,12 @@ def build_critics(plan: Plan, builder: CriticBuilder, stages: Sequence[int], see
             critics[last] = critic
     if all(k == last for k in stages):
         return critics
-    for context in critic_contexts(plan):
-        if context.stage in stages:
-            critics[context.stage] = _build_critic(builder, context, _mixed(seed, context.boundary, 1))
+    hiddens, output = trace(plan.module, plan.sample)
+    for k in stages:
+        if k != last:
+            boundary = plan.boundaries[k + 1]
+            context = critic_context(plan.module, hiddens, output, boundary=boundary, stage=k, stages=plan.stages)
+            critics[k] = _build_critic(builder, context, _mixed(seed, boundary, 1))
     return critics
 
 

@@ -69,11 +69,6 @@ def choose_rule(choice: RuleChoice) -> RuleSettings:
     return cast(RuleSettings, _by_kind(choice, CriticTargetSettings, "critic_target"))
 
 
-def choose_correction(choice: CorrectionChoice) -> CorrectionSettings | None:
-    """Return the end-to-end steps that a user's choice means."""
-    return None if choice is None else choose_section(choice, CorrectionSettings, "global_correction")
-
-
 def choose_optimizer(choice: OptimizerChoice) -> OptimizerSettings | OptimizerFactory:
     """Return the optimizer that a user's choice means."""
     if isinstance(choice, str):

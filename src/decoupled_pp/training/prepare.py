@@ -103,8 +103,8 @@ def _zeros(spec: list[Any]) -> Payload:
 def check_loss(plan: Plan, loss: Loss, data: Data | None) -> None:
     """Raise UsageError unless network and loss take a batch of training and of validation data (on the CPU)."""
     if data is not None:
-        _check_loss(plan, loss, data.train, "training")
-        _check_loss(plan, loss, data.validation, "validation")
+        for name, source in (("training", data.train), ("validation", data.validation)):
+            _check_loss(plan, loss, source, name)
 
 
 def _check_loss(plan: Plan, loss: Loss, source: BatchSource, name: str) -> None:

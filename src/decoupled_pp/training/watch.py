@@ -31,10 +31,6 @@ def is_termination(fault: Fault) -> bool:
     return fault.code == "terminated"
 
 
-def _terminated(rank: int) -> Terminated:
-    return Terminated(f"rank {rank} got SIGTERM", code="terminated")
-
-
 class Watcher:
     """Forwards an interrupt of this process to the run, and on rank 0 hands out records and notices stop requests."""
 
@@ -156,7 +152,7 @@ def sigterm_ends(rank: int) -> Iterator[None]:
 
     def terminate(_number: int, _frame: FrameType | None) -> None:
         if not _failing.is_set():
-            raise _terminated(rank)
+            raise Terminated(f"rank {rank} got SIGTERM", code="terminated")
 
     _failing.clear()
     with _handler(signal.SIGTERM, terminate):

@@ -262,7 +262,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
-    """Open a checkpoint, unpickle nothing, and unless this run has just written it, `verify` the checksum of every file."""
+    """Open a checkpoint; `verify` reads every file, which one that this run has just written can go without."""
     try:
         first = json.loads((path / "stage-0.json").read_text())
         if first["format"] != FORMAT:

@@ -146,8 +146,7 @@ def _saved_fields(checkpoint: Checkpoint, here: dict[str, Optimizer]) -> dict[st
 
 def _load_groups(checkpoint: Checkpoint, stage: Stage, *, same_cut: bool) -> None:
     """Load what steps have changed in the groups of the optimizers."""
-    scalars = checkpoint.merged("scalars")
-    keys = [key for key in (*checkpoint.places, *scalars) if key.startswith("groups.")]
+    keys = [key for key in (*checkpoint.places, *checkpoint.merged("scalars")) if key.startswith("groups.")]
     if keys and not same_cut:
         raise UsageError(
             f"checkpoint {checkpoint.path}: its optimizers keep state of a whole stage ({keys[0].split('.')[-1]!r} in "
@@ -156,10 +155,7 @@ def _load_groups(checkpoint: Checkpoint, stage: Stage, *, same_cut: bool) -> Non
             key="cut",
         )
     start = f"groups.stage{stage.index}."
-    places = {key: place for key, place in checkpoint.places.items() if key.startswith(start)}
-    tensors = {key: torch.empty(shape, dtype=dtype) for key, (_, shape, dtype) in places.items()}
-    _load_into(checkpoint, tensors)
-    saved = {key.removeprefix(start): value for key, value in (scalars | tensors).items() if key.startswith(start)}
+    saved = {key.removeprefix(start): value for key, value in _begin_with(checkpoint, (start,)).items()}
     try:
         reset_entries(stage.all_optimizers, stage.first_groups, saved)
     except IndexError:
@@ -183,7 +179,7 @@ def _other_optimizer(checkpoint: Checkpoint, what: str, name: str, optimizer: Op
 def load_model(checkpoint: Checkpoint, module: torch.nn.Module) -> None:
     """Fill the user's whole module with the checkpoint's weights and buffers, strictly by its own names."""
     refuse_other_network(checkpoint, module)
-    _load_into(checkpoint, {f"model.{name}": tensor for name, tensor in module.state_dict().items()})
+    checkpoint.fill({f"model.{name}": tensor for name, tensor in module.state_dict().items()})
 
 
 def refuse_other_network(checkpoint: Checkpoint, module: torch.nn.Module) -> None:

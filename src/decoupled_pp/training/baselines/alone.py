@@ -52,16 +52,16 @@ def message_seconds(
             received = _post(dist.irecv, back, peer) if not first else []
             if first:
                 compute()
-            _wait(received)
+            wait_for_messages(received)
             start = time.perf_counter()
             sent = _post(dist.isend, tensor, peer)
             hosts.append(time.perf_counter() - start)
             if first:
-                _wait(_post(dist.irecv, back, peer))
+                wait_for_messages(_post(dist.irecv, back, peer))
                 trips.append(time.perf_counter() - start)
             compute()
             start = time.perf_counter()
-            _wait(sent)  # long done
+            wait_for_messages(sent)  # long done
             checks.append(time.perf_counter() - start)
     # Medians, because the first exchange with a neighbour waits for it to come from its other one.
     host = median(hosts)
@@ -74,10 +74,6 @@ def message_seconds(
 def _post(operation: Any, tensor: Tensor, peer: int) -> list[Any]:
     """Post one message as torch's schedules do."""
     return post_messages([dist.P2POp(operation, tensor, peer)])
-
-
-def _wait(works: list[Any]) -> None:
-    wait_for_messages(works)
 
 
 def pass_seconds(

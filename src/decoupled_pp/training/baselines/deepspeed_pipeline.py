@@ -90,8 +90,8 @@ class DeepSpeedPipeline(Strategy):
     def _build(self, ranks: int) -> Any:
         """Build the engine of this rank's stage, with instructions that record what they do."""
         deepspeed = import_deepspeed(self.device)
-        others: nn.Module | Callable[..., Any] = _elsewhere
-        layers = [_Layer(self.parts[k]) if k in self.parts else others for k in range(ranks)]
+        # Stages of other ranks: DeepSpeed counts them and never calls them.
+        layers = [_Layer(self.parts[k]) if k in self.parts else nn.Identity() for k in range(ranks)]
         config = {
             "train_micro_batch_size_per_gpu": 1,  # a micro-batch is whatever the iterator yields
             "gradient_accumulation_steps": 1,
@@ -126,7 +126,7 @@ class DeepSpeedPipeline(Strategy):
         for kind, execute in instructions.items():
             name = kind.__name__
             if name == "OptimizerStep":
-                recorded[kind] = _hold_back
+                recorded[kind] = lambda engine: None  # `_update` takes the step
             elif name in shadows:
                 recorded[kind] = _shadow(shadows[name], execute)
             else:
@@ -250,15 +250,6 @@ def _use_process_group(deepspeed: Any, device: torch.device) -> None:
 def _shadow(told: Callable[..., None], execute: Callable[..., None]) -> Callable[..., None]:
     """Return an instruction of the engine that `told` carries out by calling its first argument."""
     return lambda engine, buffer_id: told(partial(execute, engine, buffer_id), engine, buffer_id)
-
-
-def _hold_back(engine: Any) -> None:
-    """Do nothing in place of the optimizer step; see `DeepSpeedPipeline`."""
-
-
-def _elsewhere(payload: Payload) -> Payload:
-    """Stand for a stage of another rank: DeepSpeed counts it and never calls it."""
-    return payload
 
 
 def _sendable(tensor: Tensor) -> Tensor:

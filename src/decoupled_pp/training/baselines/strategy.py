@@ -33,14 +33,10 @@ class Recorder(Protocol):
         """Count the time since the last lap as `phase`."""
 
 
-class Unrecorded(Recorder):
-    """A recorder that records nothing."""
+class _NoRecorder:
+    def begin(self, packet: int) -> None: ...
 
-    def begin(self, packet: int) -> None:
-        """Do nothing."""
-
-    def lap(self, phase: str) -> None:
-        """Do nothing."""
+    def lap(self, phase: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -104,7 +100,7 @@ class Strategy(ABC):
         self.parts = {k: Part(plan.stage_module(k).to(device).train(), training, device) for k in stages}
         self.training = training
         self.device = device
-        self.recorder: Recorder = Unrecorded()
+        self.recorder: Recorder = _NoRecorder()
         self.first = 0  # number of the first micro-batch of the present step
         # Bytes that this rank has sent, by (rank that sends activations, rank that receives them).
         self.links: dict[tuple[int, int], LinkCounters] = {}
@@ -118,7 +114,10 @@ class Strategy(ABC):
 
     @abstractmethod
     def gradients(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """Add the gradient of the mean loss over the micro-batches to `.grad` of this rank's parameters."""
+        """Add the gradient of the mean loss over the micro-batches to `.grad` of this rank's parameters.
+
+        Return the losses of the micro-batches that this rank has judged (0-dim), in order; none on most ranks.
+        """
 
     def owner(self, stage: int) -> int | None:
         """Return the rank that trains a stage; None if every rank does."""
