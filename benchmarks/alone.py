@@ -24,15 +24,10 @@ from decoupled_pp.training.baselines.torch_pipeline import TorchPipeline
 
 @dataclass(frozen=True)
 class MessageSeconds:
-    """The cost of a message.
+    """The cost of a message."""
 
-    Attributes:
-        latency: Seconds until it has arrived, once both sides have posted it; None on a rank that has timed no trip.
-        host: Seconds of a rank's own time at one end: to post it, and to find that it is done.
-    """
-
-    latency: float | None
-    host: float
+    latency: float | None  # seconds until it has arrived, both sides ready; None on a rank that timed no trip
+    host: float  # seconds of a rank's own time at one end: to post it, and to find that it is done
 
 
 def message_seconds(
@@ -40,18 +35,11 @@ def message_seconds(
 ) -> MessageSeconds:
     """Exchange a tensor with each neighbour over the default process group; return the medians of this rank.
 
-    All ranks call this at the same time.
+    All ranks call this at the same time. `compute` runs before and after every exchange, as a pipeline computes between
+    messages: a loop of messages alone would find its caches warm.
 
         first  computes, sends |---- latency ---->| second wakes, sends |---- latency ---->| first wakes
                           host                      host
-
-    Args:
-        tensor: The message.
-        rank: This rank.
-        ranks: Number of ranks, at least 2.
-        compute: Called before and after every exchange, as a pipeline computes between messages. (A loop of messages
-            alone would find its caches warm.)
-        repeats: Exchanges with every neighbour.
     """
     hosts: list[float] = []
     trips: list[float] = []
@@ -106,15 +94,6 @@ def pass_seconds(
 
     Unless `split`, the whole backward pass counts as the input's. The first stage, whose input takes no gradient, is
     never split (torch 2.13, `backward_one_chunk`). The passes are those that torch's schedules call.
-
-    Args:
-        parts: Stage -> its layers.
-        inputs: One micro-batch of an input that fits every part.
-        target: Its target, for the last stage.
-        loss: Loss of the last stage.
-        stages: Number of stages.
-        split: True if the schedule splits its backward passes.
-        repeats: Measured runs, after one that is not counted.
     """
     seconds = {}
     for stage, part in parts.items():

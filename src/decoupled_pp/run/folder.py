@@ -35,11 +35,7 @@ JOB_FILE = ".job"
 
 
 def load_weights(source: Path, module: nn.Module) -> None:
-    """Load a finished run's exported weights, or a safetensors file, into a network.
-
-    Raises:
-        UsageError: It cannot be read, or holds another network's tensors.
-    """
+    """Load a finished run's exported weights, or a safetensors file, into a network."""
     file = source / WEIGHTS_FILE if source.is_dir() else source
     try:
         tensors = load_file(file)
@@ -86,11 +82,7 @@ def _output(folder: Path) -> OutputFolder:
 
 
 def check(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Decide whether a run may use the folder; only looks.
-
-    Raises:
-        UsageError: It exists and neither is allowed, there is nothing to resume, or it cannot be written.
-    """
+    """Decide whether a run may use the folder; only looks."""
     output = _output(folder)
     output.check(resume=resume, overwrite=overwrite)
     with output.named():
@@ -103,17 +95,7 @@ def check(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def claim(folder: Path, job: str, *, resume: bool, overwrite: bool) -> None:
-    """Make the run folder or take over an existing one, which may cost what is in it; nothing is refused after this.
-
-    Args:
-        folder: The run folder.
-        job: Who claims it; see `claimed_by`.
-        resume: Keep what is there.
-        overwrite: Clear what is there.
-
-    Raises:
-        UsageError: As `check`.
-    """
+    """Make the run folder or take over an existing one, which may cost what is in it; nothing is refused after this."""
     check(folder, resume=resume, overwrite=overwrite)
     output = _output(folder)
     output.make(empty=not resume)
@@ -147,11 +129,7 @@ def write_info(folder: Path, info: DataInfo) -> None:
 
 
 def read_info(folder: Path) -> DataInfo:
-    """Returns what `write_info` wrote; it can neither encode nor decode.
-
-    Raises:
-        UsageError: It is missing or damaged.
-    """
+    """Returns what `write_info` wrote; it can neither encode nor decode."""
     file = folder / INFO_FILE
     try:
         return DataInfo.of(json.loads(file.read_text(encoding="utf-8")))
@@ -164,18 +142,7 @@ def read_info(folder: Path) -> DataInfo:
 def write_results(
     folder: Path, report: Report, spans: Mapping[int, Sequence[Span]], about: Mapping[str, str], unit: str
 ) -> list[Path]:
-    """Write `summary.json`, `trace.json`, `timeline.png` and `loss.png`.
-
-    Args:
-        folder: The run folder.
-        report: The report of the run.
-        spans: Stage -> its spans.
-        about: First entries of the summary: the strategy and the kind of device.
-        unit: Unit of the loss.
-
-    Returns:
-        The paths of the pictures.
-    """
+    """Write `summary.json`, `trace.json`, `timeline.png` and `loss.png`."""
     summary = {**about, "ranks": environment.world_size(), **report}
     (folder / SUMMARY_FILE).write_text(write_json(summary, indent=2) + "\n", encoding="utf-8")
     write_trace(folder / TRACE_FILE, spans)
@@ -186,11 +153,7 @@ def write_results(
 
 
 def read_summary(folder: Path) -> Report:
-    """Returns the report in the `summary.json` of a finished run.
-
-    Raises:
-        UsageError: It is missing or damaged, or a version wrote it that kept other figures.
-    """
+    """Returns the report in the `summary.json` of a finished run."""
     file = folder / SUMMARY_FILE
     try:
         return Report.from_json(json.loads(file.read_text(encoding="utf-8")))

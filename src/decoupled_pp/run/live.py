@@ -24,13 +24,6 @@ class LiveView:
     """Prints the records of all stages, on rank 0.
 
     It draws only inside `update`, `note` and `close`: there is no background thread.
-
-    Args:
-        stages: Number of stages; the table has a row for each.
-        steps: Optimizer steps that every stage will do.
-        console: Where to print; default: standard output.
-        exits: How many of the stages are scored in an evaluation; default: all.
-        interval_seconds: Shortest time between two refreshes; default: 0.25 s on a terminal, 5 s for plain lines.
     """
 
     def __init__(
@@ -39,7 +32,7 @@ class LiveView:
         steps: int,
         console: Console | None = None,
         interval_seconds: float | None = None,
-        exits: int | None = None,
+        exits: int | None = None,  # stages that an evaluation scores; None: all
     ) -> None:
         self._stages = stages
         self._steps = steps
@@ -152,20 +145,21 @@ class LiveView:
             caption += f", about {_duration(left)} left"
         table = Table(caption=caption, caption_justify="left")
         accuracy = _have_accuracy(self._validation)
-        titles = ["stage", "step", "train loss", "held-out loss", "accuracy %", "samples/s", "busy %", "queue"]
-        for title in titles:
-            if accuracy or title != "accuracy %":
-                table.add_column(title, justify="right", no_wrap=True)
-        for stage in range(self._stages):
-            table.add_row(*self._row(stage, accuracy))
+        rows = [self._row(stage, accuracy) for stage in range(self._stages)]
+        for title in rows[0]:
+            table.add_column(title, justify="right", no_wrap=True)
+        for row in rows:
+            table.add_row(*row.values())
         return table
 
-    def _row(self, stage: int, accuracy: bool) -> list[str]:
-        train, held_out = self._train.get(stage), self._validation.get(stage)
-        cells = [str(stage), f"{self._step(stage)}/{self._steps}", _cell(train, _loss), _cell(held_out, _loss)]
+    def _row(self, stage: int, accuracy: bool) -> dict[str, str]:
+        train = self._train.get(stage)
+        held_out = self._validation.get(stage)
+        row = {"stage": str(stage), "step": f"{self._step(stage)}/{self._steps}"}
+        row |= {"train loss": _cell(train, _loss), "held-out loss": _cell(held_out, _loss)}
         if accuracy:
-            cells.append(_cell(held_out, _accuracy))
-        return [*cells, _cell(train, _rate), _cell(train, _busy), _cell(train, _queue)]
+            row["accuracy %"] = _cell(held_out, _accuracy)
+        return row | {"samples/s": _cell(train, _rate), "busy %": _cell(train, _busy), "queue": _cell(train, _queue)}
 
     def _seconds(self) -> float:
         """Returns the seconds since the start of the run, as of the newest record."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.records import write_json
 from decoupled_pp.core.reports import RECORDS, Record, SpansRecord, TrainRecord, ValidationRecord, read_record
+from decoupled_pp.run.checkpoints.files import write_atomically
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -24,16 +24,8 @@ class RunLog:
     """The log of one run, written by rank 0 alone.
 
     `metrics.jsonl` holds every record but the spans (those belong to the trace), one JSON object a line. JSON has no
-    NaN or infinity: such a number is written as `null`.
-
-    Args:
-        folder: The run folder; made if missing.
-        tensorboard: Write TensorBoard events under `folder/tensorboard` as well; their step is the optimizer step.
-        resume_step: The optimizer step that training goes on from: records of later steps are cut from
-            `metrics.jsonl` and hidden in TensorBoard, for they will be written again. None appends to what is there.
-
-    Raises:
-        UsageError: An existing `metrics.jsonl` is damaged before its last line.
+    NaN or infinity: such a number is written as `null`. A run that goes on from `resume_step` will write later steps
+    again, so their records are cut from `metrics.jsonl` and hidden in TensorBoard; None keeps all.
     """
 
     def __init__(self, folder: Path, tensorboard: bool, resume_step: int | None) -> None:
@@ -69,9 +61,6 @@ def read_records(path: Path) -> list[Record]:
     """Returns the records of a `metrics.jsonl`; those of a kind that this version does not know are left out.
 
     A half-written last line (a run killed or still going) is left out as well.
-
-    Raises:
-        UsageError: A line before the last is no JSON object, or a record lacks a key.
     """
     objects = [content for content in _read_objects(path) if content.get("kind") in RECORDS]
     try:
@@ -107,12 +96,7 @@ def _truncate(path: Path, last_step: int | None) -> None:
     """Drop a half-written last line and all records of steps after `last_step`, in one atomic replacement."""
     # Objects, not records: what a later version wrote must survive a resume by this one.
     kept = [content for content in _read_objects(path) if last_step is None or _step(content) <= last_step]
-    replacement = path.with_name(path.name + ".new")
-    with replacement.open("w", encoding="utf-8") as file:
-        file.writelines(map(_line, kept))
-        file.flush()
-        os.fsync(file.fileno())
-    replacement.replace(path)
+    write_atomically(path, "".join(map(_line, kept)))
 
 
 def _step(content: Mapping[str, Any]) -> float:

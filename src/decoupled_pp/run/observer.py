@@ -11,20 +11,10 @@ from decoupled_pp.settings.run import Settings
 
 
 class RunObserver:
-    """Keeps and shows the records of a run on rank 0; does nothing on other ranks.
-
-    Attributes:
-        spans: Stage -> its spans so far.
-    """
+    """Keeps and shows the records of a run on rank 0; does nothing on other ranks."""
 
     def __init__(self, settings: Settings, log: RunLog | None, step: int | None) -> None:
-        """Start a view if there is a log.
-
-        Args:
-            settings: The run.
-            log: Where records go (rank 0), or None.
-            step: Where a resumed run goes on, or None.
-        """
+        """Start a view if there is a log."""
         self.spans: defaultdict[int, list[Span]] = defaultdict(list)
         self._log = log
         self._view: LiveView | None = None

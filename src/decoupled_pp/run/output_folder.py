@@ -14,34 +14,17 @@ from decoupled_pp.core.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class OutputFolder:
-    """The folder of a command's results.
-
-    Attributes:
-        path: The folder; it need not exist.
-        noun: Name of such a folder in messages: "run folder".
-        marker: A file that stands in every such folder: no other folder is overwritten.
-        if_it_exists: Advice for the user about a folder that exists.
-        elsewhere: How the user chooses another folder.
-        key: The setting that does so, if there is one.
-    """
+    """The folder of a command's results."""
 
     path: Path
-    noun: str
-    marker: str
+    noun: str  # name of such a folder in messages: "run folder"
+    marker: str  # a file that stands in every such folder: no other folder is overwritten
     if_it_exists: str
     elsewhere: str
-    key: str | None = None
+    key: str | None = None  # the setting that does so, if there is one
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
-        """Decide whether the command may use the folder; only looks.
-
-        Args:
-            resume: Go on with what is there.
-            overwrite: Clear what is there.
-
-        Raises:
-            UsageError: It exists and neither is allowed, it was made by something else, or it cannot be written.
-        """
+        """Decide whether the command may use the folder; only looks."""
         if resume and overwrite:
             raise UsageError("--resume and --overwrite contradict each other; give one", code="resume-and-overwrite")
         with self.named():
@@ -64,14 +47,7 @@ class OutputFolder:
             )
 
     def make(self, *, empty: bool) -> None:
-        """Make the folder, after `check`.
-
-        Args:
-            empty: Clear what is there.
-
-        Raises:
-            UsageError: It cannot be written after all.
-        """
+        """Make the folder, after `check`."""
         with self.named():
             if empty and self.path.exists():
                 shutil.rmtree(self.path)

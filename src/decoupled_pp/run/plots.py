@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -15,6 +18,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from decoupled_pp.core.reports import Record, Span, TrainRecord, ValidationRecord
+
+_Points: TypeAlias = "list[tuple[float, float]]"
 
 WINDOW_PACKETS = 9
 """Packets that the timeline shows."""
@@ -60,31 +65,24 @@ def plot_timeline(spans_by_stage: Mapping[int, Sequence[Span]], path: Path) -> N
     The window lies where all stages were recorded, so that an empty place in a row is time outside every phase, not
     missing data. (Stages never recorded at the same time are drawn over the whole recording.) "Working" is the share
     of the window that a stage spends in phases other than the two waits.
-
-    Args:
-        spans_by_stage: Stage -> its spans in any order, in seconds of one clock.
-        path: The PNG file.
     """
     rows = {stage: spans for stage, spans in sorted(spans_by_stage.items()) if spans}
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(_WIDTH, 1.35 + 0.45 * max(2, len(rows))), layout="constrained")
-        axes = figure.add_subplot()
-        if rows:
-            start, end = _window(rows)
-            axes.set_xlim(0, (end - start) * 1e3)
-            for position, spans in enumerate(rows.values()):
-                draw_row(axes, position, spans, start, end)
-            labels = [f"stage {stage}\n{_working(spans, start, end):.0%} working" for stage, spans in rows.items()]
-            axes.set_yticks(range(len(rows)), labels)
-            axes.set_ylim(len(rows) - 0.5, -0.5)
-            axes.tick_params(axis="y", length=0)
-            axes.spines["left"].set_visible(False)
-            axes.set_xlabel("milliseconds")
-            axes.set_title("What every stage does, packet by packet (numbers: packets in forward)")
-            add_legend(figure, [span for spans in rows.values() for span in spans])
-        else:
+    with _picture(path, _WIDTH, 1.35 + 0.45 * max(2, len(rows))) as (figure, axes):
+        if not rows:
             _say_empty(axes, "no spans recorded")
-        _save(figure, path)
+            return
+        start, end = _window(rows)
+        axes.set_xlim(0, (end - start) * 1e3)
+        for position, spans in enumerate(rows.values()):
+            draw_row(axes, position, spans, start, end)
+        labels = [f"stage {stage}\n{_working(spans, start, end):.0%} working" for stage, spans in rows.items()]
+        axes.set_yticks(range(len(rows)), labels)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel("milliseconds")
+        axes.set_title("What every stage does, packet by packet (numbers: packets in forward)")
+        add_legend(figure, [span for spans in rows.values() for span in spans])
 
 
 def add_legend(figure: Figure, spans: Iterable[Span]) -> None:
@@ -99,75 +97,54 @@ def plot_losses(records: Sequence[Record], path: Path, unit: str) -> None:
     """Draw the training and held-out loss of every exit against the samples trained on, as a PNG.
 
     Nothing is smoothed: a training point is the mean since the record before it, drawn where that interval ends.
-
-    Args:
-        records: Records of the run; those of training and validation are drawn.
-        path: The PNG file.
-        unit: Unit of the loss, e.g. "nats/token".
     """
-    points = [point for point in map(_loss_point, records) if point is not None]
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.0, 5.0), layout="constrained")
-        axes = figure.add_subplot()
-        if points:
-            stages = 1 + max(point.stage for point in points)
-            for stage in sorted({point.stage for point in points}):
-                _draw_exit(axes, [point for point in points if point.stage == stage], stage, stages)
-            _label_losses(axes, [point.loss for point in points], unit)
-        else:
+    train = _curves(records, TrainRecord)
+    held_out = _curves(records, ValidationRecord)
+    exits = sorted({*train, *held_out})
+    with _picture(path, 9.0, 5.0) as (_, axes):
+        if not exits:
             _say_empty(axes, "no losses recorded")
-        _save(figure, path)
+            return
+        for stage in exits:
+            _draw_exit(axes, train[stage], held_out[stage], stage, 1 + exits[-1])
+        points = chain(*train.values(), *held_out.values())
+        _label_losses(axes, [loss for _, loss in points], unit)
 
 
 def plot_exits(exits: Sequence[tuple[float, float]], early: Sequence[tuple[float, float, float]], path: Path) -> None:
     """Draw held-out accuracy against the cost of a sample, as a PNG.
 
-    Args:
-        exits: (FLOPs, accuracy) of every exit, the whole network last.
-        early: (mean FLOPs, accuracy, confidence) of leaving early.
-        path: The PNG file.
+    Exits are (FLOPs, accuracy), the whole network last; `early` has (mean FLOPs, accuracy, confidence to leave at).
     """
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.5, 4.6), layout="constrained")
-        axes = figure.add_subplot()
-        if exits:
-            points = [(x, 100 * y) for x, y in exits]
-            axes.plot(*_columns(points), color="#0072b2", label="one exit for all samples", **_HELD_OUT)
-            for number, point in enumerate(points):
-                axes.annotate(f"exit {number}", point, textcoords="offset points", xytext=(7, -11))
-            if early:
-                row = sorted((x, 100 * y, threshold) for x, y, threshold in early)
-                axes.plot(*_columns([(x, y) for x, y, _ in row]), color="#d55e00", label="early exit", **_HELD_OUT)
-                for x, y, threshold in row:
-                    axes.annotate(f"> {threshold:g}", (x, y), textcoords="offset points", xytext=(7, 6))
-            axes.set_xlim(left=0)
-            axes.margins(0.08, 0.12)
-            axes.set_xlabel("FLOPs per sample, forward")
-            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-            axes.set_ylabel("held-out accuracy, %")
-            axes.grid(alpha=0.25, linewidth=0.6)
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
-        else:
+    with _picture(path, 7.5, 4.6) as (_, axes):
+        if not exits:
             _say_empty(axes, "no accuracy to draw")
-        _save(figure, path)
+            return
+        points = [(x, 100 * y) for x, y in exits]
+        axes.plot(*_columns(points), color="#0072b2", label="one exit for all samples", **_HELD_OUT)
+        for number, point in enumerate(points):
+            axes.annotate(f"exit {number}", point, textcoords="offset points", xytext=(7, -11))
+        if early:
+            row = sorted((x, 100 * y, threshold) for x, y, threshold in early)
+            axes.plot(*_columns([(x, y) for x, y, _ in row]), color="#d55e00", label="early exit", **_HELD_OUT)
+            for x, y, threshold in row:
+                axes.annotate(f"> {threshold:g}", (x, y), textcoords="offset points", xytext=(7, 6))
+        axes.set_xlim(left=0)
+        axes.margins(0.08, 0.12)
+        axes.set_xlabel("FLOPs per sample, forward")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_ylabel("held-out accuracy, %")
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
 
 
-class _LossPoint(NamedTuple):
-    """One point of a loss curve."""
-
-    stage: int
-    samples: int
-    loss: float
-    held_out: bool
-
-
-def _loss_point(record: Record) -> _LossPoint | None:
-    """Returns the point of a record; None of one without a loss that can be drawn."""
-    if not isinstance(record, TrainRecord | ValidationRecord):
-        return None
-    if record.loss is None or not math.isfinite(record.loss):
-        return None
-    return _LossPoint(record.stage, record.samples, record.loss, isinstance(record, ValidationRecord))
+def _curves(records: Iterable[Record], kind: type[TrainRecord | ValidationRecord]) -> defaultdict[int, _Points]:
+    """Returns stage -> (samples, loss) of the records of a kind whose loss can be drawn."""
+    curves: defaultdict[int, _Points] = defaultdict(list)
+    for record in records:
+        if isinstance(record, kind) and record.loss is not None and math.isfinite(record.loss):
+            curves[record.stage].append((record.samples, record.loss))
+    return curves
 
 
 def _window(rows: Mapping[int, Sequence[Span]]) -> tuple[float, float]:
@@ -178,15 +155,11 @@ def _window(rows: Mapping[int, Sequence[Span]]) -> tuple[float, float]:
     if last <= first:
         return min(starts), max(ends) + 1e-9
     # The busiest row has a forward per packet; the mean over the shared time is the pace of the pipeline.
-    forwards = max(_forwards(spans, first, last) for spans in rows.values())
+    begun = [[span for span in spans if first <= span.start < last] for spans in rows.values()]
+    forwards = max(sum(span.phase == "forward" for span in spans) for spans in begun)
     width = min(last - first, (last - first) * WINDOW_PACKETS / max(1, forwards))
     middle = (first + last) / 2
     return middle - width / 2, middle + width / 2
-
-
-def _forwards(spans: Sequence[Span], first: float, last: float) -> int:
-    """Returns how many forward passes began between two times."""
-    return sum(span.phase == "forward" and first <= span.start < last for span in spans)
 
 
 def draw_row(axes: Axes, position: int, spans: Sequence[Span], start: float, end: float) -> None:
@@ -221,12 +194,11 @@ def _clip(span: Span, start: float, end: float) -> tuple[float, float]:
     return (left - start) * 1e3, (right - left) * 1e3
 
 
-def _draw_exit(axes: Axes, points: Sequence[_LossPoint], stage: int, stages: int) -> None:
+def _draw_exit(axes: Axes, train: _Points, held_out: _Points, stage: int, stages: int) -> None:
     colour = _colour(stage, stages)
-    train = [(point.samples, point.loss) for point in points if not point.held_out]
-    held_out = [(point.samples, point.loss) for point in points if point.held_out]
     axes.plot(*_columns(train), color=colour, linewidth=0.7, alpha=0.6)
-    label = f"exit {stage} ({_role(stage, stages)})"
+    role = "network's own head" if stage == stages - 1 else "critic"
+    label = f"exit {stage} ({role})"
     if held_out:
         label += f", last held-out {held_out[-1][1]:#.4g}"
     axes.plot(*_columns(held_out), color=colour, label=label, zorder=3, **_HELD_OUT)
@@ -258,17 +230,18 @@ def _label_losses(axes: Axes, losses: Sequence[float], unit: str) -> None:
     axes.legend(loc="upper right", framealpha=0.9, edgecolor="none")
 
 
-def _role(stage: int, stages: int) -> str:
-    return "network's own head" if stage == stages - 1 else "critic"
-
-
 def _say_empty(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
     axes.set_axis_off()
 
 
-def _save(figure: Figure, path: Path) -> None:
-    # A canvas of its own instead of pyplot: no global state, no figure kept alive, no display needed.
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=150, format="png", facecolor="white")
+@contextmanager
+def _picture(path: Path, width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+    """Give the block a figure of so many inches to draw on, and save it as a PNG."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, figure.add_subplot()
+        # A canvas of its own instead of pyplot: no global state, no figure kept alive, no display needed.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        FigureCanvasAgg(figure)
+        figure.savefig(path, dpi=150, format="png", facecolor="white")

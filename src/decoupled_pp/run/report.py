@@ -20,13 +20,7 @@ from decoupled_pp.pipeline.stage import Stage
 
 @dataclass(frozen=True, kw_only=True)
 class StageMeasurement(JsonRecord):
-    """The figures of one stage at the end of a run, on the rank that trained it; most are those of `Report`.
-
-    Attributes:
-        summary: The part of it that the report shows for every stage.
-        train_loss: Mean training loss over the last metrics interval; None if this rank knows no loss.
-        exit: Held-out score of the exit behind the stage; None if it has none (a rank of a baseline).
-    """
+    """The figures of one stage at the end of a run, on the rank that trained it; most are those of `Report`."""
 
     summary: StageSummary = field(metadata={"read": StageSummary.from_json})
     steps: int
@@ -34,23 +28,17 @@ class StageMeasurement(JsonRecord):
     training_seconds: float
     step_seconds: StepSeconds | None = field(metadata={"read": StepSeconds.from_json})
     samples_per_second: float
-    train_loss: float | None
+    train_loss: float | None  # mean training loss over the last metrics interval; None if this rank knows no loss
     exit: Exit | None = field(metadata={"read": Exit.from_json})
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankMeasurement(JsonRecord):
-    """The part of the report that one process knows.
-
-    Attributes:
-        stages: Measurements of its stages.
-        links: Counters of its ends of links.
-        stopped: Why the run ends early, as far as this process knows, or None.
-    """
+    """The part of the report that one process knows."""
 
     stages: tuple[StageMeasurement, ...] = field(metadata={"read": tuple_of(StageMeasurement.from_json)})
     links: tuple[LinkSummary, ...] = field(metadata={"read": tuple_of(LinkSummary.from_json)})
-    stopped: str | None = None
+    stopped: str | None = None  # why the run ends early, as far as this process knows, or None
 
 
 def measure_stage(stage: Stage, meter: StageMeter) -> StageMeasurement:

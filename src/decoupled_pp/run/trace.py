@@ -9,6 +9,7 @@ from typing import Any
 
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.reports import Span
+from decoupled_pp.run.checkpoints.files import write_atomically
 
 _COLOURS = {
     "wait_in": "grey",
@@ -27,10 +28,6 @@ def write_trace(path: Path, spans_by_stage: Mapping[int, Sequence[Span]]) -> Non
     Times become relative to the earliest span. They come from the clocks of the ranks: across machines a row may be
     shifted by as much as the clocks differ.
 
-    Args:
-        path: The file; replaced in one go if it exists.
-        spans_by_stage: Stage -> its spans, in any order, starts in Unix seconds.
-
     Source:
         "Trace Event Format" (Google, 2016), complete events ("X") and metadata events ("M").
     """
@@ -41,18 +38,12 @@ def write_trace(path: Path, spans_by_stage: Mapping[int, Sequence[Span]]) -> Non
         events.append(_metadata("thread_sort_index", stage, {"sort_index": stage}))
         events.extend(_complete_events(stage, spans, origin))
     path.parent.mkdir(parents=True, exist_ok=True)
-    replacement = path.with_name(path.name + ".new")
     lines = ",\n".join(json.dumps(event) for event in events)
-    replacement.write_text(f'{{"displayTimeUnit": "ms", "traceEvents": [\n{lines}\n]}}\n', encoding="utf-8")
-    replacement.replace(path)
+    write_atomically(path, f'{{"displayTimeUnit": "ms", "traceEvents": [\n{lines}\n]}}\n')
 
 
 def read_trace(path: Path) -> dict[int, list[Span]]:
-    """Returns stage -> its spans by start, in seconds since the earliest span of all.
-
-    Raises:
-        UsageError: The file is no trace that `write_trace` wrote.
-    """
+    """Returns stage -> its spans by start, in seconds since the earliest span of all."""
     spans: dict[int, list[Span]] = {}
     try:
         for event in json.loads(path.read_bytes())["traceEvents"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -14,43 +14,40 @@ from decoupled_pp.core import environment
 from decoupled_pp.core.channels import Control
 from decoupled_pp.core.datasets import BatchSource
 from decoupled_pp.core.device import choose_device
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.core.reports import Record, Report
-from decoupled_pp.data.iterables import Batches
+from decoupled_pp.data.iterables import Batches, as_source
 from decoupled_pp.links import LocalControl, World, join_world
+from decoupled_pp.pipeline.feed import Itinerary
+from decoupled_pp.run.checkpoints.folder import CheckpointFolder
 from decoupled_pp.run.checkpoints.parts import Checkpoint
+from decoupled_pp.settings.run import CheckpointSettings, TrainingSettings, ValidationSettings
+from decoupled_pp.training.choices import choose_section
 from decoupled_pp.training.recipe import Recipe
 
 Observer = Callable[[list[Record]], None]
+S = TypeVar("S", ValidationSettings, CheckpointSettings)
 
 
 class BaseTrainer(ABC):
-    """One process of a run: it has built its part of a plan, or does so in the first `fit`.
+    """One process of a run: it has built its part of a plan, or does so in the first `fit`."""
 
-    Attributes:
-        plan: The network and its cut.
-        recipe: Says how it is trained.
-        device: Where this process computes.
-        interrupted: Set by a signal handler: the run is to end in order.
-        every_rank_reads: True if all ranks read the data, False if only rank 0 does.
-    """
-
-    every_rank_reads: ClassVar[bool] = False
-
-    def __init__(self, plan: Plan, recipe: Recipe, device: str, observer: Observer | None = None) -> None:
-        """Take over the parts, and join the other ranks of the launch if there are any.
-
-        Args:
-            plan: The network and its cut.
-            recipe: Says how it is trained.
-            device: "auto", "cpu" or "cuda".
-            observer: Takes the metric records, on rank 0.
-        """
+    def __init__(
+        self,
+        plan: Plan,
+        recipe: Recipe,
+        device: str,
+        observer: Observer | None = None,
+        checkpoints: CheckpointFolder | None = None,
+    ) -> None:
+        """Take over the parts, and join the other ranks of the launch if there are any."""
         self.plan = plan
         self.recipe = recipe
         self.device: torch.device = choose_device(device, environment.local_rank(), environment.local_world_size())
-        self.interrupted = threading.Event()
+        self.interrupted = threading.Event()  # set by a signal handler: the run is to end in order
         self._observer = observer
+        self._checkpoints = checkpoints
         self._timeout = recipe.links.timeout_seconds
         self._world: World | None = join_world(self._timeout) if environment.world_size() > 1 else None
         self._control: Control = LocalControl()
@@ -64,18 +61,6 @@ class BaseTrainer(ABC):
         """Hand the metric records (on rank 0) to `observer` from now on."""
         self._observer = observer
 
-    @abstractmethod
-    def build(self, resume: Checkpoint | None = None) -> None:
-        """Build this process's part now, to find what does not fit before a run starts.
-
-        Args:
-            resume: Bring it to the state of this checkpoint; give `fit` the same.
-
-        Raises:
-            UsageError: A part, or the checkpoint, does not fit.
-        """
-
-    @abstractmethod
     def fit(
         self,
         train_batches: Batches | BatchSource,
@@ -88,22 +73,109 @@ class BaseTrainer(ABC):
         resume: bool | Checkpoint | None = None,
         trace_packets: range = range(0),
     ) -> Report:
-        """Train; every rank calls this with the same arguments and gets the same report.
+        """Train; every rank calls this. Of decoupled stages only rank 0 reads the batches.
 
         Args:
-            train_batches: Training micro-batches.
-            steps: Optimizer steps.
+            train_batches: Micro-batches (input, target), started over when they end; each is one packet. A second
+                `fit` goes on in them; a one-shot iterator is read on from where it stands, or for `resume` from its
+                beginning.
+            steps: Optimizer steps to take; a second `fit` adds its own, and the schedule spans all of them.
             validate: Held-out micro-batches; scored at the end, and every `validate_every` steps.
             validate_every: Optimizer steps between evaluations; default: the recipe's.
             validation_batches: Micro-batches per evaluation; default: the recipe's, else all.
-            save_every: Optimizer steps between checkpoints, for trainers that save them; default: the recipe's.
-            resume: Checkpoint to go on from, for trainers that save them.
-            trace_packets: Numbers of the micro-batches whose spans are recorded.
+            save_every: Optimizer steps between checkpoints (also at the end) if the trainer has a checkpoint folder;
+                default: the recipe's.
+            resume: Go on from the newest checkpoint of the trainer's folder, if it has one, or from this one; `steps`
+                is then the total.
+            trace_packets: Packet numbers whose spans are recorded.
+
+        Returns:
+            The report, the same on every rank.
+
+        Raises:
+            UsageError: The user's input is at fault.
+            TrainingError: Training cannot go on; the text names stage and packet, or the rank that failed.
+        """
+        steps = choose_section({"steps": steps}, TrainingSettings, "training").steps
+        validation = _with(self.recipe.validation, "validation", every=validate_every, batches=validation_batches)
+        checkpoint = _with(self.recipe.checkpoint, "checkpoint", every=save_every)
+        self._refuse_unused(validation if validate is None else None, checkpoint)
+        done = self._steps_done()
+        found = self._newest() if resume is True else resume or None
+        itinerary = Itinerary(
+            steps=steps if resume else done + steps,
+            start=found.step if found is not None else done,
+            accumulate=self.recipe.training.accumulate,
+            validate_every=validation.every,
+            validation_batches=validation.batches,
+            save_every=checkpoint.every,
+            save=self._checkpoints is not None,
+        )
+        first = itinerary.accumulate * done if found is None else 0
+        train = as_source(train_batches, endless=True, first=first)
+        held_out = as_source(validate) if validate is not None else None
+        return self._session(train, held_out, itinerary, found, trace_packets)
+
+    @abstractmethod
+    def build(self, resume: Checkpoint | None = None) -> None:
+        """Build this process's part now, in the state of a checkpoint, to find what does not fit before a run starts.
+
+        Raises:
+            UsageError: A part, or the checkpoint, does not fit.
         """
 
     @abstractmethod
     def finished_network(self) -> nn.Module | None:
         """Return the whole trained network after `fit`, on rank 0; None on other ranks, or if no rank has it whole."""
 
+    @abstractmethod
+    def _session(
+        self,
+        train: BatchSource | None,
+        held_out: BatchSource | None,
+        itinerary: Itinerary,
+        resume: Checkpoint | None,
+        trace_packets: range,
+    ) -> Report:
+        """Build what is missing, train (unless there is nothing to train on), evaluate, and gather the report."""
+
+    @abstractmethod
+    def _steps_done(self) -> int: ...
+
     def _channel(self) -> Control:
         return self._world.channel() if self._world is not None else LocalControl()
+
+    def _gather_network(self, rank_of: Callable[[int], int | None]) -> nn.Module:
+        """Return the whole network, every stage as the rank that trains it has it (None: as every rank has it)."""
+        for stage in range(self.plan.stages):
+            rank = rank_of(stage)
+            if self._world is not None and rank is not None:
+                for tensor in self.plan.stage_module(stage).state_dict().values():
+                    self._world.broadcast(tensor, rank)
+        return self.plan.module
+
+    def _newest(self) -> Checkpoint | None:
+        if self._checkpoints is None:
+            raise UsageError("resume=True needs a trainer with checkpoints=FOLDER", code="no-checkpoint-folder")
+        return self._checkpoints.newest(self._channel())
+
+    def _refuse_unused(self, unused: ValidationSettings | None, checkpoint: CheckpointSettings) -> None:
+        """Raise UsageError for options of `fit` that would do nothing."""
+        if unused is not None and (unused.every is not None or unused.batches is not None):
+            raise UsageError(
+                "`validation.every` and `validation.batches` need held-out data: give fit validate=batches",
+                code="validation-without-data",
+                key="validation.every",
+            )
+        if checkpoint.every is not None and self._checkpoints is None:
+            raise UsageError(
+                "`checkpoint.every` needs a trainer with checkpoints=FOLDER",
+                code="no-checkpoint-folder",
+                key="checkpoint.every",
+            )
+
+
+def _with(section: S, key: str, **given: int | None) -> S:
+    """Return the section with the values that are given, checked."""
+    changed = {field: value for field, value in given.items() if value is not None}
+    return choose_section(section.model_dump() | changed, type(section), key)

@@ -30,22 +30,10 @@ from decoupled_pp.settings.run import StageSettings, ValidationSettings
 from decoupled_pp.training.recipe import Recipe
 
 
-def critic_contexts(plan: Plan) -> list[CriticContext]:
-    """Return the context of each critic of a plan, by running the plan's sample through the network once."""
-    hiddens, output = trace(plan.module, plan.sample)
-    return [
-        critic_context(plan.module, hiddens, output, boundary=plan.boundaries[k + 1], stage=k, stages=plan.stages)
-        for k in range(plan.stages - 1)
-    ]
-
-
 def build_critics(plan: Plan, builder: CriticBuilder, stages: Sequence[int], seed: int) -> dict[int, nn.Module]:
     """Build and check the critics of the given stages; their weights depend on the seed and the place only.
 
     The last stage has none, unless the builder has a `closing()` that gives one.
-
-    Raises:
-        UsageError: A critic does not fit its stage.
     """
     critics: dict[int, nn.Module] = {}
     last = plan.stages - 1
@@ -56,24 +44,17 @@ def build_critics(plan: Plan, builder: CriticBuilder, stages: Sequence[int], see
             critics[last] = critic
     if all(k == last for k in stages):
         return critics
-    for context in critic_contexts(plan):
-        if context.stage in stages:
-            critics[context.stage] = _build_critic(builder, context, _mixed(seed, context.boundary, 1))
+    hiddens, output = trace(plan.module, plan.sample)
+    for k in stages:
+        if k != last:
+            boundary = plan.boundaries[k + 1]
+            context = critic_context(plan.module, hiddens, output, boundary=boundary, stage=k, stages=plan.stages)
+            critics[k] = _build_critic(builder, context, _mixed(seed, boundary, 1))
     return critics
 
 
 def build_stages(plan: Plan, recipe: Recipe, stages: Sequence[int], device: torch.device) -> list[Stage]:
-    """Build the given stages of a plan on a device (their layers move there).
-
-    Args:
-        plan: The plan.
-        recipe: Says how its stages are made and trained.
-        stages: Which stages.
-        device: Where they compute.
-
-    Raises:
-        UsageError: A critic or the optimizer does not fit.
-    """
+    """Build the given stages of a plan on a device (their layers move there)."""
     critics = build_critics(plan, recipe.critic, stages, recipe.seed)
     _leave_evaluation_mode(*plan.module.children())
     return [_build_stage(plan, recipe, index, critics.get(index), device) for index in stages]
@@ -104,15 +85,7 @@ def _build_stage(plan: Plan, recipe: Recipe, index: int, critic: nn.Module | Non
 
 
 def assemble_stage(index: int, stages: int, body: Body, optimizers: list[Optimizer], recipe: Recipe) -> Stage:
-    """Join the parts of one stage.
-
-    Args:
-        index: Index of the stage.
-        stages: Number of stages.
-        body: Its layers and critic.
-        optimizers: Over the parameters that its update trains.
-        recipe: Chooses its rule, pace, probes and update.
-    """
+    """Join the parts of one stage."""
     update = UPDATES["alone"](optimizers, recipe.training)
     probes = _build_probes(body, recipe.validation)
     pace = Pace(recipe.training.stagger * index, recipe.training.critic_warmup)
@@ -160,11 +133,7 @@ def _build_critic(builder: CriticBuilder, context: CriticContext, seed: int) -> 
 
 
 def _materialise(plan: Plan, trunk: nn.Module, device: torch.device, seed: int) -> None:
-    """Give a stage its weights if the network was built on the meta device.
-
-    Raises:
-        UsageError: Nothing says where they come from.
-    """
+    """Give a stage its weights if the network was built on the meta device."""
     if not any(parameter.is_meta for parameter in trunk.parameters()):
         return
     weights = plan.module.weights if isinstance(plan.module, Layers) else None

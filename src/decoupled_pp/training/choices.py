@@ -37,27 +37,14 @@ OptimizerChoice: TypeAlias = "str | dict[str, Any] | OptimizerSettings | Optimiz
 
 
 def choose_section(choice: dict[str, Any] | S | None, section: type[S], key: str) -> S:
-    """Return the section that a dictionary means; None means its defaults.
-
-    Args:
-        choice: Given by the user.
-        section: The class of the section.
-        key: Its key in the settings, for messages.
-
-    Raises:
-        UsageError: Unknown keys, or values that cannot be.
-    """
+    """Return the section that a dictionary means; None means its defaults."""
     if isinstance(choice, Section):
         return choice
     return cast(S, _checked(lambda: section.model_validate({} if choice is None else choice), key, section))
 
 
 def choose_critic(choice: CriticChoice) -> CriticBuilder:
-    """Return the builder that a user's choice means.
-
-    Raises:
-        UsageError: It means none.
-    """
+    """Return the builder that a user's choice means."""
     if isinstance(choice, str):
         choice = {"kind": choice}
     if isinstance(choice, dict):
@@ -72,11 +59,7 @@ def choose_critic(choice: CriticChoice) -> CriticBuilder:
 
 
 def choose_rule(choice: RuleChoice) -> RuleSettings:
-    """Return the section that chooses the training rule.
-
-    Raises:
-        UsageError: Unknown keys or values.
-    """
+    """Return the section that chooses the training rule."""
     if isinstance(choice, RuleSettings):
         return choice
     given = {"kind": choice} if isinstance(choice, str) else choice
@@ -86,21 +69,8 @@ def choose_rule(choice: RuleChoice) -> RuleSettings:
     return cast(RuleSettings, _by_kind(choice, CriticTargetSettings, "critic_target"))
 
 
-def choose_correction(choice: CorrectionChoice) -> CorrectionSettings | None:
-    """Return the end-to-end steps that a user's choice means.
-
-    Raises:
-        UsageError: Unknown keys or values.
-    """
-    return None if choice is None else choose_section(choice, CorrectionSettings, "global_correction")
-
-
 def choose_optimizer(choice: OptimizerChoice) -> OptimizerSettings | OptimizerFactory:
-    """Return the optimizer that a user's choice means.
-
-    Raises:
-        UsageError: Unknown keys or values.
-    """
+    """Return the optimizer that a user's choice means."""
     if isinstance(choice, str):
         choice = {"kind": choice}
     if isinstance(choice, dict):

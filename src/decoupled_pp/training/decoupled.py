@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 from torch import nn
 
@@ -28,15 +27,11 @@ from decoupled_pp.run.checkpoints.parts import Checkpoint, latest_checkpoint
 from decoupled_pp.run.checkpoints.resume import load_model, load_stage, refuse_other_network, with_cut_of
 from decoupled_pp.run.live import LiveView
 from decoupled_pp.run.report import RankMeasurement, link_summaries, make_report, measure_stage
-from decoupled_pp.settings.run import CheckpointSettings, TrainingSettings, ValidationSettings
 from decoupled_pp.training.base import BaseTrainer, Observer
 from decoupled_pp.training.build import build_stages, plan_digest
-from decoupled_pp.training.choices import choose_section
-from decoupled_pp.training.join import Session, join_in_process, join_ranks
+from decoupled_pp.training.join import Session, join_in_process
 from decoupled_pp.training.recipe import Recipe
-from decoupled_pp.training.watch import Watcher, explain_failure
-
-S = TypeVar("S", ValidationSettings, CheckpointSettings)
+from decoupled_pp.training.watch import Watcher, told_to_all
 
 
 class DecoupledTrainer(BaseTrainer):
@@ -45,26 +40,14 @@ class DecoupledTrainer(BaseTrainer):
     def __init__(
         self, plan: Plan, recipe: Recipe, device: str, folder: Path | None = None, observer: Observer | None = None
     ) -> None:
-        """Check everything; stages are built by `build`, or the first `fit` or `evaluate`.
-
-        Args:
-            plan: From `partition`, with a sample.
-            recipe: How its stages are made and trained.
-            device: "auto", "cpu" or "cuda".
-            folder: Folder for checkpoints (shared by all ranks), or None.
-            observer: Takes the metric records, on rank 0; None: a live view in the terminal.
-
-        Raises:
-            UsageError: A setting that cannot be; the number of ranks is not the number of stages.
-        """
+        """Check everything; stages are built by `build`, or the first `fit` or `evaluate`."""
         self._topology = Topology(plan.stages, environment.world_size())
         recipe.refuse_contradictions(plan.stages)
         if not as_tuple(plan.sample):
             raise UsageError(
                 "the plan has no sample to fit critics to; pass sample= to partition", code="plan-without-sample"
             )
-        self._checkpoints = _checkpoint_folder(plan, recipe, folder)
-        super().__init__(plan, recipe, device, observer)
+        super().__init__(plan, recipe, device, observer, _checkpoint_folder(plan, recipe, folder))
         self._stages: list[Stage] = []
         self._loaded: Checkpoint | None = None
         self._notes: list[Record] = []
@@ -100,61 +83,6 @@ class DecoupledTrainer(BaseTrainer):
                 self._notes += [NoteRecord(stage=stage.index, text=note) for note in notes]
         self._loaded = resume
 
-    def fit(
-        self,
-        train_batches: Batches | BatchSource,
-        steps: int,
-        *,
-        validate: Batches | BatchSource | None = None,
-        validate_every: int | None = None,
-        validation_batches: int | None = None,
-        save_every: int | None = None,
-        resume: bool | Checkpoint | None = None,
-        trace_packets: range = range(0),
-    ) -> Report:
-        """Train; every rank calls this, only rank 0 reads the batches.
-
-        Args:
-            train_batches: Micro-batches (input, target), started over when they end; each is one packet. A second
-                `fit` goes on in them; a one-shot iterator is read on from where it stands, or for `resume` from its
-                beginning.
-            steps: Optimizer steps to take; a second `fit` adds its own, and the schedule spans all of them.
-            validate: Held-out micro-batches; scored at the end, and every `validate_every` steps.
-            validate_every: Optimizer steps between evaluations; default: the recipe's.
-            validation_batches: Micro-batches per evaluation; default: the recipe's, else all.
-            save_every: Optimizer steps between checkpoints (also at the end) if the trainer has a checkpoint folder;
-                default: the recipe's.
-            resume: Go on from the newest checkpoint of the trainer's folder, if it has one, or from this one; `steps`
-                is then the total.
-            trace_packets: Packet numbers whose spans are recorded.
-
-        Returns:
-            The report, the same on every rank.
-
-        Raises:
-            UsageError: The user's input is at fault.
-            TrainingError: Training cannot go on; the text names stage and packet, or the rank that failed.
-        """
-        steps = choose_section({"steps": steps}, TrainingSettings, "training").steps
-        validation = _with(self.recipe.validation, "validation", every=validate_every, batches=validation_batches)
-        checkpoint = _with(self.recipe.checkpoint, "checkpoint", every=save_every)
-        self._refuse_unused(validation if validate is None else None, checkpoint)
-        done = self._steps_done()
-        found = self._newest() if resume is True else resume or None
-        itinerary = Itinerary(
-            steps=steps if resume else done + steps,
-            start=found.step if found is not None else done,
-            accumulate=self.recipe.training.accumulate,
-            validate_every=validation.every,
-            validation_batches=validation.batches,
-            save_every=checkpoint.every,
-            save=self._checkpoints is not None,
-        )
-        first = itinerary.accumulate * done if found is None else 0
-        train = as_source(train_batches, endless=True, first=first)
-        held_out = as_source(validate) if validate is not None else None
-        return self._session(train, held_out, itinerary, found, trace_packets)
-
     def evaluate(self, batches: Batches | BatchSource, *, resume: Checkpoint | None = None) -> tuple[Exit, ...]:
         """Score every exit on held-out micro-batches; every rank calls this and gets the same scores."""
         step = resume.step if resume is not None else self._steps_done()
@@ -171,11 +99,7 @@ class DecoupledTrainer(BaseTrainer):
                 "this rank has its own stage only; write the network out of a checkpoint with dpp.write_shards",
                 code="network-is-not-whole",
             )
-        if self._world is not None:
-            for stage in range(self.plan.stages):
-                for tensor in self.plan.stage_module(stage).state_dict().values():
-                    self._world.broadcast(tensor, self._topology.rank_of(stage))
-        return self.plan.module
+        return self._gather_network(self._topology.rank_of)
 
     def finished_network(self) -> nn.Module | None:
         """Return the network on rank 0, the other ranks' stages from the newest checkpoint."""
@@ -203,24 +127,19 @@ class DecoupledTrainer(BaseTrainer):
         watcher = Watcher(self._control, observer if self.rank == 0 else None, self.interrupted)
         workers: list[Worker] = []
         try:
-            self._begin(itinerary, resume, training=train is not None)
-            stop = watcher.stop_requested
-            feed = Feed(train, held_out, itinerary, self.device, lambda: stop() is not None)
-            workers = self._join(feed, itinerary, trace_packets)
-            run(workers)
-            for worker in workers:
-                worker.close()  # now every byte is out, and counted
-            report = self._gather(workers)
-            if self.rank == 0 and train is not None and self._stages[0].updates > itinerary.start:
-                self._ensure_saved()
+            with told_to_all(self._control, self.rank, self._topology):
+                self._begin(itinerary, resume, training=train is not None)
+                feed = Feed(train, held_out, itinerary, self.device, lambda: watcher.stop_requested() is not None)
+                workers = self._join(feed, itinerary, trace_packets)
+                run(workers)
+                for worker in workers:
+                    worker.close()  # now every byte is out, and counted
+                report = self._gather(workers)
+                if self.rank == 0 and train is not None and self._stages[0].updates > itinerary.start:
+                    self._ensure_saved()
             if report.steps >= itinerary.steps:  # a stop that was asked for in the last step changed nothing
                 return replace(report, stopped=None)
             return report
-        except Exception as error:
-            cause = explain_failure(error, self._control, self.rank, self._topology)
-            if cause is error:
-                raise
-            raise cause from error
         finally:
             for worker in workers:
                 worker.close()  # a second time in a good run, which does nothing
@@ -254,7 +173,7 @@ class DecoupledTrainer(BaseTrainer):
         if self._checkpoints is not None and training:
             self._checkpoints.prepare(self._control, self.rank, itinerary.start, itinerary.save_every)
         while self._notes:
-            self._post(self._notes.pop(0))
+            self._control.post(self._notes.pop(0))
 
     def _join(self, feed: Feed, itinerary: Itinerary, trace: range) -> list[Worker]:
         terms = LinkTerms(
@@ -263,11 +182,12 @@ class DecoupledTrainer(BaseTrainer):
             self._stages[0].rule.returns,
             samples=as_tuple(self.plan.sample)[0].shape[0],
         )
-        session = Session(feed, self._save, self._post, self.recipe.metrics.every, trace, terms)
+        session = Session(feed, self._save, self._control.post, self.recipe.metrics.every, trace, terms)
         if self._world is None or not isinstance(self._control, StoreControl):
             return join_in_process(session, self._stages)
         digest = plan_digest(self.plan, self.recipe, itinerary)
-        return [join_ranks(session, self._stages[0], self._topology, self._world, self._control, digest)]
+        inlet, outlet = self._world.connect(self._control, self._topology, self.device, digest, terms)
+        return [session.worker(self._stages[0], inlet, outlet)]
 
     def _gather(self, workers: list[Worker]) -> Report:
         """Return the report of what all ranks measured, the same on each."""
@@ -281,41 +201,18 @@ class DecoupledTrainer(BaseTrainer):
         gathered = self._control.gather("summary", mine, self._timeout * self.plan.stages)
         return make_report(gathered)
 
-    def _refuse_unused(self, unused: ValidationSettings | None, checkpoint: CheckpointSettings) -> None:
-        """Raise UsageError for options of `fit` that would do nothing."""
-        if unused is not None and (unused.every is not None or unused.batches is not None):
-            raise UsageError(
-                "`validation.every` and `validation.batches` need held-out data: give fit validate=batches",
-                code="validation-without-data",
-                key="validation.every",
-            )
-        if checkpoint.every is not None and self._checkpoints is None:
-            raise UsageError(
-                "`checkpoint.every` needs a trainer with checkpoints=FOLDER",
-                code="no-checkpoint-folder",
-                key="checkpoint.every",
-            )
-
     def _steps_done(self) -> int:
         return self._stages[0].updates if self._stages else 0
 
-    def _newest(self) -> Checkpoint | None:
-        if self._checkpoints is None:
-            raise UsageError("resume=True needs a trainer with checkpoints=FOLDER", code="no-checkpoint-folder")
-        return self._checkpoints.newest(self._channel())
-
-    def _post(self, record: Record) -> None:
-        self._control.post(record)
-
     def _save(self, stage: Stage, packet: int) -> None:
         if self._checkpoints is not None and self._checkpoints.save(stage, self.plan, packet):
-            self._post(CheckpointRecord(stage=stage.index, step=stage.updates))
+            self._control.post(CheckpointRecord(stage=stage.index, step=stage.updates))
 
     def _ensure_saved(self) -> None:
         """See to it that the last checkpoint is complete; rank 0 calls this once all ranks have written their parts."""
         step = self._stages[0].updates
         if self._checkpoints is not None and self._checkpoints.ensure_committed(step, self.plan.stages):
-            self._post(CheckpointRecord(stage=0, step=step))
+            self._control.post(CheckpointRecord(stage=0, step=step))
 
 
 def _checkpoint_folder(plan: Plan, recipe: Recipe, folder: Path | None) -> CheckpointFolder | None:
@@ -331,9 +228,3 @@ def _checkpoint_folder(plan: Plan, recipe: Recipe, folder: Path | None) -> Check
     tied = tied_weights(plan) if refreshed else None
     keep = recipe.checkpoint.keep
     return CheckpointFolder(folder, keep=keep, timeout_seconds=recipe.links.timeout_seconds, tied=tied)
-
-
-def _with(section: S, key: str, **given: int | None) -> S:
-    """Return the section with the values that are given, checked."""
-    changed = {field: value for field, value in given.items() if value is not None}
-    return choose_section(section.model_dump() | changed, type(section), key)

@@ -1,4 +1,4 @@
-"""Joins stages to their links: all in one process, or one in each rank."""
+"""Joins stages to their links."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from decoupled_pp.core.channels import Ends, Inlet, LinkTerms, Nowhere, Outlet
 from decoupled_pp.core.device import Clock
 from decoupled_pp.core.reports import Record
-from decoupled_pp.core.topology import Topology
-from decoupled_pp.links import InProcessLink, StoreControl, World
+from decoupled_pp.links import InProcessLink
 from decoupled_pp.pipeline.meter import StageMeter
 from decoupled_pp.pipeline.runtime import Worker
 from decoupled_pp.pipeline.stage import Stage
@@ -17,21 +16,12 @@ from decoupled_pp.pipeline.stage import Stage
 
 @dataclass(frozen=True)
 class Session:
-    """The things that the workers of one run share.
-
-    Attributes:
-        feed: The inlet of the first stage.
-        save: Saves a stage.
-        post: Takes records.
-        log_every: Packets between two flushes of the metrics.
-        trace: Packet numbers whose spans are recorded.
-        terms: Terms that both ends of every link agree on.
-    """
+    """The things that the workers of one run share."""
 
     feed: Inlet
     save: Callable[[Stage, int], None]
     post: Callable[[Record], None]
-    log_every: int
+    log_every: int  # packets between two flushes of the metrics
     trace: range
     terms: LinkTerms
 
@@ -53,11 +43,3 @@ def join_in_process(session: Session, stages: Sequence[Stage]) -> list[Worker]:
     links = [InProcessLink(stage.index, session.terms, stage.body.device) for stage in stages[:-1]]
     ends = zip(stages, [None, *links], [*links, None], strict=True)
     return [session.worker(stage, inlet, outlet) for stage, inlet, outlet in ends]
-
-
-def join_ranks(  # noqa: PLR0917 - one of each
-    session: Session, stage: Stage, topology: Topology, world: World, control: StoreControl, digest: str
-) -> Worker:
-    """Return this rank's worker of a distributed pipeline; every rank must call this."""
-    inlet, outlet = world.connect(control, topology, stage.body.device, digest, session.terms)
-    return session.worker(stage, inlet, outlet)

@@ -28,21 +28,13 @@ from decoupled_pp.settings.run import OptimizerSettings
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes of a stage and its critic.
-
-    Attributes:
-        weights: Parameters and buffers.
-        gradients: Gradients of the trainable parameters.
-        optimizer: State of the optimizer for them.
-        activations: Tensors that autograd keeps between forward and backward of a micro-batch.
-        accumulates: True if gradients are there from one micro-batch to the next.
-    """
+    """Bytes of a stage and its critic."""
 
     weights: int
     gradients: int
     optimizer: int
-    activations: int
-    accumulates: bool = False
+    activations: int  # tensors that autograd keeps between forward and backward of a micro-batch
+    accumulates: bool = False  # true if gradients are there from one micro-batch to the next
 
     @property
     def peak(self) -> int:
@@ -64,54 +56,38 @@ def predict_memory(
 ) -> tuple[StageMemory, ...]:
     """Return the memory of every stage of a decoupled run; a network on the meta device needs none for this.
 
-    Args:
-        plan: Its sample is the micro-batch.
-        critic: Builds the critics; None: there are none.
-        loss: Loss of the last stage and of every critic; targets are made up.
-        optimizer: Its state is counted by a step along zeros.
-        accumulate: Micro-batches per optimizer step.
+    The plan's sample is the micro-batch, targets are made up, and the optimizer's state is that of a step along zeros.
     """
     hiddens, output = trace(plan.module, plan.sample)
     found = []
     for stage in range(plan.stages):
         last = stage == plan.stages - 1
-        trunk = _copy(plan.stage_module(stage))
-        given = hiddens[plan.boundaries[stage]]
-        place = _place_of(trunk, given)
         judge: nn.Module | None = None
         if not last and critic is not None:
             context = critic_context(
                 plan.module, hiddens, output, boundary=plan.boundaries[stage + 1], stage=stage, stages=plan.stages
             )
             objective = stand_in_objective(loss, context.output)
-            judge = CriticWithLoss(critic(context), context, objective).to(place)
+            judge = CriticWithLoss(critic(context), context, objective)
         else:
             objective = stand_in_objective(loss, output)
-        one = _measure_stage(trunk, judge, given, optimizer, place, objective if last else None)
+        given = hiddens[plan.boundaries[stage]]
+        one = _measure(plan.stage_module(stage), given, optimizer, judge, objective if last else None)
         found.append(replace(one, accumulates=accumulate > 1))
     return tuple(found)
 
 
-def _copy(module: nn.Module) -> nn.Module:
-    return copy.deepcopy(module).train()
-
-
-def _place_of(module: nn.Module, given: Payload) -> torch.device:
-    """Return where to run a module: on the meta device if its weights are there, else where its input is."""
-    if any(parameter.is_meta for parameter in module.parameters()):
-        return torch.device("meta")
-    return as_tuple(given)[0].device
-
-
-def _measure_stage(  # noqa: PLR0917 - a stage, and how to run it
-    trunk: nn.Module,
-    judge: nn.Module | None,
+def _measure(
+    module: nn.Module,
     given: Payload,
     optimizer: OptimizerSettings | OptimizerFactory,
-    place: torch.device,
-    objective: Objective | None,
+    judge: nn.Module | None = None,
+    objective: Objective | None = None,
 ) -> StageMemory:
-    """Return the memory of a stage, by one forward pass with its local loss and a few steps of the optimizer."""
+    """Return the memory of layers, by one forward pass with their local loss and a few steps of the optimizer."""
+    trunk = copy.deepcopy(module).train()
+    is_meta = any(parameter.is_meta for parameter in trunk.parameters())
+    place = torch.device("meta") if is_meta else as_tuple(given)[0].device
     whole = nn.ModuleList([trunk] if judge is None else [trunk, judge]).to(place)
     owned: list[Tensor] = [*whole.parameters(), *whole.buffers()]
     trainable = [parameter for parameter in whole.parameters() if parameter.requires_grad]
@@ -142,17 +118,7 @@ class Room:
         optimizer: OptimizerSettings | OptimizerFactory,
         accumulate: int = 1,
     ) -> None:
-        """Measure every layer; critics are measured when they are asked for.
-
-        Args:
-            module: The network.
-            sample: An input micro-batch.
-            critic: Builds the critics; None: there are none.
-            limits: Bytes that the device of every stage has.
-            loss: As for `predict_memory`.
-            optimizer: As for `predict_memory`.
-            accumulate: As for `predict_memory`.
-        """
+        """Measure every layer; critics are measured when they are asked for."""
         self._module = module
         self._critic = critic
         self._optimizer = optimizer
@@ -164,7 +130,7 @@ class Room:
         self._objective = stand_in_objective(loss, self._output)
         objectives: list[Objective | None] = [None] * (len(module) - 1)
         self._layers = [
-            self._alone(layer, hidden, objective)
+            _measure(layer, hidden, optimizer, None, objective)
             for layer, hidden, objective in zip(module, self._hiddens, [*objectives, self._objective], strict=True)
         ]
         self._critics: dict[tuple[int, int], StageMemory] = {}
@@ -193,13 +159,10 @@ class Room:
             critic = self._critic(context)
             look = (boundary, critic_signature(critic))  # critics that look alike at one place need the same
             if look not in self._alike:
-                self._alike[look] = self._alone(CriticWithLoss(critic, context, self._objective), context.hidden, None)
+                judge = CriticWithLoss(critic, context, self._objective)
+                self._alike[look] = _measure(judge, context.hidden, self._optimizer)
             self._critics[stage, boundary] = self._alike[look]
         return self._critics[stage, boundary]
-
-    def _alone(self, module: nn.Module, given: Payload, objective: Objective | None) -> StageMemory:
-        place = _place_of(module, given)
-        return _measure_stage(_copy(module), None, given, self._optimizer, place, objective)
 
 
 _STEPS = 5
@@ -229,11 +192,7 @@ def optimizer_cost(module: nn.Module, choice: OptimizerSettings | OptimizerFacto
 
 
 def limits_of(memory: str | int | Sequence[str | int], stages: int) -> list[int]:
-    """Return the bytes that the device of every stage has, from "20GiB", a number of bytes, or a list of them.
-
-    Raises:
-        UsageError: It is no size, or there is not one for each stage.
-    """
+    """Return the bytes that the device of every stage has, from "20GiB", a number of bytes, or a list of them."""
     listed = [memory] * stages if isinstance(memory, str | int) else list(memory)
     if len(listed) != stages:
         raise UsageError(

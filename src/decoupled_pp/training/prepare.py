@@ -28,11 +28,7 @@ from decoupled_pp.training.partition import partition
 
 
 def prepare(settings: Settings, control: Control | None = None) -> tuple[Data | None, DataInfo, Plan]:
-    """Return the data (rank 0 only), their description, and the cut network with seeded weights.
-
-    Raises:
-        UsageError: Data, model, critic or cut do not work out.
-    """
+    """Return the data (rank 0 only), their description, and the cut network with seeded weights."""
     if ":" not in settings.optimizer.kind:
         find_optimizer(settings.optimizer.kind)
     opened: list[Data] = []
@@ -107,8 +103,8 @@ def _zeros(spec: list[Any]) -> Payload:
 def check_loss(plan: Plan, loss: Loss, data: Data | None) -> None:
     """Raise UsageError unless network and loss take a batch of training and of validation data (on the CPU)."""
     if data is not None:
-        _check_loss(plan, loss, data.train, "training")
-        _check_loss(plan, loss, data.validation, "validation")
+        for name, source in (("training", data.train), ("validation", data.validation)):
+            _check_loss(plan, loss, source, name)
 
 
 def _check_loss(plan: Plan, loss: Loss, source: BatchSource, name: str) -> None:

@@ -25,29 +25,14 @@ from decoupled_pp.settings.run import (
 
 @dataclass(frozen=True)
 class Recipe:
-    """Says how the stages of a plan are made and trained. Each part of a run is built from its own section of this.
+    """Says how the stages of a plan are made and trained. Each part of a run is built from its own section of this."""
 
-    Attributes:
-        loss: loss(logits, target) -> scalar, the mean over a micro-batch.
-        critic: Builds the critic of every stage before the last.
-        optimizer: Makes the optimizer of every stage.
-        schedule: Learning-rate schedule of every stage.
-        target: Chooses the training rule, by what critics learn from.
-        correction: End-to-end steps between those of the rule; None: none.
-        training: Says how every stage computes and updates.
-        links: The links between stages.
-        validation: Says when and how exits are scored.
-        checkpoint: Says when stages are saved.
-        metrics: Says when metrics are flushed.
-        seed: Seed of the critics' weights and of dropout.
-    """
-
-    loss: Loss
+    loss: Loss  # loss(logits, target) -> scalar, the mean over a micro-batch
     critic: CriticBuilder
     optimizer: OptimizerSettings | OptimizerFactory
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     target: RuleSettings = field(default_factory=LabelTarget)
-    correction: CorrectionSettings | None = None
+    correction: CorrectionSettings | None = None  # end-to-end steps between those of the rule; None: none
     training: StageSettings = field(default_factory=StageSettings)
     links: LinkSettings = field(default_factory=LinkSettings)
     validation: ValidationSettings = field(default_factory=ValidationSettings)
@@ -73,11 +58,7 @@ class Recipe:
 
 
 def recipe_of(settings: Settings) -> Recipe:
-    """Return the recipe that a run's settings describe; its sections are those of the settings.
-
-    Raises:
-        UsageError: There is no such loss or critic.
-    """
+    """Return the recipe that a run's settings describe; its sections are those of the settings."""
     return Recipe(
         loss=find_loss(settings.loss),
         critic=build_critic(settings.critic, settings.critic_overlap),

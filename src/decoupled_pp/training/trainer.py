@@ -10,6 +10,7 @@ from decoupled_pp.core.packets import Loss
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.core.suggestions import did_you_mean
 from decoupled_pp.pipeline.losses import find_loss
+from decoupled_pp.settings.rules import CorrectionSettings
 from decoupled_pp.settings.run import ScheduleSettings
 from decoupled_pp.settings.script_names import SCRIPT_NAMES, TRAINER_SECTIONS
 from decoupled_pp.settings.sections import Section
@@ -19,7 +20,6 @@ from decoupled_pp.training.choices import (
     CriticChoice,
     OptimizerChoice,
     RuleChoice,
-    choose_correction,
     choose_critic,
     choose_optimizer,
     choose_rule,
@@ -77,13 +77,16 @@ class Trainer(DecoupledTrainer):
             UsageError: A setting that cannot be; the number of ranks is not the number of stages.
         """
         sections = _sections(options)
+        correction = None
+        if global_correction is not None:
+            correction = choose_section(global_correction, CorrectionSettings, "global_correction")
         recipe = Recipe(
             loss=find_loss(loss),
             critic=choose_critic(critic),
             optimizer=choose_optimizer(optimizer),
             schedule=choose_section(schedule, ScheduleSettings, "schedule"),
             target=choose_rule(critic_target),
-            correction=choose_correction(global_correction),
+            correction=correction,
             training=sections["training"],
             links=sections["links"],
             validation=sections["validation"],
@@ -104,12 +107,7 @@ _NAMED = ("loss", "critic", "critic_target", "global_correction", "optimizer", "
 
 
 def _sections(options: dict[str, Any]) -> dict[str, Any]:
-    """Sort options into sections and check each section once.
-
-    Raises:
-        TypeError: There is no such option.
-        UsageError: A value that cannot be, or one that is given twice.
-    """
+    """Sort options into sections and check each section once."""
     keys = {name: key for key, name in SCRIPT_NAMES.items() if key.split(".")[0] in TRAINER_SECTIONS}
     del keys["steps"]  # `fit` takes it
     given: dict[str, dict[str, Any]] = {key: {} for key in TRAINER_SECTIONS}

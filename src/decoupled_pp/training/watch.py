@@ -31,10 +31,6 @@ def is_termination(fault: Fault) -> bool:
     return fault.code == "terminated"
 
 
-def _terminated(rank: int) -> Terminated:
-    return Terminated(f"rank {rank} got SIGTERM", code="terminated")
-
-
 class Watcher:
     """Forwards an interrupt of this process to the run, and on rank 0 hands out records and notices stop requests."""
 
@@ -46,14 +42,7 @@ class Watcher:
         *,
         period_seconds: float = 0.2,
     ) -> None:
-        """Start watching.
-
-        Args:
-            control: The run's control plane.
-            observer: Takes all records (rank 0), or None.
-            interrupted: Set by a signal handler: the run is to save and end.
-            period_seconds: Time between two looks.
-        """
+        """Start watching."""
         self._control = control
         self._observer = observer
         self._interrupted = interrupted
@@ -70,11 +59,7 @@ class Watcher:
         return self._stop_reason
 
     def close(self) -> None:
-        """Stop watching, and hand out the last records.
-
-        Raises:
-            Exception: What the observer raised, if it did.
-        """
+        """Stop watching, and hand out the last records."""
         if not self._ending.is_set():
             self._ending.set()
             self._thread.join()
@@ -112,12 +97,6 @@ def explain_failure(error: Exception, control: Control, rank: int, topology: Top
 
     A broken link, a SIGTERM from the launcher, or a loss that is not finite behind another stage is usually the echo of
     a fault elsewhere, so those wait a moment for a rank that knows more.
-
-    Args:
-        error: Raised on this rank.
-        control: Control plane of the run.
-        rank: This rank.
-        topology: Says which rank holds which stage; None: the ranks are no pipeline of packets.
     """
     _failing.set()
     if isinstance(error, PeerError):
@@ -173,7 +152,7 @@ def sigterm_ends(rank: int) -> Iterator[None]:
 
     def terminate(_number: int, _frame: FrameType | None) -> None:
         if not _failing.is_set():
-            raise _terminated(rank)
+            raise Terminated(f"rank {rank} got SIGTERM", code="terminated")
 
     _failing.clear()
     with _handler(signal.SIGTERM, terminate):

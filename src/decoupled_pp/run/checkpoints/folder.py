@@ -17,7 +17,7 @@ import os
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from decoupled_pp.core.channels import Control
@@ -39,11 +39,7 @@ from decoupled_pp.run.checkpoints.parts import (
 
 
 def tied_weights(plan: Plan) -> Mapping[str, str]:
-    """Return the parameters that splitting untied: key of the copy -> key of the one that it was tied to.
-
-    Raises:
-        UsageError: The plan's network has none.
-    """
+    """Return the parameters that splitting untied: key of the copy -> key of the one that it was tied to."""
     tied = plan.module.tied if isinstance(plan.module, Layers) else {}
     if not tied:
         raise UsageError(
@@ -66,36 +62,16 @@ def _owners(tied: Mapping[str, str]) -> dict[str, str]:
     return owners
 
 
-@dataclass(frozen=True)
-class _Refresh:
-    """Says how tied weights are refreshed.
-
-    Attributes:
-        every: Optimizer steps between regular checkpoints.
-        control: Tells whether another rank has failed.
-    """
-
-    every: int
-    control: Control
-
-
 class CheckpointFolder:
     """The folder of checkpoints, which all ranks must share."""
 
     def __init__(self, path: Path, *, keep: int, timeout_seconds: float, tied: Mapping[str, str] | None = None) -> None:
-        """Take over the path; nothing is written yet.
-
-        Args:
-            path: The folder.
-            keep: Committed checkpoints to keep.
-            timeout_seconds: Longest wait for another rank.
-            tied: Weights to keep in step: key of the later one -> key of the earlier; None: none.
-        """
+        """Take over the path; nothing is written yet."""
         self.path = path
-        self._keep = keep
+        self._keep = Keep(keep)
         self._timeout = timeout_seconds
         self._owners = _owners(tied or {})
-        self._refreshing: _Refresh | None = None
+        self._control: Control | None = None  # tells a stage that waits for others whether one has failed
 
     def newest(self, control: Control) -> Checkpoint | None:
         """Return the newest checkpoint, on every rank the one that rank 0 sees; None if there is none."""
@@ -105,20 +81,10 @@ class CheckpointFolder:
         return open_checkpoint(self.path / agreed[0]) if agreed else None
 
     def prepare(self, control: Control, rank: int, step: int, every: int | None) -> None:
-        """Make the folder ready; every rank calls this, before anything is trained.
-
-        Args:
-            control: Control plane of the run.
-            rank: Rank of this process.
-            step: Optimizer steps already done.
-            every: Optimizer steps between checkpoints; None: only at the end.
-
-        Raises:
-            UsageError: It holds checkpoints that the run would collide with, is not one folder for all ranks, or lacks
-                the checkpoint that tied weights are taken from next.
-        """
+        """Make the folder ready; every rank calls this, before anything is trained."""
         if self._owners:
-            self._refreshing = _Refresh(self._regular(step, every), control)
+            self._keep = replace(self._keep, every=self._regular(step, every))
+            self._control = control
         if rank == 0:
             self._make_room(step)
         # A file that only this run can know of: a folder under the same path on another machine has no such file.
@@ -139,18 +105,13 @@ class CheckpointFolder:
 
     def save(self, stage: Stage, plan: Plan, packet: int) -> bool:
         """Refresh its copies of tied weights if that is asked for, and save a stage; see `save_stage`."""
-        if self._refreshing is not None:
-            self._refresh(stage, self._refreshing)
-        return save_stage(self.path, stage, plan, packet, keep=self._kept)
+        if self._keep.every is not None:
+            self._refresh(stage, self._keep.every)
+        return save_stage(self.path, stage, plan, packet, keep=self._keep)
 
     def ensure_committed(self, step: int, stages: int) -> bool:
         """See to it that a checkpoint is complete; see `parts.ensure_committed`."""
-        return ensure_committed(self.path, step, stages, keep=self._kept, timeout_seconds=self._timeout)
-
-    @property
-    def _kept(self) -> Keep:
-        every = self._refreshing.every if self._refreshing is not None else None
-        return Keep(self._keep, every)
+        return ensure_committed(self.path, step, stages, keep=self._keep, timeout_seconds=self._timeout)
 
     def _regular(self, step: int, every: int | None) -> int:
         """Return the interval between regular checkpoints, once it is certain that tied weights can be taken."""
@@ -170,17 +131,17 @@ class CheckpointFolder:
             )
         return every
 
-    def _refresh(self, stage: Stage, refresh: _Refresh) -> None:
+    def _refresh(self, stage: Stage, every: int) -> None:
         """Copy weights that later stages own and this one has a copy of, as of the regular checkpoint before."""
         state = stage.trunk.state_dict()
         wanted = {key: owner for key, owner in self._owners.items() if key in state}
-        before = stage.updates - refresh.every
-        if stage.updates % refresh.every or before <= 0 or not wanted:
+        before = stage.updates - every
+        if stage.updates % every or before <= 0 or not wanted:
             return
         path = final_path(self.path, before)
         start = time.monotonic()
         while not path.is_dir():  # complete long ago, unless the last stage lags by a whole interval
-            fault = refresh.control.fault()
+            fault = self._control.fault() if self._control is not None else None
             if fault is not None:
                 raise PeerError(fault)
             waited = time.monotonic() - start

@@ -60,15 +60,10 @@ def name_of_critic(stage: Stage, plan: Plan) -> str:
 
 @dataclass(frozen=True)
 class Keep:
-    """Says which checkpoints are kept.
-
-    Attributes:
-        newest: Number of the newest ones to keep.
-        every: Keep the newest whose step is a multiple of this as well: tied weights are taken from it. None: no more.
-    """
+    """Says which checkpoints are kept."""
 
     newest: int
-    every: int | None = None
+    every: int | None = None  # keeps the newest multiple of this step as well: tied weights are taken from it
 
     def superfluous(self, paths: list[Path]) -> list[Path]:
         """Return those of the checkpoints (oldest first) that need not be kept."""
@@ -90,18 +85,7 @@ def step_of(path: Path) -> int:
 def save_stage(folder: Path, stage: Stage, plan: Plan, packet: int, *, keep: Keep) -> bool:
     """Write one stage's part of the checkpoint after `packet` training packets; wait for no other stage.
 
-    Args:
-        folder: The run's `checkpoints` folder, shared by all ranks.
-        stage: The stage.
-        plan: The plan of the run.
-        packet: Training packets done, the same for every stage of this checkpoint.
-        keep: Says which committed checkpoints to keep.
-
-    Returns:
-        True if this part completed the checkpoint.
-
-    Raises:
-        TrainingError: A parameter is not finite.
+    Return whether this part completed the checkpoint.
     """
     _refuse_not_finite(stage, plan, packet)
     partial = _partial(final_path(folder, stage.updates))
@@ -148,9 +132,6 @@ def ensure_committed(folder: Path, step: int, stages: int, *, keep: Keep, timeou
     """See to it that a checkpoint whose parts are all written is committed; return whether this call did it.
 
     On a shared file system the last stage to write may not have seen the others' parts at once.
-
-    Raises:
-        TrainingError: Parts of it do not appear here.
     """
     final = final_path(folder, step)
     deadline = time.monotonic() + min(timeout_seconds, MOMENT_SECONDS)
@@ -252,25 +233,15 @@ def remove_incomplete(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed checkpoint, opened and checked.
-
-    Attributes:
-        path: Its folder.
-        boundaries: The cut it was saved with.
-        packet: Training packets done.
-        step: Optimizer steps done.
-        samples: Training samples done.
-        parts: The JSON record of every stage.
-        places: Where each tensor is: name -> (part folder, shape, dtype).
-    """
+    """A committed checkpoint, opened and checked."""
 
     path: Path
     boundaries: tuple[int, ...]
     packet: int
     step: int
     samples: int
-    parts: tuple[dict[str, Any], ...]
-    places: dict[str, tuple[Path, torch.Size, torch.dtype]]
+    parts: tuple[dict[str, Any], ...]  # the JSON record of every stage
+    places: dict[str, tuple[Path, torch.Size, torch.dtype]]  # where each tensor is: name -> (part folder, shape, dtype)
 
     def merged(self, key: str) -> dict[str, Any]:
         """Return an entry of the records of all stages, `owners` or `scalars`, as one."""
@@ -291,15 +262,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
-    """Open a checkpoint and verify every file of it. Nothing is unpickled.
-
-    Args:
-        path: Its folder.
-        verify: False: it has just been written by this run; the tensors are not read to compare their checksums.
-
-    Raises:
-        UsageError: It is incomplete, damaged or of another format.
-    """
+    """Open a checkpoint; `verify` reads every file, which one that this run has just written can go without."""
     try:
         first = json.loads((path / "stage-0.json").read_text())
         if first["format"] != FORMAT:
@@ -350,11 +313,7 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def export_safetensors(module: torch.nn.Module, path: Path) -> None:
-    """Write a plain module's state as one safetensors file under its own names (atomically).
-
-    Raises:
-        UsageError: The file cannot be written.
-    """
+    """Write a plain module's state as one safetensors file under its own names (atomically)."""
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}

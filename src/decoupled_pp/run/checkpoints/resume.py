@@ -19,11 +19,7 @@ from decoupled_pp.run.checkpoints.parts import Checkpoint, name_of_critic
 def load_stage(checkpoint: Checkpoint, stage: Stage, plan: Plan) -> list[str]:
     """Bring a stage to the state of the checkpoint, by parameter names, whatever cut it was saved with.
 
-    Returns:
-        Notes of what could not be taken over (a critic whose place moved, the random stream of another cut).
-
-    Raises:
-        UsageError: A parameter of the stage is missing in the checkpoint, or has another shape.
+    Return notes of what could not be taken over: a critic whose place moved, the random stream of another cut.
     """
     _refuse_other_accumulation(checkpoint, stage)
     same_cut = checkpoint.boundaries == plan.boundaries
@@ -150,8 +146,7 @@ def _saved_fields(checkpoint: Checkpoint, here: dict[str, Optimizer]) -> dict[st
 
 def _load_groups(checkpoint: Checkpoint, stage: Stage, *, same_cut: bool) -> None:
     """Load what steps have changed in the groups of the optimizers."""
-    scalars = checkpoint.merged("scalars")
-    keys = [key for key in (*checkpoint.places, *scalars) if key.startswith("groups.")]
+    keys = [key for key in (*checkpoint.places, *checkpoint.merged("scalars")) if key.startswith("groups.")]
     if keys and not same_cut:
         raise UsageError(
             f"checkpoint {checkpoint.path}: its optimizers keep state of a whole stage ({keys[0].split('.')[-1]!r} in "
@@ -160,10 +155,7 @@ def _load_groups(checkpoint: Checkpoint, stage: Stage, *, same_cut: bool) -> Non
             key="cut",
         )
     start = f"groups.stage{stage.index}."
-    places = {key: place for key, place in checkpoint.places.items() if key.startswith(start)}
-    tensors = {key: torch.empty(shape, dtype=dtype) for key, (_, shape, dtype) in places.items()}
-    _load_into(checkpoint, tensors)
-    saved = {key.removeprefix(start): value for key, value in (scalars | tensors).items() if key.startswith(start)}
+    saved = {key.removeprefix(start): value for key, value in _begin_with(checkpoint, (start,)).items()}
     try:
         reset_entries(stage.all_optimizers, stage.first_groups, saved)
     except IndexError:
@@ -185,13 +177,9 @@ def _other_optimizer(checkpoint: Checkpoint, what: str, name: str, optimizer: Op
 
 
 def load_model(checkpoint: Checkpoint, module: torch.nn.Module) -> None:
-    """Fill the user's whole module with the checkpoint's weights and buffers, strictly by its own names.
-
-    Raises:
-        UsageError: The checkpoint is of another network.
-    """
+    """Fill the user's whole module with the checkpoint's weights and buffers, strictly by its own names."""
     refuse_other_network(checkpoint, module)
-    _load_into(checkpoint, {f"model.{name}": tensor for name, tensor in module.state_dict().items()})
+    checkpoint.fill({f"model.{name}": tensor for name, tensor in module.state_dict().items()})
 
 
 def refuse_other_network(checkpoint: Checkpoint, module: torch.nn.Module) -> None:

@@ -40,15 +40,7 @@ class DeepSpeedPipeline(Strategy):
     def __init__(self, plan: Plan, training: Training, device: torch.device, *, rank: int, ranks: int) -> None:
         """Take over this rank's stage; every rank must have joined the default process group.
 
-        Args:
-            plan: The network, in as many stages as ranks.
-            training: Says how to train.
-            device: Where this rank computes. On GPUs all of DeepSpeed's groups are NCCL's.
-            rank: This rank.
-            ranks: Number of ranks.
-
-        Raises:
-            UsageError: The plan or the optimizer does not fit the engine, or the package is missing.
+        On GPUs all of DeepSpeed's groups are NCCL's.
         """
         _check(plan, training, ranks)
         super().__init__(plan, [rank], training, device)
@@ -98,8 +90,8 @@ class DeepSpeedPipeline(Strategy):
     def _build(self, ranks: int) -> Any:
         """Build the engine of this rank's stage, with instructions that record what they do."""
         deepspeed = import_deepspeed(self.device)
-        others: nn.Module | Callable[..., Any] = _elsewhere
-        layers = [_Layer(self.parts[k]) if k in self.parts else others for k in range(ranks)]
+        # Stages of other ranks: DeepSpeed counts them and never calls them.
+        layers = [_Layer(self.parts[k]) if k in self.parts else nn.Identity() for k in range(ranks)]
         config = {
             "train_micro_batch_size_per_gpu": 1,  # a micro-batch is whatever the iterator yields
             "gradient_accumulation_steps": 1,
@@ -134,7 +126,7 @@ class DeepSpeedPipeline(Strategy):
         for kind, execute in instructions.items():
             name = kind.__name__
             if name == "OptimizerStep":
-                recorded[kind] = _hold_back
+                recorded[kind] = lambda engine: None  # `_update` takes the step
             elif name in shadows:
                 recorded[kind] = _shadow(shadows[name], execute)
             else:
@@ -196,11 +188,7 @@ class _Layer(nn.Module):
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """Import DeepSpeed for a device; it leaves no environment variable and writes nothing but errors.
-
-    Raises:
-        UsageError: The package is missing, or was imported for another kind of device.
-    """
+    """Import DeepSpeed for a device; it leaves no environment variable and writes nothing but errors."""
     try:
         with environment.temporarily({"DS_ACCELERATOR": device.type}):  # read once, at the import
             import deepspeed
@@ -262,15 +250,6 @@ def _use_process_group(deepspeed: Any, device: torch.device) -> None:
 def _shadow(told: Callable[..., None], execute: Callable[..., None]) -> Callable[..., None]:
     """Return an instruction of the engine that `told` carries out by calling its first argument."""
     return lambda engine, buffer_id: told(partial(execute, engine, buffer_id), engine, buffer_id)
-
-
-def _hold_back(engine: Any) -> None:
-    """Do nothing in place of the optimizer step; see `DeepSpeedPipeline`."""
-
-
-def _elsewhere(payload: Payload) -> Payload:
-    """Stand for a stage of another rank: DeepSpeed counts it and never calls it."""
-    return payload
 
 
 def _sendable(tensor: Tensor) -> Tensor:

@@ -33,33 +33,21 @@ class Recorder(Protocol):
         """Count the time since the last lap as `phase`."""
 
 
-class Unrecorded(Recorder):
-    """A recorder that records nothing."""
+class _NoRecorder:
+    def begin(self, packet: int) -> None: ...
 
-    def begin(self, packet: int) -> None:
-        """Do nothing."""
-
-    def lap(self, phase: str) -> None:
-        """Do nothing."""
+    def lap(self, phase: str) -> None: ...
 
 
 @dataclass(frozen=True)
 class Training:
-    """Says how a baseline trains, by the same sections that a decoupled run takes.
+    """Says how a baseline trains, by the same sections that a decoupled run takes."""
 
-    Attributes:
-        loss: loss(logits, target) -> scalar, the mean over a micro-batch.
-        optimizer: Makes the optimizer of every part of the network.
-        schedule: Learning-rate schedule.
-        steps: Optimizer steps that the schedule spans.
-        options: Precision, clipping, recomputation, compilation.
-    """
-
-    loss: Loss
+    loss: Loss  # loss(logits, target) -> scalar, the mean over a micro-batch
     optimizer: OptimizerSettings | OptimizerFactory
     schedule: ScheduleSettings
-    steps: int
-    options: StageSettings = field(default_factory=StageSettings)
+    steps: int  # optimizer steps that the schedule spans
+    options: StageSettings = field(default_factory=StageSettings)  # precision, clipping, recomputation, compilation
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
         """Return the context that forward and loss run in."""
@@ -105,36 +93,18 @@ class Strategy(ABC):
 
     Every rank is given the same micro-batches and uses what it needs of them. The gradients are those of the mean loss
     over all micro-batches, as plain PyTorch computes them (law 11).
-
-    Attributes:
-        parts: The stages that this rank trains.
-        optimizers: Over their parameters.
-        recorder: Told of the phases of every micro-batch; `first` + its place in the step is its number.
-        first: Number of the first micro-batch of the present step.
-        links: Counters of the bytes that this rank has sent, by (rank that sends activations, rank that receives them);
-            gradients count as backward. Empty where ranks exchange no activations.
-        saved_activation_bytes_peak: Most bytes that autograd held for backward passes at any moment of the first step,
-            all micro-batches in flight together; None before it. Measured as in `stage.Stage`.
     """
 
     def __init__(self, plan: Plan, stages: Sequence[int], training: Training, device: torch.device) -> None:
-        """Take over some stages of a plan (their layers move to `device`).
-
-        Args:
-            plan: The plan.
-            stages: The stages that this rank trains.
-            training: Says how to train.
-            device: Where this rank computes.
-
-        Raises:
-            UsageError: The optimizer does not fit.
-        """
+        """Take over some stages of a plan (their layers move to `device`)."""
         self.parts = {k: Part(plan.stage_module(k).to(device).train(), training, device) for k in stages}
         self.training = training
         self.device = device
-        self.recorder: Recorder = Unrecorded()
-        self.first = 0
+        self.recorder: Recorder = _NoRecorder()
+        self.first = 0  # number of the first micro-batch of the present step
+        # Bytes that this rank has sent, by (rank that sends activations, rank that receives them).
         self.links: dict[tuple[int, int], LinkCounters] = {}
+        # Most bytes that autograd held at any moment of the first step, all micro-batches in flight together.
         self.saved_activation_bytes_peak: int | None = None
         self.optimizers: list[Optimizer] = []
         for k, part in self.parts.items():
@@ -146,11 +116,7 @@ class Strategy(ABC):
     def gradients(self, batches: Sequence[Batch]) -> list[Tensor]:
         """Add the gradient of the mean loss over the micro-batches to `.grad` of this rank's parameters.
 
-        Returns:
-            The losses of the micro-batches that this rank has judged (0-dim), in order; none on most ranks.
-
-        Raises:
-            UsageError: The strategy cannot run with so many, or such, micro-batches.
+        Return the losses of the micro-batches that this rank has judged (0-dim), in order; none on most ranks.
         """
 
     def owner(self, stage: int) -> int | None:

@@ -43,19 +43,7 @@ def refuse_ranks(kind: str, ranks: int) -> None:
 def build_baseline(
     kind: str, plan: Plan, training: Training, device: torch.device, *, rank: int, ranks: int
 ) -> Strategy:
-    """Build one rank of a baseline; more than one rank must have joined the default process group.
-
-    Args:
-        kind: One of `BASELINES`.
-        plan: The network; with `stages_needed` stages.
-        training: Says how it trains.
-        device: Where this rank computes.
-        rank: This rank.
-        ranks: Number of ranks.
-
-    Raises:
-        UsageError: An unknown kind, one that does not fit the plan or the ranks, or one whose package is missing.
-    """
+    """Build one rank of a baseline; more than one rank must have joined the default process group."""
     if kind not in BASELINES:
         raise UsageError(
             f"`strategy`: {kind!r} is not known; one of {', '.join(BASELINES)}",

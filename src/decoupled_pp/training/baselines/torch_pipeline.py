@@ -20,19 +20,12 @@ from decoupled_pp.training.baselines.strategy import Strategy, Training, refuse_
 
 @dataclass(frozen=True)
 class ScheduleKind:
-    """One of torch's schedules.
-
-    Attributes:
-        make: Class of the schedule.
-        stages_per_rank: Stages on every rank.
-        folded: True if the stages go up the ranks and down again (V), instead of starting over at rank 0.
-        splits_backward: True if a backward pass is done in two parts, first for inputs, later for weights.
-    """
+    """One of torch's schedules."""
 
     make: Any
-    stages_per_rank: int = 1
-    folded: bool = False
-    splits_backward: bool = False
+    stages_per_rank: int = 1  # stages on every rank
+    folded: bool = False  # true if the stages go up the ranks and down again (V), instead of starting over at rank 0
+    splits_backward: bool = False  # true if a backward pass is done in two parts, first for inputs, later for weights
 
     def stages_of(self, rank: int, ranks: int) -> list[int]:
         """Return the stages that a rank trains."""
@@ -125,20 +118,7 @@ class TorchPipeline(Strategy):
         ranks: int,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        """Take over this rank's stages; activations and gradients travel in a group of all ranks (GPUs: NCCL).
-
-        Args:
-            kind: A key of `SCHEDULES`.
-            plan: The network, in as many stages as the schedule has on all ranks.
-            training: Says how to train.
-            device: Where this rank computes.
-            rank: This rank.
-            ranks: Number of ranks.
-            group: Process group of these ranks; default: all ranks.
-
-        Raises:
-            UsageError: The plan does not fit the schedule.
-        """
+        """Take over this rank's stages; activations and gradients travel in a group of all ranks (GPUs: NCCL)."""
         self.kind = kind
         self._schedule_kind = SCHEDULES[kind]
         refuse_other_stages(kind, plan, ranks, ranks * self._schedule_kind.stages_per_rank)
@@ -200,11 +180,7 @@ class TorchPipeline(Strategy):
             self._sent(sender, receiver, size, backward=backward)
 
     def _schedule(self, count: int) -> Any:
-        """Return the schedule for so many micro-batches per step.
-
-        Raises:
-            UsageError: torch refuses the number.
-        """
+        """Return the schedule for so many micro-batches per step."""
         if count not in self._schedules_by_count:
             make = self._schedule_kind.make
             has_one = self._schedule_kind.stages_per_rank == 1

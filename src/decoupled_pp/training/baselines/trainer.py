@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 
@@ -17,7 +18,7 @@ from decoupled_pp.core.errors import LinkError, UsageError, first_line
 from decoupled_pp.core.packets import Batch, as_tuple, map_payload
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.core.reports import Exit, Report, ValidationRecord
-from decoupled_pp.data.iterables import Batches, as_source
+from decoupled_pp.pipeline.feed import Itinerary
 from decoupled_pp.pipeline.losses import ExitScore
 from decoupled_pp.pipeline.meter import StageMeter
 from decoupled_pp.run.checkpoints.parts import Checkpoint
@@ -25,7 +26,7 @@ from decoupled_pp.run.report import RankMeasurement, make_report, measure, summa
 from decoupled_pp.training.base import BaseTrainer, Observer
 from decoupled_pp.training.baselines import Strategy, Training, build_baseline
 from decoupled_pp.training.recipe import Recipe
-from decoupled_pp.training.watch import Watcher, explain_failure
+from decoupled_pp.training.watch import Watcher, told_to_all
 
 
 class BaselineTrainer(BaseTrainer):
@@ -34,33 +35,17 @@ class BaselineTrainer(BaseTrainer):
     The records of a rank are those of a stage, with the rank in place of the stage. Held-out scores are computed on
     copies of the whole network, gathered on every rank, which share the micro-batches: exact for any shape of batch,
     and no part of training time, however long it takes. An interrupted run ends at once, and nothing is saved.
-
-    Attributes:
-        updates: Optimizer steps done.
-        samples: Training samples done, on all ranks.
     """
-
-    every_rank_reads = True
 
     def __init__(
         self, kind: str, plan: Plan, recipe: Recipe, *, steps: int, device: str, observer: Observer | None = None
     ) -> None:
-        """Take the parts; the strategy is built by `build` or the first `fit`.
-
-        Args:
-            kind: One of `baselines.BASELINES`.
-            plan: The network, cut into as many stages as the strategy needs.
-            recipe: Says how it is trained; settings that only decoupled stages have are not read.
-            steps: Optimizer steps that the learning-rate schedule spans.
-            device: "auto", "cpu" or "cuda".
-            observer: Takes the metric records, on rank 0.
-        """
+        """Take the parts; the strategy is built by `build` or the first `fit`."""
         super().__init__(plan, recipe, device, observer)
         self.kind = kind
         self.training = Training(recipe.loss, recipe.optimizer, recipe.schedule, steps, recipe.training)
         self.updates = 0
         self.samples = 0
-        self._accumulate = recipe.training.accumulate
         self._ranks = environment.world_size()
         self._random = RandomStream(recipe.seed * 1_000_003 + self.rank, self.device)
         self._strategy: Strategy | None = None
@@ -73,70 +58,50 @@ class BaselineTrainer(BaseTrainer):
         return float(optimizers[0].param_groups[0]["lr"]) if optimizers else 0.0
 
     def build(self, resume: Checkpoint | None = None) -> None:
-        """Build this rank's part of the strategy now.
-
-        Raises:
-            UsageError: The strategy does not fit the plan, the ranks or the settings; baselines have no checkpoints.
-        """
-        self._refuse_checkpoints(resume is not None)
+        """Build this rank's part of the strategy now."""
+        if resume is not None:
+            raise UsageError(
+                f"`strategy` {self.kind} saves no checkpoints to go on from; start anew",
+                code="baseline-has-no-checkpoints",
+            )
         self._built()
 
-    def fit(
+    def _session(
         self,
-        train_batches: Batches | BatchSource,
-        steps: int,
-        *,
-        validate: Batches | BatchSource | None = None,
-        validate_every: int | None = None,
-        validation_batches: int | None = None,
-        save_every: int | None = None,
-        resume: bool | Checkpoint | None = None,
-        trace_packets: range = range(0),
+        train: BatchSource | None,
+        held_out: BatchSource | None,
+        itinerary: Itinerary,
+        resume: Checkpoint | None,
+        trace_packets: range,
     ) -> Report:
-        """Train; see `BaseTrainer.fit`.
-
-        Raises:
-            UsageError: The strategy cannot run with these micro-batches, or checkpoints are asked for.
-            TrainingError: Training cannot go on.
-        """
-        self._refuse_checkpoints(bool(resume) or save_every is not None)
-        train = as_source(train_batches, endless=True)
-        held_out = as_source(validate) if validate is not None else None
-        every = validate_every or self.recipe.validation.every
-        count = validation_batches or self.recipe.validation.batches
         self._control = self._channel()
+        # An event of its own: an interrupt ends the steps at once, and the watcher must not ask for an orderly stop.
         watcher = Watcher(self._control, self._observer if self.rank == 0 else None, threading.Event())
         try:
-            strategy = self._built()
-            meter = StageMeter(
-                self.rank, Clock(self.device), self._control.post, every=self.recipe.metrics.every, trace=trace_packets
-            )
-            strategy.recorder = meter
-            self._control.gather("built", 0, self._timeout)
-            for step in self._steps(train, steps, strategy, meter):
-                if held_out is not None and (step == steps or (every is not None and step % every == 0)):
-                    meter.flush(self, 0)
-                    self._evaluate(islice(held_out.batches(), count), meter)
-            meter.flush(self, 0)
-            return self._report(strategy, meter)
-        except Exception as error:
-            cause = explain_failure(_as_link_error(error, self.rank), self._control, self.rank)
-            if cause is error:
-                raise
-            raise cause from error
+            with told_to_all(self._control, self.rank), _as_link_errors(self.rank):
+                assert train is not None, "a baseline has no evaluation alone"
+                self.build(resume)
+                strategy = self._built()
+                every = self.recipe.metrics.every
+                meter = StageMeter(self.rank, Clock(self.device), self._control.post, every=every, trace=trace_packets)
+                strategy.recorder = meter
+                self._control.gather("built", 0, self._timeout)
+                for step in self._steps(train, itinerary, strategy, meter):
+                    if held_out is not None and _is_evaluated(step, itinerary):
+                        meter.flush(self, 0)
+                        self._evaluate(islice(held_out.batches(), itinerary.validation_batches), meter)
+                meter.flush(self, 0)
+                return self._report(strategy, meter)
         finally:
             watcher.close()
 
+    def _steps_done(self) -> int:
+        return self.updates
+
     def export(self) -> nn.Module:
         """Return the whole network with the trained weights; every rank must call this."""
-        strategy = self._built()
-        for stage in range(self.plan.stages):
-            owner = strategy.owner(stage)
-            if owner is not None and self._world is not None:
-                module = self.plan.stage_module(stage).to(self.device)
-                for tensor in module.state_dict().values():
-                    self._world.broadcast(tensor, owner)
-        return self.plan.module
+        self.plan.module.to(self.device)
+        return self._gather_network(self._built().owner)
 
     def finished_network(self) -> nn.Module | None:
         """Return the whole network on rank 0; every rank must call this."""
@@ -150,20 +115,13 @@ class BaselineTrainer(BaseTrainer):
             )
         return self._strategy
 
-    def _refuse_checkpoints(self, wanted: bool) -> None:
-        if wanted:
-            raise UsageError(
-                f"`strategy` {self.kind} saves no checkpoints to go on from; start anew",
-                code="baseline-has-no-checkpoints",
-            )
-
-    def _steps(self, train: BatchSource, steps: int, strategy: Strategy, meter: StageMeter) -> Iterator[int]:
+    def _steps(self, train: BatchSource, itinerary: Itinerary, strategy: Strategy, meter: StageMeter) -> Iterator[int]:
         """Take the steps; yield the number done after each."""
-        batches = train.batches()
-        for step in range(1, steps + 1):
+        batches = train.batches(itinerary.start * itinerary.accumulate)
+        for step in range(itinerary.start + 1, itinerary.steps + 1):
             if self.interrupted.is_set():
                 raise KeyboardInterrupt
-            some = [next(batches) for _ in range(self._accumulate)]
+            some = [next(batches) for _ in range(itinerary.accumulate)]
             with self._random:
                 losses = strategy.step(some)
             self.updates = step
@@ -238,12 +196,21 @@ def _samples(batch: Batch) -> int:
     return as_tuple(batch[0])[0].shape[0]
 
 
-def _as_link_error(error: Exception, rank: int) -> Exception:
-    """Return a LinkError, the echo of a fault elsewhere, if torch's or DeepSpeed's own transport broke."""
-    text = str(error)
-    if isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "NCCL", "Connection closed")):
-        return LinkError(
+def _is_evaluated(step: int, itinerary: Itinerary) -> bool:
+    every = itinerary.validate_every
+    return step == itinerary.steps or (every is not None and step % every == 0)
+
+
+@contextmanager
+def _as_link_errors(rank: int) -> Iterator[None]:
+    """Raise LinkError, the echo of a fault elsewhere, if torch's or DeepSpeed's own transport breaks in here."""
+    try:
+        yield
+    except RuntimeError as error:
+        # Neither has an exception class for it: only the text tells.
+        if not any(word in str(error) for word in ("gloo", "NCCL", "Connection closed")):
+            raise
+        raise LinkError(
             f"rank {rank} lost the connection to another rank: {first_line(error)}; look at the other ranks' logs",
             code="peer-gone",
-        )
-    return error
+        ) from error
