@@ -11,11 +11,7 @@ from decoupled_pp.settings.critics import FactoryCritic
 
 
 def build_from_factory(settings: FactoryCritic, context: CriticContext) -> nn.Module:
-    """Call `factory(context, **arguments)`.
-
-    Raises:
-        UsageError: The function cannot be imported, or did not return a module.
-    """
+    """Call `factory(context, **arguments)`."""
     critic = call_factory(settings.factory, "critic.factory", context, **settings.arguments)
     if not isinstance(critic, nn.Module):
         raise UsageError(

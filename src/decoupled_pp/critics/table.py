@@ -61,15 +61,6 @@ class _SettingsBuilder:
 
 
 def build_critic(settings: CriticSettings, overlap: int = 0) -> CriticBuilder:
-    """Return the builder of every stage's critic; initial weights come from torch's global generator.
-
-    Args:
-        settings: The `critic` section.
-        overlap: First layers of the next stage that every stage trains redundantly, below its critic.
-
-    Returns:
-        `builder(context) -> nn.Module`; it raises UsageError where this kind of critic cannot judge the stage. Its
-        `closing()` builds what judges the last stage, if this kind has a say there.
-    """
+    """Return the builder of every stage's critic; initial weights come from torch's global generator."""
     builder = _SettingsBuilder(settings)
     return OverlapBuilder(builder, overlap) if overlap else builder

@@ -9,11 +9,7 @@ from decoupled_pp.settings.sections import FactoryData
 
 
 def open_custom(settings: FactoryData, seed: int) -> Data:
-    """Call `function(settings, seed, **arguments)`.
-
-    Raises:
-        UsageError: The function cannot be imported or returns something other than `Data`.
-    """
+    """Call `function(settings, seed, **arguments)`."""
     data = call_factory(settings.factory, "data.factory", settings, seed, **settings.arguments)
     if not isinstance(data, Data):
         raise UsageError(

@@ -20,9 +20,6 @@ def open_huggingface(settings: HuggingFaceData, seed: int) -> Data:
 
     Loaded data are memory-mapped by `datasets`. A stream is shuffled anew each epoch in a buffer of `shuffle_buffer`
     rows; resuming it reads everything before the batch again.
-
-    Raises:
-        UsageError: No such data set, split or column, or the extra `hf` is not installed.
     """
     if settings.streaming and settings.validation_split is None:
         raise UsageError(

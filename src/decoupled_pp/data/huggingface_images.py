@@ -21,9 +21,6 @@ def open_image_rows(settings: HuggingFaceData, seed: int, train: Rows, validatio
 
     Values are scaled from 0..255 to -1..1, because the mean of a stream is not known. Images are decoded when their
     batch is taken.
-
-    Raises:
-        UsageError: A column does not hold images or class numbers, or the images differ in size.
     """
     column = settings.image_column or ""
     return open_labelled(settings, seed, train, validation, column, lambda first: _ImageReader(first, column))

@@ -27,11 +27,7 @@ class Reader(ABC):
 
     @abstractmethod
     def read(self, value: Any) -> Tensor:
-        """Turn a value of the column into the input of one sample.
-
-        Raises:
-            UsageError: It is not of the expected type or size.
-        """
+        """Turn a value of the column into the input of one sample."""
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Make a batch of samples."""
@@ -46,19 +42,7 @@ def open_labelled(  # noqa: PLR0917 - the settings, the rows, and how to read th
     column: str,
     make_reader: Callable[[Any], Reader],
 ) -> Data:
-    """Open samples with classes, which are read when their batch is taken.
-
-    Args:
-        settings: The section.
-        seed: Seed of order and held-out split.
-        train: Loaded or streamed rows.
-        validation: Rows of the same kind; None: hold out some of the loaded rows.
-        column: Name of the column with the samples.
-        make_reader: Makes the reader, given the first row's sample.
-
-    Raises:
-        UsageError: There are too few rows, or a column does not hold what it should.
-    """
+    """Open samples with classes, which are read when their batch is taken."""
     labels = settings.label_column or "label"
     train = train.select_columns([column, labels])
     if validation is not None:

@@ -22,9 +22,6 @@ def open_sentence_rows(settings: HuggingFaceData, seed: int, train: Rows, valida
     """Open sentences: ((ids (B, T), mask (B, T) bool), class (B,)), T the length of the longest sentence of the batch.
 
     Sentences are tokenised when their batch is taken, with the tokenizer's special tokens, and cut to `context` tokens.
-
-    Raises:
-        UsageError: A column does not hold text or class numbers, or the tokenizer has no padding token.
     """
     column = settings.text_column or ""
     vocabulary = open_vocabulary(settings.tokenizer)

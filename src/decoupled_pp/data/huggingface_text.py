@@ -43,11 +43,7 @@ class RowCorpus(Corpus):
 
 
 def open_text_rows(settings: HuggingFaceData, seed: int, train: Rows, validation: Rows | None) -> Data:
-    """Open the text column of loaded or streamed rows as tokens.
-
-    Raises:
-        UsageError: The tokenizer is not usable or there are no rows.
-    """
+    """Open the text column of loaded or streamed rows as tokens."""
     vocabulary = open_vocabulary(settings.tokenizer)
     column = settings.text_column or ""
     if settings.streaming:

@@ -24,9 +24,6 @@ def open_idx(settings: IdxData, seed: int) -> Data:
 
     There are as many classes as the largest label + 1. All four files are read through once (not kept), so a damaged
     file is found before training starts.
-
-    Raises:
-        UsageError: A file is missing, damaged, or does not belong to the others.
     """
     folder = Path(settings.folder).expanduser()
     train = _ImagesAndLabels(folder, "train")
@@ -79,11 +76,7 @@ class _ImagesAndLabels:
 
 
 def find_file(folder: Path, name: str) -> Path:
-    """Return the file `name` or `name.gz` in `folder`.
-
-    Raises:
-        UsageError: There is neither.
-    """
+    """Return the file `name` or `name.gz` in `folder`."""
     for path in (folder / name, folder / f"{name}.gz"):
         if path.is_file():
             return path
@@ -95,11 +88,7 @@ def find_file(folder: Path, name: str) -> Path:
 
 
 def check_idx(path: Path, rank: int) -> tuple[int, ...]:
-    """Read a file of unsigned bytes through without keeping it, and return its `rank` dimensions.
-
-    Raises:
-        UsageError: Wrong magic number, no samples, other length than the header says, or a damaged gzip stream.
-    """
+    """Read a file of unsigned bytes through without keeping it, and return its `rank` dimensions."""
     found = 0
     header = 4 + 4 * rank
     try:

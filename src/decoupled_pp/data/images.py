@@ -63,12 +63,7 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def crop_and_flip(batch: Batch, random: torch.Generator) -> Batch:
-    """Pad by 4 zeros, crop at random, mirror half of the images on average (He et al. 2016, section 4.2).
-
-    Args:
-        batch: Normalised images (B, C, H, W), so the padding is the mean colour; the target is passed on untouched.
-        random: The only source of randomness.
-    """
+    """Pad by 4 zeros, crop at random, mirror half of the images on average (He et al. 2016, section 4.2)."""
     images = first_tensor(batch[0])
     target = batch[1]
     size, channels, height, width = images.shape
@@ -91,15 +86,7 @@ def open_pixels(
     seed: int,
     augment: bool,
 ) -> Data:
-    """Open byte images; mean and deviation come from the training images, for both parts.
-
-    Args:
-        info: Shape and classes, known without loading.
-        load: Reads (training, validation); called once, by the first of the two sources that is iterated.
-        settings: Batch sizes.
-        seed: Seed of order and augmentation.
-        augment: True to crop and flip training images.
-    """
+    """Open byte images; mean and deviation come from the training images, for both parts."""
 
     @cache  # both sources share one copy in memory
     def normalised() -> tuple[Samples, Samples]:

@@ -48,17 +48,7 @@ class StreamedBatches(BatchSource):
         change: Augmentation | None = None,
         collate: Collate = stacked,
     ) -> None:
-        """Batch a stream.
-
-        Args:
-            samples: Epoch number -> its samples; the same epoch must give the same samples.
-            batch_size: Samples per batch.
-            endless: True for training: epoch after epoch, without the last partial batch of an epoch (unless it is the
-                only one). False for one pass that keeps it.
-            seed: Seed of `change` in training; validation has the same numbers for every seed.
-            change: Applied to every batch, with random numbers that depend on its number.
-            collate: Makes a batch of samples.
-        """
+        """Batch a stream."""
         self._samples = samples
         self._batch_size = batch_size
         self._endless = endless
@@ -67,11 +57,7 @@ class StreamedBatches(BatchSource):
         self._collate = collate
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
-        """Yield the batches from number `start` on.
-
-        Raises:
-            UsageError: The stream holds no samples.
-        """
+        """Yield the batches from number `start` on."""
         return map(self._changed, count(start), islice(self._all_batches(), start, None))
 
     def _changed(self, number: int, batch: Batch) -> Batch:
@@ -124,14 +110,7 @@ def stream_sources(
     validation: Callable[[int], Iterator[Sample]],
     **more: Any,
 ) -> dict[str, StreamedBatches]:
-    """Return the two sources of a streamed data set, by the names of `Data`'s fields.
-
-    Args:
-        settings: The section.
-        train: Epoch number -> its training samples.
-        validation: The validation samples, whatever the number.
-        **more: Further arguments of `StreamedBatches`.
-    """
+    """Return the two sources of a streamed data set, by the names of `Data`'s fields."""
     return {
         "train": StreamedBatches(train, settings.batch_size, endless=True, **more),
         "validation": StreamedBatches(validation, validation_batch_size(settings), endless=False, **more),
@@ -139,11 +118,7 @@ def stream_sources(
 
 
 def expect_text(value: object, column: str) -> str:
-    """Return the value of a text column.
-
-    Raises:
-        UsageError: It is no text.
-    """
+    """Return the value of a text column."""
     if not isinstance(value, str):
         raise UsageError(
             f"`data.text_column` {column!r} holds {type(value).__name__}, not text; name another column",

@@ -31,12 +31,5 @@ def open_data(settings: DataSettings, seed: int) -> Data:
 
     Faults that are cheap to find (missing, truncated or malformed files) are found here. The samples themselves are
     read when `batches` is first called, so ranks that only need `info` hold no data.
-
-    Args:
-        settings: The `data` section.
-        seed: Seed of the order, the held-out split and the augmentation.
-
-    Raises:
-        UsageError: The section names data that cannot be used.
     """
     return KINDS[settings.kind](settings, seed)

@@ -36,17 +36,7 @@ class TokenWindows(Samples):
     """Windows of `context` tokens that do not overlap within an epoch; all epochs have the same number of windows."""
 
     def __init__(self, tokens: Tensor, context: int, seed: int | None, part: str) -> None:
-        """Window `tokens`.
-
-        Args:
-            tokens: Ids (N,) of any integer type.
-            context: Tokens per sample.
-            seed: Seed of the offset of every epoch; None for validation, which starts at 0.
-            part: "training" or "validation", for the error text.
-
-        Raises:
-            UsageError: The text is shorter than one window.
-        """
+        """Window `tokens`."""
         check_length(len(tokens), context, part)
         self._tokens = tokens
         self._context = context
@@ -159,11 +149,7 @@ def token_info(settings: TokenSettings, vocabulary: Vocabulary) -> DataInfo:
 def open_tokens(
     settings: TokenSettings, seed: int, vocabulary: Vocabulary, train: TextPart, validation: TextPart
 ) -> Data:
-    """Open two texts; each is read when its source is first iterated.
-
-    Raises:
-        UsageError: A text is shorter than one sample (here if its length is known, else when it is read).
-    """
+    """Open two texts; each is read when its source is first iterated."""
     context = settings.context
     change = masking(settings, vocabulary)
     for name, part in (("training", train), ("validation", validation)):

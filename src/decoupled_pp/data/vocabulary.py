@@ -71,9 +71,6 @@ def open_vocabulary(tokenizer: str | None) -> Vocabulary:
     """Open the vocabulary of a `tokenizer` setting: None is bytes.
 
     Special tokens, truncation and padding that a tokenizer may ask for are not applied to a stream of text.
-
-    Raises:
-        UsageError: The extra `hf` is not installed, or the file or folder cannot be used.
     """
     if tokenizer is None:
         return BYTES
@@ -137,13 +134,7 @@ def _gpt2_tokenizer(folder: Path) -> Any:
 
 
 def _as_vocabulary(tokenizer: Any, mask: int | None = None, pad: int | None = None) -> Vocabulary:
-    """Return the vocabulary of a tokenizer of the package `tokenizers`.
-
-    Args:
-        tokenizer: The tokenizer; its truncation and padding are switched off.
-        mask: Id of its mask token; None: the token with the usual name.
-        pad: Id of its padding token; None: as its padding says, or the token with the usual name.
-    """
+    """Return the vocabulary of a tokenizer of the package `tokenizers`."""
     padding = tokenizer.padding or {}
     definition = tokenizer.to_str()
     tokenizer.no_truncation()

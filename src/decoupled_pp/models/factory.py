@@ -11,11 +11,7 @@ from decoupled_pp.settings.sections import FactoryModel
 
 
 def build_from_factory(settings: FactoryModel, info: DataInfo) -> nn.Sequential:
-    """Call `factory(info, **arguments)`; it returns an `nn.Sequential`, or a list of modules to make one of.
-
-    Raises:
-        UsageError: The function cannot be imported, or returned something else.
-    """
+    """Call `factory(info, **arguments)`; it returns an `nn.Sequential`, or a list of modules to make one of."""
     network = call_factory(settings.factory, "model.factory", info, **settings.arguments)
     if isinstance(network, nn.Sequential):
         return network

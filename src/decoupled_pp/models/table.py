@@ -28,16 +28,5 @@ KINDS: dict[str, Callable[[Any, DataInfo], nn.Sequential]] = {
 
 
 def build_model(settings: ModelSettings, info: DataInfo) -> nn.Sequential:
-    """Build the network of a run, on the CPU, in fp32; initial weights come from torch's global generator.
-
-    Args:
-        settings: The `model` section.
-        info: Facts about the data: form, sample shape, number of outputs.
-
-    Returns:
-        The layers in order, under readable names.
-
-    Raises:
-        UsageError: The network does not fit the data, or a factory is at fault.
-    """
+    """Build the network of a run, on the CPU, in fp32; initial weights come from torch's global generator."""
     return KINDS[settings.kind](settings, info)

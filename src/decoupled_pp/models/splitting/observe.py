@@ -31,9 +31,7 @@ class Call:
 def observe(run: Callable[[], Tensor], modules: Mapping[nn.Module, nn.Module]) -> tuple[Tensor, list[Call]]:
     """Call `run` without gradients; return its result and all calls of some modules, which keep their tensors alive.
 
-    Args:
-        run: Calls the model.
-        modules: Each part of it to watch -> the module to be named in the calls.
+    `modules` maps each module to watch to the one that stands in its calls.
     """
     calls: list[Call] = []
     clock = count()
@@ -69,11 +67,7 @@ def _has_tensors(value: object) -> bool:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Return name and module of the `nn.ModuleList` with the most parameters: the model's repeated blocks.
-
-    Raises:
-        UsageError: There is no such list with more than one entry.
-    """
+    """Return name and module of the `nn.ModuleList` with the most parameters: the model's repeated blocks."""
     lists = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) > 1]
     if not lists:
         raise UsageError(

@@ -44,18 +44,10 @@ class TracedLayer(nn.Module):
     """Runs one part: picks its arguments from the payload, and passes on what later parts need."""
 
     def __init__(self, part: nn.Module, takes: Sequence[int], gives: Sequence[tuple[bool, int]], *, last: bool) -> None:
-        """Wrap a part.
-
-        Args:
-            part: Its graph.
-            takes: Places in the payload that are its arguments.
-            gives: For every tensor of the outgoing payload whether the part has made it, and its place.
-            last: True if the part's only result is the network's output.
-        """
         super().__init__()
         self.part = part
-        self._takes = tuple(takes)
-        self._gives = tuple(gives)
+        self._takes = tuple(takes)  # places in the payload
+        self._gives = tuple(gives)  # for every outgoing tensor: True if the part has made it, and its place
         self._last = last
 
     def forward(self, payload: Payload) -> Payload:

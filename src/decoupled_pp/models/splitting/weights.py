@@ -23,21 +23,13 @@ class StoredWeights(Weights):
 
     def __init__(
         self,
-        source: Path | None,
-        names: Mapping[str, str],
-        untied: Mapping[str, str],
-        prepare: Callable[[nn.Module], None],
-        shared: Iterable[Sequence[str]] = (),
+        source: Path | None,  # None: there is none, and `prepare` makes the weights
+        names: Mapping[str, str],  # key of the layers -> name in the model
+        untied: Mapping[str, str],  # name of a parameter that was another's in the model -> name of that one
+        prepare: Callable[[nn.Module], None],  # fills a part that has storage: unsaved buffers, fresh weights
+        shared: Iterable[Sequence[str]] = (),  # names that are one parameter; a file may have only one of them
     ) -> None:
-        """Look up where every tensor is; none is read.
-
-        Args:
-            source: The file or folder; None if there is none and `prepare` makes the weights.
-            names: Key of the layers -> name in the model.
-            untied: Name of a parameter that was another's in the model -> name of that one.
-            prepare: Fills a part that has storage and no content: buffers that are not saved, fresh weights.
-            shared: Groups of names in the model that are one parameter; a file may have only one name of a group.
-        """
+        """Look up where every tensor is; none is read."""
         self._source = source
         self._names = names
         self._untied = untied

@@ -76,11 +76,7 @@ class Wiring:
 
 
 def wire(calls: Sequence[Call], names: Sequence[str]) -> Wiring:
-    """Work out the wiring of blocks, from their calls (one of each, in order) and their names (for errors).
-
-    Raises:
-        UsageError: A block is not given what the one before it made.
-    """
+    """Work out the wiring of blocks, from their calls (one of each, in order) and their names (for errors)."""
     passes = [
         _hidden_between(before, after, name) for before, after, name in zip(calls, calls[1:], names[1:], strict=False)
     ]
