@@ -8,8 +8,7 @@ from typing import Any
 from decoupled_pp.core.datasets import Data
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.extras import import_extra
-from decoupled_pp.data.huggingface_images import open_image_rows
-from decoupled_pp.data.huggingface_sentences import open_sentence_rows
+from decoupled_pp.data.huggingface_labelled import open_image_rows, open_sentence_rows
 from decoupled_pp.data.huggingface_text import open_text_rows
 from decoupled_pp.data.streams import Rows
 from decoupled_pp.settings.sections import HuggingFaceData

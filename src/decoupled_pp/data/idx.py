@@ -31,13 +31,8 @@ def open_idx(settings: IdxData, seed: int) -> Data:
     if train.shape != test.shape:
         raise _of_several_sets(f"{test.images} has images of {test.shape}, {train.images} of {train.shape}")
     classes = max(train.classes, test.classes)
-    return open_pixels(
-        image_info((1, *train.shape), classes),
-        lambda: (train.read(), test.read()),
-        settings,
-        seed,
-        settings.augment,
-    )
+    info = image_info((1, *train.shape), classes)
+    return open_pixels(info, lambda: (train.read(), test.read()), settings, seed, settings.augment)
 
 
 def _of_several_sets(fault: str) -> UsageError:
@@ -51,14 +46,7 @@ def _damaged(fault: str) -> UsageError:
 
 
 class _ImagesAndLabels:
-    """One file of images and its file of labels, checked.
-
-    Attributes:
-        images: Path of the images.
-        labels: Path of the labels.
-        shape: (H, W) of the images.
-        classes: The largest label + 1.
-    """
+    """One file of images and its file of labels, checked."""
 
     def __init__(self, folder: Path, prefix: str) -> None:
         self.images = find_file(folder, f"{prefix}-images-idx3-ubyte")

@@ -25,7 +25,7 @@ class ListedBatches(BatchSource):
     """
 
     def __init__(self, batches: Batches, endless: bool = False, first: int = 0) -> None:
-        """Wrap `batches`."""
+        """Wrap `batches`: `endless` ones start over at their end; a one-shot iterator yields number `first` next."""
         self._batches = batches
         self._endless = endless
         self._one_shot = isinstance(batches, Iterator)
@@ -78,7 +78,7 @@ class ListedBatches(BatchSource):
 
 
 def as_source(batches: Batches | BatchSource, endless: bool = False, first: int = 0) -> BatchSource:
-    """Make a `BatchSource` of a user's batches; a `BatchSource` is returned as it is."""
+    """Make a `BatchSource` of a user's batches (see `ListedBatches`); a `BatchSource` is returned as it is."""
     if isinstance(batches, BatchSource):
         return batches
     if isinstance(batches, Tensor | str | dict) or not (isinstance(batches, Iterable) or callable(batches)):

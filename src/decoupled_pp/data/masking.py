@@ -33,7 +33,10 @@ def masking(settings: TokenSettings, vocabulary: Vocabulary) -> Augmentation | N
 
 
 def masked(tokens: Tensor, mask: int, size: int, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Choose a share of the tokens to predict, at least one: 80 % of them become `mask`, 10 % any token, 10 % stay."""
+    """Choose a share of the tokens to predict, at least one: 80 % of them become `mask`, 10 % any token, 10 % stay.
+
+    Returns inputs (B, T), and targets (B, T): the tokens that were chosen, IGNORED elsewhere.
+    """
     draws = torch.rand(tokens.shape, generator=generator)
     # Without a chosen token the loss would be a mean over nothing, NaN: the bound is at least just above the smallest.
     chosen = draws < max(share, float(draws.min()) * (1 + 1e-6))

@@ -16,8 +16,8 @@ from decoupled_pp.data.tokens import Corpus, open_tokens, split_corpus
 from decoupled_pp.data.vocabulary import BYTES, Vocabulary, bytes_to_tokens, open_vocabulary
 from decoupled_pp.settings.sections import PythonSourceData, TextData, TokenSettings
 
+# Third-party code, and tests and tables that are not like ordinary source.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
-"""Third-party code, and tests and tables that are not like ordinary source."""
 
 
 def open_text(settings: TextData, seed: int) -> Data:
