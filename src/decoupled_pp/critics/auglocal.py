@@ -30,9 +30,6 @@ def build_auglocal(settings: AuglocalCritic, context: CriticContext) -> nn.Modul
     `weights: network` departs from the paper: copies and head begin with the network's own weights, for a network
     that is trained already.
 
-    Raises:
-        UsageError: A sampled layer can be neither copied nor rebuilt.
-
     Source: Ma et al. 2024 (ICLR), section 3.
     """
     above = len(context.layers) - context.boundary
@@ -63,12 +60,6 @@ def pyramidal_depth(depth: int, pyramid: float, stage: int, stages: int) -> int:
 
     max(1, round(d(1 - c s) + c s)) with s = stage / (K - 2), the position among the K - 1 critics (0 if there is one).
 
-    Args:
-        depth: d, the depth at the first stage.
-        pyramid: c, the share taken off linearly towards the last critic.
-        stage: Index of the stage, 0 .. K-2.
-        stages: K.
-
     Source: Ma et al. 2024, section 3.3 (pyramidal depth), minimal depth 1.
     """
     taken_off = pyramid * relative_position(stage, stages)
@@ -79,14 +70,6 @@ def sampled_indices(last: int, layers: int, depth: int) -> tuple[int, ...]:
     """Return the indices of the layers that a critic copies.
 
     round(l + (n-l-1)/d i), i = 1..d; all that remain if d >= n-1-l.
-
-    Args:
-        last: l, index of the stage's last layer.
-        layers: n, the number of layers, the head not counted.
-        depth: d.
-
-    Returns:
-        Strictly increasing indices in l+1 .. n-1, the last always n-1; empty if nothing remains above the stage.
 
     Source: Ma et al. 2024, section 3.2 (uniform selection).
     """
@@ -128,11 +111,7 @@ class PoolTo(nn.Module):
 
 
 def _narrowing(settings: AuglocalCritic, context: CriticContext) -> nn.Module:
-    """Build what comes before the copies: pooling to `resolution`, and a projection to `width` of the channels.
-
-    Raises:
-        UsageError: The stage's output has no such dimensions.
-    """
+    """Build what comes before the copies: pooling to `resolution`, and a projection to `width` of the channels."""
     hidden = context.hidden
     first = first_tensor(hidden)
     shape = tuple(first.shape)
@@ -169,11 +148,7 @@ def _channels(payload: Payload) -> int:
 
 
 def _copy_for(settings: AuglocalCritic, context: CriticContext, index: int, current: Payload) -> nn.Module:
-    """Return a copy of layer `index` that takes `current`: with the network's weights, or fresh ones.
-
-    Raises:
-        UsageError: The layer takes another shape and cannot be rebuilt for this one.
-    """
+    """Return a copy of layer `index` that takes `current`: with the network's weights, or fresh ones."""
     layer = context.layers[index]
     wanted = context.hiddens[index - context.boundary]
     after = context.hiddens[index + 1 - context.boundary]

@@ -16,11 +16,7 @@ IMAGES = AuglocalCritic(kind="auglocal", depth=2, resolution=7)
 
 
 def build_auto(settings: AutoCritic, context: CriticContext) -> nn.Module:
-    """Build `IMAGES` for images with one label each; `head` for all else, and where a layer cannot be copied.
-
-    Raises:
-        UsageError: No built-in critic judges such an output.
-    """
+    """Build `IMAGES` for images with one label each; `head` for all else, and where a layer cannot be copied."""
     is_image = first_tensor(context.hidden).dim() == 4 and context.output.dim() == 2
     if is_image:
         try:

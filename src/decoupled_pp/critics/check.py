@@ -16,10 +16,6 @@ def check_critic(critic: nn.Module, context: CriticContext) -> None:
     """Run the critic on a copy of the sample, without gradients, and look at what comes out.
 
     It runs in eval mode; its modes are restored.
-
-    Raises:
-        UsageError: It fails on the sample, changes the sample in place, or its output is not a tensor shaped like
-            the network's output.
     """
     if not has_exit(critic):  # no logits to look at
         return

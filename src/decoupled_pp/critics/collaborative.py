@@ -63,9 +63,6 @@ def _with_scaled_gradient(tensor: Tensor, factor: float) -> Tensor:
 def build_collaborative(settings: CollaborativeCritic, context: CriticContext) -> Collaborative:
     """Build the heads of one stage.
 
-    Raises:
-        UsageError: No such head fits the stage.
-
     Source: Song & Chai 2018 (NeurIPS, 1805.11761), equations 2 to 5 and section 3.3 (backpropagation rescaling).
     """
     return Collaborative(build_bases(settings.base, settings.heads, context), settings)

@@ -27,9 +27,6 @@ class Convolutions(nn.Sequential):
 def build_conv(settings: ConvCritic, context: CriticContext) -> Convolutions:
     """Build the convolutional critic of one stage.
 
-    Raises:
-        UsageError: The stage's output is no image, or the network's is not (B, K).
-
     Source: Lee & Lee 2019 (1805.01128), section IV.
     """
     hidden = judged_tensor("conv", context, (4,))

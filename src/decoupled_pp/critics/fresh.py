@@ -25,29 +25,14 @@ def fresh_copy(layer: nn.Module, name: str) -> nn.Module:
 
 
 def make_fresh(layer: nn.Module, name: str) -> nn.Module:
-    """Re-initialise `layer` in place from torch's global generator; nothing in it is frozen or works in place after.
-
-    Args:
-        layer: A copy: its old weights are lost.
-        name: Its name in an error.
-
-    Returns:
-        The same module, in training mode.
-
-    Raises:
-        UsageError: It holds parameters that nothing re-initialises.
-    """
+    """Re-initialise `layer` in place from torch's global generator; nothing in it is frozen or works in place after."""
     with torch.no_grad():
         _reset(layer, "", name)
     return _made_trainable(layer)
 
 
 def trainable_copy(layer: nn.Module) -> nn.Module:
-    """Return a deep copy of `layer` with the same weights, none of them frozen; `layer` stays as it is.
-
-    Raises:
-        UsageError: It has no weights here (it is on the meta device).
-    """
+    """Return a deep copy of `layer` with the same weights, none of them frozen; `layer` stays as it is."""
     if on_meta(layer):
         raise UsageError(
             "a critic is to copy weights of a later stage, which are not here while the network is on the meta device; "

@@ -87,19 +87,7 @@ def padding_mask(payload: Payload) -> Tensor | None:
 
 
 def matching_head(hidden: Payload, output: Tensor, stage: int) -> nn.Module:
-    """Build the head that turns `hidden` into logits shaped like the network's output.
-
-    Args:
-        hidden: Sample of the head's input; the first tensor of a tuple is judged.
-        output: Sample of the network's output.
-        stage: Index of the stage it is for, for the error text.
-
-    Returns:
-        A fresh head in the dtype and on the device of `hidden`.
-
-    Raises:
-        UsageError: No head leads from the one shape to the other.
-    """
+    """Build the head that turns `hidden` into logits shaped like the network's output."""
     first = first_tensor(hidden)
     if not first.is_floating_point():
         raise UsageError(
@@ -131,15 +119,7 @@ def matching_head(hidden: Payload, output: Tensor, stage: int) -> nn.Module:
 
 
 def own_head(context: CriticContext, hidden: Payload) -> nn.Module:
-    """Return a copy of the network's last layer with its weights.
-
-    Args:
-        context: The stage the copy is for.
-        hidden: Sample of its input there.
-
-    Raises:
-        UsageError: The layer takes another shape.
-    """
+    """Return a copy of the network's last layer with its weights."""
     wanted = tuple(first_tensor(context.hiddens[-1]).shape)
     given = tuple(first_tensor(hidden).shape)
     if wanted != given:
@@ -153,11 +133,7 @@ def own_head(context: CriticContext, hidden: Payload) -> nn.Module:
 
 
 def build_head(settings: HeadCritic, context: CriticContext) -> nn.Module:
-    """Build the head critic of one stage.
-
-    Raises:
-        UsageError: No head leads from the stage's output to the network's.
-    """
+    """Build the head critic of one stage."""
     if settings.weights == "network":
         return own_head(context, context.hidden)
     return matching_head(context.hidden, context.output, context.stage)

@@ -89,9 +89,6 @@ def _between(ends: list[float], position: float) -> float:
 def build_infopro(settings: InfoproCritic, context: CriticContext) -> Infopro:
     """Build the InfoPro critic of one stage.
 
-    Raises:
-        UsageError: Stage output, network input and network output are not images, images and (B, K).
-
     Source: Wang et al. 2021 (ICLR, 2101.10832), equation 5 and appendix.
     """
     hidden = judged_tensor("infopro", context, (4,))

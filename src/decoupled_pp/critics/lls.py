@@ -54,11 +54,7 @@ class Lls(Critic):
 
 
 def build_lls(settings: LlsCritic, context: CriticContext) -> Lls:
-    """Build the LLS critic of one stage.
-
-    Raises:
-        UsageError: The stage's output is neither an image nor a vector, or the network's is not (B, K).
-    """
+    """Build the LLS critic of one stage."""
     hidden = judged_tensor("lls", context)
     pooled = settings.pooled if hidden.dim() == 4 else None
     features = hidden.shape[1] * (pooled or 1) ** 2

@@ -21,11 +21,7 @@ class _NormalisedLayers(nn.Sequential):
     """Layers with batch normalisation, which needs two values of a channel to train on."""
 
     def forward(self, features: Tensor) -> Tensor:
-        """Run the layers.
-
-        Raises:
-            UsageError: There is one value per channel; torch's own error would not name the setting.
-        """
+        """Run the layers."""
         if self.training and len(self) > 1 and features.numel() == features.shape[1]:
             raise UsageError(
                 "critic mlp_sr normalises over the micro-batch and cannot train on one of a single sample; raise "
@@ -83,10 +79,6 @@ class VectorMlpSr(nn.Module):
 
 def build_mlp_sr(settings: MlpSrCritic, context: CriticContext) -> nn.Module:
     """Build the MLP-SR critic of one stage; the spatial reduction is to ceil(H/4) x ceil(W/4).
-
-    Raises:
-        UsageError: The stage's output is neither image-like nor a vector, or the network's is not (B, K). Token
-            sequences are refused: the linear layers would mix positions, and so show each one its future.
 
     Source: Belilovsky et al. 2020 (1901.08164), section 5 and appendix, "MLP-SR-aux".
     """

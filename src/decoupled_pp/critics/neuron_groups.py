@@ -64,10 +64,6 @@ class NeuronGroups(Critic):
 def build_neuron_groups(settings: NeuronGroupsCritic, context: CriticContext) -> NeuronGroups:
     """Build the grouped critic of one stage.
 
-    Raises:
-        UsageError: The stage's output is neither an image nor a vector, its channels do not divide by the groups, or
-            the network's output is not (B, K) with at least 3 classes.
-
     Source: Patel et al. 2023 (2301.07635), section 4.
     """
     hidden = judged_tensor("neuron_groups", context)

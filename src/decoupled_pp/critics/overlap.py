@@ -67,11 +67,7 @@ class OverlapBuilder:
     layers: int
 
     def __call__(self, context: CriticContext) -> nn.Module:
-        """Build the critic of one stage.
-
-        Raises:
-            UsageError: See the builder; or the critic looks at the stage itself.
-        """
+        """Build the critic of one stage."""
         end = min(context.boundary + self.layers, len(context.layers) - 1)
         copies = nn.Sequential(*(trainable_copy(layer) for layer in context.layers[context.boundary : end]))
         above = context.hiddens[end - context.boundary :]

@@ -81,11 +81,7 @@ def pooling_kernel(shape: tuple[int, ...], most: int) -> int:
 
 
 def build_predsim(settings: PredsimCritic, context: CriticContext) -> Predsim:
-    """Build the predsim critic of one stage.
-
-    Raises:
-        UsageError: The stage's output is neither an image nor a vector, or the network's is not (B, K).
-    """
+    """Build the predsim critic of one stage."""
     hidden = judged_tensor("predsim", context)
     with torch.no_grad():
         critic = Predsim(hidden, context.output.shape[1], settings)

@@ -40,9 +40,6 @@ class Reconstruct(Critic):
         """Return lambda mean (d(h_k) - sg(h_{k-1}))^2.
 
         A stage that is given no activations (the first one, given token ids) rebuilds the output of its first layer.
-
-        Raises:
-            UsageError: Neither has the shape of the stage's output.
         """
         hidden = first_tensor(view.hidden)
         for source in (view.inputs, view.first):
@@ -58,11 +55,7 @@ class Reconstruct(Critic):
 
 
 def build_reconstruct(settings: ReconstructCritic, context: CriticContext) -> Reconstruct:
-    """Build the decoder of one stage.
-
-    Raises:
-        UsageError: The stage's output is neither (B, T, D) nor (B, D).
-    """
+    """Build the decoder of one stage."""
     hidden = first_tensor(context.hidden)
     if hidden.dim() not in {2, 3} or not hidden.is_floating_point():
         raise critic_unfit(

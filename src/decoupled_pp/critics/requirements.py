@@ -10,13 +10,7 @@ from decoupled_pp.core.packets import Payload, as_tuple, first_tensor
 
 
 def critic_unfit(context: CriticContext, fault: str, *, option: str | None = None) -> UsageError:
-    """Return the error for a kind of critic that cannot judge this stage.
-
-    Args:
-        context: The stage.
-        fault: The reason, as a clause after "stage 1: ".
-        option: The key of the option at fault, if the critic could judge the stage without it.
-    """
+    """Return the error for a kind of critic that cannot judge this stage."""
     remedy = "choose another `critic.kind`, such as head, or `cut` elsewhere"
     if option is not None:
         remedy = "leave it out"
@@ -33,16 +27,7 @@ def shapes_of(context: CriticContext) -> str:
 
 
 def judged_tensor(kind: str, context: CriticContext, dims: tuple[int, ...] = (2, 4)) -> Tensor:
-    """Return a sample of the tensor to judge, for critics of networks with one row of logits per sample.
-
-    Args:
-        kind: `critic.kind`, for the error.
-        context: The stage.
-        dims: Numbers of dimensions the tensor may have: 2 is a vector per sample, 4 an image.
-
-    Raises:
-        UsageError: The stage's output or the network's has another form.
-    """
+    """Return a sample of the tensor to judge, for critics of networks with one row of logits per sample."""
     hidden = first_tensor(context.hidden)
     if context.output.dim() != 2 or hidden.dim() not in dims or not hidden.is_floating_point():
         forms = "images" if dims == (4,) else "images and vectors"
@@ -51,16 +36,7 @@ def judged_tensor(kind: str, context: CriticContext, dims: tuple[int, ...] = (2,
 
 
 def class_indices(kind: str, target: Payload, judged: Tensor) -> Tensor:
-    """Return the targets as class indices, int64.
-
-    Args:
-        kind: `critic.kind`, for the error.
-        target: The micro-batch's target.
-        judged: Logits or activations (..., D): one index is needed for every row of D.
-
-    Raises:
-        UsageError: The targets are something else.
-    """
+    """Return the targets as class indices, int64."""
     classes = as_tuple(target)[0]
     if classes.is_floating_point() or classes.shape != judged.shape[:-1]:
         raise UsageError(

@@ -87,9 +87,6 @@ class _FirstTensor(nn.Module):
 def build_sgr(settings: SgrCritic, context: CriticContext) -> Sgr:
     """Build the SGR critic of one stage before the last.
 
-    Raises:
-        UsageError: The stage's output is neither an image nor a vector, or the network's is not (B, K).
-
     Source: Yang et al. 2024 (ICML), "Towards interpretable deep local learning with successive gradient
     reconciliation". The paper leaves the distance open; neither distance here depends on the deltas' scale.
     """

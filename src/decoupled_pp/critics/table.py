@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.factory import call_factory
 from decoupled_pp.core.objective import Critic, CriticBuilder, CriticContext
 from decoupled_pp.critics.auglocal import build_auglocal
 from decoupled_pp.critics.auto import build_auto
 from decoupled_pp.critics.collaborative import build_collaborative
 from decoupled_pp.critics.conv import build_conv
-from decoupled_pp.critics.factory import build_from_factory
 from decoupled_pp.critics.head import build_head
 from decoupled_pp.critics.infopro import build_infopro
 from decoupled_pp.critics.lls import build_lls
@@ -24,7 +25,21 @@ from decoupled_pp.critics.predsim import build_predsim
 from decoupled_pp.critics.reconstruct import build_reconstruct
 from decoupled_pp.critics.sgr import LastStageSgr, build_sgr
 from decoupled_pp.critics.vocabulary import build_vocabulary
-from decoupled_pp.settings.critics import CriticSettings, SgrCritic
+from decoupled_pp.settings.critics import CriticSettings, FactoryCritic, SgrCritic
+
+
+def build_from_factory(settings: FactoryCritic, context: CriticContext) -> nn.Module:
+    """Call `factory(context, **arguments)`."""
+    critic = call_factory(settings.factory, "critic.factory", context, **settings.arguments)
+    if not isinstance(critic, nn.Module):
+        raise UsageError(
+            f"`critic.factory` {settings.factory!r} returned {type(critic).__name__}; "
+            "return an nn.Module that maps the stage's output to logits",
+            code="factory-wrong-result",
+            key="critic.factory",
+        )
+    return critic
+
 
 KINDS: dict[str, Callable[[Any, CriticContext], nn.Module]] = {
     "auto": build_auto,
@@ -61,15 +76,6 @@ class _SettingsBuilder:
 
 
 def build_critic(settings: CriticSettings, overlap: int = 0) -> CriticBuilder:
-    """Return the builder of every stage's critic; initial weights come from torch's global generator.
-
-    Args:
-        settings: The `critic` section.
-        overlap: First layers of the next stage that every stage trains redundantly, below its critic.
-
-    Returns:
-        `builder(context) -> nn.Module`; it raises UsageError where this kind of critic cannot judge the stage. Its
-        `closing()` builds what judges the last stage, if this kind has a say there.
-    """
+    """Return the builder of every stage's critic; initial weights come from torch's global generator."""
     builder = _SettingsBuilder(settings)
     return OverlapBuilder(builder, overlap) if overlap else builder

@@ -137,11 +137,7 @@ def _projections(width: int, rank: int | None, outputs: int) -> tuple[nn.Module,
 
 
 def build_vocabulary(settings: VocabularyCritic, context: CriticContext) -> nn.Module:
-    """Build the cheap token critic of one stage.
-
-    Raises:
-        UsageError: Stage output and network output are not (B, T, D) and (B, T, V), or there are too few classes.
-    """
+    """Build the cheap token critic of one stage."""
     hidden = first_tensor(context.hidden)
     output = context.output
     are_tokens = hidden.dim() == 3 and output.dim() == 3 and hidden.shape[1] == output.shape[1]

@@ -17,7 +17,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from decoupled_pp.core.datasets import BatchSource
+from decoupled_pp.core.datasets import BatchSource, Data, DataInfo
 from decoupled_pp.core.packets import Batch
 from decoupled_pp.data.seeds import Purpose, generator
 from decoupled_pp.settings.sections import BatchSettings
@@ -35,11 +35,19 @@ class Samples(ABC):
         """Return new tensors with the samples at `indices` (B,); `epoch` is None in validation."""
 
 
-Loader: TypeAlias = Callable[[], Samples]
-"""Reads the samples; called when a source is first iterated."""
+Loader: TypeAlias = Callable[[], Samples]  # called when a source is first iterated
 
 Augmentation: TypeAlias = Callable[[Batch, torch.Generator], Batch]
 """Changes a batch with random numbers from the given generator only."""
+
+
+def changed(batch: Batch, change: Augmentation | None, number: int, seed: int | None) -> Batch:
+    """Apply `change` to batch `number`; `seed` is None in validation, whose numbers are the same for every seed."""
+    if change is None:
+        return batch
+    if seed is None:
+        return change(batch, generator(0, Purpose.HELD_OUT, number))
+    return change(batch, generator(seed, Purpose.AUGMENTATION, number))
 
 
 class TrainingBatches(BatchSource):
@@ -64,13 +72,8 @@ class TrainingBatches(BatchSource):
             order = torch.randperm(len(samples), generator=generator(self._seed, Purpose.ORDER, epoch))
             for position in range(first_position, per_epoch):
                 batch = samples.take(order[position * size : (position + 1) * size], epoch)
-                yield self._augmented(batch, epoch * per_epoch + position)
+                yield changed(batch, self._augmentation, epoch * per_epoch + position, self._seed)
             first_position = 0
-
-    def _augmented(self, batch: Batch, number: int) -> Batch:
-        if self._augmentation is None:
-            return batch
-        return self._augmentation(batch, generator(self._seed, Purpose.AUGMENTATION, number))
 
 
 class ValidationBatches(BatchSource):
@@ -86,11 +89,19 @@ class ValidationBatches(BatchSource):
         samples = self._load()
         for first in range(start * self._batch_size, len(samples), self._batch_size):
             batch = samples.take(torch.arange(first, min(first + self._batch_size, len(samples))), None)
-            if self._change is not None:
-                batch = self._change(batch, generator(0, Purpose.HELD_OUT, first // self._batch_size))
-            yield batch
+            yield changed(batch, self._change, first // self._batch_size, None)
 
 
-def validation_batch_size(settings: BatchSettings) -> int:
-    """Return the samples per micro-batch of validation."""
-    return settings.validation_batch_size or settings.batch_size
+def sampled_data(  # noqa: PLR0917 - the facts and the settings, two parts, and what changes each
+    info: DataInfo,
+    settings: BatchSettings,
+    seed: int,
+    train: Loader,
+    validation: Loader,
+    augmentation: Augmentation | None = None,
+    change: Augmentation | None = None,
+) -> Data:
+    """Return a data set of samples: `augmentation` is for training, `change` for validation."""
+    size = settings.validation_batch_size or settings.batch_size
+    training = TrainingBatches(train, settings.batch_size, seed, augmentation)
+    return Data(info, training, ValidationBatches(validation, size, change))

@@ -20,11 +20,7 @@ TEST_FILES = ("test_batch.bin",)
 
 
 def open_cifar_binary(settings: CifarBinaryData, seed: int) -> Data:
-    """Open images (3, 32, 32) of 10 classes, normalised per channel with the training images' mean and deviation.
-
-    Raises:
-        UsageError: A file is missing, not a whole number of records, or has a label over 9.
-    """
+    """Open images (3, 32, 32) of 10 classes, normalised per channel with the training images' mean and deviation."""
     folder = Path(settings.folder).expanduser()
     for name in TRAIN_FILES + TEST_FILES:
         check_records(folder / name)
@@ -38,11 +34,7 @@ def open_cifar_binary(settings: CifarBinaryData, seed: int) -> Data:
 
 
 def check_records(path: Path) -> None:
-    """Check that a file holds CIFAR-10 records, without keeping it.
-
-    Raises:
-        UsageError: It is missing, not a whole number of records, or has a label over 9.
-    """
+    """Check that a file holds CIFAR-10 records, without keeping it."""
     if not path.is_file():
         raise UsageError(
             f"`data.folder`: {path} is missing; name the folder with data_batch_1.bin .. data_batch_5.bin and "

@@ -8,8 +8,7 @@ from typing import Any
 from decoupled_pp.core.datasets import Data
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.extras import import_extra
-from decoupled_pp.data.huggingface_images import open_image_rows
-from decoupled_pp.data.huggingface_sentences import open_sentence_rows
+from decoupled_pp.data.huggingface_labelled import open_image_rows, open_sentence_rows
 from decoupled_pp.data.huggingface_text import open_text_rows
 from decoupled_pp.data.streams import Rows
 from decoupled_pp.settings.sections import HuggingFaceData
@@ -20,9 +19,6 @@ def open_huggingface(settings: HuggingFaceData, seed: int) -> Data:
 
     Loaded data are memory-mapped by `datasets`. A stream is shuffled anew each epoch in a buffer of `shuffle_buffer`
     rows; resuming it reads everything before the batch again.
-
-    Raises:
-        UsageError: No such data set, split or column, or the extra `hf` is not installed.
     """
     if settings.streaming and settings.validation_split is None:
         raise UsageError(

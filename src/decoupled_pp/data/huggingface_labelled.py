@@ -6,59 +6,128 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from decoupled_pp.core.datasets import Data, DataInfo
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.packets import Batch
-from decoupled_pp.data.batches import Samples, TrainingBatches, ValidationBatches, validation_batch_size
+from decoupled_pp.data.batches import Samples, sampled_data
+from decoupled_pp.data.images import image_info
 from decoupled_pp.data.splits import random_split
-from decoupled_pp.data.streams import Rows, Sample, shuffled, stacked, stream_sources
+from decoupled_pp.data.streams import Rows, Sample, expect_text, shuffled, stacked, streamed_data
+from decoupled_pp.data.vocabulary import Vocabulary, open_vocabulary
 from decoupled_pp.settings.sections import HuggingFaceData
 
 
-class Reader(ABC):
+class _Reader(ABC):
     """Turns the sample of a row into a tensor, and several into a batch."""
 
     @abstractmethod
-    def info(self, classes: int) -> DataInfo:
-        """Return the facts about the data."""
+    def info(self, classes: int) -> DataInfo: ...
 
     @abstractmethod
-    def read(self, value: Any) -> Tensor:
-        """Turn a value of the column into the input of one sample.
-
-        Raises:
-            UsageError: It is not of the expected type or size.
-        """
+    def read(self, value: Any) -> Tensor: ...
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        """Make a batch of samples."""
         return stacked(samples)
 
 
-def open_labelled(  # noqa: PLR0917 - the settings, the rows, and how to read them
+def open_image_rows(settings: HuggingFaceData, seed: int, train: Rows, validation: Rows | None) -> Data:
+    """Open images: float32 (C, H, W), grey or RGB as the first image is.
+
+    Values are scaled from 0..255 to -1..1, because the mean of a stream is not known. Images are decoded when their
+    batch is taken.
+    """
+    column = settings.image_column or ""
+    return _open_labelled(settings, seed, train, validation, column, lambda first: _ImageReader(first, column))
+
+
+class _ImageReader(_Reader):
+    """Decodes images, and refuses those that do not look like the first."""
+
+    def __init__(self, first: Any, column: str) -> None:
+        if not hasattr(first, "convert"):
+            raise UsageError(
+                f"`data.image_column` {column!r} holds {type(first).__name__}, not images; cast it with datasets.Image",
+                code="wrong-column-type",
+                key="data.image_column",
+            )
+        is_grey = first.mode in ("1", "L")
+        self._mode = "L" if is_grey else "RGB"
+        self._shape = (1 if is_grey else 3, first.height, first.width)
+
+    def info(self, classes: int) -> DataInfo:
+        return image_info(self._shape, classes)
+
+    def read(self, value: Any) -> Tensor:
+        """Decode a PIL image to (C, H, W)."""
+        _, height, width = self._shape
+        if (value.height, value.width) != (height, width):
+            raise UsageError(
+                f"`data.image_column`: an image is {value.width}x{value.height}, the first is {width}x{height}; "
+                "resize all images to one size",
+                code="images-differ-in-size",
+                key="data.image_column",
+            )
+        values = torch.from_numpy(np.array(value.convert(self._mode), dtype=np.float32))
+        return (values.reshape(height, width, -1).permute(2, 0, 1) / 127.5 - 1.0).contiguous()
+
+
+def open_sentence_rows(settings: HuggingFaceData, seed: int, train: Rows, validation: Rows | None) -> Data:
+    """Open sentences: ((ids (B, T), mask (B, T) bool), class (B,)), T the length of the longest sentence of the batch.
+
+    Sentences are tokenised when their batch is taken, with the tokenizer's special tokens, and cut to `context` tokens.
+    """
+    column = settings.text_column or ""
+    vocabulary = open_vocabulary(settings.tokenizer)
+    if vocabulary.pad is None:
+        raise UsageError(
+            f"`data.tokenizer` {settings.tokenizer} has no padding token, which sentences of several lengths need; "
+            "give it one (tokenizer.pad_token = ..., save_pretrained)",
+            code="no-padding-token",
+            key="data.tokenizer",
+        )
+    reader = _SentenceReader(vocabulary, vocabulary.pad, settings.context, column)
+    return _open_labelled(settings, seed, train, validation, column, lambda _: reader)
+
+
+class _SentenceReader(_Reader):
+    """Encodes text, and pads the sentences of a batch to one length."""
+
+    def __init__(self, vocabulary: Vocabulary, pad: int, context: int, column: str) -> None:
+        self._vocabulary = vocabulary
+        self._pad = pad
+        self._context = context
+        self._column = column
+        self._encode = vocabulary.sentences(context)
+
+    def info(self, classes: int) -> DataInfo:
+        return DataInfo("sentences", (self._context,), classes, vocabulary=self._vocabulary.size, pad=self._pad)
+
+    def read(self, value: Any) -> Tensor:
+        """Encode text as ids (T,), T at least 1 and at most `context`."""
+        return torch.tensor(self._encode(expect_text(value, self._column)) or [self._pad])
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """Pad on the right."""
+        ids, labels = zip(*samples, strict=True)
+        masks = [torch.ones_like(one, dtype=torch.bool) for one in ids]
+        padded = pad_sequence(list(ids), batch_first=True, padding_value=self._pad)
+        return (padded, pad_sequence(masks, batch_first=True)), torch.stack(labels)
+
+
+def _open_labelled(  # noqa: PLR0917 - the settings, the rows, and how to read them
     settings: HuggingFaceData,
     seed: int,
     train: Rows,
     validation: Rows | None,
     column: str,
-    make_reader: Callable[[Any], Reader],
+    make_reader: Callable[[Any], _Reader],
 ) -> Data:
-    """Open samples with classes, which are read when their batch is taken.
-
-    Args:
-        settings: The section.
-        seed: Seed of order and held-out split.
-        train: Loaded or streamed rows.
-        validation: Rows of the same kind; None: hold out some of the loaded rows.
-        column: Name of the column with the samples.
-        make_reader: Makes the reader, given the first row's sample.
-
-    Raises:
-        UsageError: There are too few rows, or a column does not hold what it should.
-    """
+    """Open samples with classes, which are read when their batch is taken."""
     labels = settings.label_column or "label"
     train = train.select_columns([column, labels])
     if validation is not None:
@@ -73,6 +142,7 @@ def open_labelled(  # noqa: PLR0917 - the settings, the rows, and how to read th
         )
     classes = _count_classes([rows for rows in (train, validation) if rows is not None], settings, labels)
     reader = make_reader(first[column])
+    info = reader.info(classes)
 
     def samples(rows: Rows) -> Iterator[Sample]:
         for row in rows:
@@ -83,8 +153,7 @@ def open_labelled(  # noqa: PLR0917 - the settings, the rows, and how to read th
         def train_epoch(epoch: int) -> Iterator[Sample]:
             return samples(shuffled(train, settings, seed, epoch))
 
-        sources = stream_sources(settings, train_epoch, lambda _: samples(validation), collate=reader.collate)
-        return Data(info=reader.info(classes), **sources)
+        return streamed_data(info, settings, train_epoch, lambda _: samples(validation), collate=reader.collate)
     if validation is None:
         kept, held = random_split(len(train), settings.validation_fraction, seed)
         validation = train.select(held)
@@ -93,11 +162,7 @@ def open_labelled(  # noqa: PLR0917 - the settings, the rows, and how to read th
     def loaded(rows: Rows) -> Samples:
         return _LoadedRows(rows, lambda chosen: reader.collate(list(samples(chosen))))
 
-    return Data(
-        info=reader.info(classes),
-        train=TrainingBatches(lambda: loaded(train), settings.batch_size, seed),
-        validation=ValidationBatches(lambda: loaded(validation), validation_batch_size(settings)),
-    )
+    return sampled_data(info, settings, seed, lambda: loaded(train), lambda: loaded(validation))
 
 
 class _LoadedRows(Samples):

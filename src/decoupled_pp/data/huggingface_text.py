@@ -10,8 +10,8 @@ from decoupled_pp.core.datasets import Data
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.data.masking import masking
 from decoupled_pp.data.seeds import Purpose, mixed_seed
-from decoupled_pp.data.streams import Rows, Sample, expect_text, shuffled, stream_sources, windows
-from decoupled_pp.data.tokens import Corpus, all_documents, open_tokens, split_corpus, token_info
+from decoupled_pp.data.streams import Rows, Sample, expect_text, shuffled, streamed_data, windows
+from decoupled_pp.data.tokens import Corpus, open_tokens, split_corpus, text_part, token_info
 from decoupled_pp.data.vocabulary import Vocabulary, open_vocabulary
 from decoupled_pp.settings.sections import HuggingFaceData
 
@@ -43,11 +43,7 @@ class RowCorpus(Corpus):
 
 
 def open_text_rows(settings: HuggingFaceData, seed: int, train: Rows, validation: Rows | None) -> Data:
-    """Open the text column of loaded or streamed rows as tokens.
-
-    Raises:
-        UsageError: The tokenizer is not usable or there are no rows.
-    """
+    """Open the text column of loaded or streamed rows as tokens."""
     vocabulary = open_vocabulary(settings.tokenizer)
     column = settings.text_column or ""
     if settings.streaming:
@@ -62,7 +58,8 @@ def open_text_rows(settings: HuggingFaceData, seed: int, train: Rows, validation
     if validation is None:
         parts = split_corpus(corpus, settings.validation_fraction, seed)
     else:
-        parts = all_documents(corpus), all_documents(RowCorpus(validation, column, vocabulary))
+        held = RowCorpus(validation, column, vocabulary)
+        parts = text_part(corpus, range(len(corpus))), text_part(held, range(len(held)))
     return open_tokens(settings, seed, vocabulary, *parts)
 
 
@@ -76,9 +73,6 @@ def _stream(settings: HuggingFaceData, seed: int, vocabulary: Vocabulary, train:
     def train_epoch(epoch: int) -> Iterator[Sample]:
         return samples(shuffled(train, settings, seed, epoch), mixed_seed(seed, Purpose.OFFSET, epoch) % context)
 
-    return Data(
-        info=token_info(settings, vocabulary),
-        **stream_sources(
-            settings, train_epoch, lambda _: samples(validation, 0), seed=seed, change=masking(settings, vocabulary)
-        ),
-    )
+    info = token_info(settings, vocabulary)
+    change = masking(settings, vocabulary)
+    return streamed_data(info, settings, train_epoch, lambda _: samples(validation, 0), seed=seed, change=change)

@@ -24,9 +24,6 @@ def open_idx(settings: IdxData, seed: int) -> Data:
 
     There are as many classes as the largest label + 1. All four files are read through once (not kept), so a damaged
     file is found before training starts.
-
-    Raises:
-        UsageError: A file is missing, damaged, or does not belong to the others.
     """
     folder = Path(settings.folder).expanduser()
     train = _ImagesAndLabels(folder, "train")
@@ -34,13 +31,8 @@ def open_idx(settings: IdxData, seed: int) -> Data:
     if train.shape != test.shape:
         raise _of_several_sets(f"{test.images} has images of {test.shape}, {train.images} of {train.shape}")
     classes = max(train.classes, test.classes)
-    return open_pixels(
-        image_info((1, *train.shape), classes),
-        lambda: (train.read(), test.read()),
-        settings,
-        seed,
-        settings.augment,
-    )
+    info = image_info((1, *train.shape), classes)
+    return open_pixels(info, lambda: (train.read(), test.read()), settings, seed, settings.augment)
 
 
 def _of_several_sets(fault: str) -> UsageError:
@@ -54,14 +46,7 @@ def _damaged(fault: str) -> UsageError:
 
 
 class _ImagesAndLabels:
-    """One file of images and its file of labels, checked.
-
-    Attributes:
-        images: Path of the images.
-        labels: Path of the labels.
-        shape: (H, W) of the images.
-        classes: The largest label + 1.
-    """
+    """One file of images and its file of labels, checked."""
 
     def __init__(self, folder: Path, prefix: str) -> None:
         self.images = find_file(folder, f"{prefix}-images-idx3-ubyte")
@@ -79,11 +64,7 @@ class _ImagesAndLabels:
 
 
 def find_file(folder: Path, name: str) -> Path:
-    """Return the file `name` or `name.gz` in `folder`.
-
-    Raises:
-        UsageError: There is neither.
-    """
+    """Return the file `name` or `name.gz` in `folder`."""
     for path in (folder / name, folder / f"{name}.gz"):
         if path.is_file():
             return path
@@ -95,11 +76,7 @@ def find_file(folder: Path, name: str) -> Path:
 
 
 def check_idx(path: Path, rank: int) -> tuple[int, ...]:
-    """Read a file of unsigned bytes through without keeping it, and return its `rank` dimensions.
-
-    Raises:
-        UsageError: Wrong magic number, no samples, other length than the header says, or a damaged gzip stream.
-    """
+    """Read a file of unsigned bytes through without keeping it, and return its `rank` dimensions."""
     found = 0
     header = 4 + 4 * rank
     try:

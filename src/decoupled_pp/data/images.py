@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from decoupled_pp.core.datasets import Data, DataInfo
 from decoupled_pp.core.packets import Batch, first_tensor
-from decoupled_pp.data.batches import Samples, TrainingBatches, ValidationBatches, validation_batch_size
+from decoupled_pp.data.batches import Samples, sampled_data
 from decoupled_pp.settings.sections import BatchSettings
 
 PADDING = 4
@@ -65,9 +65,7 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 def crop_and_flip(batch: Batch, random: torch.Generator) -> Batch:
     """Pad by 4 zeros, crop at random, mirror half of the images on average (He et al. 2016, section 4.2).
 
-    Args:
-        batch: Normalised images (B, C, H, W), so the padding is the mean colour; the target is passed on untouched.
-        random: The only source of randomness.
+    Images (B, C, H, W) come normalised, so the padding is the mean colour.
     """
     images = first_tensor(batch[0])
     target = batch[1]
@@ -91,15 +89,7 @@ def open_pixels(
     seed: int,
     augment: bool,
 ) -> Data:
-    """Open byte images; mean and deviation come from the training images, for both parts.
-
-    Args:
-        info: Shape and classes, known without loading.
-        load: Reads (training, validation); called once, by the first of the two sources that is iterated.
-        settings: Batch sizes.
-        seed: Seed of order and augmentation.
-        augment: True to crop and flip training images.
-    """
+    """Open byte images; mean and deviation come from the training images, for both parts."""
 
     @cache  # both sources share one copy in memory
     def normalised() -> tuple[Samples, Samples]:
@@ -107,11 +97,8 @@ def open_pixels(
         mean, deviation = channel_statistics(train.images)
         return PixelSamples(train, mean, deviation), PixelSamples(validation, mean, deviation)
 
-    return Data(
-        info=info,
-        train=TrainingBatches(lambda: normalised()[0], settings.batch_size, seed, crop_and_flip if augment else None),
-        validation=ValidationBatches(lambda: normalised()[1], validation_batch_size(settings)),
-    )
+    augmentation = crop_and_flip if augment else None
+    return sampled_data(info, settings, seed, lambda: normalised()[0], lambda: normalised()[1], augmentation)
 
 
 def image_info(shape: tuple[int, int, int], classes: int) -> DataInfo:

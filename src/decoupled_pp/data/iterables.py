@@ -25,13 +25,7 @@ class ListedBatches(BatchSource):
     """
 
     def __init__(self, batches: Batches, endless: bool = False, first: int = 0) -> None:
-        """Wrap `batches`.
-
-        Args:
-            batches: List, DataLoader, other iterable, or function that returns an iterable, of (input, target).
-            endless: True to start over at the end (training), False to stop (validation).
-            first: Number of the batch that a one-shot iterator yields next; all else begins with number 0.
-        """
+        """Wrap `batches`: `endless` ones start over at their end; a one-shot iterator yields number `first` next."""
         self._batches = batches
         self._endless = endless
         self._one_shot = isinstance(batches, Iterator)
@@ -39,11 +33,7 @@ class ListedBatches(BatchSource):
         self._used = False
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
-        """Yield the batches from number `start` on.
-
-        Raises:
-            UsageError: There is nothing to yield, a one-shot iterator is exhausted, or a batch is not a pair.
-        """
+        """Yield the batches from number `start` on."""
         if isinstance(self._batches, Sequence):
             return self._listed(self._batches, start)
         return (as_batch(batch) for batch in islice(self._iterated(), start - self._first, None))
@@ -88,16 +78,7 @@ class ListedBatches(BatchSource):
 
 
 def as_source(batches: Batches | BatchSource, endless: bool = False, first: int = 0) -> BatchSource:
-    """Make a `BatchSource` of a user's batches; a `BatchSource` is returned as it is.
-
-    Args:
-        batches: A `BatchSource`, an iterable of (input, target), or a function that returns one.
-        endless: For an iterable: True to start over at its end (training), False to stop (validation).
-        first: For a one-shot iterator: number of the batch that it yields next.
-
-    Raises:
-        UsageError: It is none of these.
-    """
+    """Make a `BatchSource` of a user's batches (see `ListedBatches`); a `BatchSource` is returned as it is."""
     if isinstance(batches, BatchSource):
         return batches
     if isinstance(batches, Tensor | str | dict) or not (isinstance(batches, Iterable) or callable(batches)):
@@ -110,11 +91,7 @@ def as_source(batches: Batches | BatchSource, endless: bool = False, first: int 
 
 
 def as_batch(value: object) -> Batch:
-    """Check one (input, target); lists, as DataLoader makes them, become tuples.
-
-    Raises:
-        UsageError: It is not a pair of tensors or tuples of tensors with one batch dimension.
-    """
+    """Check one (input, target); lists, as DataLoader makes them, become tuples."""
     if not isinstance(value, tuple | list) or len(value) != 2:
         size = f" with {len(value)} entries" if isinstance(value, tuple | list) else ""
         raise UsageError(

@@ -14,11 +14,7 @@ from decoupled_pp.settings.sections import TokenSettings
 
 
 def masking(settings: TokenSettings, vocabulary: Vocabulary) -> Augmentation | None:
-    """Return the function that masks tokens of a batch; None if the settings ask for next tokens.
-
-    Raises:
-        UsageError: The tokenizer has no mask token.
-    """
+    """Return the function that masks tokens of a batch; None if the settings ask for next tokens."""
     if settings.target != "masked_tokens":
         return None
     mask = vocabulary.mask
@@ -39,15 +35,7 @@ def masking(settings: TokenSettings, vocabulary: Vocabulary) -> Augmentation | N
 def masked(tokens: Tensor, mask: int, size: int, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Choose a share of the tokens to predict, at least one: 80 % of them become `mask`, 10 % any token, 10 % stay.
 
-    Args:
-        tokens: (B, T) int64.
-        mask: Id of the mask token.
-        size: Size of the vocabulary.
-        share: Share of the tokens to predict.
-        generator: Draws the choice.
-
-    Returns:
-        Inputs (B, T), and targets (B, T): the tokens that were chosen, IGNORED elsewhere.
+    Returns inputs (B, T), and targets (B, T): the tokens that were chosen, IGNORED elsewhere.
     """
     draws = torch.rand(tokens.shape, generator=generator)
     # Without a chosen token the loss would be a mean over nothing, NaN: the bound is at least just above the smallest.

@@ -16,13 +16,7 @@ def random_split(count: int, fraction: float, seed: int) -> tuple[list[int], lis
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Return sorted indices (training, held out) with the same share of every class in both.
-
-    Args:
-        labels: Classes (N,).
-        fraction: Share to hold out; every class with two samples or more is in both parts.
-        seed: Seed of the choice.
-    """
+    """Return sorted indices (training, held out), every class of two samples or more with its share in both."""
     order = torch.randperm(len(labels), generator=generator(seed, Purpose.SPLIT))
     held = torch.zeros(len(labels), dtype=torch.bool)
     for label in range(int(labels.max()) + 1):

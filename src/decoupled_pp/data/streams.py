@@ -9,21 +9,17 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from decoupled_pp.core.datasets import BatchSource
+from decoupled_pp.core.datasets import BatchSource, Data, DataInfo
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.packets import Batch
-from decoupled_pp.data.batches import Augmentation, validation_batch_size
-from decoupled_pp.data.seeds import Purpose, generator, mixed_seed
+from decoupled_pp.data.batches import Augmentation, changed
+from decoupled_pp.data.seeds import Purpose, mixed_seed
 from decoupled_pp.settings.sections import HuggingFaceData
 
-Sample: TypeAlias = tuple[Tensor, Tensor]
-"""(input, target) without the batch dimension."""
+Sample: TypeAlias = tuple[Tensor, Tensor]  # (input, target) without the batch dimension
 
+# A `datasets.Dataset` or `datasets.IterableDataset`: the package is optional, so its types cannot be named.
 Rows: TypeAlias = Any
-"""A `datasets.Dataset` or `datasets.IterableDataset` (the package is optional, so its types cannot be named)."""
-
-Collate: TypeAlias = Callable[[Sequence[Sample]], Batch]
-"""Makes a batch of samples."""
 
 
 def stacked(samples: Sequence[Sample]) -> Batch:
@@ -40,25 +36,14 @@ class StreamedBatches(BatchSource):
 
     def __init__(
         self,
-        samples: Callable[[int], Iterable[Sample]],
+        samples: Callable[[int], Iterable[Sample]],  # epoch number -> its samples, the same every time
         batch_size: int,
-        endless: bool,
+        endless: bool,  # True for training: epoch after epoch, without an epoch's last partial batch
         *,
-        seed: int = 0,
+        seed: int = 0,  # of `change` in training
         change: Augmentation | None = None,
-        collate: Collate = stacked,
+        collate: Callable[[Sequence[Sample]], Batch] = stacked,
     ) -> None:
-        """Batch a stream.
-
-        Args:
-            samples: Epoch number -> its samples; the same epoch must give the same samples.
-            batch_size: Samples per batch.
-            endless: True for training: epoch after epoch, without the last partial batch of an epoch (unless it is the
-                only one). False for one pass that keeps it.
-            seed: Seed of `change` in training; validation has the same numbers for every seed.
-            change: Applied to every batch, with random numbers that depend on its number.
-            collate: Makes a batch of samples.
-        """
         self._samples = samples
         self._batch_size = batch_size
         self._endless = endless
@@ -67,21 +52,10 @@ class StreamedBatches(BatchSource):
         self._collate = collate
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
-        """Yield the batches from number `start` on.
-
-        Raises:
-            UsageError: The stream holds no samples.
-        """
-        return map(self._changed, count(start), islice(self._all_batches(), start, None))
-
-    def _changed(self, number: int, batch: Batch) -> Batch:
-        if self._change is None:
-            return batch
-        if self._endless:
-            random = generator(self._seed, Purpose.AUGMENTATION, number)
-        else:
-            random = generator(0, Purpose.HELD_OUT, number)
-        return self._change(batch, random)
+        """Yield the batches from number `start` on."""
+        seed = self._seed if self._endless else None
+        for number, batch in enumerate(islice(self._all_batches(), start, None), start):
+            yield changed(batch, self._change, number, seed)
 
     def _all_batches(self) -> Iterator[Batch]:
         for epoch in count() if self._endless else (0,):
@@ -118,32 +92,21 @@ def shuffled(rows: Rows, settings: HuggingFaceData, seed: int, epoch: int) -> Ro
     return rows.shuffle(seed=mixed_seed(seed, Purpose.ORDER, epoch), buffer_size=settings.shuffle_buffer)
 
 
-def stream_sources(
+def streamed_data(
+    info: DataInfo,
     settings: HuggingFaceData,
     train: Callable[[int], Iterator[Sample]],
     validation: Callable[[int], Iterator[Sample]],
     **more: Any,
-) -> dict[str, StreamedBatches]:
-    """Return the two sources of a streamed data set, by the names of `Data`'s fields.
-
-    Args:
-        settings: The section.
-        train: Epoch number -> its training samples.
-        validation: The validation samples, whatever the number.
-        **more: Further arguments of `StreamedBatches`.
-    """
-    return {
-        "train": StreamedBatches(train, settings.batch_size, endless=True, **more),
-        "validation": StreamedBatches(validation, validation_batch_size(settings), endless=False, **more),
-    }
+) -> Data:
+    """Return a streamed data set; `more` are further arguments of `StreamedBatches`."""
+    size = settings.validation_batch_size or settings.batch_size
+    training = StreamedBatches(train, settings.batch_size, endless=True, **more)
+    return Data(info, training, StreamedBatches(validation, size, endless=False, **more))
 
 
 def expect_text(value: object, column: str) -> str:
-    """Return the value of a text column.
-
-    Raises:
-        UsageError: It is no text.
-    """
+    """Return the value of a text column."""
     if not isinstance(value, str):
         raise UsageError(
             f"`data.text_column` {column!r} holds {type(value).__name__}, not text; name another column",

@@ -6,13 +6,27 @@ from collections.abc import Callable
 from typing import Any
 
 from decoupled_pp.core.datasets import Data
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.factory import call_factory
 from decoupled_pp.data.cifar_binary import open_cifar_binary
-from decoupled_pp.data.custom import open_custom
 from decoupled_pp.data.digits import open_digits
 from decoupled_pp.data.huggingface import open_huggingface
 from decoupled_pp.data.idx import open_idx
 from decoupled_pp.data.text import open_python_source, open_text
-from decoupled_pp.settings.sections import DataSettings
+from decoupled_pp.settings.sections import DataSettings, FactoryData
+
+
+def open_custom(settings: FactoryData, seed: int) -> Data:
+    """Call `function(settings, seed, **arguments)`."""
+    data = call_factory(settings.factory, "data.factory", settings, seed, **settings.arguments)
+    if not isinstance(data, Data):
+        raise UsageError(
+            f"`data.factory` {settings.factory!r} returned {type(data).__name__}; return a decoupled_pp.Data",
+            code="factory-wrong-result",
+            key="data.factory",
+        )
+    return data
+
 
 KINDS: dict[str, Callable[[Any, int], Data]] = {
     "digits": open_digits,
@@ -31,12 +45,5 @@ def open_data(settings: DataSettings, seed: int) -> Data:
 
     Faults that are cheap to find (missing, truncated or malformed files) are found here. The samples themselves are
     read when `batches` is first called, so ranks that only need `info` hold no data.
-
-    Args:
-        settings: The `data` section.
-        seed: Seed of the order, the held-out split and the augmentation.
-
-    Raises:
-        UsageError: The section names data that cannot be used.
     """
     return KINDS[settings.kind](settings, seed)

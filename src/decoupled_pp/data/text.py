@@ -16,26 +16,18 @@ from decoupled_pp.data.tokens import Corpus, open_tokens, split_corpus
 from decoupled_pp.data.vocabulary import BYTES, Vocabulary, bytes_to_tokens, open_vocabulary
 from decoupled_pp.settings.sections import PythonSourceData, TextData, TokenSettings
 
+# Third-party code, and tests and tables that are not like ordinary source.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
-"""Third-party code, and tests and tables that are not like ordinary source."""
 
 
 def open_text(settings: TextData, seed: int) -> Data:
-    """Open text files as bytes or through a tokenizer, joined in sorted order without separators.
-
-    Raises:
-        UsageError: A pattern matches no file, a file is unreadable, or there is less text than one sample.
-    """
+    """Open text files as bytes or through a tokenizer, joined in sorted order without separators."""
     vocabulary = open_vocabulary(settings.tokenizer)
     return _open_files(find_files(settings.files), vocabulary, settings, seed)
 
 
 def open_python_source(settings: PythonSourceData, seed: int) -> Data:
-    """Open the bytes of the standard library's `.py` files; the text depends on the Python version.
-
-    Raises:
-        UsageError: The standard library of this Python is not there as source files.
-    """
+    """Open the bytes of the standard library's `.py` files; the text depends on the Python version."""
     folder = Path(sysconfig.get_path("stdlib"))
     files = find_python_source(folder)
     if len(files) < 2:
@@ -49,11 +41,7 @@ def open_python_source(settings: PythonSourceData, seed: int) -> Data:
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:
-    """Return the files that match the patterns, sorted, each once.
-
-    Raises:
-        UsageError: A pattern matches none.
-    """
+    """Return the files that match the patterns, sorted, each once."""
     files: set[Path] = set()
     for pattern in patterns:
         expanded = str(Path(pattern).expanduser())
@@ -106,11 +94,7 @@ class FileCorpus(Corpus):
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return the content of a file.
-
-    Raises:
-        UsageError: It cannot be read.
-    """
+    """Return the content of a file."""
     try:
         return path.read_bytes()
     except OSError as error:

@@ -13,7 +13,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,32 +20,19 @@ from torch import Tensor
 from decoupled_pp.core.datasets import Data, DataInfo
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.packets import Batch
-from decoupled_pp.data.batches import Samples, TrainingBatches, ValidationBatches, validation_batch_size
+from decoupled_pp.data.batches import Samples, sampled_data
 from decoupled_pp.data.masking import masking
 from decoupled_pp.data.seeds import Purpose, mixed_seed
 from decoupled_pp.data.splits import random_split
 from decoupled_pp.data.vocabulary import Vocabulary
 from decoupled_pp.settings.sections import TokenSettings
 
-ReadTokens: TypeAlias = Callable[[], Tensor]
-"""Reads the token ids (N,) of one part of the data."""
-
 
 class TokenWindows(Samples):
     """Windows of `context` tokens that do not overlap within an epoch; all epochs have the same number of windows."""
 
     def __init__(self, tokens: Tensor, context: int, seed: int | None, part: str) -> None:
-        """Window `tokens`.
-
-        Args:
-            tokens: Ids (N,) of any integer type.
-            context: Tokens per sample.
-            seed: Seed of the offset of every epoch; None for validation, which starts at 0.
-            part: "training" or "validation", for the error text.
-
-        Raises:
-            UsageError: The text is shorter than one window.
-        """
+        """Window ids (N,) of any integer type; `seed` is None for validation, which has no offset."""
         check_length(len(tokens), context, part)
         self._tokens = tokens
         self._context = context
@@ -103,20 +89,14 @@ class Corpus(ABC):
 
 @dataclass(frozen=True)
 class TextPart:
-    """Training or held-out text.
+    """Training or held-out text."""
 
-    Attributes:
-        read: Reads its tokens.
-        length: Their number, if known without reading.
-    """
-
-    read: ReadTokens
-    length: int | None = None
+    read: Callable[[], Tensor]  # reads the token ids (N,)
+    length: int | None = None  # their number, if known without reading
 
 
-def all_documents(corpus: Corpus) -> TextPart:
-    """Return all documents of a corpus as one text."""
-    documents = range(len(corpus))
+def text_part(corpus: Corpus, documents: Sequence[int]) -> TextPart:
+    """Return some documents of a corpus as one text."""
     return TextPart(lambda: corpus.read(documents), corpus.length(documents))
 
 
@@ -125,10 +105,7 @@ def split_corpus(corpus: Corpus, fraction: float, seed: int) -> tuple[TextPart, 
     if len(corpus) == 1:
         return _split_tail(corpus, fraction)
     train, held = random_split(len(corpus), fraction, seed)
-    return (
-        TextPart(lambda: corpus.read(train), corpus.length(train)),
-        TextPart(lambda: corpus.read(held), corpus.length(held)),
-    )
+    return text_part(corpus, train), text_part(corpus, held)
 
 
 def _split_tail(corpus: Corpus, fraction: float) -> tuple[TextPart, TextPart]:
@@ -159,24 +136,18 @@ def token_info(settings: TokenSettings, vocabulary: Vocabulary) -> DataInfo:
 def open_tokens(
     settings: TokenSettings, seed: int, vocabulary: Vocabulary, train: TextPart, validation: TextPart
 ) -> Data:
-    """Open two texts; each is read when its source is first iterated.
-
-    Raises:
-        UsageError: A text is shorter than one sample (here if its length is known, else when it is read).
-    """
+    """Open two texts; each is read when its source is first iterated."""
     context = settings.context
     change = masking(settings, vocabulary)
     for name, part in (("training", train), ("validation", validation)):
         if part.length is not None:
             check_length(part.length, context, name)
-    return Data(
-        info=token_info(settings, vocabulary),
-        train=TrainingBatches(
-            cache(lambda: TokenWindows(train.read(), context, seed, "training")), settings.batch_size, seed, change
-        ),
-        validation=ValidationBatches(
-            cache(lambda: TokenWindows(validation.read(), context, None, "validation")),
-            validation_batch_size(settings),
-            change,
-        ),
+    return sampled_data(
+        token_info(settings, vocabulary),
+        settings,
+        seed,
+        cache(lambda: TokenWindows(train.read(), context, seed, "training")),
+        cache(lambda: TokenWindows(validation.read(), context, None, "validation")),
+        change,
+        change,
     )

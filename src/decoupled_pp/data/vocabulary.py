@@ -22,25 +22,15 @@ GPT2_FILES = ("encoder.json", "vocab.bpe")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A mapping between text and token ids.
+    """A mapping between text and token ids."""
 
-    Attributes:
-        size: Number of ids (largest id + 1).
-        encode: Text -> ids.
-        decode: Ids -> text; bytes that are not valid UTF-8 become U+FFFD.
-        sentences: Longest length -> (text -> ids of a sentence, special tokens included).
-        is_bytes: True if ids are the bytes of the text, so that files need no encoding at all.
-        mask: Id that stands for a masked token; None: there is none.
-        pad: Id that fills up short sentences; None: there is none.
-    """
-
-    size: int
+    size: int  # largest id + 1
     encode: Callable[[str], list[int]]
-    decode: Callable[[list[int]], str]
-    sentences: Callable[[int], Callable[[str], list[int]]]
-    is_bytes: bool = False
-    mask: int | None = None
-    pad: int | None = None
+    decode: Callable[[list[int]], str]  # bytes that are not valid UTF-8 become U+FFFD
+    sentences: Callable[[int], Callable[[str], list[int]]]  # longest length -> (text -> ids with special tokens)
+    is_bytes: bool = False  # ids are the bytes of the text, so that files need no encoding at all
+    mask: int | None = None  # id that stands for a masked token
+    pad: int | None = None  # id that fills up short sentences
 
     def tokens(self, texts: Iterable[str]) -> Tensor:
         """Return all ids of the texts in a row, (N,): uint8 for bytes, else int32; a batch is cast when it is taken."""
@@ -71,9 +61,6 @@ def open_vocabulary(tokenizer: str | None) -> Vocabulary:
     """Open the vocabulary of a `tokenizer` setting: None is bytes.
 
     Special tokens, truncation and padding that a tokenizer may ask for are not applied to a stream of text.
-
-    Raises:
-        UsageError: The extra `hf` is not installed, or the file or folder cannot be used.
     """
     if tokenizer is None:
         return BYTES
@@ -137,13 +124,7 @@ def _gpt2_tokenizer(folder: Path) -> Any:
 
 
 def _as_vocabulary(tokenizer: Any, mask: int | None = None, pad: int | None = None) -> Vocabulary:
-    """Return the vocabulary of a tokenizer of the package `tokenizers`.
-
-    Args:
-        tokenizer: The tokenizer; its truncation and padding are switched off.
-        mask: Id of its mask token; None: the token with the usual name.
-        pad: Id of its padding token; None: as its padding says, or the token with the usual name.
-    """
+    """Return the vocabulary of a tokenizer of the package `tokenizers`; its truncation and padding are switched off."""
     padding = tokenizer.padding or {}
     definition = tokenizer.to_str()
     tokenizer.no_truncation()

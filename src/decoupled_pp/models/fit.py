@@ -10,16 +10,7 @@ _DIMENSIONS = {"image": 3, "vector": 1, "tokens": 1}
 
 
 def expect_form(info: DataInfo, kind: str, *forms: str) -> None:
-    """Check that the data has one of `forms`, and a shape that goes with it.
-
-    Args:
-        info: Facts about the data.
-        kind: The model kind, for the error text.
-        forms: Accepted values of `DataInfo.form`.
-
-    Raises:
-        UsageError: The form is another, or the shape is empty or has the wrong number of dimensions.
-    """
+    """Check that the data that a model of `kind` gets have one of `forms`, and a shape that goes with it."""
     if info.form not in forms:
         raise UsageError(
             f"`model.kind` {kind!r} takes {' or '.join(forms)} data, but the data are {info.form!r}; "

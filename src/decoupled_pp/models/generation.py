@@ -11,30 +11,14 @@ from decoupled_pp.core.errors import UsageError
 
 @torch.no_grad()
 def generate(  # noqa: PLR0917 - six plain facts, each once
-    module: nn.Module,
+    module: nn.Module,  # (1, T) int64 token ids -> (1, T, V) logits; its modes are restored
     prompt_tokens: list[int],
-    tokens: int,
-    context: int,
-    temperature: float,
+    tokens: int,  # how many to generate
+    context: int,  # the longest input the module takes: it sees the last `context` tokens
+    temperature: float,  # divides the logits; 0 takes the likeliest token
     generator: torch.Generator,
 ) -> list[int]:
-    """Sample a continuation, one token at a time (no key-value cache: the module stays a plain one).
-
-    Args:
-        module: Maps (1, T) int64 token ids to (1, T, V) logits, T <= `context`. It runs in eval mode; its modes are
-            restored.
-        prompt_tokens: At least one token id; only the last `context` are seen.
-        tokens: How many tokens to generate.
-        context: The longest input the module takes.
-        temperature: Divides the logits; 0 takes the likeliest token.
-        generator: Where the randomness comes from.
-
-    Returns:
-        The generated token ids, without the prompt.
-
-    Raises:
-        UsageError: The prompt is empty.
-    """
+    """Return a sampled continuation, one token at a time (no key-value cache: the module stays a plain one)."""
     if not prompt_tokens:
         raise UsageError(
             "the prompt has no tokens; give a `sample.prompt` of at least one token",

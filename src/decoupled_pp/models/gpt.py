@@ -21,8 +21,7 @@ from decoupled_pp.core.errors import UsageError
 from decoupled_pp.models.fit import expect_form
 from decoupled_pp.settings.sections import GptModel
 
-INITIAL_STD = 0.02
-"""Standard deviation of initial weights (GPT-2, Radford et al. 2019; the released code)."""
+INITIAL_STD = 0.02  # of initial weights (GPT-2, Radford et al. 2019; the released code)
 
 
 class Embedding(nn.Module):
@@ -146,17 +145,7 @@ class Head(nn.Module):
 
 
 def build_gpt(settings: GptModel, info: DataInfo) -> nn.Sequential:
-    """Build a GPT for token data; the context is the data's, the vocabulary is `info.outputs`.
-
-    Args:
-        settings: Width, depth, heads, dropout.
-        info: Token data of shape (T,).
-
-    Returns:
-        Layers `embedding`, `block0`.., `head`; (B, T) int64 -> (B, T, V) logits.
-
-    Raises:
-        UsageError: The data are not tokens.
+    """Build layers `embedding`, `block0`.., `head`: (B, T) int64 -> (B, T, V) logits; V is `info.outputs`.
 
     Source: GPT-2 (Radford et al. 2019), section 2.3: pre-norm, residual projections scaled by the square root of the
         number of residual branches.

@@ -25,25 +25,12 @@ if TYPE_CHECKING:
 
 
 def build_from_transformers(settings: HuggingFaceModel, info: DataInfo) -> nn.Sequential:
-    """Build the layers of the model of a run.
-
-    Raises:
-        UsageError: See `load_transformers` and `split_transformers`.
-    """
+    """Build the layers of the model of a run."""
     return split_of_run(settings, load_transformers(settings, info), info).layers
 
 
 def split_of_run(settings: HuggingFaceModel, model: PreTrainedModel, info: DataInfo) -> Split:
-    """Split the model of a run.
-
-    Args:
-        settings: The `model` section.
-        model: From `load_transformers`.
-        info: Facts about the data.
-
-    Raises:
-        UsageError: See `split_transformers`.
-    """
+    """Split the model of a run."""
     stored = settings.path if settings.meta and settings.pretrained else None
     if stored is not None and not Path(stored).is_dir():
         raise UsageError(

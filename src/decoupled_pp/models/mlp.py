@@ -24,18 +24,7 @@ def _hidden_layer(inputs: int, width: int, dropout: float, flatten: bool) -> nn.
 
 
 def build_mlp(settings: MlpModel, info: DataInfo) -> nn.Sequential:
-    """Build a perceptron with `depth` hidden layers of linear + ReLU (+ dropout).
-
-    Args:
-        settings: Width, depth, dropout.
-        info: Image, vector or other floating data; flattened to D = product of `info.shape`.
-
-    Returns:
-        Layers `hidden0`.., `head`; (B, ...) -> (B, outputs) logits.
-
-    Raises:
-        UsageError: The data are tokens.
-    """
+    """Build layers `hidden0`.. (linear + ReLU, + dropout), `head`: (B, ...) -> (B, outputs) logits."""
     expect_form(info, "mlp", "image", "vector", "other")
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     inputs = math.prod(info.shape)

@@ -87,17 +87,9 @@ class Block(nn.Module):
 
 
 def build_resnet(settings: ResnetModel, info: DataInfo) -> nn.Sequential:
-    """Build a CIFAR ResNet of 6n+2 weighted layers: n blocks in each of three groups, widths w, 2w, 4w.
+    """Build layers `stem`, `block0`.., `head`: (B, C, H, W) -> (B, outputs) logits.
 
-    Args:
-        settings: Depth and width of the first group.
-        info: Image data of shape (C, H, W).
-
-    Returns:
-        Layers `stem`, `block0`.., `head`; (B, C, H, W) -> (B, outputs) logits.
-
-    Raises:
-        UsageError: The data are not images.
+    A CIFAR ResNet has 6n+2 weighted layers: n blocks in each of three groups, widths w, 2w, 4w.
 
     Source: He et al. 2016 (1512.03385), section 4.2 and table 6 (ResNet-20 0.27M, ResNet-56 0.85M parameters).
     """

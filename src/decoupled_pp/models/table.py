@@ -8,13 +8,30 @@ from typing import Any
 from torch import nn
 
 from decoupled_pp.core.datasets import DataInfo
-from decoupled_pp.models.factory import build_from_factory
+from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.factory import call_factory
 from decoupled_pp.models.gpt import build_gpt
 from decoupled_pp.models.huggingface import build_from_transformers
 from decoupled_pp.models.mlp import build_mlp
 from decoupled_pp.models.resnet import build_resnet
 from decoupled_pp.models.vgg import build_vgg
-from decoupled_pp.settings.sections import ModelSettings
+from decoupled_pp.settings.sections import FactoryModel, ModelSettings
+
+
+def build_from_factory(settings: FactoryModel, info: DataInfo) -> nn.Sequential:
+    """Call `factory(info, **arguments)`; it returns an `nn.Sequential`, or a list of modules to make one of."""
+    network = call_factory(settings.factory, "model.factory", info, **settings.arguments)
+    if isinstance(network, nn.Sequential):
+        return network
+    if isinstance(network, list | tuple) and network and all(isinstance(layer, nn.Module) for layer in network):
+        return nn.Sequential(*network)
+    raise UsageError(
+        f"`model.factory` {settings.factory!r} returned {type(network).__name__}; "
+        "return an nn.Sequential or a non-empty list of nn.Module, the layers in order",
+        code="factory-wrong-result",
+        key="model.factory",
+    )
+
 
 KINDS: dict[str, Callable[[Any, DataInfo], nn.Sequential]] = {
     "gpt": build_gpt,
@@ -28,16 +45,5 @@ KINDS: dict[str, Callable[[Any, DataInfo], nn.Sequential]] = {
 
 
 def build_model(settings: ModelSettings, info: DataInfo) -> nn.Sequential:
-    """Build the network of a run, on the CPU, in fp32; initial weights come from torch's global generator.
-
-    Args:
-        settings: The `model` section.
-        info: Facts about the data: form, sample shape, number of outputs.
-
-    Returns:
-        The layers in order, under readable names.
-
-    Raises:
-        UsageError: The network does not fit the data, or a factory is at fault.
-    """
+    """Build the network of a run, on the CPU, in fp32; initial weights come from torch's global generator."""
     return KINDS[settings.kind](settings, info)

@@ -51,28 +51,15 @@ def save_transformers(model: PreTrainedModel, found: Split, output: str | Path, 
 def export_transformers(
     settings: HuggingFaceModel,
     info: DataInfo,
-    load: Callable[[nn.Module], None],
+    load: Callable[[nn.Module], None],  # puts the trained weights into the layers
+    # For a model on the meta device: writes them to a folder under their names, and tied ones under another's.
     write: Callable[[Path, Mapping[str, str], Mapping[str, str]], object],
     output: Path,
     *,
     tied: bool = False,
     tokenizer: str | None = None,
 ) -> None:
-    """Write a run's model as `save_transformers` does, with the tokenizer of the data, or else of the pretrained model.
-
-    Args:
-        settings: The `model` section of the run.
-        info: Facts about its data.
-        load: Puts the trained weights into the layers it is given.
-        write: For a model on the meta device: writes the trained weights to a folder, given the names of all tensors
-            and, for tied ones, name -> the one written instead.
-        output: The folder.
-        tied: See `save_transformers`.
-        tokenizer: The data's: a file, or the folder or name of a model.
-
-    Raises:
-        UsageError: `tied` is True, but splitting this model untied no weights.
-    """
+    """Write a run's model as `save_transformers` does, with the tokenizer of the data, or else of the model."""
     model = load_transformers(settings, info, weights=False)
     found = split_of_run(settings, model, info)
     if settings.meta:

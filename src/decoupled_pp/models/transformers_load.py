@@ -33,13 +33,7 @@ _HEAD_OF_FORM = {
 def load_transformers(settings: HuggingFaceModel, info: DataInfo, *, weights: bool = True) -> PreTrainedModel:
     """Build the model of a run, in fp32; fresh weights come from torch's global generator.
 
-    Args:
-        settings: The `model` section.
-        info: Facts about the data.
-        weights: False for fresh weights even where the settings ask for pretrained ones: the caller overwrites them.
-
-    Raises:
-        UsageError: `transformers` is missing, the model cannot be loaded, or it does not fit the data.
+    Without `weights` they are fresh even where the settings ask for pretrained ones: the caller overwrites them.
     """
     transformers = import_extra("transformers", "model.kind", "huggingface")
     head = settings.head or _HEAD_OF_FORM.get(info.form)
@@ -70,11 +64,7 @@ def load_transformers(settings: HuggingFaceModel, info: DataInfo, *, weights: bo
 
 
 def sample_inputs(info: DataInfo) -> dict[str, Tensor]:
-    """Return a micro-batch of two made-up samples, by the name of the argument that takes it.
-
-    Raises:
-        UsageError: The data are no tokens, sentences or images.
-    """
+    """Return a micro-batch of two made-up samples, by the name of the argument that takes it."""
     vocabulary = _vocabulary_of(info)
     if vocabulary is not None:
         ids = torch.arange(2 * info.shape[0]).reshape(2, -1) % vocabulary
@@ -99,11 +89,7 @@ def _unusable(settings: HuggingFaceModel, fault: str, error: Exception) -> Usage
 
 
 def _pretrained(maker: Any, path: str, config: PretrainedConfig) -> PreTrainedModel:
-    """Load a pretrained model. Its classifier is made anew if it has another number of classes.
-
-    Raises:
-        UsageError: Another of its tensors has another shape.
-    """
+    """Load a pretrained model. Its classifier is made anew if it has another number of classes."""
     model, found = maker.from_pretrained(
         path, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
     )
@@ -121,11 +107,7 @@ def _pretrained(maker: Any, path: str, config: PretrainedConfig) -> PreTrainedMo
 
 
 def _config(settings: HuggingFaceModel, info: DataInfo, head: str) -> PretrainedConfig:
-    """Return the config of the model, with the changes of the settings and those that the data need.
-
-    Raises:
-        UsageError: There is none, or a change is not one of its settings.
-    """
+    """Return the config of the model, with the changes of the settings and those that the data need."""
     from transformers import AutoConfig
 
     changes = dict(settings.config)

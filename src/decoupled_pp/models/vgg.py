@@ -15,8 +15,7 @@ from decoupled_pp.core.datasets import DataInfo
 from decoupled_pp.models.fit import expect_form
 from decoupled_pp.settings.sections import VggModel
 
-GROUPS = (2, 3, 3, 3)
-"""Convolutions per group; every group doubles the channels, and all but the first begin with stride 2."""
+GROUPS = (2, 3, 3, 3)  # convolutions; every group doubles the channels, and all but the first begin with stride 2
 
 
 class Layer(nn.Module):
@@ -44,17 +43,9 @@ class Layer(nn.Module):
 
 
 def build_vgg(settings: VggModel, info: DataInfo) -> nn.Sequential:
-    """Build [w,w | 2w s2,2w,2w | 4w s2,4w,4w | 8w s2,8w,8w, fc] of 3x3 convolutions with BN and ReLU.
+    """Build layers `layer0`..`layer10`, `head`: (B, C, H, W) -> (B, outputs) logits.
 
-    Args:
-        settings: Channels of the first group.
-        info: Image data of shape (C, H, W).
-
-    Returns:
-        Layers `layer0`..`layer10`, `head`; (B, C, H, W) -> (B, outputs) logits.
-
-    Raises:
-        UsageError: The data are not images.
+    They are [w,w | 2w s2,2w,2w | 4w s2,4w,4w | 8w s2,8w,8w, fc], of 3x3 convolutions with BN and ReLU.
 
     Source: Lee & Lee 2019 (1805.01128), section IV.
     """

@@ -14,15 +14,15 @@ from typing import TypeAlias
 from decoupled_pp.core.errors import UsageError
 
 Fits: TypeAlias = Callable[[int, int, int], bool]
-"""fits(stage, first, end): returns whether a device has room for layers first..end-1 as this stage."""
+"""fits(stage, first, end): True if a device has room for layers first..end-1 as this stage."""
 
 
 def minmax_cut(
-    costs: Sequence[float],
+    costs: Sequence[float],  # of every layer
     stages: int,
-    closing: Sequence[Sequence[float]] | None,
+    closing: Sequence[Sequence[float]] | None,  # of every stage but the last, for every layer; infinite: no cut here
     *,
-    speeds: Sequence[float] | None = None,
+    speeds: Sequence[float] | None = None,  # of the device of every stage; its costs are divided by it
     fits: Fits | None = None,
 ) -> tuple[int, ...]:
     """Cut so that the costliest stage, which sets the pace of the pipeline, costs as little as possible. Exact.
@@ -30,20 +30,6 @@ def minmax_cut(
     The cost of a stage is the sum of its layers' costs plus the closing cost behind its last layer (its critic); the
     last stage has no critic. Ties are broken by the least sum of squared stage costs (the most even cut), then by the
     smallest boundaries.
-
-    Args:
-        costs: Cost of every layer (seconds or parameters).
-        stages: Number of stages.
-        closing: For every stage but the last, the cost of its critic after every layer; infinite where a cut is
-            impossible. None for no critics.
-        speeds: Relative speed of the device of every stage; the costs of a stage are divided by it. None: all alike.
-        fits: Tells which stages have room on their device; None: all.
-
-    Returns:
-        The boundaries, `stages + 1` of them.
-
-    Raises:
-        UsageError: More stages than layers, bad costs or speeds, or no possible cut.
     """
     layers = len(costs)
     _check_stages(layers, stages)
@@ -77,20 +63,13 @@ def uniform_cut(layers: int, stages: int) -> tuple[int, ...]:
     """Return the boundaries of stages with equally many layers.
 
     Where the layers do not divide evenly, later stages get one more: the last stage has no critic.
-
-    Raises:
-        UsageError: There are more stages than layers.
     """
     _check_stages(layers, stages)
     return tuple(layers * stage // stages for stage in range(stages + 1))
 
 
 def listed_cut(sizes: Sequence[int], layers: int, stages: int) -> tuple[int, ...]:
-    """Return the boundaries for a given number of layers per stage.
-
-    Raises:
-        UsageError: There is not one size per stage, a size is below 1, or the sizes do not add up to `layers`.
-    """
+    """Return the boundaries for a given number of layers per stage."""
     _check_stages(layers, stages)
     listed = list(sizes)
     fault = None

@@ -14,19 +14,12 @@ from decoupled_pp.core.objective import CriticContext
 from decoupled_pp.core.packets import Payload, as_tuple, check_payload, map_payload
 from decoupled_pp.core.torch_private import child_modules
 
+# What a layer raises when its input does not fit.
 LAYER_FAULTS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError)
-"""Exceptions that a layer raises when its input does not fit."""
 
 
 def as_sequential(layers: object) -> nn.Sequential:
-    """Return the network as an `nn.Sequential` of its layers; each gets exactly what the previous one returned.
-
-    Args:
-        layers: An `nn.Sequential` (returned as it is), or a list or tuple of modules (named "0", "1", ...).
-
-    Raises:
-        UsageError: It is anything else, is empty, or holds one module twice.
-    """
+    """Return the network (an `nn.Sequential`, or a list or tuple of modules) as an `nn.Sequential` of its layers."""
     if isinstance(layers, nn.Sequential):
         if not is_plain_sequential(layers):
             raise UsageError(
@@ -86,14 +79,7 @@ def describe(payload: Payload) -> str:
 
 
 def misfit(name: str, module: nn.Module, given: Payload, error: Exception) -> UsageError:
-    """Return the error for a layer or critic that fails on its input.
-
-    Args:
-        name: How the text names it, such as "layer 'block0'".
-        module: The layer or critic.
-        given: Its input.
-        error: The exception that it raised.
-    """
+    """Return the error for a layer or critic that fails on its input."""
     return UsageError(
         f"{name} ({type(module).__name__}) does not fit its input {describe(given)}: {first_line(error)}; "
         "correct it, or the layer that returns its input",
@@ -103,19 +89,9 @@ def misfit(name: str, module: nn.Module, given: Payload, error: Exception) -> Us
 
 @torch.no_grad()
 def trace(module: nn.Sequential, sample: Payload) -> tuple[list[Payload], Tensor]:
-    """Run a sample through the layers, in eval mode and without gradients.
+    """Return the input of every layer and the network's output, for a sample, in eval mode and without gradients.
 
     Train/eval flags, buffers and random generators are as before afterwards.
-
-    Args:
-        module: The network.
-        sample: An input micro-batch; it follows the layers to their devices (trained layers may be on a GPU).
-
-    Returns:
-        The input of every layer, in order, and the network's output.
-
-    Raises:
-        UsageError: A layer does not fit what it is given, or the output is not one floating tensor.
     """
     hiddens: list[Payload] = []
     current = check_payload(sample, "the sample")
@@ -147,16 +123,7 @@ def _copy_for(layer: nn.Module, payload: Payload) -> Payload:
 def critic_context(
     module: nn.Sequential, hiddens: list[Payload], output: Tensor, *, boundary: int, stage: int, stages: int
 ) -> CriticContext:
-    """Return what the critic of one stage may look at.
-
-    Args:
-        module: The network.
-        hiddens: Input of every layer, from `trace`.
-        output: Output of the network, from `trace`.
-        boundary: Index of the first layer above the stage.
-        stage: Index of the stage.
-        stages: Number of stages.
-    """
+    """Return what the critic of one stage may look at, from the results of `trace`."""
     return CriticContext(
         stage=stage,
         stages=stages,
@@ -169,15 +136,12 @@ def critic_context(
     )
 
 
+# Zeros in use, by shape and dtype: the contexts of many places share them, so memory does not grow with places.
 _zeros: WeakValueDictionary[object, Tensor] = WeakValueDictionary()
-"""Zeros in use, by shape and dtype: the contexts of many places share them, so memory does not grow with places."""
 
 
 def zeros_if_meta(tensor: Tensor) -> Tensor:
-    """Return the tensor itself, or CPU zeros of its shape if it is on the meta device (`Layers.weights`).
-
-    The zeros are shared: do not change them in place.
-    """
+    """Return the tensor itself, or, for one on the meta device, shared CPU zeros: do not change them in place."""
     if not tensor.is_meta:
         return tensor
     key = tensor.shape, tensor.dtype

@@ -19,40 +19,24 @@ from decoupled_pp.core.packets import Payload, as_tuple, map_payload
 from decoupled_pp.models.cutting.layers import LAYER_FAULTS, misfit, zeros_if_meta
 from decoupled_pp.models.cutting.objective import CriticWithLoss, Objective
 
-WARM_UP = 2
-"""Runs before the measured ones: allocator, lazy library initialisation, kernel choice."""
+WARM_UP = 2  # runs before the measured ones: allocator, lazy library initialisation, kernel choice
 
-Reach: TypeAlias = Literal["forward", "input", "all"]
-"""Extent of a pass: forward only; backward to the input, without the weights' gradients; all of it."""
+Reach: TypeAlias = Literal["forward", "input", "all"]  # "input": and backward, without the weights' gradients
 
 
 @dataclass(frozen=True)
 class PassSeconds:
-    """Seconds of a module's passes.
-
-    Attributes:
-        forward: The forward pass.
-        input_gradient: The backward pass to the input alone; 0 if the input takes no gradient.
-        weight_gradient: The rest of the whole backward pass.
-    """
+    """Seconds of a module's passes."""
 
     forward: float
-    input_gradient: float
-    weight_gradient: float
+    input_gradient: float  # the backward pass to the input alone; 0 if the input takes no gradient
+    weight_gradient: float  # the rest of the whole backward pass
 
 
 def measure_passes(
     module: nn.Module, given: Payload, device: torch.device, *, objective: Objective | None = None, repeats: int = 5
 ) -> PassSeconds:
-    """Measure the passes of a module. Measuring changes the module: give a copy.
-
-    Args:
-        module: A layer or a critic.
-        given: Its input.
-        device: Where to measure.
-        objective: Measured with the module (see `stand_in_objective`).
-        repeats: Measured runs; the median counts.
-    """
+    """Measure the passes of a module and its `objective`. Measuring changes the module: give a copy."""
     reaches: tuple[Reach, ...] = ("forward", "input", "all")
     forward, to_input, whole = (_seconds(module, given, device, objective, repeats, reach) for reach in reaches)
     # The medians of a short pass may come in any order; a longer pass counts as taking at least as long.
@@ -69,22 +53,9 @@ def measure_layers(
     objective: Objective | None = None,
     repeats: int = 5,
 ) -> tuple[float, ...]:
-    """Measure forward + backward of every layer, on deep copies: the module and the generators stay as they are.
+    """Return seconds of forward + backward of every layer, on deep copies: module and generators stay as they are.
 
     The backward pass includes the gradient for the layer's input, which the first layer of a stage will not need.
-
-    Args:
-        module: The network.
-        hiddens: Input of every layer, from `trace`.
-        device: Where to measure.
-        objective: Measured with the last layer (see `stand_in_objective`).
-        repeats: Measured runs; the median counts.
-
-    Returns:
-        Seconds of every layer.
-
-    Raises:
-        UsageError: A layer fails in training mode (such as batch normalisation of a single value).
     """
     seconds: list[float] = []
     layers = list(module.named_children())
@@ -110,18 +81,9 @@ def measure_critics(
     objective: Objective,
     repeats: int = 5,
 ) -> tuple[float | UsageError, ...]:
-    """Measure forward + backward of the critic at every place.
+    """Return seconds of forward + backward of the critic at every place, or why there is none.
 
-    Args:
-        contexts: One for every place. Critics of different stages behind one layer that compute alike are measured
-            once.
-        critic: Builds the critics; the generators stay as they are.
-        device: Where to measure.
-        objective: The critic's loss (see `stand_in_objective`).
-        repeats: Measured runs; the median counts.
-
-    Returns:
-        For every context the seconds, or the UsageError that the builder or the critic raised.
+    Critics of different stages behind one layer that compute alike are measured once. The generators stay as they are.
     """
     results: list[float | UsageError] = []
     known: dict[object, float | UsageError] = {}

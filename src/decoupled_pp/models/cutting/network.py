@@ -25,46 +25,23 @@ By: TypeAlias = Literal["time", "parameters", "uniform"] | list[int]
 
 _CPU = torch.device("cpu")
 
-_CriticCost: TypeAlias = "float | UsageError"
-"""Cost of a critic, or the reason why none can be built at that place."""
+_CriticCost: TypeAlias = "float | UsageError"  # or why none can be built at that place
 
 
 def cut_network(  # noqa: PLR0917 - the plain facts, as `dpp.partition` takes them
     layers: object,
     stages: int,
     by: By,
-    sample: Payload | None,
-    critic: CriticBuilder | None,
-    loss: Loss | None = None,
-    device: torch.device = _CPU,
+    sample: Payload | None,  # the layers are checked on it; "time" and critics that count need one
+    critic: CriticBuilder | None,  # None: critics are left out of the balance
+    loss: Loss | None = None,  # measured with the last layer and every critic; None: a plain mean square
+    device: torch.device = _CPU,  # where to measure
     *,
-    relearned: bool = False,
-    speeds: Sequence[float] | None = None,
+    relearned: bool = False,  # True if critics run forward once more (`critic_target`)
+    speeds: Sequence[float] | None = None,  # of every stage's device; for "time" and "parameters", as is `fits`
     fits: Fits | None = None,
 ) -> Plan:
-    """Cut a network into stages.
-
-    Args:
-        layers: An `nn.Sequential` or a list of modules; marked with `cut_after`, it is cut only there (but by a list).
-        stages: Number of stages.
-        by: "time" (measured, critics and loss included), "parameters" (critics included), "uniform" (number of layers),
-            or the number of layers of every stage.
-        sample: An input micro-batch; the layers are checked on it. "time" and critics that count need one.
-        critic: Builds the critic of every stage but the last; None to leave critics out of the balance. While the cut
-            is sought, it builds one for every stage and every layer behind which that stage can end.
-        loss: Measured with the last layer and with every critic, on a made-up target; None for a plain mean square.
-        device: Where to measure.
-        relearned: True if critics run forward once more, to learn from the next stage's losses (`critic_target`).
-        speeds: Relative speed of the device of every stage; for "time" and "parameters".
-        fits: Tells which stages have room on their device; for "time" and "parameters".
-
-    Returns:
-        The plan; its `sample` is an empty tuple if none was given, its seconds are None if not measured.
-
-    Raises:
-        UsageError: Bad `by`, more stages than layers, layers that do not fit, parameters shared between stages, or no
-            place for a critic.
-    """
+    """Cut a network into stages; where `cut_after` marked it, only there (but by a list anywhere)."""
     module = as_sequential(layers)
     traced = trace(module, sample) if sample is not None else None
     devices = _Devices(getattr(module, "places", None), speeds, fits)
@@ -93,15 +70,9 @@ def cut_network(  # noqa: PLR0917 - the plain facts, as `dpp.partition` takes th
 
 @dataclass(frozen=True)
 class _Devices:
-    """The constraints that a balanced cut respects.
+    """The constraints that a balanced cut respects."""
 
-    Attributes:
-        places: Boundaries to choose from (`cut_after`); None: all.
-        speeds: Relative speed of the device of every stage; None: all alike.
-        fits: Tells which stages have room on their device; None: all.
-    """
-
-    places: Sequence[int] | None
+    places: Sequence[int] | None  # boundaries to choose from (`cut_after`); None: all
     speeds: Sequence[float] | None
     fits: Fits | None
 
@@ -129,20 +100,12 @@ class _Devices:
 
 @dataclass(frozen=True)
 class _Cutter:
-    """Cuts one network by each of the measures of balance.
-
-    Attributes:
-        module: The network.
-        stages: Number of stages.
-        critic: Builds the critics; None: they do not count.
-        traced: Inputs of the layers and output of the network (`trace`), if there is a sample.
-        devices: The constraints of the cut.
-    """
+    """Cuts one network by each of the measures of balance."""
 
     module: nn.Sequential
     stages: int
     critic: CriticBuilder | None
-    traced: tuple[list[Payload], Tensor] | None
+    traced: tuple[list[Payload], Tensor] | None  # from `trace`, if there is a sample
     devices: _Devices
 
     def uniform(self) -> tuple[int, ...]:
@@ -166,11 +129,7 @@ class _Cutter:
     def by_time(
         self, loss: Loss | None, device: torch.device, *, relearned: bool
     ) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...] | None]:
-        """Balance measured seconds.
-
-        Returns:
-            Boundaries, seconds of every layer, seconds of the critic of every stage but the last (None without one).
-        """
+        """Return boundaries, seconds of every layer, seconds of every chosen critic (None without critics)."""
         hiddens, output = self._need_traced("'time' measures the layers; pass a sample, or cut by 'uniform'")
         objective = stand_in_objective(loss, zeros_if_meta(output).to(device), relearned=relearned)
         layer_seconds = measure_layers(self.module, hiddens, device, objective=objective)
@@ -215,9 +174,6 @@ class _Cutter:
 
         Costs are kept by stage and place, because a critic may depend on its stage: AugLocal's is deeper near the
         input.
-
-        Raises:
-            UsageError: No cut is left; the first builder's error, if there was one, says why.
         """
         places = self.devices.places
         closing = [[math.inf] * len(costs) for _ in range(self.stages - 1)]

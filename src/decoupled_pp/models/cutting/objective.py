@@ -14,18 +14,11 @@ from decoupled_pp.core.packets import Loss, Payload, as_tuple, map_payload
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss with a made-up target.
-
-    Attributes:
-        loss: The loss of logits and `target`.
-        target: A made-up target that fits.
-        relearned: True if critics learn from the next stage's losses, and run forward once more for it
-            (`critic_target`).
-    """
+    """A loss with a made-up target that fits."""
 
     loss: Loss
     target: Payload
-    relearned: bool = False
+    relearned: bool = False  # critics run forward once more, to learn from the next stage's losses (`critic_target`)
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Return the loss of these logits."""
@@ -61,11 +54,6 @@ def stand_in_objective(loss: Loss | None, output: Tensor, *, relearned: bool = F
     The loss counts: with a large vocabulary it is a good part of the last layer's time. Two targets are tried: class
     indices shaped like the output without its last dimension, then values shaped like the output. A loss that takes
     neither, or None, is replaced by the mean square of the output.
-
-    Args:
-        loss: The loss of the run.
-        output: A sample of the network's output.
-        relearned: See `Objective`.
     """
     if loss is not None:
         indices = torch.zeros(output.shape[:-1], dtype=torch.int64, device=output.device)

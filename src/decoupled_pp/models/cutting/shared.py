@@ -13,14 +13,7 @@ from decoupled_pp.core.errors import UsageError
 
 
 class _Bytes(NamedTuple):
-    """Bytes first..last of a storage, and the tensor that holds them.
-
-    Attributes:
-        first: Offset of the first byte.
-        last: Offset of the last byte.
-        stage: The stage whose tensor it is.
-        name: The tensor's name in the network.
-    """
+    """Bytes first..last of a storage, and the stage and the name of the tensor that holds them."""
 
     first: int
     last: int
@@ -29,15 +22,7 @@ class _Bytes(NamedTuple):
 
 
 def refuse_shared(module: nn.Sequential, boundaries: tuple[int, ...]) -> None:
-    """Check that no parameter or buffer is used by layers of two different stages.
-
-    Args:
-        module: The network.
-        boundaries: Index of the first layer of every stage, then the number of layers.
-
-    Raises:
-        UsageError: One is, or two overlap in memory; names both places and the remedy.
-    """
+    """Check that no parameter or buffer is used by layers of two different stages."""
     known: defaultdict[tuple[str, int], list[_Bytes]] = defaultdict(list)
     for index, (layer_name, layer) in enumerate(module.named_children()):
         stage = sum(boundary <= index for boundary in boundaries[1:])

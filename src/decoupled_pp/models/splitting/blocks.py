@@ -13,7 +13,7 @@ from decoupled_pp.core.device import on_meta, untouched
 from decoupled_pp.core.errors import UsageError, first_line
 from decoupled_pp.core.plans import Layers
 from decoupled_pp.core.torch_private import own_buffers, own_parameters
-from decoupled_pp.models.splitting.layers import BlockLayer, EntryLayer, ExitLayer
+from decoupled_pp.models.splitting.layers import BlockLayer, EntryLayer, ExitLayer, ForwardCall
 from decoupled_pp.models.splitting.observe import Call, find_blocks, observe, parts_around
 from decoupled_pp.models.splitting.stubs import (
     MissingPartStub,
@@ -43,39 +43,20 @@ class Split:
 
 @dataclass(frozen=True)
 class _Source:
-    """A model to be split, and how it is called.
-
-    Attributes:
-        model: The model.
-        blocks: Its repeated blocks.
-        names: Their names.
-        parts: Its outermost parts around the blocks, by name.
-        sample: An input micro-batch by argument name.
-        options: Further arguments of its `forward`.
-        output: Picks the network's output from its result.
-    """
+    """A model to be split."""
 
     model: nn.Module
-    blocks: nn.ModuleList
-    names: Sequence[str]
-    parts: Mapping[str, nn.Module]
-    sample: Mapping[str, Tensor]
-    options: Mapping[str, Any]
-    output: Callable[[Any], Tensor]
+    blocks: Mapping[str, nn.Module]  # its repeated blocks by name, in order
+    parts: Mapping[str, nn.Module]  # its outermost parts around the blocks, by name
+    call: ForwardCall
 
 
 @dataclass(frozen=True)
 class _Ends:
-    """Parts of the model with a state, by name: called before the blocks, called after them, or never called."""
+    """Parts with a state that are called before the blocks (or never: somebody has to hold them), and after them."""
 
-    before: Mapping[str, nn.Module]
-    after: Mapping[str, nn.Module]
-    idle: Mapping[str, nn.Module]
-
-    @property
-    def at_entry(self) -> dict[str, nn.Module]:
-        """Return the parts that belong to the entry: somebody has to hold those that are never called."""
-        return {**self.before, **self.idle}
+    entry: dict[str, nn.Module]
+    exit: dict[str, nn.Module]
 
 
 def split_blocks(
@@ -104,35 +85,32 @@ def split_blocks(
         UsageError: The model is not built that way (the text names what stands in the way), or the layers do not give
             the same output.
     """
-    list_name, blocks = find_blocks(model)
-    names = [f"{list_name}.{index}" for index in range(len(blocks))]
-    source = _Source(model, blocks, names, parts_around(model, blocks), sample, dict(options or {}), output)
+    list_name, block_list = find_blocks(model)
+    blocks: dict[str, nn.Module] = {f"{list_name}.{index}": block for index, block in enumerate(block_list)}
+    call = ForwardCall(sample, dict(options or {}), output)
+    source = _Source(model, blocks, parts_around(model, block_list), call)
     modes = {name: part.training for name, part in model.named_modules()}
     # Watched in eval mode: dropout would draw random numbers, and the check below compares bit for bit.
     with untouched(model, next(iter(sample.values())).device):
         model.eval()
         expected, calls = _watch(source)
-        block_calls = _calls_of_blocks(source, calls)
-        wiring = wire(block_calls, names)
+        block_calls = _calls_of_blocks(blocks, calls)
+        wiring = wire(block_calls, list(blocks))
         ends = _find_ends(source.parts, calls, block_calls)
         # Blocks come second: where an embedding and a head share a weight, the head gets the copy.
-        untied = give_copies([ends.at_entry, dict(zip(names, blocks, strict=True)), ends.after])
+        untied = give_copies([ends.entry, blocks, ends.exit])
         layers = _build(source, wiring, ends)
         if not on_meta(model):
             _choose_travelling_inputs(layers, sample, expected)
     _set_modes(layers, modes)
-    known = _model_names(layers, names)
-    keys = {name: key for key, name in known.items()}
+    names = _model_names(layers, list(blocks))
+    keys = {name: key for key, name in names.items()}
     layers.tied = {keys[copy]: keys[first] for copy, first in untied.items()}
-    return Split(layers, known, untied)
+    return Split(layers, names, untied)
 
 
 def picked(output: Callable[[Any], Tensor], result: Any) -> Tensor:
-    """Return what `output` picks from a model's result.
-
-    Raises:
-        UsageError: It is no tensor, or a scalar, which would be the model's own loss.
-    """
+    """Return what `output` picks from a model's result: no scalar, which would be the model's own loss."""
     found = output(result)
     if not isinstance(found, Tensor):
         raise UsageError(
@@ -149,69 +127,49 @@ def picked(output: Callable[[Any], Tensor], result: Any) -> Tensor:
 
 
 def _watch(source: _Source) -> tuple[Tensor, list[Call]]:
-    """Run the model once and return its output and the calls of its blocks and parts, in order.
-
-    Raises:
-        UsageError: The model fails on the sample.
-    """
-    model = source.model
-    outputs: list[Tensor] = []
-    watched: dict[nn.Module, nn.Module] = {part: part for part in (*source.blocks, *source.parts.values())}
-    running = model
-    empty = on_meta(model)
-    if empty:
+    """Run the model once and return its output and the calls of its blocks and parts, in order."""
+    running = source.model
+    call = source.call
+    watched: dict[nn.Module, nn.Module] = {part: part for part in (*source.blocks.values(), *source.parts.values())}
+    how = ""
+    if on_meta(source.model):
         # Without weights nothing can be computed: each part is replaced by a stub that makes the right shapes.
-        watched = {part: MissingPartStub(part) for part in watched}
-        running = copy_replacing(model, watched, {})
+        stubs = {part: MissingPartStub(part) for part in watched}
+        running = copy_replacing(source.model, stubs)
+        watched = {stub: part for part, stub in stubs.items()}
+        how = " by its shapes alone (it is on the meta device)"
     try:
-        calls = observe(
-            lambda: outputs.append(picked(source.output, running(**source.sample, **source.options))), watched.values()
-        )
+        return observe(lambda: picked(call.output, running(**call.sample, **call.options)), watched)
     except UsageError:
         raise
     except Exception as error:
-        given = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in source.sample.items())
-        how = " by its shapes alone (it is on the meta device)" if empty else ""
+        given = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in call.sample.items())
         raise UsageError(
-            f"{type(model).__name__} fails on {given}{how}: {first_line(error)}; give other inputs (such as a smaller "
-            "`data.context`), or change its config",
+            f"{type(source.model).__name__} fails on {given}{how}: {first_line(error)}; give other inputs (such as a "
+            "smaller `data.context`), or change its config",
             code="model-fails-on-sample",
         ) from error
-    originals = {id(stub): part for part, stub in watched.items()}
-    for call in calls:
-        call.module = originals[id(call.module)]
-    return outputs[0], calls
 
 
-def _calls_of_blocks(source: _Source, calls: Sequence[Call]) -> list[Call]:
-    """Return the call of every block.
-
-    Raises:
-        UsageError: The blocks are not called once each, in order.
-    """
-    names = {id(block): name for block, name in zip(source.blocks, source.names, strict=True)}
-    order = [call for call in calls if id(call.module) in names]
-    if [id(call.module) for call in order] != [id(block) for block in source.blocks]:
-        called = ", ".join(names[id(call.module)] for call in order) or "none of them"
+def _calls_of_blocks(blocks: Mapping[str, nn.Module], calls: Sequence[Call]) -> list[Call]:
+    """Return the call of every block, if they are called once each, in order."""
+    names = {block: name for name, block in blocks.items()}
+    found = [call for call in calls if call.module in names]
+    order = [names[call.module] for call in found]
+    if order != list(blocks):
         raise UsageError(
-            f"the blocks are called as {called}, and not once each in order; pass the layers as a list, or trace the "
-            "model",
+            f"the blocks are called as {', '.join(order) or 'none of them'}, and not once each in order; pass the "
+            "layers as a list, or trace the model",
             code="blocks-out-of-order",
         )
-    return order
+    return found
 
 
 def _find_ends(parts: Mapping[str, nn.Module], calls: Sequence[Call], blocks: Sequence[Call]) -> _Ends:
-    """Tell which parts with parameters or buffers are called before the blocks, and which after them.
-
-    Raises:
-        UsageError: A part is called on both sides, or between blocks.
-    """
+    """Tell which parts with parameters or buffers belong before the blocks, and which after them."""
     start = blocks[0].begin
     end = blocks[-1].end
-    before: dict[str, nn.Module] = {}
-    after: dict[str, nn.Module] = {}
-    idle: dict[str, nn.Module] = {}
+    ends = _Ends({}, {})
     for name, part in parts.items():
         if next(part.parameters(), None) is None and next(part.buffers(), None) is None:
             continue  # a part without a state is copied to both ends
@@ -225,39 +183,28 @@ def _find_ends(parts: Mapping[str, nn.Module], calls: Sequence[Call], blocks: Se
                 "list, or trace the model",
                 code="part-in-several-stages",
             )
-        if early:
-            before[name] = part
-        elif late:
-            after[name] = part
-        else:
-            idle[name] = part
-    return _Ends(before, after, idle)
+        side = ends.exit if late else ends.entry
+        side[name] = part
+    return ends
 
 
 def _build(source: _Source, wiring: Wiring, ends: _Ends) -> Layers:
-    model, blocks = source.model, list(source.blocks)
-    recording = [
-        RecordingStub(block, one, name, last=block is blocks[-1])
-        for block, one, name in zip(blocks, wiring.blocks, source.names, strict=True)
-    ]
-    passing = [PassThroughStub(block, one) for block, one in zip(blocks, wiring.blocks, strict=True)]
-    recording_of: dict[nn.Module, nn.Module] = dict(zip(blocks, recording, strict=True))
-    passing_of: dict[nn.Module, nn.Module] = dict(zip(blocks, passing, strict=True))
-    at_entry = list(ends.at_entry.values())
-    at_exit = list(ends.after.values())
+    model = source.model
+    blocks = list(source.blocks.values())
+    recording: dict[nn.Module, RecordingStub] = {}
+    passing: dict[nn.Module, PassThroughStub] = {}
+    for (name, block), one in zip(source.blocks.items(), wiring.blocks, strict=True):
+        recording[block] = RecordingStub(block, one, name, last=block is blocks[-1])
+        passing[block] = PassThroughStub(block, one)
+    at_entry = ends.entry.values()
+    at_exit = ends.exit.values()
+    stay_at_exit = {part: part for part in at_exit}
 
     # Tensors of the model itself, in none of its parts, stay in the entry; the exit has NaNs in their places.
     loose = list(_loose_tensors(model, [*blocks, *at_entry, *at_exit]))
-    first = copy_replacing(
-        model,
-        recording_of | {part: part for part in at_entry} | {part: nn.Identity() for part in at_exit},
-        {tensor: tensor for _, _, tensor in loose},
-    )
-    last = copy_replacing(
-        model,
-        passing_of | {part: part for part in at_exit} | {part: MissingPartStub(part) for part in at_entry},
-        {},
-    )
+    stay_at_entry = {part: part for part in at_entry} | {tensor: tensor for _, _, tensor in loose}
+    first = copy_replacing(model, recording | stay_at_entry | {part: nn.Identity() for part in at_exit})
+    last = copy_replacing(model, passing | stay_at_exit | {part: MissingPartStub(part) for part in at_entry})
     for name, key, tensor in loose:
         holder = last.get_submodule(name)
         # register_buffer refuses a name that is taken.
@@ -268,16 +215,15 @@ def _build(source: _Source, wiring: Wiring, ends: _Ends) -> Layers:
     entry_shapes = None
     exit_shapes = None
     if on_meta(model):
-        stubs: dict[nn.Module, nn.Module] = {part: MissingPartStub(part) for part in source.parts.values()}
-        entry_shapes = copy_replacing(model, recording_of | stubs, {})
-        exit_shapes = copy_replacing(model, passing_of | stubs | {part: part for part in at_exit}, {})
+        stubs = {part: MissingPartStub(part) for part in source.parts.values()}
+        entry_shapes = copy_replacing(model, recording | stubs)
+        exit_shapes = copy_replacing(model, passing | stubs | stay_at_exit)
 
     layers: dict[str, nn.Module] = {}
-    layers["entry"] = EntryLayer(first, recording, wiring, source.sample, source.options, entry_shapes)
-    live = (*wiring.live, ())
-    for index, (block, one) in enumerate(zip(blocks, wiring.blocks, strict=True)):
-        layers[f"block{index}"] = BlockLayer(block, one, live[index], live[index + 1])
-    layers["exit"] = ExitLayer(last, passing[-1], source.sample, source.options, source.output, exit_shapes)
+    layers["entry"] = EntryLayer(first, entry_shapes, source.call, list(recording.values()), wiring)
+    for index, block in enumerate(blocks):
+        layers[f"block{index}"] = BlockLayer(block, wiring, index)
+    layers["exit"] = ExitLayer(last, exit_shapes, source.call, passing[blocks[-1]])
     return Layers(layers.items())
 
 
@@ -291,11 +237,7 @@ def _loose_tensors(model: nn.Module, parts: Iterable[nn.Module]) -> Iterable[tup
 
 
 def _choose_travelling_inputs(layers: nn.Sequential, sample: Mapping[str, Tensor], expected: Tensor) -> None:
-    """Check the layers against the model, and find out which floating inputs (images) need not travel to the exit.
-
-    Raises:
-        UsageError: The output is not the model's, bit for bit.
-    """
+    """Check the layers against the model, and find out which floating inputs (images) need not travel to the exit."""
     ends = layers.get_submodule("entry"), layers.get_submodule("exit")
     inputs = tuple(sample.values())
     given = inputs[0] if len(inputs) == 1 else inputs
@@ -349,12 +291,11 @@ def _set_modes(layers: Layers, modes: Mapping[str, bool]) -> None:
 
 def _model_names(layers: nn.Sequential, blocks: Sequence[str]) -> dict[str, str]:
     """Return key of `layers.state_dict()` -> key of the model's own."""
-    prefixes = {"entry.model.": "", "exit.model.": ""}
+    prefixes = {"entry": "", "exit": ""}
     for index, name in enumerate(blocks):
-        prefixes[f"block{index}.block."] = f"{name}."
+        prefixes[f"block{index}"] = f"{name}."
     names = {}
     for key in layers.state_dict():
-        for prefix, own in prefixes.items():
-            if key.startswith(prefix):
-                names[key] = own + key.removeprefix(prefix)
+        layer, _, own = key.split(".", 2)  # "entry.model.x", "block0.block.x"
+        names[key] = prefixes[layer] + own
     return names

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,25 +21,33 @@ from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.packets import Payload, as_tuple
 from decoupled_pp.core.torch_private import pytree
 from decoupled_pp.models.splitting.stubs import AllBlocksCalled, PassThroughStub, RecordingStub
-from decoupled_pp.models.splitting.wiring import BlockWiring, Constant, Hidden, Wiring
+from decoupled_pp.models.splitting.wiring import Side, Wiring
+
+
+@dataclass(frozen=True)
+class ForwardCall:
+    """Says how a model is called."""
+
+    sample: Mapping[str, Tensor]  # an input micro-batch by argument name
+    options: Mapping[str, Any]  # further arguments
+    output: Callable[[Any], Tensor]  # picks the network's output from the result
 
 
 class _EndLayer(nn.Module):
-    """A copy of the model that is run by its own `forward`.
+    """A copy of the model, with stubs, that is run by its own `forward`.
 
     Attributes:
         model: The copy.
         travels: For every input whether its values travel to the exit, or only its shape.
     """
 
-    def __init__(
-        self, model: nn.Module, sample: Mapping[str, Tensor], options: Mapping[str, Any], shape_model: nn.Module | None
-    ) -> None:
+    def __init__(self, model: nn.Module, shape_model: nn.Module | None, call: ForwardCall) -> None:
+        """Take the copy, and one with stubs in more places, which is run while `model` has no weights."""
         super().__init__()
         self.model = model
-        self.travels: tuple[bool, ...] = (True,) * len(sample)
-        self._options = dict(options)
-        self._dtypes = {name: tensor.dtype for name, tensor in sample.items()}
+        self.travels: tuple[bool, ...] = (True,) * len(call.sample)
+        self._options = dict(call.options)
+        self._dtypes = {name: tensor.dtype for name, tensor in call.sample.items()}
         # nn.Module would register it as a submodule, and its parameters would appear in state_dict().
         object.__setattr__(self, "_shape_model", shape_model)
 
@@ -60,58 +69,43 @@ class _EndLayer(nn.Module):
 class EntryLayer(_EndLayer):
     """Everything that comes before the first block."""
 
-    def __init__(  # noqa: PLR0917 - called in one place
+    def __init__(
         self,
         model: nn.Module,
+        shape_model: nn.Module | None,
+        call: ForwardCall,
         stubs: Sequence[RecordingStub],
         wiring: Wiring,
-        sample: Mapping[str, Tensor],
-        options: Mapping[str, Any],
-        shape_model: nn.Module | None = None,
     ) -> None:
-        """Take a copy of the model whose blocks are stubs.
-
-        Args:
-            model: The copy.
-            stubs: Its blocks.
-            wiring: How the blocks are called.
-            sample: The model's inputs by name, in the order of the payload.
-            options: Further arguments of the model's `forward`.
-            shape_model: Another copy in which stubs stand for more parts, to be run while `model` has no weights.
-        """
-        super().__init__(model, sample, options, shape_model)
+        """Take a copy of the model whose blocks are `stubs`."""
+        super().__init__(model, shape_model, call)
         self._stubs = list(stubs)
-        self._wiring = wiring
+        self._outgoing = [(0, wiring.blocks[0].hidden_in), *(side.origin for side in wiring.travelling(0))]
 
     def forward(self, payload: Payload) -> Payload:
         """Map inputs to (hidden state, sides, inputs)."""
         inputs = as_tuple(payload)
         meta = inputs[0].is_meta
-        # Code around the blocks may look at values, which meta tensors have not: it gets ones on the CPU instead.
-        given = [torch.ones_like(tensor, device="cpu") for tensor in inputs] if meta else inputs
         # The last stub raises: what the model does after its blocks belongs to the exit, and is not run here.
         with suppress(AllBlocksCalled):
-            self._run(given)
+            self._run(_with_values(inputs))
         recorded = []
         for stub in self._stubs:
-            recorded.append(stub.given or [])
-            stub.given = None  # a stub must not keep the activations of this micro-batch alive
-        hidden: Tensor = recorded[0][self._wiring.blocks[0].hidden_in]
-        outgoing = [hidden]
-        for slot in self._wiring.live[0]:
-            origin = self._wiring.origin[slot]
-            if origin is not None:
-                block, leaf = origin
-                outgoing.append(_optional_to_tensor(recorded[block][leaf], hidden.device))
-        outgoing.extend(map(_values_or_shape, inputs, self.travels))
+            recorded.append(stub.given)
+            stub.given = []  # a stub must not keep the activations of this micro-batch alive
+        hidden, *sides = (recorded[block][place] for block, place in self._outgoing)
+        outgoing: list[Tensor] = [hidden]
+        for side in sides:  # a payload holds tensors only, so None travels as an empty one
+            outgoing.append(torch.empty(0, device=hidden.device) if side is None else side)
+        for tensor, travels in zip(inputs, self.travels, strict=False):
+            outgoing.append(tensor if travels else torch.tensor(tensor.shape, device=tensor.device))
         return tuple(tensor.to("meta") for tensor in outgoing) if meta else tuple(outgoing)
 
 
 class Initialiser:
-    """Gives parts of a model fresh weights, as the model's library does."""
+    """Gives parts of a model fresh weights, as the model's library does: `fill` draws from torch's global generator."""
 
     def __init__(self, fill: Callable[[nn.Module], None]) -> None:
-        """Take the function that fills a part in place, from torch's global generator."""
         self.fill = fill
 
     def __deepcopy__(self, _: object) -> Initialiser:
@@ -129,20 +123,12 @@ class BlockLayer(nn.Module):
 
     initialiser: Initialiser | None = None
 
-    def __init__(self, block: nn.Module, wiring: BlockWiring, before: Sequence[int], after: Sequence[int]) -> None:
-        """Wrap a block.
-
-        Args:
-            block: The model's own.
-            wiring: How it is called.
-            before: Slots of the sides that come in.
-            after: Slots of the sides that go out.
-        """
+    def __init__(self, block: nn.Module, wiring: Wiring, index: int) -> None:
         super().__init__()
         self.block = block
-        self._wiring = wiring
-        self._before = tuple(before)
-        self._after = tuple(after)
+        self._wiring = wiring.blocks[index]
+        self._before = _slots(wiring.travelling(index))
+        self._after = _slots(wiring.travelling(index + 1))
 
     @property
     def reset_parameters(self) -> Callable[[], None] | None:
@@ -157,15 +143,8 @@ class BlockLayer(nn.Module):
         hidden, *rest = as_tuple(payload)
         sides = dict(zip(self._before, rest, strict=False))  # the rest of `rest` are the inputs
         inputs = rest[len(self._before) :]
-        leaves: list[Any] = []
-        for leaf in self._wiring.leaves:
-            if isinstance(leaf, Hidden):
-                leaves.append(hidden)
-            elif isinstance(leaf, Constant):
-                leaves.append(leaf.value)
-            else:
-                leaves.append(_tensor_to_optional(sides[leaf.slot]))
-        args, kwargs = pytree.tree_unflatten(leaves, self._wiring.form)
+        given = {slot: None if side.shape == (0,) else side for slot, side in sides.items()}
+        args, kwargs = self._wiring.arguments(hidden, given)
         # Library blocks return a tensor, a tuple or a dataclass; the wiring knows the places among the leaves.
         made = pytree.tree_leaves(self.block(*args, **kwargs))
         sides |= {slot: made[place] for place, slot in self._wiring.makes}
@@ -175,28 +154,13 @@ class BlockLayer(nn.Module):
 class ExitLayer(_EndLayer):
     """Everything that comes after the last block."""
 
-    def __init__(  # noqa: PLR0917 - called in one place
-        self,
-        model: nn.Module,
-        last: PassThroughStub,
-        sample: Mapping[str, Tensor],
-        options: Mapping[str, Any],
-        output: Callable[[Any], Tensor],
-        shape_model: nn.Module | None = None,
+    def __init__(
+        self, model: nn.Module, shape_model: nn.Module | None, call: ForwardCall, last: PassThroughStub
     ) -> None:
-        """Take a copy of the model whose blocks are stubs.
-
-        Args:
-            model: The copy.
-            last: Its last block, which returns the hidden state that comes in.
-            sample: The model's inputs by name: their dtypes are kept.
-            options: Further arguments of the model's `forward`.
-            output: Picks the network's output from the model's result.
-            shape_model: See `EntryLayer`.
-        """
-        super().__init__(model, sample, options, shape_model)
+        """Take a copy of the model whose last block is `last`."""
+        super().__init__(model, shape_model, call)
         self._last = last
-        self._output = output
+        self._output = call.output
 
     def forward(self, payload: Payload) -> Tensor:
         """Map (hidden state, inputs) to the network's output.
@@ -204,10 +168,7 @@ class ExitLayer(_EndLayer):
         Sides between the two are ignored, so that a copy of this layer can judge the output of any block.
         """
         hidden, *rest = as_tuple(payload)
-        inputs = rest[len(rest) - len(self._dtypes) :]
-        meta = hidden.is_meta
-        if meta:
-            inputs = [torch.ones_like(tensor, device="cpu") for tensor in inputs]
+        inputs = _with_values(rest[len(rest) - len(self._dtypes) :])
         # Code around the blocks reads shapes of its inputs (a mask's length); NaNs show if it reads more.
         rebuilt = [
             given if travels else torch.full(given.tolist(), torch.nan, dtype=dtype, device=given.device)
@@ -216,20 +177,16 @@ class ExitLayer(_EndLayer):
         self._last.hidden = hidden
         try:
             # The model may create tensors; it would create them on the default device, not where its inputs are.
-            with torch.device("cpu") if meta else hidden.device:
+            with torch.device("cpu") if hidden.is_meta else hidden.device:
                 return self._output(self._run(rebuilt))
         finally:
             self._last.hidden = None  # the stub must not keep the graph alive
 
 
-def _values_or_shape(tensor: Tensor, travels: bool) -> Tensor:
-    return tensor if travels else torch.tensor(tensor.shape, device=tensor.device)
+def _with_values(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return ones on the CPU for meta tensors: code around the blocks may look at values, which those have not."""
+    return [torch.ones_like(tensor, device="cpu") if tensor.is_meta else tensor for tensor in inputs]
 
 
-def _optional_to_tensor(side: Tensor | None, device: torch.device) -> Tensor:
-    """Return a side as a tensor: a payload holds tensors only, so None travels as an empty one."""
-    return torch.empty(0, device=device) if side is None else side
-
-
-def _tensor_to_optional(side: Tensor) -> Tensor | None:
-    return None if side.shape == (0,) else side
+def _slots(sides: Sequence[Side]) -> tuple[int, ...]:
+    return tuple(side.slot for side in sides)

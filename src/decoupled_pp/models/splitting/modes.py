@@ -18,20 +18,12 @@ from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.torch_private import pytree
 
 _UNPACK = str(operator.getitem)
-_FIXED_MODE = ("dropout", "batch_norm", "instance_norm", "rrelu")
-"""Operators that take the mode as an argument, so a trace holds it as a constant."""
-
-_WHOLE = {"", "model"}
-"""Names of the whole model in a trace."""
+_FIXED_MODE = ("dropout", "batch_norm", "instance_norm", "rrelu")  # operators that take the mode as an argument
+_WHOLE = {"", "model"}  # names of the whole model in a trace
 
 
 def functional_calls(parts: Sequence[nn.Module], whole: nn.Module) -> dict[str, list[str]]:
-    """Return the operators that the parts call outside of modules of `torch.nn`, by the name of the calling module.
-
-    Args:
-        parts: Parts of a trace.
-        whole: The model that was traced.
-    """
+    """Return the operators that the parts call outside of modules of `torch.nn`, by the name of the calling module."""
     found: dict[str, list[str]] = {}
     for part in parts:
         for name, module in part.named_modules():
@@ -54,15 +46,8 @@ def mode_dependent(
 ) -> set[str]:
     """Return the names of modules whose trace in training differs from that in evaluation.
 
-    They can stay as they are if the trace tells how they are called: with one tensor, for one tensor.
-
-    Args:
-        parts: Parts of the trace.
-        evaluation: The `functional_calls` of the model in evaluation mode.
-        training: The values in training mode.
-
-    Raises:
-        UsageError: A module that cannot stay.
+    They can stay as they are if the trace tells how they are called: with one tensor, for one tensor; any other is
+    refused. `evaluation` and `training` are the `functional_calls` of the model in the two modes.
     """
     # A module that asks for its mode makes other calls in the two traces; an operator that takes the mode as an
     # argument is known by its name.
@@ -86,9 +71,6 @@ def refuse_extra_arguments(whole: nn.Module, inputs: tuple[Tensor, ...], kept: C
     """Check that the model calls the modules that stay with one tensor and nothing else.
 
     A trace tells which tensors go into a module, but not which flags or numbers.
-
-    Raises:
-        UsageError: One is given more.
     """
     faulty: list[str] = []
 
@@ -126,10 +108,7 @@ def _is_unary(part: nn.Module, name: str) -> bool:
 
 
 def own_module(whole: nn.Module, name: str, kept: Container[str]) -> nn.Module | None:
-    """Return the model's own module under a name of its trace, if it can stand in for its trace.
-
-    That holds for modules to be kept, and for modules of `torch.nn` without parts.
-    """
+    """Return the model's own module under a name of its trace, if it is in `kept`, or of `torch.nn` without parts."""
     module = module_of(whole, name)
     if module is None or not name:
         return None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, is_dataclass
 from itertools import count
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.torch_private import pytree
@@ -17,44 +17,32 @@ from decoupled_pp.core.torch_private import pytree
 
 @dataclass
 class Call:
-    """One call of a module.
-
-    Attributes:
-        module: The module.
-        begin: Position of the call's begin in the order of all begins and ends.
-        end: Position of its end in that order; -1 until it has ended.
-        given: Leaves of (args, kwargs).
-        given_form: How the leaves make up (args, kwargs).
-        made: Leaves of the result.
-        made_form: How they make up the result.
-    """
+    """One call of a module; `begin` and `end` are positions in the order of all begins and ends."""
 
     module: nn.Module
     begin: int
-    given: list[Any]
+    given: list[Any]  # leaves of (args, kwargs)
     given_form: pytree.TreeSpec
-    end: int = -1
-    made: list[Any] = field(default_factory=list)
-    made_form: pytree.TreeSpec | None = None
+    end: int = -1  # not ended
+    made: list[Any] = field(init=False)  # leaves of the result
+    made_form: pytree.TreeSpec = field(init=False)
 
 
-def observe(run: Callable[[], object], modules: Iterable[nn.Module]) -> list[Call]:
-    """Return every call of these modules while `run` runs, without gradients; the calls keep their tensors alive.
+def observe(run: Callable[[], Tensor], modules: Mapping[nn.Module, nn.Module]) -> tuple[Tensor, list[Call]]:
+    """Call `run` without gradients; return its result and all calls of some modules, which keep their tensors alive.
 
-    Args:
-        run: Calls the model.
-        modules: Parts of the model to watch.
+    `modules` maps each module to watch to the one that stands in its calls.
     """
     calls: list[Call] = []
     clock = count()
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         leaves, form = _flatten((args, dict(kwargs)))
-        calls.append(Call(module, next(clock), leaves, form))
+        calls.append(Call(modules[module], next(clock), leaves, form))
 
     def after(module: nn.Module, _args: object, _kwargs: object, result: object) -> None:
         # A module may be called again before its first call has ended: the latest open call is the one that ends.
-        call = next(call for call in reversed(calls) if call.module is module and call.end < 0)
+        call = next(call for call in reversed(calls) if call.module is modules[module] and call.end < 0)
         call.made, call.made_form = _flatten(result)
         call.end = next(clock)
 
@@ -62,8 +50,7 @@ def observe(run: Callable[[], object], modules: Iterable[nn.Module]) -> list[Cal
         for module in modules:
             hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(after, with_kwargs=True).remove)
-        run()
-    return calls
+        return run(), calls
 
 
 def _flatten(value: Any) -> tuple[list[Any], pytree.TreeSpec]:
@@ -76,15 +63,11 @@ def _flatten(value: Any) -> tuple[list[Any], pytree.TreeSpec]:
 
 
 def _has_tensors(value: object) -> bool:
-    return any(isinstance(one, torch.Tensor) for one in vars(value).values())
+    return any(isinstance(one, Tensor) for one in vars(value).values())
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Return name and module of the `nn.ModuleList` with the most parameters: the model's repeated blocks.
-
-    Raises:
-        UsageError: There is no such list with more than one entry.
-    """
+    """Return name and module of the `nn.ModuleList` with the most parameters: the model's repeated blocks."""
     lists = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) > 1]
     if not lists:
         raise UsageError(

@@ -12,39 +12,24 @@ from torch import fx, nn
 from decoupled_pp.core.torch_private import non_persistent_buffers, own_buffers, own_parameters
 from decoupled_pp.models.splitting.modes import module_of, own_module, plain_name
 
+# Samples of the micro-batch that is traced: a multiple of 13 among sizes can hardly be anything but the batch.
 TRACED_BATCH = 13
-"""Samples of the micro-batch that is traced: a multiple of 13 among sizes can hardly be anything but the batch."""
 
+# A context variable, so that stages in several threads do not mix it up.
 running_batch: ContextVar[tuple[int, torch.device]] = ContextVar("batch size and device of the running part")
 
-_SIZED = (
-    "view",
-    "_unsafe_view",
-    "reshape",
-    "expand",
-    "zeros",
-    "ones",
-    "full",
-    "empty",
-    "new_zeros",
-    "new_ones",
-    "new_full",
-)
-"""Operators that take sizes, in which the batch size of the trace is a constant."""
+# Operators that take sizes, in which the batch size of the trace is a constant.
+_SIZED = {"view", "_unsafe_view", "reshape", "expand", "zeros", "ones", "full", "empty"}
+_SIZED |= {"new_zeros", "new_ones", "new_full"}
 
-_OPERATORS: dict[str, Callable[..., Any]] = {}
-"""Operators that are called through `_call_for_batch`, by name."""
+_OPERATORS: dict[str, Callable[..., Any]] = {}  # those that are called through `_call_for_batch`, by name
 
 
 def revive(part: nn.Module, whole: nn.Module, kept: Container[str]) -> None:
     """Put the model's own modules in place of their traces, and let the rest take any batch.
 
-    Own modules follow `train()` and `eval()`; a trace has a fixed mode.
-
-    Args:
-        part: A part of the trace; changed in place.
-        whole: The model that was traced.
-        kept: Names of modules of the user's own that stay; those of `torch.nn` stay anyway.
+    Own modules follow `train()` and `eval()`; a trace has a fixed mode. `kept` names the modules of the user's own that
+    stay; those of `torch.nn` stay anyway.
     """
     for name, module in list(part.named_modules()):  # a list, because modules are replaced on the way
         own = own_module(whole, name, kept)

@@ -1,7 +1,4 @@
-"""Copies of a model in which stubs stand for the parts that live on other stages: its own `forward` runs around them.
-
-Stubs replace modules through the memo of `copy.deepcopy`: where it finds an object's id, it takes the replacement.
-"""
+"""Copies of a model in which stubs stand for the parts on other stages: its own `forward` runs around them."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from torch import Tensor, nn
 
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.torch_private import child_modules, pytree
-from decoupled_pp.models.splitting.wiring import BlockWiring, Constant
+from decoupled_pp.models.splitting.wiring import TENSOR, BlockWiring
 
 
 class AllBlocksCalled(Exception):
@@ -38,67 +35,47 @@ class _BlockStub(Stub):
             self.register_module(name, None if part is None else nn.Identity())
         self.wiring = wiring
 
-    def _hidden(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        hidden: Tensor = pytree.tree_leaves((args, dict(kwargs)))[self.wiring.hidden_in]
-        return hidden
-
 
 class RecordingStub(_BlockStub):
-    """Records what the block is given, and returns its hidden state unchanged.
-
-    Attributes:
-        name: Name of the block, for errors.
-        given: Leaves of the arguments of the latest call; None before it.
-    """
+    """Records what the block is given (the leaves, in `given`), and returns its hidden state unchanged."""
 
     def __init__(self, block: nn.Module, wiring: BlockWiring, name: str, *, last: bool) -> None:
         super().__init__(block, wiring)
         self.name = name
-        self.given: list[Any] | None = None
+        self.given: list[Any] = []
         self._last = last
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Record the arguments.
-
-        Raises:
-            AllBlocksCalled: This is the last block.
-            UsageError: More than tensors differs from the observed call.
-        """
+        """Record the arguments; raises UsageError if more than tensors differs from the observed call."""
         leaves, form = pytree.tree_flatten((args, kwargs))
-        if form != self.wiring.form:
+        if form != self.wiring.given_form:
             raise UsageError(
                 f"block {self.name!r} is called with other arguments than when the model was split; split it with a "
                 "sample like the data",
                 code="block-call-changed",
             )
-        for leaf, expected in zip(leaves, self.wiring.leaves, strict=True):
-            if isinstance(expected, Constant) and not _same(leaf, expected.value):
+        for leaf, expected in zip(leaves, self.wiring.given, strict=True):
+            if expected is not TENSOR and not _same(leaf, expected):
                 raise UsageError(
-                    f"block {self.name!r} is given {leaf!r} where it was given {expected.value!r} when the model was "
+                    f"block {self.name!r} is given {leaf!r} where it was given {expected!r} when the model was "
                     "split; split it with a sample like the data",
                     code="block-call-changed",
                 )
         self.given = leaves
         if self._last:
             raise AllBlocksCalled
-        return self.wiring.result(self._hidden(args, kwargs), torch.empty(0))
+        return self.wiring.result(leaves[self.wiring.hidden_in])
 
 
 class PassThroughStub(_BlockStub):
-    """Returns the hidden state it is given, or the one in `hidden`.
+    """Returns the hidden state it is given, or the one in `hidden`."""
 
-    Attributes:
-        hidden: The hidden state to return instead; None for the one that is given.
-    """
-
-    def __init__(self, block: nn.Module, wiring: BlockWiring) -> None:
-        super().__init__(block, wiring)
-        self.hidden: Tensor | None = None
+    hidden: Tensor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the block would return, its other tensors empty."""
-        hidden = self._hidden(args, kwargs) if self.hidden is None else self.hidden
-        return self.wiring.result(hidden, torch.empty(0))
+        given: Tensor = pytree.tree_leaves((args, kwargs))[self.wiring.hidden_in]
+        return self.wiring.result(given if self.hidden is None else self.hidden)
 
 
 class MissingPartStub(Stub):
@@ -111,7 +88,7 @@ class MissingPartStub(Stub):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         # nn.Module would register the copy as a submodule, and its parameters would appear in state_dict().
-        object.__setattr__(self, "_shapes", meta_copy(module))
+        object.__setattr__(self, "_shapes", _meta_copy(module))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return NaNs, on the device of the first tensor given."""
@@ -138,28 +115,20 @@ def nan_like(tensor: Tensor, device: torch.device | None = None) -> Tensor:
     return torch.full(tensor.shape, fill, dtype=tensor.dtype, device=device or tensor.device)
 
 
-def meta_copy(module: nn.Module) -> nn.Module:
+def copy_replacing(model: nn.Module, replacements: Mapping[Any, Any]) -> nn.Module:
+    """Return a deep copy of a model in which some modules and tensors are others; those given are not copied."""
+    # `deepcopy` takes what its memo holds under an object's id for the copy that it has already made of it.
+    return copy.deepcopy(model, {id(old): new for old, new in replacements.items()})
+
+
+def _meta_copy(module: nn.Module) -> nn.Module:
     """Return a copy on the meta device, without ever copying the weights."""
-    memo: dict[int, Any] = {}  # deepcopy takes these for copies it has already made
+    replacements: dict[Tensor, Tensor] = {}
     for tensor in (*module.parameters(), *module.buffers()):
         empty = torch.empty_like(tensor, device="meta", requires_grad=False)
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(module, memo)
-
-
-def copy_replacing(
-    model: nn.Module, modules: Mapping[nn.Module, nn.Module], shared: Mapping[Tensor, Tensor]
-) -> nn.Module:
-    """Return a deep copy of a model in which some modules and tensors are others; those given are not copied.
-
-    Args:
-        model: Stays as it is.
-        modules: Module of the model -> its replacement.
-        shared: Parameter or buffer of the model -> its replacement.
-    """
-    memo: dict[int, Any] = {id(old): new for old, new in modules.items()}
-    memo |= {id(old): new for old, new in shared.items()}
-    return copy.deepcopy(model, memo)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        replacements[tensor] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+    return copy_replacing(module, replacements)
 
 
 def _holds_tensors(value: object) -> bool:

@@ -7,7 +7,6 @@ Skip connections travel along. For names ["down", "mid"]:
 
 from __future__ import annotations
 
-import copy
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,51 +26,35 @@ from decoupled_pp.core.plans import Layers
 from decoupled_pp.models.splitting.blocks import Split, picked
 from decoupled_pp.models.splitting.modes import functional_calls, mode_dependent, plain_name, refuse_extra_arguments
 from decoupled_pp.models.splitting.revive import TRACED_BATCH, revive, running_batch
+from decoupled_pp.models.splitting.stubs import copy_replacing
 
-Value: TypeAlias = tuple[int, int]
-"""(part that makes it, place in its result); part -1 for the inputs."""
+_Value: TypeAlias = tuple[int, int]  # (part that makes it, place in its result); part -1 for the inputs
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One part of the trace.
-
-    Attributes:
-        module: Its graph.
-        takes: Its arguments, as values of the whole.
-        makes: Number of tensors in its result.
-    """
+    """One part of the trace."""
 
     module: nn.Module
-    takes: tuple[Value, ...]
-    makes: int
+    takes: tuple[_Value, ...]  # its arguments
+    makes: int  # number of tensors in its result
 
 
 class TracedLayer(nn.Module):
     """Runs one part: picks its arguments from the payload, and passes on what later parts need."""
 
     def __init__(self, part: nn.Module, takes: Sequence[int], gives: Sequence[tuple[bool, int]], *, last: bool) -> None:
-        """Wrap a part.
-
-        Args:
-            part: Its graph.
-            takes: Places in the payload that are its arguments.
-            gives: For every tensor of the outgoing payload whether the part has made it, and its place.
-            last: True if the part's only result is the network's output.
-        """
         super().__init__()
         self.part = part
-        self._takes = tuple(takes)
-        self._gives = tuple(gives)
+        self._takes = tuple(takes)  # places in the payload
+        self._gives = tuple(gives)  # for every outgoing tensor: True if the part has made it, and its place
         self._last = last
 
     def forward(self, payload: Payload) -> Payload:
         """Payload -> payload, or the output."""
         given = as_tuple(payload)
-        # Operators of the graph ask for it; a context variable, so that stages in several threads do not mix it up.
-        running_batch.set((given[0].shape[0], given[0].device))
-        result = self.part(*(given[place] for place in self._takes))
-        made = (result,) if isinstance(result, Tensor) else tuple(result)
+        running_batch.set((given[0].shape[0], given[0].device))  # operators of the graph ask for it
+        made = as_tuple(self.part(*(given[place] for place in self._takes)))
         outgoing = tuple(made[place] if own else given[place] for own, place in self._gives)
         return outgoing[0] if self._last or len(outgoing) == 1 else outgoing
 
@@ -86,9 +69,8 @@ class _Whole(nn.Module):
         self._names = tuple(names)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        if self._names:
-            return picked(self._output, self.model(**dict(zip(self._names, inputs, strict=True))))
-        return picked(self._output, self.model(*inputs))
+        named = dict(zip(self._names, inputs, strict=False))
+        return picked(self._output, self.model(*inputs[len(named) :], **named))
 
 
 def split_traced(
@@ -157,8 +139,7 @@ def _cut(whole: _Whole, inputs: tuple[Tensor, ...], cut_after: Sequence[str]) ->
 
 def _trace(whole: _Whole, inputs: tuple[Tensor, ...], cut_after: Sequence[str]) -> Pipe:
     """Trace a copy that shares all tensors: `pipeline` annotates the modules that it is given."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*whole.parameters(), *whole.buffers())}
-    copied = copy.deepcopy(whole, memo)
+    copied = copy_replacing(whole, {tensor: tensor for tensor in (*whole.parameters(), *whole.buffers())})
     try:
         # torch.export prints what it does and warns of its own internals.
         with redirect_stdout(StringIO()), warnings.catch_warnings():
@@ -175,11 +156,6 @@ def _trace(whole: _Whole, inputs: tuple[Tensor, ...], cut_after: Sequence[str]) 
 
 
 def _stage_modules(pipe: Pipe) -> list[nn.Module]:
-    """Return the parts of a trace.
-
-    Raises:
-        UsageError: A part computes nothing.
-    """
     try:
         return [pipe.get_stage_module(index) for index in range(pipe.num_stages)]
     except AttributeError as error:
@@ -188,7 +164,7 @@ def _stage_modules(pipe: Pipe) -> list[nn.Module]:
 
 def _parts(graph: fx.Graph, modules: Sequence[nn.Module]) -> list[_Part]:
     """Return what every part takes and makes, from the graph of their calls."""
-    values: dict[fx.Node, Value] = {}
+    values: dict[fx.Node, _Value] = {}
     parts: list[_Part] = []
     inputs = 0
     for node in graph.nodes:
@@ -209,7 +185,7 @@ def _parts(graph: fx.Graph, modules: Sequence[nn.Module]) -> list[_Part]:
 
 def _chain(parts: Sequence[_Part], inputs: int) -> Iterator[TracedLayer]:
     """Yield every part with the places of its arguments in the payload, and the payload for those behind it."""
-    incoming: list[Value] = [(-1, place) for place in range(inputs)]
+    incoming: list[_Value] = [(-1, place) for place in range(inputs)]
     for index, part in enumerate(parts):
         needed = {value for later in parts[index + 1 :] for value in later.takes}
         outgoing = [(index, place) for place in range(part.makes)]
@@ -225,11 +201,7 @@ def _chain(parts: Sequence[_Part], inputs: int) -> Iterator[TracedLayer]:
 
 
 def _check(layers: nn.Module, whole: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Check that the layers give the model's output, bit for bit, in both modes and for micro-batches of two sizes.
-
-    Raises:
-        UsageError: They do not.
-    """
+    """Check that the layers give the model's output, bit for bit, in both modes and for micro-batches of two sizes."""
     for rows, training in ((TRACED_BATCH, False), (TRACED_BATCH, True), (TRACED_BATCH - 2, False)):
         given = tuple(_rows(tensor, rows) for tensor in inputs)
         layers.train(training)

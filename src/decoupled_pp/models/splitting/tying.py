@@ -30,13 +30,9 @@ def untie(network: nn.Sequential | Sequence[nn.Module]) -> Layers:
 
 
 def give_copies(groups: Sequence[Mapping[str, nn.Module]]) -> dict[str, str]:
-    """Give every later group its own copy of the parameters that it shares with an earlier one.
+    """Give every later group of modules its own copy of the parameters that it shares with an earlier one.
 
-    Args:
-        groups: Modules by name; within a group they may go on sharing.
-
-    Returns:
-        Name of the copy -> name of the parameter in the first group that has it.
+    Returns name of the copy -> name of the parameter in the first group that has it.
     """
     # Parameters are told apart by identity: equal values do not make two parameters one.
     seen: dict[int, str] = {}
@@ -44,20 +40,20 @@ def give_copies(groups: Sequence[Mapping[str, nn.Module]]) -> dict[str, str]:
     for group in groups:
         new: dict[int, str] = {}
         own: dict[int, nn.Parameter] = {}
-        for name, module, key, parameter in _parameters(group):
-            first = seen.get(id(parameter))
-            if first is None:
-                new.setdefault(id(parameter), name)
+        for name, module, key, parameter in parameter_places(group):
+            identity = id(parameter)
+            if identity not in seen:
+                new.setdefault(identity, name)
                 continue
-            if id(parameter) not in own:
-                own[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
-            own_parameters(module)[key] = own[id(parameter)]
-            copies[name] = first
+            if identity not in own:
+                own[identity] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+            own_parameters(module)[key] = own[identity]
+            copies[name] = seen[identity]
         seen |= new  # only now: within a group parameters may be shared
     return copies
 
 
-def _parameters(group: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+def parameter_places(group: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
     """Yield (name, module, key, parameter), also of parameters that occur again (`named_parameters` skips those)."""
     for prefix, part in group.items():
         for module_name, module in part.named_modules(prefix=prefix):

@@ -13,37 +13,23 @@ from torch import nn
 from decoupled_pp.core.errors import UsageError, first_line
 from decoupled_pp.core.plans import Weights
 from decoupled_pp.core.torch_private import own_parameters
+from decoupled_pp.models.splitting.tying import parameter_places
 
-INDEX = "model.safetensors.index.json"
-"""File beside the shards of a model that says which tensor is in which shard."""
+INDEX = "model.safetensors.index.json"  # says which tensor is in which shard
 
 
 class StoredWeights(Weights):
-    """Tensors in safetensors files, under the names of the model that was split.
-
-    The files are one file, or a folder as `save_pretrained` writes it.
-    """
+    """Tensors in a safetensors file, or a folder as `save_pretrained` writes it, under the names of the split model."""
 
     def __init__(
         self,
-        source: Path | None,
-        names: Mapping[str, str],
-        untied: Mapping[str, str],
-        prepare: Callable[[nn.Module], None],
-        shared: Iterable[Sequence[str]] = (),
+        source: Path | None,  # None: there is none, and `prepare` makes the weights
+        names: Mapping[str, str],  # key of the layers -> name in the model
+        untied: Mapping[str, str],  # name of a parameter that was another's in the model -> name of that one
+        prepare: Callable[[nn.Module], None],  # fills a part that has storage: unsaved buffers, fresh weights
+        shared: Iterable[Sequence[str]] = (),  # names that are one parameter; a file may have only one of them
     ) -> None:
-        """Look up where every tensor is; none is read.
-
-        Args:
-            source: The file or folder; None if there is none and `prepare` makes the weights.
-            names: Key of the layers -> name in the model.
-            untied: Name of a parameter that was another's in the model -> name of that one.
-            prepare: Fills a part that has storage and no content: buffers that are not saved, fresh weights.
-            shared: Groups of names in the model that are one parameter; a file may have only one name of a group.
-
-        Raises:
-            UsageError: The files cannot be read, or lack a tensor.
-        """
+        """Look up where every tensor is; none is read."""
         self._source = source
         self._names = names
         self._untied = untied
@@ -55,18 +41,15 @@ class StoredWeights(Weights):
                 self._stored_name(name)
 
     def fill(self, part: nn.Module, device: torch.device) -> None:
-        """Give a part that is on the meta device storage and content.
-
-        Args:
-            part: Layers of the network under their names in it.
-            device: Where to put it.
-        """
-        shared = shared_parameters(part)
+        """Give a part that is on the meta device storage and content."""
+        places: dict[int, list[tuple[nn.Module, str]]] = {}
+        for _, module, key, parameter in parameter_places({"": part}):
+            places.setdefault(id(parameter), []).append((module, key))
         part.to_empty(device=device)
         # to_empty makes a parameter of its own for every place of a shared one.
-        for (module, key), *others in shared:
-            for other, name in others:
-                own_parameters(other)[name] = own_parameters(module)[key]
+        for (first, first_key), *others in places.values():
+            for module, key in others:
+                own_parameters(module)[key] = own_parameters(first)[first_key]
         with torch.no_grad():
             self._prepare(part)  # buffers that no file has; whatever a file has is overwritten below
             state = part.state_dict()
@@ -94,18 +77,7 @@ class StoredWeights(Weights):
         )
 
 
-def shared_parameters(part: nn.Module) -> list[list[tuple[nn.Module, str]]]:
-    """Return the places (module, key) of every parameter that has more than one."""
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in part.modules():
-        for key, parameter in own_parameters(module).items():
-            if parameter is not None:
-                places.setdefault(id(parameter), []).append((module, key))
-    return [group for group in places.values() if len(group) > 1]
-
-
 def _files_of_tensors(source: Path) -> dict[str, Path]:
-    """Return name of every tensor -> its file."""
     try:
         if (source / INDEX).is_file():
             listed = json.loads((source / INDEX).read_text(encoding="utf-8"))["weight_map"]

@@ -6,175 +6,126 @@ rotary embeddings, a position bias that the first block has made). A side is rec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, empty
 
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.torch_private import pytree
 from decoupled_pp.models.splitting.observe import Call
 
-
-@dataclass(frozen=True)
-class Hidden:
-    """A leaf that is the hidden state."""
-
-
-@dataclass(frozen=True)
-class Side:
-    """A leaf that is a side; `slot` is its number."""
-
-    slot: int
-
-
-@dataclass(frozen=True)
-class Constant:
-    """A leaf that is no tensor, and the same in every call."""
-
-    value: Any
-
-
-Leaf: TypeAlias = Hidden | Side | Constant
-
-_TENSOR = object()
-"""Stands for a tensor among the leaves of a result."""
+TENSOR = object()
+"""Stands for a tensor among the leaves of a call."""
 
 
 @dataclass(frozen=True)
 class BlockWiring:
-    """Describes how one block is called.
+    """Describes how one block is called; a place is the index of a leaf of its arguments or of its result."""
 
-    Attributes:
-        form: How the leaves make up (args, kwargs).
-        leaves: A description of each leaf.
-        hidden_in: Index of the leaf that is the hidden state.
-        result_form: How the leaves of its result make up the result.
-        result_leaves: Leaves of the result that are no tensors; `_TENSOR` in place of a tensor.
-        hidden_out: Index of the leaf of the result that is the hidden state.
-        makes: (leaf of the result, slot) of every side that it makes.
-    """
-
-    form: pytree.TreeSpec
-    leaves: tuple[Leaf, ...]
-    hidden_in: int
-    result_form: pytree.TreeSpec
-    result_leaves: tuple[Any, ...]
+    given: tuple[Any, ...]  # its arguments: constants, and TENSOR for each tensor
+    given_form: pytree.TreeSpec
+    hidden_in: int  # place of the hidden state
+    sides: tuple[tuple[int, int], ...]  # (place, slot) of every side that it is given
+    made: tuple[Any, ...]  # its result, in the same way
+    made_form: pytree.TreeSpec
     hidden_out: int
-    makes: tuple[tuple[int, int], ...]
+    makes: tuple[tuple[int, int], ...]  # (place, slot) of every side that it makes
 
     def __deepcopy__(self, memo: object) -> BlockWiring:
         """Return itself: nothing in it changes, and copies of layers are made often."""
         return self
 
-    def result(self, hidden: Tensor, stand_in: Tensor) -> Any:
-        """Return a result as the block would, with this hidden state and a stand-in for all other tensors."""
-        leaves = [stand_in if leaf is _TENSOR else leaf for leaf in self.result_leaves]
+    def arguments(self, hidden: Tensor, sides: Mapping[int, Tensor | None]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return args and kwargs for the block; `sides` holds a tensor, or None, for each slot."""
+        leaves = list(self.given)
+        leaves[self.hidden_in] = hidden
+        for place, slot in self.sides:
+            leaves[place] = sides[slot]
+        args, kwargs = pytree.tree_unflatten(leaves, self.given_form)
+        return args, kwargs
+
+    def result(self, hidden: Tensor) -> Any:
+        """Return a result as the block would, with this hidden state and all other tensors empty."""
+        leaves = [empty(0) if leaf is TENSOR else leaf for leaf in self.made]
         leaves[self.hidden_out] = hidden
-        return pytree.tree_unflatten(leaves, self.result_form)
+        return pytree.tree_unflatten(leaves, self.made_form)
+
+
+@dataclass
+class Side:
+    """A tensor that blocks are given beside the hidden state; blocks are counted from 0."""
+
+    slot: int
+    maker: int  # the block that makes it; -1: the model does, before its blocks
+    origin: tuple[int, int]  # (block, place) where it is given first
+    last: int  # the last block that is given it
 
 
 @dataclass(frozen=True)
 class Wiring:
-    """Describes how all blocks are called.
-
-    Attributes:
-        blocks: The wiring of each.
-        origin: For every slot (block, leaf) where the side is first given; None if a block makes it.
-        live: For every block the slots that must travel to it: those that it or a later one is given, and that were
-            there before.
-    """
+    """Describes how all blocks are called."""
 
     blocks: tuple[BlockWiring, ...]
-    origin: tuple[tuple[int, int] | None, ...]
-    live: tuple[tuple[int, ...], ...]
+    sides: tuple[Side, ...]
 
-    def __deepcopy__(self, memo: object) -> Wiring:
-        """Return itself: nothing in it changes."""
-        return self
-
-
-class _Sides:
-    """Numbers the sides of blocks in the order in which they are given.
-
-    Attributes:
-        slots: id of a tensor -> its slot; ids are unique because the observed calls keep their tensors alive.
-        origin: See `Wiring`.
-        maker: id of a tensor -> the first block that returned it.
-    """
-
-    def __init__(self) -> None:
-        self.slots: dict[int, int] = {}
-        self.origin: list[tuple[int, int] | None] = []
-        self.maker: dict[int, int] = {}
-
-    def leaves(self, block: int, call: Call, hidden_in: int) -> tuple[Leaf, ...]:
-        """Return what the leaves of a block's arguments are; call it block by block, in order."""
-        leaves: list[Leaf] = []
-        for place, leaf in enumerate(call.given):
-            if place == hidden_in:
-                leaves.append(Hidden())
-            elif not isinstance(leaf, Tensor):
-                leaves.append(Constant(leaf))
-            else:
-                if id(leaf) not in self.slots:
-                    self.slots[id(leaf)] = len(self.origin)
-                    self.origin.append(None if id(leaf) in self.maker else (block, place))
-                leaves.append(Side(self.slots[id(leaf)]))
-        for leaf in call.made:
-            if isinstance(leaf, Tensor):
-                self.maker.setdefault(id(leaf), block)
-        return tuple(leaves)
-
-    def made_by(self, block: int, call: Call) -> tuple[tuple[int, int], ...]:
-        """Return (leaf of the result, slot) of every side that a block makes."""
-        makes = []
-        for place, leaf in enumerate(call.made):
-            if isinstance(leaf, Tensor) and id(leaf) in self.slots and self.maker[id(leaf)] == block:
-                makes.append((place, self.slots[id(leaf)]))
-        return tuple(makes)
+    def travelling(self, block: int) -> list[Side]:
+        """Return the sides that must travel to a block: there before it, and given to it or to a later one."""
+        return [side for side in self.sides if side.maker < block <= side.last]
 
 
 def wire(calls: Sequence[Call], names: Sequence[str]) -> Wiring:
-    """Work out the wiring of blocks that were called once each, in order.
-
-    Args:
-        calls: The calls of the blocks.
-        names: Names of the blocks, for errors.
-
-    Raises:
-        UsageError: A block is not given what the one before it made.
-    """
+    """Work out the wiring of blocks, from their calls (one of each, in order) and their names (for errors)."""
     passes = [
         _hidden_between(before, after, name) for before, after, name in zip(calls, calls[1:], names[1:], strict=False)
     ]
     # The last block has no successor, and the first no predecessor: they are taken to be like their neighbours.
     hidden_out = [out for out, _ in passes] + [passes[-1][0]]
     hidden_in = [passes[0][1]] + [into for _, into in passes]
-    sides = _Sides()
-    leaves = [sides.leaves(block, call, hidden_in[block]) for block, call in enumerate(calls)]
+    # Both by the id of a tensor: ids are unique, because the observed calls keep their tensors alive.
+    sides: dict[int, Side] = {}
+    makers: dict[int, int] = {}
+    for block, call in enumerate(calls):
+        for place, key in _tensors(call.given):
+            if place != hidden_in[block]:
+                side = Side(len(sides), makers.get(key, -1), (block, place), block)
+                sides.setdefault(key, side).last = block
+        for _, key in _tensors(call.made):
+            makers.setdefault(key, block)
     blocks = []
     for block, call in enumerate(calls):
-        assert call.made_form is not None
+        taken = [(place, key) for place, key in _tensors(call.given) if place != hidden_in[block]]
+        made = [(place, key) for place, key in _tensors(call.made) if key in sides and makers[key] == block]
         blocks.append(
             BlockWiring(
-                form=call.given_form,
-                leaves=leaves[block],
+                given=_without_tensors(call.given),
+                given_form=call.given_form,
                 hidden_in=hidden_in[block],
-                result_form=call.made_form,
-                result_leaves=tuple(_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in call.made),
+                sides=tuple((place, sides[key].slot) for place, key in taken),
+                made=_without_tensors(call.made),
+                made_form=call.made_form,
                 hidden_out=hidden_out[block],
-                makes=sides.made_by(block, call),
+                makes=tuple((place, sides[key].slot) for place, key in made),
             )
         )
-    return Wiring(tuple(blocks), tuple(sides.origin), _live_slots(blocks, sides.origin))
+    return Wiring(tuple(blocks), tuple(sides.values()))
+
+
+def _tensors(leaves: Sequence[Any]) -> list[tuple[int, int]]:
+    """Return (place, id) of every tensor."""
+    return [(place, id(leaf)) for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+
+def _without_tensors(leaves: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves)
 
 
 def _hidden_between(before: Call, after: Call, name: str) -> tuple[int, int]:
-    """Return which leaf of a block's result is the hidden state, and which leaf of the next block's arguments."""
-    made = {id(leaf): place for place, leaf in enumerate(before.made) if isinstance(leaf, Tensor)}
+    """Return the place of the hidden state in a block's result, and in the next block's arguments."""
+    made = {key: place for place, key in _tensors(before.made)}
     for place, leaf in enumerate(after.given):
+        # The first floating one: integers that pass from block to block are positions or masks.
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and id(leaf) in made:
             return made[id(leaf)], place
     raise UsageError(
@@ -182,19 +133,3 @@ def _hidden_between(before: Call, after: Call, name: str) -> tuple[int, int]:
         "pass its layers as a list, or trace it",
         code="blocks-not-chained",
     )
-
-
-def _live_slots(blocks: Sequence[BlockWiring], origin: Sequence[object]) -> tuple[tuple[int, ...], ...]:
-    """Return for every block the slots that must travel to it (see `Wiring.live`)."""
-    live: list[list[int]] = [[] for _ in blocks]
-    for slot in range(len(origin)):
-        first = _maker(slot, blocks) if origin[slot] is None else -1
-        last = max(index for index, block in enumerate(blocks) if Side(slot) in block.leaves)
-        for index in range(first + 1, last + 1):
-            live[index].append(slot)
-    return tuple(tuple(slots) for slots in live)
-
-
-def _maker(slot: int, blocks: Sequence[BlockWiring]) -> int:
-    """Return the block that makes a side."""
-    return min(index for index, block in enumerate(blocks) if any(made == slot for _, made in block.makes))
