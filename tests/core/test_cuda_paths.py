@@ -135,7 +135,7 @@ def end_between_gpus(log, monkeypatch, **message):
     out, into, payload = Transport(log, "header", **message), Transport(log, "credit"), Transport(log, "payload")
     names = {"here": "stage 0", "there": "stage 1", "failed": faults.append}
     wire = Wire(sender=0, out=out, into=into, payload=payload, device=CPU, **names)
-    return SendingEnd(wire, capacity=8, timeout_seconds=1), faults
+    return SendingEnd(wire, LinkTerms(8, 1)), faults
 
 
 def test_a_packet_is_announced_once_it_is_computed_and_kept_until_it_is_sent(monkeypatch):

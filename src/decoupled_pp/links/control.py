@@ -22,11 +22,10 @@ class LocalControl(Control):
     """The control plane of a run in one process."""
 
     def __init__(self) -> None:
-        """Start with nothing posted."""
         self._records: list[Record] = []
         self._fault: Fault | None = None
         self._stop: str | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # a stage posts while the watching thread collects
 
     def post(self, record: Record) -> None:
         """Keep the record for the next `collect`."""
@@ -52,7 +51,7 @@ class LocalControl(Control):
         return self._fault
 
     def request_stop(self, reason: str) -> None:
-        """Keep the reason."""
+        """Keep the first reason."""
         self._stop = self._stop or reason
 
     def stop_requested(self) -> str | None:
@@ -60,7 +59,7 @@ class LocalControl(Control):
         return self._stop
 
     def gather(self, name: str, value: Any, timeout_seconds: float) -> list[Any]:
-        """Return the one value; the way through JSON makes it what it is among several processes."""
+        """Return the one value, as it would arrive from another process: parsed JSON."""
         return [json.loads(write_message(value))]
 
     def from_rank_0(self, name: str, make: Callable[[], Any], timeout_seconds: float) -> Any:
@@ -79,7 +78,6 @@ class StoreControl(Control):
     # connection, and all other threads of this process would wait with it.
 
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:
-        """Wrap `store`; every rank makes one with the same prefix."""
         self._store = store
         self._rank = rank
         self._size = size
@@ -90,27 +88,27 @@ class StoreControl(Control):
 
     def post(self, record: Record) -> None:
         """Put the record into the store under the next number of this rank."""
+        # Locked: two threads with one number would overwrite each other, and a number left out would end `collect`.
         with self._lock:
-            self._try(lambda: self._store.set(f"record/{self._rank}/{self._posted}", write_message(record)))
+            self._set(f"record/{self._rank}/{self._posted}", write_message(record))
             self._posted += 1
 
     def collect(self) -> list[Record]:
         """Take every rank's new records out of the store."""
         records: list[Record] = []
         for rank in range(self._size):
-            while (text := self._get(self._record_key(rank))) is not None:
+            while (text := self._get(key := f"record/{rank}/{self._collected[rank]}")) is not None:
                 records.append(read_record(json.loads(text)))
-                self._try(partial(self._store.delete_key, self._record_key(rank)))
+                # Deleted, because the store's host keeps all keys in memory for as long as the run lasts.
+                self._try(partial(self._store.delete_key, key))
                 self._collected[rank] += 1
         return records
-
-    def _record_key(self, rank: int) -> str:
-        """Return the key of the oldest record of a rank that is not collected yet."""
-        return f"record/{rank}/{self._collected[rank]}"
 
     def report_fault(self, fault: Fault) -> bool:
         """Set the fault if there is none yet."""
         mine = json.dumps([fault.text, fault.rank, fault.usage, fault.code])
+        # With "" as the expected value, `compare_set` sets only a key that is absent, and returns what is there then:
+        # the store decides which of two ranks was first.
         kept = self._try(lambda: self._store.compare_set("fault", "", mine))
         return kept is None or _text(kept) == mine
 
@@ -129,19 +127,11 @@ class StoreControl(Control):
 
     def lost(self) -> str | None:
         """Return in words that the store is gone; None while it answers."""
-        self._get("fault")
+        self._get("fault")  # any call finds out
         return self._lost
 
     def from_rank_0(self, name: str, make: Callable[[], Any], timeout_seconds: float) -> Any:
-        """Let rank 0 make a JSON-able value and give it to every rank; what fails there fails everywhere.
-
-        Rank 0 may take as long as it needs (to tokenise, to measure). The bound is for how long it gives no sign of
-        life.
-
-        Raises:
-            LinkError: Nothing was heard of rank 0 within the bound.
-            PeerError: Rank 0 could not make it (rank 0 itself raises its own error).
-        """
+        """Let rank 0 make a value for all; it may take as long as it needs (to tokenise) while it shows life."""
         if self._rank != 0:
             return json.loads(self._await(f"share/{name}", timeout_seconds, f"{name} from rank 0", f"alive/{name}"))
         try:
@@ -150,12 +140,12 @@ class StoreControl(Control):
         except Exception as error:
             self.report_fault(Fault.of(error, self._rank))
             raise
-        self._try(lambda: self._store.set(f"share/{name}", json.dumps(value)))
+        self._set(f"share/{name}", json.dumps(value))
         return value
 
     def gather(self, name: str, value: Any, timeout_seconds: float) -> list[Any]:
         """Exchange the values through the store, one key per rank."""
-        self._try(lambda: self._store.set(f"gather/{name}/{self._rank}", write_message(value)))
+        self._set(f"gather/{name}/{self._rank}", write_message(value))
         return [
             json.loads(self._await(f"gather/{name}/{rank}", timeout_seconds, f"{name} from rank {rank}"))
             for rank in range(self._size)
@@ -168,7 +158,7 @@ class StoreControl(Control):
 
         def beat() -> None:
             while not done.wait(period_seconds):
-                self._try(lambda: self._store.set(key, str(time.monotonic())))
+                self._set(key, str(time.monotonic()))
 
         thread = threading.Thread(target=beat, name="dpp-life", daemon=True)
         thread.start()
@@ -186,7 +176,7 @@ class StoreControl(Control):
         last_sign = None
         while (text := self._get(key)) is None:
             sign = self._get(life) if life is not None else None
-            if sign != last_sign:
+            if sign != last_sign:  # compared with itself only: the clocks of two machines differ
                 deadline = time.monotonic() + timeout_seconds
                 last_sign = sign
             if self._lost is not None:
@@ -199,8 +189,12 @@ class StoreControl(Control):
             pause = min(0.05, pause * 1.5)  # short at first, because most waits are; then easy on the store
         return text
 
+    def _set(self, key: str, text: str) -> None:
+        self._try(lambda: self._store.set(key, text))
+
     def _get(self, key: str) -> str | None:
-        """Return what is under a key now, or None; `get` alone would wait for the key."""
+        """Return what is under a key now, or None."""
+        # Checked first: `get` alone would wait for the key.
         found = self._try(lambda: self._store.get(key) if self._store.check([key]) else None)
         return None if found is None else _text(found)
 

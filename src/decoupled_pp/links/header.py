@@ -12,14 +12,13 @@ from torch import Tensor
 from decoupled_pp.core.errors import LinkError, UsageError
 from decoupled_pp.core.packets import Packet, PacketKind, Payload, as_tuple
 
-HEADER_WORDS = 128
-"""int64 words of a header: 1 KiB, room for about twenty tensors of four dimensions."""
-
+HEADER_WORDS = 128  # of int64: room for about twenty tensors of four dimensions
 HEADER_BYTES = 8 * HEADER_WORDS
 
 _MAGIC = 0x6470_7001
 _RESIZE = 0x6470_7002
 _ALIGNMENT = 64  # bytes; torch's kernels take aligned memory faster
+# The place in this list travels: append only, or give _MAGIC another value, so that no other version is misread.
 _DTYPES = (
     torch.float32,
     torch.bfloat16,
@@ -50,19 +49,12 @@ Forms = tuple[int, int, int]
 
 
 class Parcel(NamedTuple):
-    """A packet made ready to travel.
+    """A packet made ready to travel."""
 
-    Attributes:
-        header: The bytes that `decode` reads; at most HEADER_BYTES.
-        tensors: Activations, then targets, then the rider.
-        payload_bytes: Bytes of the tensors.
-        message_bytes: Size of the smallest message that holds the header and all tensors, each aligned.
-    """
-
-    header: bytes
-    tensors: tuple[Tensor, ...]
+    header: bytes  # what `decode` reads; at most HEADER_BYTES
+    tensors: tuple[Tensor, ...]  # activations, then targets, then the rider
     payload_bytes: int
-    message_bytes: int
+    message_bytes: int  # size of the smallest message that holds the header and all tensors, each aligned
 
 
 def parcel(packet: Packet) -> Parcel:
@@ -141,27 +133,6 @@ def unpack(message: Tensor) -> Packet:
     return assemble(kind, number, forms, tensors)
 
 
-def _words(words: list[int]) -> bytes:
-    return struct.pack(f"={len(words)}q", *words)
-
-
-def _message(header: bytes, size: int) -> Tensor:
-    message = torch.empty(size, dtype=torch.uint8)
-    ctypes.memmove(message.data_ptr(), header, len(header))
-    return message
-
-
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.append(strides[-1] * max(size, 1))
-    return tuple(reversed(strides[: len(shape)]))
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
 def decode(header: Tensor) -> tuple[PacketKind, int, Forms, list[Spec]]:
     """Return kind, number, the forms of payload, target and rider, and the specs of all their tensors in order.
 
@@ -186,12 +157,13 @@ def decode(header: Tensor) -> tuple[PacketKind, int, Forms, list[Spec]]:
 
 def assemble(kind: PacketKind, number: int, forms: Forms, tensors: list[Tensor]) -> Packet:
     """Return the packet of received tensors, which are in the order of their specs."""
-    first = _count(forms[0])
-    second = first + _count(forms[1])
-    payload = _shape(forms[0], tensors[:first])
-    target = _shape(forms[1], tensors[first:second])
-    rider = _shape(forms[2], tensors[second:])
-    return Packet(kind, number, payload, target, rider)
+    parts: list[Payload] = []
+    at = 0
+    for form in forms:
+        part = tensors[at : at + _count(form)]
+        parts.append(part[0] if form == _SINGLE else tuple(part))
+        at += len(part)
+    return Packet(kind, number, *parts)
 
 
 def _form(payload: Payload) -> int:
@@ -202,5 +174,23 @@ def _count(form: int) -> int:
     return 1 if form == _SINGLE else form
 
 
-def _shape(form: int, tensors: list[Tensor]) -> Payload:
-    return tensors[0] if form == _SINGLE else tuple(tensors)
+def _words(words: list[int]) -> bytes:
+    return struct.pack(f"={len(words)}q", *words)
+
+
+def _message(header: bytes, size: int) -> Tensor:
+    # Empty, not zeros: padding may be most of a message, and nobody reads it.
+    message = torch.empty(size, dtype=torch.uint8)
+    ctypes.memmove(message.data_ptr(), header, len(header))
+    return message
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(size, 1))  # as torch counts them, also where a dimension is empty
+    return tuple(reversed(strides[: len(shape)]))
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -26,13 +26,6 @@ class InProcessLink(Inlet, Outlet, LinkEnd):
     """Both ends of a link. `send` copies the tensors, as a wire would, so neither side can alter the other's."""
 
     def __init__(self, sender: int, terms: LinkTerms, device: torch.device) -> None:
-        """Make the link from stage `sender` to the next.
-
-        Args:
-            sender: Index of the sending stage.
-            terms: Capacity, time-out, and what comes back.
-            device: Device of both stages.
-        """
         self._sender = sender
         self._names = (f"stage {sender}", f"stage {sender + 1}")
         self._capacity = terms.capacity
@@ -40,9 +33,9 @@ class InProcessLink(Inlet, Outlet, LinkEnd):
         self._returns = terms.returns
         self._device = device
         self._packets: deque[tuple[Packet, Fence]] = deque()
-        self._taken: deque[Fence] = deque()
+        self._taken: deque[Fence] = deque()  # of packets that the host has taken, and the device perhaps not yet
         self._returned: dict[int, tuple[list[Tensor], Fence]] = {}
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # for stages that run in threads of their own
         self._closed = False
         self._last: int | None = None
         self._counters = LinkCounters()
@@ -63,18 +56,13 @@ class InProcessLink(Inlet, Outlet, LinkEnd):
         # only once the device has come to it: else the copies of all packets issued ahead would pile up in memory.
         while len(self._taken) >= self._capacity:
             self._taken.popleft().synchronize()
-        copied = Packet(
-            packet.kind,
-            packet.number,
-            map_payload(_carried, packet.payload),
-            map_payload(_carried, packet.target),
-            map_payload(_carried, packet.rider),
-        )
+        parts = (packet.payload, packet.target, packet.rider)
+        copied = Packet(packet.kind, packet.number, *(map_payload(_carried, part) for part in parts))
+        size = sum(payload_bytes(part) for part in parts)
         with self._changed:
             self._wait(lambda: len(self._packets) < self._capacity, 0, f"room to send packet {packet.number} to")
             self._packets.append((copied, Fence(self._device)))
             self._counters.packets += 1
-            size = sum(payload_bytes(part) for part in (packet.payload, packet.target, packet.rider))
             self._counters.payload_bytes_forward += size
             if packet.kind is PacketKind.TRAIN:
                 self._counters.training_bytes_forward += size
@@ -94,7 +82,7 @@ class InProcessLink(Inlet, Outlet, LinkEnd):
     def give_back(self, number: int, tensors: Sequence[Tensor]) -> None:
         """Leave copies for the sending stage, in the form that a wire would carry."""
         copies = [self._as_carried_back(tensor) for tensor in tensors]
-        fence = Fence(self._device)
+        fence = Fence(self._device)  # recorded here, on the stream that makes the copies
         with self._changed:
             self._returned[number] = (copies, fence)
             self._counters.payload_bytes_backward += payload_bytes(tuple(copies))
@@ -109,7 +97,7 @@ class InProcessLink(Inlet, Outlet, LinkEnd):
         return tensors
 
     def _as_carried_back(self, tensor: Tensor) -> Tensor:
-        if self._returns.per_sample:
+        if self._returns.per_sample:  # floats go by the host between ranks too, in fp32
             return tensor.detach().to("cpu", torch.float32, copy=True)
         return _carried(tensor)
 

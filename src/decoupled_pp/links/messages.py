@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from contextlib import suppress
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,20 +17,27 @@ from torch import Tensor
 
 from decoupled_pp.core.torch_private import backend_of
 
-FOREVER = timedelta(days=365)
+_FOREVER = timedelta(days=365)
 """Timeout of waits in helper threads. The bounded waits are those of the stage, whose errors can say who waited."""
 
 _SPARE_TAG = 99  # no message has this tag
 
 
+class Way(NamedTuple):
+    """One direction of a link, as both its ends know it."""
+
+    tag: int  # tells its messages from those of the other direction
+    size: int  # bytes of every message: gloo wants to know it before the message comes
+    ahead: int  # messages that may be under way
+
+
 def _backend(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """Return the gloo backend of a group."""
     # Calls through the group itself pass torch's dispatcher, at 10 to 50 microseconds each.
     return backend_of(group, torch.device("cpu"))
 
 
 class MessageSender:
-    """Sends messages to the peer of a two-rank group.
+    """Sends messages to the peer (0 or 1) of a two-rank gloo group.
 
     Attributes:
         size: Bytes of a message; the receiver must expect the same.
@@ -37,40 +45,24 @@ class MessageSender:
         control_bytes: Bytes sent of headers, credits and padding.
     """
 
-    def __init__(
-        self, group: dist.ProcessGroup, peer: int, tag: int, *, size: int, ahead: int, timeout_seconds: float
-    ) -> None:
-        """Wrap `group`.
-
-        Args:
-            group: A two-rank gloo group.
-            peer: The other rank within the group.
-            tag: Tells this direction's messages from others.
-            size: Bytes of a message.
-            ahead: Sends that may be unfinished.
-            timeout_seconds: Longest wait for the transport to take a message; when it is over, the link is broken.
-        """
+    def __init__(self, group: dist.ProcessGroup, peer: int, way: Way, timeout_seconds: float) -> None:
         self._backend = _backend(group)
         self._peer = peer
-        self._tag = tag
-        self._ahead = ahead
+        self._tag = way.tag
+        self._ahead = way.ahead
         self._timeout = timedelta(seconds=timeout_seconds)
         self._in_flight: deque[tuple[Tensor, dist.Work]] = deque()  # a buffer stays referenced until its send is over
-        self.size = size
+        self.size = way.size
         self.payload_bytes = 0
         self.control_bytes = 0
 
     def send(self, message: Tensor, *, control_bytes: int = 0) -> None:
-        """Hand a uint8 message to the transport; it must not change afterwards.
-
-        Args:
-            message: (size,) uint8.
-            control_bytes: How many of the bytes are not payload.
-        """
+        """Hand a message, uint8 (size,), to the transport; it must not change afterwards."""
         self.payload_bytes += message.numel() - control_bytes
         self.control_bytes += control_bytes
         self._in_flight.append((message, self._backend.send([message], self._peer, self._tag)))
-        # gloo finishes a send only in its `wait`, so one that nobody waits for keeps its buffer for ever.
+        # gloo finishes a send only in its `wait`, so one that nobody waits for keeps its buffer for ever. When the
+        # bound is over, gloo closes the pair: the link is broken.
         while len(self._in_flight) > self._ahead:
             self._in_flight.popleft()[1].wait(self._timeout)
 
@@ -83,29 +75,25 @@ class MessageSender:
 
 
 class MessageReceiver:
-    """Receives messages from the peer of a two-rank group.
+    """Receives messages from the peer of a two-rank group; `size` holds for receives posted from now on."""
 
-    Attributes:
-        size: Bytes of the receives that are posted from now on.
-    """
-
-    def __init__(self, group: dist.ProcessGroup, peer: int, tag: int, *, size: int, ahead: int) -> None:
-        """Post the first `ahead` receives; the other arguments are as the sender's."""
+    def __init__(self, group: dist.ProcessGroup, peer: int, way: Way) -> None:
         self._backend = _backend(group)
         self._peer = peer
-        self._tag = tag
+        self._tag = way.tag
         self._posted: deque[tuple[Tensor, dist.Work]] = deque()
-        self.size = size
-        for _ in range(ahead):
+        self.size = way.size
+        for _ in range(way.ahead):
             self.post()
 
     def post(self) -> None:
         """Post one more receive, into a new buffer."""
+        # New each time: the packet that comes lives in this memory for as long as the stage needs it.
         buffer = torch.empty(self.size, dtype=torch.uint8)
         self._posted.append((buffer, self._backend.recv([buffer], self._peer, self._tag)))
 
     def receive(self) -> Tensor:
-        """Wait for the oldest posted receive and return its buffer, (size,) uint8, which is the caller's to keep."""
+        """Wait for the oldest posted receive and return its buffer, uint8 (size,), which is the caller's to keep."""
         buffer, work = self._posted.popleft()
-        work.wait(FOREVER)
+        work.wait(_FOREVER)
         return buffer

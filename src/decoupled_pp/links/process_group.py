@@ -28,31 +28,25 @@ import threading
 import time
 from collections.abc import Callable
 
-from decoupled_pp.core.channels import LinkEnd
+from decoupled_pp.core.channels import LinkEnd, LinkTerms
 from decoupled_pp.core.device import own_stream
 from decoupled_pp.core.errors import LinkError, TrainingError, first_line, waited_too_long
 from decoupled_pp.links.wire import Wire
 
+# Parts of gloo's texts when the other process is gone; gloo raises one class, RuntimeError, for everything.
 _CLOSED_BY_PEER = ("Connection closed", "Connection reset", "Broken pipe", "closure")
-"""Parts of gloo's texts when the other process is gone."""
 
 
 class GroupEnd(LinkEnd):
     """Base of both ends: its threads end with the stream of packets, or with the first error of the link."""
 
-    def __init__(self, wire: Wire, capacity: int, timeout_seconds: float) -> None:
-        """Take over a connected wire; no thread runs yet.
-
-        Args:
-            wire: This end's transport.
-            capacity: Packets the link may hold.
-            timeout_seconds: Longest wait of the stage.
-        """
+    def __init__(self, wire: Wire, terms: LinkTerms) -> None:
         self._wire = wire
-        self._capacity = capacity
-        self._timeout = timeout_seconds
+        self._capacity = terms.capacity
+        self._timeout = terms.timeout_seconds
         self._changed = threading.Condition()  # guards all that the stage and the threads share
         self._error: LinkError | None = None
+        self._ended = False  # the stage has sent, or taken, the END packet
         self._closing = False
         self._progress = 0  # changes whenever a thread has got something done, or ends
         self._threads: list[threading.Thread] = []
@@ -66,7 +60,7 @@ class GroupEnd(LinkEnd):
         """Run each loop in a thread of its own."""
         for loop in loops:
             name = f"dpp-link-{loop.__name__}"
-            # Daemons: a thread that waits for a dead peer must not keep the process from ending.
+            # A daemon, because a thread that waits for a dead peer must not keep the process from ending.
             thread = threading.Thread(target=self._guard, args=(loop,), name=name, daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -74,6 +68,7 @@ class GroupEnd(LinkEnd):
     def _guard(self, loop: Callable[[], None]) -> None:
         """Run a loop; its first error becomes the link's."""
         try:
+            # On the stage's stream, transfers would queue behind its kernels instead of running beside them.
             with own_stream(self._wire.device):
                 loop()
         except Exception as error:
@@ -83,10 +78,10 @@ class GroupEnd(LinkEnd):
             self._changed.notify_all()
 
     def _transport(self, call: Callable[[], None]) -> None:
-        """Call the transport in the stage's own thread; its errors are the link's, a signal's are not."""
+        """Call the transport in the stage's own thread; its errors are the link's."""
         try:
             call()
-        except TrainingError:  # raised by a signal handler in the middle of the call
+        except TrainingError:  # raised by a signal handler in the middle of the call: no fault of the link
             raise
         except RuntimeError as error:
             raise self._fail(error) from error
@@ -94,6 +89,7 @@ class GroupEnd(LinkEnd):
     def _fail(self, error: Exception) -> LinkError:
         """Keep the first error of this end, wake who waits, tell the run, and end NCCL kernels that wait."""
         with self._changed:
+            # The threads of a broken link fail one after the other; only the first error says why.
             is_first = self._error is None
             if self._error is None:
                 self._error = self._explain(error)
@@ -131,18 +127,19 @@ class GroupEnd(LinkEnd):
             return
         raise waited_too_long(self._wire.here, f"{what} {self._wire.there}", time.monotonic() - start, bound)
 
-    def _finish(self, ended: bool) -> None:
+    def _finish(self) -> None:
         """Join the threads if the stream ended in order and the peer goes on taking packets, else break it off."""
-        self._closing = not ended  # a peer that dies with the last packets is still a fault of the run
+        self._closing = not self._ended  # a peer that dies with the last packets is still a fault of the run
         threads = self._threads
-        self._threads = []
+        self._threads = []  # a second `close` finds nothing to do
         with self._changed:
-            while ended and self._error is None and any(thread.is_alive() for thread in threads):
+            while self._ended and self._error is None and any(thread.is_alive() for thread in threads):
                 if not self._advances(self._progress):
                     break
+        # A thread that has told of its last progress may still be alive for a moment.
         for thread in threads:
-            thread.join(1.0 if ended else 0.0)
-        self._closing = True
+            thread.join(1.0 if self._ended else 0.0)
+        self._closing = True  # from here on, errors are those that breaking off makes
         if any(thread.is_alive() for thread in threads):
             self._wire.break_off()
             for thread in threads:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import queue
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from decoupled_pp.core.channels import Inlet, LinkCounters
+from decoupled_pp.core.channels import Inlet, LinkCounters, LinkTerms
 from decoupled_pp.core.device import Fence
 from decoupled_pp.core.packets import Packet, PacketKind
 from decoupled_pp.links import header as headers
@@ -21,37 +21,24 @@ from decoupled_pp.links.wire import Wire
 
 
 class _Return(NamedTuple):
-    """A message that goes back between GPUs once the device has come to a fence.
-
-    Attributes:
-        fence: The point to wait for.
-        held: Objects whose memory may be reused after the fence.
-        losses: Number of a packet and its floats; None for a credit.
-    """
+    """A message that goes back between GPUs once the device has come to a fence."""
 
     fence: Fence
-    held: object
-    losses: tuple[int, Tensor] | None = None
+    send: Callable[[], None]
+    held: Packet | None  # its memory may be reused after the fence, not before
 
 
 class ReceivingEnd(GroupEnd, Inlet):
     """The downstream end of a link between two ranks."""
 
-    def __init__(self, wire: Wire, *, capacity: int, timeout_seconds: float) -> None:
-        """Take over a connected wire.
-
-        Args:
-            wire: This end's transport.
-            capacity: Packets the link may hold.
-            timeout_seconds: Longest wait for a packet; for the first one, times the stages before this one.
-        """
-        super().__init__(wire, capacity, timeout_seconds)
+    def __init__(self, wire: Wire, terms: LinkTerms) -> None:
+        super().__init__(wire, terms)
         self._arrivals: deque[tuple[Packet, Fence]] = deque()
-        self._credit = returns.word(wire.out.size, returns.CREDIT)
+        self._credit = returns.word(wire.out.size, returns.CREDIT)  # all are alike, and a message is only read
+        self._goodbye = returns.word(wire.out.size, returns.GOODBYE)
         self._returns: queue.SimpleQueue[_Return | None] = queue.SimpleQueue()
         self._held: Packet | None = None
         self._last: int | None = None
-        self._ended = False
         self._start(self._receive_loop)
         if wire.payload is not None:
             self._start(self._return_loop)
@@ -66,7 +53,11 @@ class ReceivingEnd(GroupEnd, Inlet):
         arrived.wait()
         self._last = packet.number
         self._ended = packet.kind is PacketKind.END
-        self._return_credit(packet)
+        # Between GPUs, the device gets to the fence of this credit once all work on the packet before is done: then
+        # that packet's memory may be reused, and this packet has left the link.
+        self._send_back(partial(self._send_credit, is_last=self._ended), self._held)
+        if self._wire.payload is not None:
+            self._held = packet
         return packet
 
     def give_back(self, number: int, tensors: Sequence[Tensor]) -> None:
@@ -77,10 +68,7 @@ class ReceivingEnd(GroupEnd, Inlet):
                 self._transport(partial(lane.send, tensor))
             return
         (floats,) = tensors
-        if self._wire.payload is None:
-            self._transport(lambda: self._send_floats(number, floats))
-        else:
-            self._returns.put(_Return(Fence(self._wire.device), floats, (number, floats)))
+        self._send_back(partial(self._send_floats, number, floats))
 
     def depth(self) -> int:
         """Return the number of packets that have arrived and wait."""
@@ -95,30 +83,21 @@ class ReceivingEnd(GroupEnd, Inlet):
 
     def close(self) -> None:
         """End the threads; in order after an END packet, else by breaking the connection."""
-        if not self._ended:
-            self._returns.put(None)
-        self._finish(self._ended)
+        self._returns.put(None)
+        self._finish()
 
-    def _return_credit(self, packet: Packet) -> None:
-        """Give the credit of a packet back; between GPUs, once the device has come to the packet."""
+    def _send_back(self, send: Callable[[], None], held: Packet | None = None) -> None:
+        """Send a message now; between GPUs, leave it to a thread that waits until the device has come to this point."""
         if self._wire.payload is None:
-            self._transport(self._send_credit)
-            return
-        # The device gets to this fence once all work on the packet before is done: then that packet's memory may be
-        # reused, and this one has left the link.
-        self._returns.put(_Return(Fence(self._wire.device), self._held))
-        self._held = packet
-        if self._ended:
-            self._returns.put(None)
+            self._transport(send)
+        else:
+            self._returns.put(_Return(Fence(self._wire.device), send, held))
 
-    def _send_credit(self) -> None:
-        self._wire.out.send(self._credit, control_bytes=self._wire.out.size)
-        if self._ended:
-            self._say_goodbye()
-
-    def _say_goodbye(self) -> None:
+    def _send_credit(self, *, is_last: bool) -> None:
         size = self._wire.out.size
-        self._wire.out.send(returns.word(size, returns.GOODBYE), control_bytes=size)
+        self._wire.out.send(self._credit, control_bytes=size)
+        if is_last:
+            self._wire.out.send(self._goodbye, control_bytes=size)
 
     def _send_floats(self, number: int, floats: Tensor) -> None:
         message = returns.floats_message(self._wire.out.size, number, floats.detach())
@@ -128,13 +107,8 @@ class ReceivingEnd(GroupEnd, Inlet):
         """Send credits and losses back between GPUs, each once the device has come to its fence."""
         while (item := self._returns.get()) is not None:
             item.fence.synchronize()
-            if item.losses is not None:
-                self._send_floats(*item.losses)
-            else:
-                self._wire.out.send(self._credit, control_bytes=self._wire.out.size)
+            item.send()
             del item  # while this thread waits for the next one, it must not keep the packet's memory
-        if self._ended:
-            self._say_goodbye()
 
     def _receive_loop(self) -> None:
         """Receive packets and resize messages until the END packet."""
@@ -143,13 +117,14 @@ class ReceivingEnd(GroupEnd, Inlet):
             message = into.receive()
             resized = headers.new_size(message)
             if resized is not None:
-                into.size = resized
+                into.size = resized  # the receives that are posted already are used up by the other RESIZE messages
                 into.post()
                 continue
             packet = self._packet_of(message)
             if packet.kind is not PacketKind.END:
                 into.post()  # in place of the one that is used up, so that `capacity` receives stay posted
             with self._changed:
+                # The fence is recorded on this thread's stream, after the receives that the packet needs.
                 self._arrivals.append((packet, Fence(self._wire.device)))
                 self._changed.notify_all()
             if packet.kind is PacketKind.END:

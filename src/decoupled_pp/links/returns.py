@@ -7,13 +7,13 @@ from torch import Tensor
 
 from decoupled_pp.core.errors import UsageError
 
+# The first word of a message is its kind.
 GOODBYE = 0
 FLOATS = 2
 CREDIT = 0x0101_0101_0101_0101
-"""First word of a message: its kind."""
 
 _WORD = 8
-_HEADER = 3 * _WORD
+_HEADER = 3 * _WORD  # kind, number of the packet, number of floats
 
 
 def backward_bytes(floats: int) -> int:
@@ -21,28 +21,29 @@ def backward_bytes(floats: int) -> int:
     return _WORD if floats == 0 else _HEADER + 4 * floats
 
 
-def word(size: int, value: int) -> Tensor:
-    """Return a message of `size` bytes that begins with a word."""
+def word(size: int, kind: int) -> Tensor:
+    """Return a message of `size` bytes that is nothing but its kind."""
     message = torch.zeros(size, dtype=torch.uint8)
-    message[:_WORD].view(torch.int64)[0] = value
+    message[:_WORD].view(torch.int64)[0] = kind
     return message
 
 
 def floats_message(size: int, number: int, floats: Tensor) -> Tensor:
-    """Return a message of the kind, the number of the packet, the number of floats, and the floats.
+    """Return a message of `size` bytes with the floats of packet `number`.
 
     Raises:
         UsageError: There are more than the messages have room for.
     """
-    if _HEADER + 4 * floats.numel() > size:
+    end = _HEADER + 4 * floats.numel()
+    if end > size:
         raise UsageError(
             f"packet {number} has {floats.numel()} samples, more than the plan's sample, which sets the size of what "
             "comes back (`critic_target`); give partition a sample as large as the largest micro-batch",
             code="packet-larger-than-sample",
         )
-    message = torch.zeros(size, dtype=torch.uint8)
-    message[:_HEADER].view(torch.int64).copy_(torch.tensor([FLOATS, number, floats.numel()]))
-    message[_HEADER : _HEADER + 4 * floats.numel()].view(torch.float32).copy_(floats.float())
+    message = word(size, FLOATS)
+    message[_WORD:_HEADER].view(torch.int64).copy_(torch.tensor([number, floats.numel()]))
+    message[_HEADER:end].view(torch.float32).copy_(floats.float())
     return message
 
 

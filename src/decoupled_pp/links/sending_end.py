@@ -10,39 +10,29 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from decoupled_pp.core.channels import LinkCounters, Outlet
+from decoupled_pp.core.channels import LinkCounters, LinkTerms, Outlet
 from decoupled_pp.core.device import Fence
 from decoupled_pp.core.packets import Packet, PacketKind
 from decoupled_pp.links import header as headers
 from decoupled_pp.links import returns
 from decoupled_pp.links.header import Parcel
-from decoupled_pp.links.lane import Lane
 from decoupled_pp.links.process_group import GroupEnd
 from decoupled_pp.links.wire import Wire
 
-_ROOMY_PACKETS = 8
-"""Packets in a row that fill less than half of their message before messages shrink."""
+_ROOMY_PACKETS = 8  # in a row before messages shrink: resizing empties the link, so one small batch is not worth it
 
 
 class SendingEnd(GroupEnd, Outlet):
     """The upstream end of a link between two ranks."""
 
-    def __init__(self, wire: Wire, *, capacity: int, timeout_seconds: float) -> None:
-        """Take over a connected wire.
-
-        Args:
-            wire: This end's transport.
-            capacity: Packets the link may hold.
-            timeout_seconds: Longest wait for room.
-        """
-        super().__init__(wire, capacity, timeout_seconds)
+    def __init__(self, wire: Wire, terms: LinkTerms) -> None:
+        super().__init__(wire, terms)
         self._outbox: queue.SimpleQueue[tuple[Parcel, Fence] | None] = queue.SimpleQueue()
-        self._credits = capacity
+        self._credits = terms.capacity
         self._taken = 0
         self._packets = 0
         self._training_bytes = 0
         self._roomy = 0  # packets in a row that filled less than half of their message
-        self._ended = False
         self._returned: dict[int, Tensor] = {}
         self._start(self._credit_loop)
         if wire.payload is not None:
@@ -50,7 +40,7 @@ class SendingEnd(GroupEnd, Outlet):
 
     def send(self, packet: Packet) -> None:
         """Take a credit and send the packet (between GPUs: hand it to the sender thread)."""
-        parcel = headers.parcel(packet)
+        parcel = headers.parcel(packet)  # before the credit: a packet that cannot travel must not cost one
         with self._changed:
             what = f"room to send packet {packet.number} (it has taken {self._taken} so far) to"
             self._wait(lambda: self._credits > 0, what)
@@ -69,14 +59,12 @@ class SendingEnd(GroupEnd, Outlet):
 
     def returned(self, number: int, like: Sequence[Tensor] = ()) -> list[Tensor]:
         """Return the tensors that the receiving stage gave back; large ones are received in this thread."""
-        if self._wire.back is not None:
-            return self._receive_back(self._wire.back, like)
-        with self._changed:
-            self._wait(lambda: number in self._returned, f"what comes back for packet {number} from")
-            return [self._returned.pop(number)]
-
-    def _receive_back(self, lane: Lane, like: Sequence[Tensor]) -> list[Tensor]:
-        """Receive in the stage's own thread, which has nothing else to do until the tensors are there."""
+        lane = self._wire.back
+        if lane is None:
+            with self._changed:
+                self._wait(lambda: number in self._returned, f"what comes back for packet {number} from")
+                return [self._returned.pop(number)]
+        # Not `empty_like`, which would keep strides: tensors travel contiguous.
         received = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in like]
         for tensor in received:
             self._transport(partial(lane.receive, tensor))
@@ -95,7 +83,7 @@ class SendingEnd(GroupEnd, Outlet):
     def close(self) -> None:
         """End the threads; in order after an END packet, else by breaking the connection."""
         self._outbox.put(None)
-        self._finish(self._ended)
+        self._finish()
 
     def _make_room(self, packet: Packet, needed: int) -> None:
         """Resize the posted receives if the packet does not fit, or if the last ones have left most of them empty."""
@@ -146,6 +134,7 @@ class SendingEnd(GroupEnd, Outlet):
             kind = returns.kind_of(message)
             if kind == returns.GOODBYE:
                 return
+            # Before it is counted: the packet that a credit lets out earns another one, which needs a posted receive.
             self._wire.into.post()
             with self._changed:
                 if kind == returns.FLOATS:

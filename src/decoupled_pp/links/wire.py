@@ -1,42 +1,67 @@
-"""One end of the transport of a link between two ranks."""
+"""One end of the transport of a link between two ranks: messages on the host, and lanes for large tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from decoupled_pp.core.errors import LinkError
-from decoupled_pp.links.lane import Lane
 from decoupled_pp.links.messages import MessageReceiver, MessageSender
+
+
+class Lane:
+    """Sends tensors to the one peer of a two-rank group, or receives them, one blocking call each."""
+
+    def __init__(self, group: dist.ProcessGroup, peer: int, tag: int = 0) -> None:
+        self._group = group
+        self._peer = peer  # the rank within the group, 0 or 1
+        self._tag = tag  # tells a gloo group's lanes apart; NCCL knows no tags
+        self.bytes_sent = 0
+
+    def send(self, tensor: Tensor) -> None:
+        """Send one tensor. gloo: returns when the transport has taken it. NCCL: when it is on the current stream."""
+        flat = _as_bytes(tensor)
+        if flat.numel():
+            self.bytes_sent += flat.numel()
+            self._group.send([flat], self._peer, self._tag).wait()
+
+    def receive(self, tensor: Tensor) -> None:
+        """Receive into a contiguous tensor; waits as `send` does."""
+        flat = _as_bytes(tensor)
+        if flat.numel():
+            self._group.recv([flat], self._peer, self._tag).wait()
+
+    def break_off(self) -> None:
+        """End NCCL kernels that wait for the peer, and with them whoever waits for the device."""
+        with suppress(RuntimeError):
+            self._group.abort()
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """Return a flat uint8 view, because not every transport knows every dtype; a copy only if not contiguous."""
+    if not tensor.numel():  # torch cannot view some empty tensors as another dtype
+        return tensor.new_empty(0, dtype=torch.uint8)
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 @dataclass(frozen=True)
 class Wire:
-    """One end of a link's transport.
+    """One end of a link's transport."""
 
-    Attributes:
-        sender: Index of the sending stage.
-        out: Sends packets (upstream end) or credits (downstream end).
-        into: Receives credits or packets.
-        payload: The lane of the tensors between GPUs; None between CPUs, where they are in the messages.
-        device: Where the tensors are.
-        here: Name of this end, e.g. "stage 0 (rank 0)".
-        there: Name of the other end.
-        failed: Called once with the error, from whichever thread finds the link broken.
-        back: The lane on which tensors as large as activations come back; None if none do.
-    """
-
-    sender: int
-    out: MessageSender
-    into: MessageReceiver
-    payload: Lane | None
+    sender: int  # index of the sending stage
+    out: MessageSender  # of packets at the upstream end, of credits at the downstream end
+    into: MessageReceiver  # the other way round
+    payload: Lane | None  # tensors forward between GPUs; between CPUs they are in the messages
     device: torch.device
-    here: str
+    here: str  # name of this end, such as "stage 0 (rank 0)"
     there: str
-    failed: Callable[[LinkError], object]
-    back: Lane | None = None
+    failed: Callable[[LinkError], object]  # called once, by whichever thread finds the link broken
+    back: Lane | None = None  # tensors as large as activations that come back, if a rule gives any back
 
     @property
     def payload_bytes(self) -> int:
@@ -46,6 +71,7 @@ class Wire:
     def break_off(self) -> None:
         """Close the connection now, so that whoever waits at either end wakes."""
         self.out.break_off()
+        # Between CPUs `back` is on the group of `out`, and aborting a gloo group leaves its waiting threads asleep.
         if self.payload is not None:
             for lane in self._lanes:
                 lane.break_off()

@@ -4,56 +4,47 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from decoupled_pp.core.torch_private import storage_address
 
-_View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
-"""Byte offset, bytes, shape and strides of a tensor in its storage."""
+_View = tuple[int, int, tuple[int, ...], tuple[int, ...]]  # byte offset, bytes, shape and strides in the storage
 
 
 class SavedActivations:
-    """Counts, while the context lasts, every tensor that autograd saves, each once and parameters left out.
+    """Counts, while the context lasts, every tensor that autograd saves, each once; `peak` is the most bytes held.
 
     A tensor counts from the moment it is first saved until the last graph node that saved it lets go. Different views
     of one storage add up, but to no more than the storage; a view of a large data set counts as the view. Under
     activation checkpointing the count holds the tensors that stay saved between forward and backward, not those that
-    backward recomputes for itself, one layer at a time.
-
-    Attributes:
-        peak: Largest number of bytes held at any moment.
+    backward recomputes for itself, one layer at a time. Storages of `excluded` (parameters, buffers) do not count.
     """
 
     def __init__(self, excluded: Iterable[Tensor]) -> None:
-        """Leave out the storages of `excluded` (parameters and buffers)."""
         self._excluded = {storage_address(tensor.untyped_storage()) for tensor in excluded}
         self._views: defaultdict[int, Counter[_View]] = defaultdict(Counter)
         self._bytes: Counter[int] = Counter()
         self._held = 0
         self.peak = 0
         # autograd keeps what `_pack` returns, and drops it with the graph node: its `__del__` tells when that is.
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda saved: saved.tensor)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: _Saved(tensor, self), lambda saved: saved.tensor
+        )
 
     def __enter__(self) -> SavedActivations:
         """Start counting."""
         self._hooks.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Stop counting new tensors."""
-        self._hooks.__exit__(kind, error, trace)
-
-    def _pack(self, tensor: Tensor) -> _Saved:
-        return _Saved(tensor, self)
+        self._hooks.__exit__(*error)
 
     def change(self, saved: _Saved, by: int) -> None:
         """Count that a node saved this tensor (+1) or let go of it (-1)."""
-        if saved.pointer in self._excluded:
+        if saved.pointer in self._excluded:  # by storage: a transposed weight is saved as another tensor
             return
         views = self._views[saved.pointer]
         views[saved.view] += by

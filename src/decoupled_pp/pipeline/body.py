@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from decoupled_pp.core.device import RandomStream
+from decoupled_pp.core.device import RandomStream, kept_modes
 from decoupled_pp.core.objective import Critic, View, judge_of
 from decoupled_pp.core.packets import Loss, Packet, Payload, check_payload, map_payload
 from decoupled_pp.pipeline.compiled import compiled
@@ -22,13 +22,12 @@ class Body:
     """The layers of a stage and its critic: precision, recomputation, compilation, and a random stream of its own.
 
     Attributes:
-        trunk: The layers.
+        trunk: The layers, on `device` already.
         critic: From the trunk's output to logits; None in a last stage whose output is the logits.
         judge: The critic as a `Judge`, also where there is none.
         loss: loss(logits, target) -> scalar mean.
         device: Where the stage computes.
-        random: The stage's random stream. It goes on alone, whoever else draws random numbers in this process, so that
-            timing never changes the result.
+        random: The stage's random stream.
     """
 
     def __init__(
@@ -42,25 +41,16 @@ class Body:
         seed: int,
         training: StageSettings,
     ) -> None:
-        """Take over the modules, which are on `device` already.
-
-        Args:
-            index: Index of the stage, for messages.
-            trunk: The layers.
-            critic: The critic, or None.
-            loss: loss(logits, target) -> scalar mean.
-            device: Where the stage computes.
-            seed: Seed of the random stream (dropout).
-            training: Precision, recomputation and compilation.
-        """
         self.trunk = trunk
         self.critic = critic
         self.judge = judge_of(critic)
         self.loss = loss
         self.device = device
+        # It goes on alone, whoever else draws random numbers in this process: timing never changes the result (law 3).
         self.random = RandomStream(seed, device)
         self._index = index
         self._seed = seed
+        # Recomputation goes inside of what is compiled, so that the compiler plans it (see `recompute`).
         self._run_trunk: Callable[[Payload], Payload] = trunk
         if training.checkpoint_activations:
             self._run_trunk = checkpointed(trunk)
@@ -93,13 +83,20 @@ class Body:
         if self.judge.follows_input:
             # Leaves: the critic differentiates with respect to them, and no gradient goes on to the stage before.
             inputs = map_payload(as_leaf, inputs)
+        if not self.judge.needs_first:
+            return View(inputs, self.forward(inputs), packet.target, packet.rider)
         first: list[Payload] = []
-        with self.watching_first_layer(first):
+        # Detached: the critic is to use this output, not to train the first layer past all others.
+        hook = next(self.trunk.children()).register_forward_hook(
+            lambda _module, _inputs, output: first.append(map_payload(torch.detach, output))
+        )
+        with hook:
             hidden = self.forward(inputs)
         return View(inputs, hidden, packet.target, packet.rider, *first)
 
     def local_loss(self, view: View) -> Tensor:
         """Return the scalar that the stage and its critic lower on one packet."""
+        # Under autocast the loss too: torch computes cross-entropy in fp32 there, and would take bf16 logits outside.
         with self.autocast:
             return self._run_objective(view)
 
@@ -108,26 +105,13 @@ class Body:
         with self.autocast:
             return self._run_critic(hidden)
 
-    def watching_first_layer(self, outputs: list[Payload]) -> AbstractContextManager[object]:
-        """Keep the first layer's output, without its graph, in `outputs` if the critic asks for it."""
-        return self._first_layer_kept(outputs) if self.judge.needs_first else _NOTHING
-
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Compute in evaluation mode, without gradients; then every submodule goes back to its own mode.
-
-        Submodules that the user froze by `layer.eval()` stay in evaluation mode.
-        """
-        # One by one: `train()` at the end would wake the submodules that the user froze.
-        modes = [(part, part.training) for module in self.modules for part in module.modules()]
-        for module in self.modules:
-            module.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for part, mode in modes:
-                part.training = mode
+        """Compute in evaluation mode, without gradients; then every submodule goes back to its own mode."""
+        with kept_modes(nn.ModuleList(self.modules)), torch.no_grad():
+            for module in self.modules:
+                module.eval()
+            yield
 
     def random_of_evaluation(self) -> RandomStream:
         """Return a stream that is the same in every evaluation, and no part of training."""
@@ -146,17 +130,7 @@ class Body:
     def _objective(self, view: View) -> Tensor:
         return self.judge.objective(view, self.loss)
 
-    @contextmanager
-    def _first_layer_kept(self, outputs: list[Payload]) -> Iterator[None]:
-        keep = next(self.trunk.children()).register_forward_hook(
-            lambda _module, _inputs, output: outputs.append(map_payload(torch.detach, output))
-        )
-        try:
-            yield
-        finally:
-            keep.remove()
-
 
 def as_leaf(tensor: Tensor) -> Tensor:
-    """Return a floating-point tensor as a leaf that takes a gradient; any other as it is."""
+    """Return a floating-point tensor as a leaf that takes a gradient; any other (token ids, masks) as it is."""
     return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor

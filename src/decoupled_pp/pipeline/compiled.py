@@ -13,14 +13,9 @@ from decoupled_pp.core.torch_private import compiler_config, recompile_limit_hit
 
 
 def compiled(function: Callable[[Any], Any], name: str) -> Callable[[Any], Any]:
-    """Compile `function`.
+    """Compile a module or a function of a payload; TrainingError where the compiler would give up and run it as it is.
 
-    Args:
-        function: A module, or a function of a payload.
-        name: Its name, e.g. "trunk 2"; the compiler remembers by it which sizes change.
-
-    Returns:
-        The compiled function. It raises TrainingError where the compiler would give up and run it uncompiled.
+    The compiler remembers by the name (such as "trunk 2") which sizes change.
     """
     config = compiler_config()
 
@@ -34,6 +29,7 @@ def compiled(function: Callable[[Any], Any], name: str) -> Callable[[Any], Any]:
 
     def call(payload: Any) -> Any:
         try:
+            # For this call alone: what else the user compiles in this process keeps torch's own behaviour.
             with config.patch(fail_on_recompile_limit_hit=True):
                 return fast(payload)
         except recompile_limit_hit() as error:

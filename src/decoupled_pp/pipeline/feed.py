@@ -18,33 +18,19 @@ from decoupled_pp.core.packets import Batch, Packet, PacketKind, map_payload
 
 @dataclass(frozen=True)
 class Itinerary:
-    """The schedule of a run.
+    """The schedule of a run, in optimizer steps."""
 
-    Attributes:
-        steps: Optimizer steps in all.
-        start: Optimizer steps already done (resume).
-        accumulate: Training packets per optimizer step.
-        validate_every: Optimizer steps between evaluations; None: only at the end.
-        validation_batches: Micro-batches per evaluation; None: all.
-        save_every: Optimizer steps between checkpoints; None: only at the end.
-        save: True if there are checkpoints at all.
-    """
-
-    steps: int
-    start: int = 0
-    accumulate: int = 1
-    validate_every: int | None = None
-    validation_batches: int | None = None
-    save_every: int | None = None
-    save: bool = False
+    steps: int  # in all
+    start: int = 0  # already done (resume)
+    accumulate: int = 1  # training packets per optimizer step
+    validate_every: int | None = None  # None: only at the end
+    validation_batches: int | None = None  # micro-batches per evaluation; None: all
+    save_every: int | None = None  # None: only at the end
+    save: bool = False  # True if there are checkpoints at all
 
 
 class Feed(Inlet):
-    """The inlet of the first stage. A requested stop is honoured between optimizer steps: save, then end.
-
-    What was trained is saved before it is evaluated, and the first held-out batch is read before anything is trained:
-    a fault in the held-out data costs no training.
-    """
+    """The inlet of the first stage. A requested stop is honoured between optimizer steps: save, then end."""
 
     def __init__(
         self,
@@ -54,21 +40,12 @@ class Feed(Inlet):
         device: torch.device,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Make the stream; nothing is read before the first `receive`.
-
-        Args:
-            train: Training micro-batches; None for an evaluation only.
-            validation: Held-out micro-batches, or None.
-            itinerary: When to evaluate, save and end.
-            device: Where the first stage computes.
-            stop_requested: Asked between optimizer steps.
-        """
-        self._train = train
+        self._train = train  # None for an evaluation only
         self._validation = validation
         self._itinerary = itinerary
         self._device = device
         self._stop_requested = stop_requested
-        self._packets = self._stream()
+        self._packets = self._stream()  # a generator: nothing is read before the first `receive`
 
     def receive(self) -> Packet:
         """Return the next packet of the run, on the device."""
@@ -76,7 +53,7 @@ class Feed(Inlet):
 
     def _stream(self) -> Iterator[Packet]:
         plan = self._itinerary
-        held_out = self._held_out()
+        held_out = self._held_out()  # opened before anything is trained: it may be at fault
         step = plan.start
         number = plan.start * plan.accumulate
         batches: Iterator[Batch] = iter(())

@@ -12,18 +12,14 @@ from torch.nn import functional
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.factory import import_factory
 from decoupled_pp.core.objective import IGNORED
-from decoupled_pp.core.packets import Loss, Payload, as_tuple
+from decoupled_pp.core.packets import Loss, Payload, as_tuple, is_classification
 from decoupled_pp.core.suggestions import did_you_mean
 
 
 def cross_entropy(logits: Tensor, target: Payload) -> Tensor:
-    """Return the mean cross-entropy.
-
-    Args:
-        logits: (..., C), classes last, with targets of shape (...); else as `torch.nn.functional.cross_entropy`.
-        target: Class indices; IGNORED ones do not count.
-    """
+    """Return the mean cross-entropy over the class indices in `target` that are not IGNORED."""
     classes = as_tuple(target)[0]
+    # Logits are (..., C), classes last, as language models make them; torch's own form has classes in dimension 1.
     if classes.shape == logits.shape[:-1]:
         return functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), classes.reshape(-1))
     return functional.cross_entropy(logits, classes)
@@ -43,11 +39,7 @@ def mse(logits: Tensor, target: Payload) -> Tensor:
 
 
 def per_sample(loss: Loss) -> Callable[[Tensor, Payload], Tensor]:
-    """Return a loss in its form per sample: (logits, target) -> (B,).
-
-    Raises:
-        UsageError: The loss is neither cross_entropy nor mse.
-    """
+    """Return a loss in its form per sample, (logits, target) -> (B,); UsageError if it has none."""
     if loss is cross_entropy:
         return _cross_entropies
     if loss is mse:
@@ -72,11 +64,7 @@ _NAMED: dict[str, Loss] = {"cross_entropy": cross_entropy, "mse": mse}
 
 
 def find_loss(choice: str | Loss) -> Loss:
-    """Return a loss by name, by `package.module:function`, or the user's own callable.
-
-    Raises:
-        UsageError: No such loss.
-    """
+    """Return a loss by name, by `package.module:function`, or the user's own callable; UsageError if unknown."""
     if not isinstance(choice, str):
         return choice
     if choice in _NAMED:
@@ -91,7 +79,6 @@ class ExitScore:
     """Held-out loss and accuracy of one exit, summed on the device and read once at the end."""
 
     def __init__(self) -> None:
-        """Start with no micro-batch."""
         self._loss: Tensor | float = 0.0
         self._weight: Tensor | float = 0.0
         self._correct: Tensor | float = 0.0
@@ -100,14 +87,15 @@ class ExitScore:
     def add(self, loss: Tensor, logits: Tensor, target: Payload) -> None:
         """Add one micro-batch; its weight is its number of targets that count (else of samples)."""
         classes = as_tuple(target)[0]
-        if torch.is_floating_point(classes) or classes.shape != logits.shape[:-1]:
-            self._classes = False
-            weight = logits.new_full((), float(logits.shape[0]), dtype=torch.float64)
-        else:
+        # fp64, because fp32 sums of many micro-batches would depend on their number and order in the digits shown.
+        if is_classification(logits, target):
             counted = classes != IGNORED
             weight = counted.sum().double()
             self._correct = self._correct + ((logits.argmax(-1) == classes) & counted).sum().double()
-        # A micro-batch without any counted target has loss NaN (0 / 0) and weight 0.
+        else:
+            self._classes = False
+            weight = logits.new_full((), float(logits.shape[0]), dtype=torch.float64)
+        # A micro-batch without any counted target has loss NaN (0 / 0) and weight 0, and NaN * 0 is NaN.
         self._loss = self._loss + torch.where(weight > 0, loss.double() * weight, 0.0)
         self._weight = self._weight + weight
 

@@ -15,40 +15,23 @@ from decoupled_pp.core.device import Clock, Mark
 from decoupled_pp.core.errors import TrainingError
 from decoupled_pp.core.reports import PHASES, Record, Span, SpansRecord, StepSeconds, TrainRecord
 
-BUSY = ("forward", "critic", "backward", "step")
-"""Phases in which a stage computes."""
-
-PAUSES = ("evaluate", "save")
-"""Phases that are no training: they do not count in training time, in periods or in throughput."""
+BUSY = ("forward", "critic", "backward", "step")  # phases in which a stage computes
+PAUSES = ("evaluate", "save")  # no training: they do not count in training time, in periods or in throughput
 
 
 class StageProgress(Protocol):
-    """The progress of a stage; `Stage` has it."""
+    """The progress of a stage in optimizer steps and training samples, and its rate; `Stage` has it."""
 
     @property
-    def updates(self) -> int:
-        """Optimizer steps done."""
-
+    def updates(self) -> int: ...  # noqa: D102
     @property
-    def samples(self) -> int:
-        """Training samples done."""
-
+    def samples(self) -> int: ...  # noqa: D102
     @property
-    def learning_rate(self) -> float:
-        """Present learning rate."""
+    def learning_rate(self) -> float: ...  # noqa: D102
 
 
 class StageMeter:
-    """Counts for one stage. Nothing here waits for the device except `flush`, every `every` packets.
-
-    Phases are contiguous: `lap(phase)` gives the time since the lap before to `phase`.
-
-    Attributes:
-        totals: Phase -> its seconds, up to the last flush.
-        last_loss: Mean training loss between the last two flushes; None if this rank knows no loss.
-        last_exit: Held-out loss and accuracy of the last evaluation, or None.
-        last_knn: Accuracy of the nearest-neighbour probe at the last evaluation, or None.
-    """
+    """Counts for one stage. Nothing here waits for the device except `flush`, every `every` packets."""
 
     def __init__(
         self,
@@ -60,29 +43,18 @@ class StageMeter:
         trace: range,
         updates_every: int = 1,
     ) -> None:
-        """Start the clock.
-
-        Args:
-            stage: Index of the stage.
-            clock: Clock of its device.
-            post: Takes finished records.
-            every: Training packets between two flushes.
-            trace: Packet numbers whose spans go into the trace.
-            updates_every: Laps of phase `step` per optimizer update.
-        """
         self._stage = stage
         self._clock = clock
         self._post = post
         self._every = every
-        self._trace = trace
-        self._updates_every = updates_every
+        self._trace = trace  # numbers of the packets whose spans are posted
+        self._updates_every = updates_every  # laps of phase `step` per optimizer update
         # What has gathered since the last flush. Marks are read then: on a GPU that waits for the device.
         self._marks: list[Mark] = [clock.mark()]
         self._phases: list[tuple[str, int]] = []
         self._losses: list[tuple[int, Tensor]] = []
         self._packets_since = 0
         self._samples_since = 0
-        # Where the stage is.
         self._packet = 0
         self._last_packet = 0
         self._samples = 0
@@ -92,13 +64,13 @@ class StageMeter:
         self._paused_before_last_step = 0.0
         self._paused = 0.0
         self._step_ends: list[float] = []  # in training time
-        self.totals: defaultdict[str, float] = defaultdict(float)
-        self.last_loss: float | None = None
-        self.last_exit: tuple[float, float | None] | None = None
-        self.last_knn: float | None = None
+        self.totals: defaultdict[str, float] = defaultdict(float)  # phase -> its seconds
+        self.last_loss: float | None = None  # mean between the last two flushes; None if this rank knows no loss
+        self.last_exit: tuple[float, float | None] | None = None  # loss and accuracy of the last evaluation
+        self.last_knn: float | None = None  # accuracy of its nearest-neighbour probe
 
     def lap(self, phase: str) -> None:
-        """Give the time since the last lap to `phase`."""
+        """Give the time since the last lap to `phase`; no time is left out."""
         self._marks.append(self._clock.mark())
         self._phases.append((phase, self._packet))
 
@@ -107,16 +79,7 @@ class StageMeter:
         self._packet = packet
 
     def trained(self, packet: int, loss: Tensor | None, samples: int) -> bool:
-        """Count a training packet.
-
-        Args:
-            packet: Its number.
-            loss: Its loss, 0-dim, on the device; None where another rank knows it.
-            samples: Its samples.
-
-        Returns:
-            True if a flush is due.
-        """
+        """Count a training packet, with its loss where this rank knows it; return True if a flush is due."""
         if loss is not None:
             self._losses.append((packet, loss))
         self._last_packet = packet
@@ -127,10 +90,6 @@ class StageMeter:
 
     def flush(self, stage: StageProgress, queue: int) -> None:
         """Post what has gathered since the last flush; the one place that reads losses from the device.
-
-        Args:
-            stage: How far the stage is.
-            queue: Packets that wait for it.
 
         Raises:
             TrainingError: A loss is NaN or infinite; names the stage and the first such packet.
@@ -148,7 +107,7 @@ class StageMeter:
                 self._step_ends.append(end - self._paused)
             if packet in self._trace:
                 spans.append(Span(phase, start, end - start, packet))
-        self._marks = [self._marks[-1]]
+        self._marks = [self._marks[-1]]  # the next phase begins where the last one ended
         self._phases = []
         for phase, seconds in sums.items():
             self.totals[phase] += seconds
@@ -194,22 +153,19 @@ class StageMeter:
         return sum(losses) / len(losses)
 
     def seconds(self) -> float:
-        """Returns the seconds from the start to the last optimizer step."""
+        """Return the seconds from the start to the last optimizer step."""
         if self._started is None or self._trained_until is None:
             return 0.0
         return self._trained_until - self._started
 
     def training_seconds(self) -> float:
-        """Returns the seconds from the start to the last optimizer step, without evaluations and checkpoints."""
+        """Return the seconds from the start to the last optimizer step, without evaluations and checkpoints."""
         return self.seconds() - self._paused_before_last_step
 
     def step_seconds(self) -> StepSeconds | None:
-        """Returns the training time from one optimizer update to the next, in steady state.
-
-        The first tenth of the updates (warm-up, fill of the pipeline) does not count. None with fewer than two others.
-        """
+        """Return the training time from one optimizer update to the next, in steady state; None without two of them."""
         updates = self._step_ends[self._updates_every - 1 :: self._updates_every]
-        warm_up = math.ceil(len(updates) / 10)
+        warm_up = math.ceil(len(updates) / 10)  # compilation, caches, the fill of the pipeline
         steady = updates[warm_up:]
         if len(steady) < 2:
             return None
@@ -218,19 +174,19 @@ class StageMeter:
         return StepSeconds(float(periods.mean()), float(middle), float(high))
 
     def samples_per_second(self) -> float:
-        """Returns the training samples per training second."""
+        """Return the training samples per training second."""
         return _ratio(self._samples, self.training_seconds())
 
     def phase_seconds(self) -> dict[str, float]:
-        """Returns the seconds of every phase of training."""
+        """Return the seconds of every phase of training."""
         return {phase: self.totals[phase] for phase in PHASES}
 
     def busy_fraction(self) -> float:
-        """Returns the share of all phases in which the stage computed."""
+        """Return the share of all phases in which the stage computed."""
         return _ratio(self._busy_seconds(), sum(self.phase_seconds().values()))
 
     def critic_time_fraction(self) -> float:
-        """Returns the share of forward, critic and backward that the critic took."""
+        """Return the share of forward, critic and backward that the critic took."""
         return _ratio(self.totals["critic"], self._busy_seconds() - self.totals["step"])
 
     def _busy_seconds(self) -> float:
@@ -238,5 +194,4 @@ class StageMeter:
 
 
 def _ratio(part: float, whole: float) -> float:
-    """Returns part / whole; 0 where nothing has been measured."""
-    return part / whole if whole > 0 else 0.0
+    return part / whole if whole > 0 else 0.0  # 0 where nothing has been measured

@@ -21,17 +21,11 @@ class Neighbours(Probe):
     """Keeps the last training samples of a stage, and scores held-out ones by a vote of the nearest."""
 
     def __init__(self, k: int, samples: int) -> None:
-        """Start empty.
-
-        Args:
-            k: Neighbours that vote.
-            samples: Training samples that are kept at most.
-        """
         self._k = k
         self._samples = samples
         self._kept: deque[tuple[Tensor, Tensor]] = deque()
         self._count = 0
-        self._correct: Tensor | int = 0
+        self._correct: Tensor | int = 0  # a tensor on the device, read in `results` alone: nothing waits for it before
         self._scored = 0
 
     def trained(self, view: View) -> None:

@@ -17,8 +17,7 @@ from decoupled_pp.core.factory import call_factory
 from decoupled_pp.core.suggestions import did_you_mean
 from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings
 
-_UNFIT = ("LBFGS", "SparseAdam", "Optimizer")
-"""Classes of `torch.optim` that need a closure or sparse gradients, and their base."""
+_UNFIT = ("LBFGS", "SparseAdam", "Optimizer")  # they need a closure or sparse gradients; and their base
 
 OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], Optimizer]
 """Makes the optimizer of one stage from its trainable parameters (its critic's included)."""
@@ -29,15 +28,12 @@ def build_optimizers(
 ) -> list[Optimizer]:
     """Build the optimizers of one stage: one, or two for Muon, or none if nothing requires a gradient.
 
-    Args:
-        choice: A class of `torch.optim` with its arguments, or a factory.
-        trunk: The stage's layers.
-        critic: The stage's critic; both are updated together, as in decoupled greedy learning.
-        owns_head: True if the trunk's last layer is the network's head (Muon leaves it to AdamW).
+    `owns_head` is true if the trunk's last layer is the network's head, which Muon leaves to AdamW.
 
     Raises:
         UsageError: Unknown name, wrong arguments, or a factory that returns something else.
     """
+    # Layers and critic are updated together, as in decoupled greedy learning (Belilovsky et al. 2020).
     parameters = [*trunk.parameters(), *(critic.parameters() if critic is not None else ())]
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     if not parameters:
@@ -83,11 +79,8 @@ def _is_list_like(value: object, default: tuple[Any, ...]) -> bool:
 
 
 def find_optimizer(name: str) -> type[Optimizer]:
-    """Return the class of `torch.optim` with this name.
-
-    Raises:
-        UsageError: There is none (or it needs a closure or sparse gradients, which a stage does not have).
-    """
+    """Return the class of `torch.optim` with this name; UsageError if a stage cannot use any such."""
+    # Read from torch, so that an optimizer of a newer release needs no entry here.
     usable = {
         key: value
         for key, value in vars(torch.optim).items()
@@ -141,10 +134,8 @@ def _checked(optimizer: object, source: str) -> Optimizer:
 def build_schedules(
     settings: ScheduleSettings, optimizers: list[Optimizer], steps: int, done: int = 0
 ) -> list[LambdaLR]:
-    """Build one scheduler per optimizer, `done` steps on its way; none for a constant rate.
-
-    The rate is a function of the step alone, so a resumed run needs nothing but its step, and may change the settings.
-    """
+    """Build one scheduler per optimizer, `done` steps on its way; none for a constant rate."""
+    # The rate is a function of the step alone: a resumed run needs nothing but its step, and may change the settings.
     if settings.kind == "constant" and not settings.warmup:
         return []
     schedules = [LambdaLR(optimizer, lambda step: rate_factor(settings, step, steps)) for optimizer in optimizers]

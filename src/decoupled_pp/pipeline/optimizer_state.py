@@ -18,8 +18,7 @@ from torch.optim import Optimizer
 from decoupled_pp.core.device import seeded
 from decoupled_pp.core.errors import UsageError
 
-Groups: TypeAlias = list[list[dict[str, Any]]]
-"""Entries of every group of every optimizer, without the parameters."""
+Groups: TypeAlias = list[list[dict[str, Any]]]  # entries of every group of every optimizer, without the parameters
 
 
 def group_entries(optimizers: Sequence[Optimizer]) -> Groups:
@@ -37,15 +36,9 @@ def refuse_unsavable(groups: Groups) -> None:
 
 
 def changed_entries(optimizers: Sequence[Optimizer], before: Groups, scheduled: bool) -> dict[str, Any]:
-    """Return the entries that steps have changed, by `<optimizer>.<group>.<name>`.
-
-    Args:
-        optimizers: The optimizers.
-        before: The entries before the first step.
-        scheduled: True if a schedule sets the learning rate, which is then no state of the optimizer.
-    """
+    """Return the entries that steps have changed since `before`, by `<optimizer>.<group>.<name>`."""
     ignored = {"params", "initial_lr"}
-    if scheduled:
+    if scheduled:  # a rate that a schedule sets is no state of the optimizer
         ignored.add("lr")
     changed = {}
     for i, (optimizer, groups) in enumerate(zip(optimizers, before, strict=True)):
@@ -71,11 +64,9 @@ def reset_entries(optimizers: Sequence[Optimizer], groups: Groups, saved: Mappin
 
 
 def make_state(optimizers: Sequence[Optimizer], parameters: Sequence[nn.Parameter], device: torch.device) -> None:
-    """Let the optimizers make the state they keep of these parameters, by a step with gradients of zero.
-
-    The step may change parameters and entries of the groups: restore these afterwards.
-    """
-    # Only the optimizer knows which state it keeps, in which shapes, types and places.
+    """Let the optimizers make the state they keep of these parameters, by a step with gradients of zero."""
+    # Only the optimizer knows which state it keeps, in which shapes, types and places. The step may change parameters
+    # and entries of the groups all the same (weight decay, a counter): the caller restores these afterwards.
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     with seeded(0, device):
@@ -128,6 +119,7 @@ def _like(first: object, value: Any) -> Any:
 
 
 def _entries(group: dict[str, Any]) -> dict[str, Any]:
+    # Deep, because some optimizers change a list or tensor of their group in place.
     return {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
 
 

@@ -9,15 +9,10 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Pace:
-    """Says when one stage learns.
+    """Says when one stage learns."""
 
-    Attributes:
-        begins: Optimizer steps before the stage learns; until then it only passes packets on (`training.stagger`).
-        critic_warmup: Optimizer steps at the start in which only the critic learns, where there is one.
-    """
-
-    begins: int = 0
-    critic_warmup: int = 0
+    begins: int = 0  # optimizer steps in which the stage only passes packets on (`training.stagger`)
+    critic_warmup: int = 0  # optimizer steps at the start in which only the critic learns, where there is one
 
     def has_begun(self, steps: int) -> bool:
         """Return whether the stage learns at all after so many optimizer steps."""
@@ -31,4 +26,4 @@ class Pace:
     def freeze(*modules: nn.Module) -> None:
         """Let these modules stay as they are: no gradients, evaluation mode."""
         for module in modules:
-            module.requires_grad_(False).eval()
+            module.requires_grad_(False).eval()  # evaluation mode too: batch-norm statistics would go on moving

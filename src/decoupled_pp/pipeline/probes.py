@@ -34,16 +34,11 @@ class Probe:
 
 
 class ActivationProbe(Probe):
-    """Counts the activations that the first training packet keeps for its backward pass.
-
-    Attributes:
-        peak: Largest number of bytes held at any moment of the packet; None before it.
-    """
+    """Counts the activations that the first training packet keeps for its backward pass: `peak`, in bytes."""
 
     def __init__(self, excluded: Iterable[Tensor]) -> None:
-        """Leave out these tensors: parameters and buffers are no activations."""
-        self.peak: int | None = None
-        self._excluded = list(excluded)
+        self.peak: int | None = None  # None before the first packet
+        self._excluded = list(excluded)  # parameters and buffers, which are no activations
 
     def watching(self) -> AbstractContextManager[object]:
         """Return a counting context for the first packet, and none afterwards: counting costs time."""

@@ -18,6 +18,8 @@ def checkpointed(trunk: nn.Module) -> Callable[[Payload], Payload]:
 
     def run(payload: Payload) -> Payload:
         for layer in trunk.children():
+            # Reentrant checkpointing gives no gradients to a layer none of whose inputs needs one, and what a stage
+            # receives never does.
             payload = checkpoint(layer, payload, use_reentrant=False, **_same_buffers(layer))
         return payload
 

@@ -24,6 +24,7 @@ from decoupled_pp.pipeline.meter import StageMeter
 from decoupled_pp.pipeline.rules.rule import Done
 from decoupled_pp.pipeline.stage import Stage
 
+# The phase that the wait for a packet belongs to: a wait for an evaluation is part of that, not of training.
 _WAITS = {
     PacketKind.TRAIN: "wait_in",
     PacketKind.EVALUATE: "evaluate",
@@ -31,18 +32,10 @@ _WAITS = {
     PacketKind.SAVE: "save",
     PacketKind.END: "end",
 }
-"""Phase that the wait for a packet belongs to: a wait for an evaluation is part of that, not of training."""
 
 
 class Worker:
-    """One stage joined to its two links.
-
-    Attributes:
-        stage: The stage.
-        ends: Where its packets come from and go to.
-        meter: Takes the measurements.
-        stream: Context in which the stage's device work is issued.
-    """
+    """One stage joined to its two links; it takes measurements, and posts records for the run's log."""
 
     def __init__(
         self,
@@ -52,22 +45,13 @@ class Worker:
         save: Callable[[Stage, int], None],
         post: Callable[[Record], None],
     ) -> None:
-        """Join the parts.
-
-        Args:
-            stage: The stage.
-            ends: Where its packets come from and go to.
-            meter: Takes the measurements.
-            save: Saves the stage; called with the number of training packets done.
-            post: Takes records.
-        """
         self.stage = stage
         self.ends = ends
         self.meter = meter
-        self.stream: AbstractContextManager[object] = own_stream(stage.body.device)
-        self._save = save
+        self.stream: AbstractContextManager[object] = own_stream(stage.body.device)  # for the stage's device work
+        self._save = save  # is given the number of training packets done
         self._post = post
-        self._packet: Packet | None = None
+        self._packet: Packet | None = None  # the last one taken, for the notes on errors
 
     def advance(self) -> bool:
         """Take one packet and do what it asks; return False once that was the END."""
@@ -75,6 +59,7 @@ class Worker:
         self._packet = packet
         self.meter.begin(packet.number)
         self.meter.lap(_WAITS[packet.kind])
+        # Not around `receive`: an error of the link tells more than at which packet it was found.
         with self._errors_named():
             self._do(packet)
         return packet.kind is not PacketKind.END
@@ -105,7 +90,7 @@ class Worker:
         # First of all, so that the stages behind save or end at the same time as this one, not one after the other.
         self.ends.outlet.send(packet)
         if packet.kind in {PacketKind.SAVE, PacketKind.END}:
-            self.stage.rule.settle(self.ends)
+            self.stage.rule.settle(self.ends)  # what is on a link is in no stage's part of the checkpoint
         self._flush()  # finds a loss that is not finite before it is saved
         if packet.kind is PacketKind.EVALUATION_END:
             self._report_evaluation()
@@ -121,7 +106,7 @@ class Worker:
         self.meter.flush(self.stage, self.ends.inlet.depth())
 
     def _report_evaluation(self) -> None:
-        score = self.stage.finish_evaluation()
+        score = self.stage.finish_evaluation()  # waits for the device, so the lap comes after it
         self.meter.lap("evaluate")
         self.meter.last_exit = score
         found = self.stage.probe_results()
@@ -149,6 +134,7 @@ class Worker:
         except ReportedError:  # its text says where
             raise
         except Exception as error:
+            # A note, not an error of another class: the user's own type, traceback and debugger stay what they are.
             if self._packet is not None:
                 packet = self._packet
                 error.add_note(f"stage {self.stage.index}, {packet.kind.name} packet {packet.number}")

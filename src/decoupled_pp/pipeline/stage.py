@@ -24,7 +24,6 @@ class Stage:
     """A run of layers and its critic: `body` computes, `rule` says what happens with a packet, `update` steps."""
 
     def __init__(self, index: int, body: Body, update: Update, rule: Rule, probes: Sequence[Probe] = ()) -> None:
-        """Join the parts."""
         self.index = index
         self.body = body
         self.trunk = body.trunk
@@ -45,14 +44,15 @@ class Stage:
 
     def resume(self, ends: Ends, lap: Lap) -> Done | None:
         """Finish the packet that `train` left unfinished, once the next stage has done its part."""
-        with self.body.random:
+        with self.body.random:  # again: between the halves, other stages of this process have drawn numbers
             return self.rule.resume(ends, lap)
 
     def evaluate(self, packet: Packet, send: Callable[[Packet], None]) -> None:
         """Score this exit on one held-out packet and pass it on; changes nothing that trains."""
+        # A random stream apart: training must draw the same numbers however often it is interrupted to evaluate.
         with self.body.evaluating(), self._evaluation_random:
             hidden = self.body.forward(packet.payload)
-            send(replace(packet, payload=hidden))
+            send(replace(packet, payload=hidden))  # before the critic runs, so that the next stage need not wait for it
             with self.body.autocast:
                 for probe in self.probes:
                     probe.evaluated(hidden, packet.target)

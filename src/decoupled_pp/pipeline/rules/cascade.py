@@ -31,45 +31,28 @@ from decoupled_pp.settings.run import OptimizerSettings
 
 @dataclass
 class Lesson:
-    """A packet that a critic is still to learn from.
-
-    Attributes:
-        number: Number of the packet.
-        hidden: The stage's output for it, without a graph.
-        target: Its target.
-        losses: The next stage's losses, (B,), if they have come already.
-    """
+    """A packet that a critic is still to learn from."""
 
     number: int
-    hidden: Payload
+    hidden: Payload  # the stage's output for it, without a graph
     target: Payload
-    losses: Tensor | None = None
+    losses: Tensor | None = None  # the next stage's, (B,), once they have come
 
 
 class Cascade(Local):
-    """A stage lowers what its critic says; the critic learns the next stage's losses, `lag` packets later.
-
-    Attributes:
-        lessons: Packets to learn from, oldest first; at most `lag` of them.
-    """
+    """A stage lowers what its critic says; the critic learns the next stage's losses, `lag` packets later."""
 
     returns = Returns(per_sample=True)
     owns_critic = True
 
     def __init__(self, parts: RuleParts, settings: RuleSettings) -> None:
-        """Build the critic's own optimizer.
-
-        Raises:
-            UsageError: The critic has an objective of its own, or nothing to learn with; the loss has no form per
-                sample.
-        """
         super().__init__(parts, settings)
         assert isinstance(settings, CascadeTarget), "the table of rules gives each rule its own section"
         self._lag = settings.lag
         self._share = settings.share_of_labels
         self._per_sample = per_sample(parts.body.loss)
         self._losses: Tensor | None = None  # of the last packet's samples, (B,)
-        self.lessons: deque[Lesson] = deque()
+        self.lessons: deque[Lesson] = deque()  # oldest first, at most `lag` of them
         if parts.body.critic is not None:
             self.optimizers = _critic_optimizers(parts.body.critic, parts.index, settings)
 
@@ -92,15 +75,13 @@ class Cascade(Local):
         self.lessons = deque(lesson for lesson in self.lessons if lesson.losses is not None)
 
     def settle(self, ends: Ends) -> None:
-        """Take the losses that are under way: a link keeps none for later."""
+        """Take the losses that are under way."""
         for lesson in self.lessons:
             self._complete(lesson, ends)
 
     def state(self) -> RuleState:
-        """Return the lessons.
-
-        `lesson.<packet>.<part>` is true if the part is one tensor; `lesson.<packet>.<part>.<i>` are its tensors.
-        """
+        """Return the lessons."""
+        # `lesson.<packet>.<part>` is true if the part is one tensor; `lesson.<packet>.<part>.<i>` are its tensors.
         state: RuleState = {}
         for lesson in self.lessons:
             parts = {"hidden": lesson.hidden, "target": lesson.target, "losses": lesson.losses}
@@ -116,6 +97,7 @@ class Cascade(Local):
         self.lessons = deque(self._lessons_in(state))
         if self.lessons or self.parts.body.critic is None:
             return None
+        # Lessons are the next stage's losses, so they hold for the cut that they were made with.
         lost = "the checkpoint has no losses of the next stage for this cut"
         return f"{lost}; the critic goes on learning some packets later"
 
@@ -160,7 +142,7 @@ class Cascade(Local):
         distance = (ours - lesson.losses.to(ours)).abs().mean()
         taught = (1 - self._share) * distance + self._share * ours.mean()
         (taught / accumulate).backward()
-        if (lesson.number + 1) % accumulate == 0:
+        if (lesson.number + 1) % accumulate == 0:  # by the lesson's number, not by a count: resuming goes on alike
             for optimizer in self.optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)

@@ -25,17 +25,11 @@ from decoupled_pp.settings.rules import CorrectionSettings
 
 @dataclass(frozen=True)
 class _Half:
-    """An end-to-end step on one packet, between its two halves.
-
-    Attributes:
-        packet: The packet.
-        inputs: The stage's input, as leaves of the graph.
-        hidden: The stage's output, with the graph.
-    """
+    """An end-to-end step on one packet, between its two halves."""
 
     packet: Packet
-    inputs: Payload
-    hidden: Payload
+    inputs: Payload  # leaves of the graph
+    hidden: Payload  # the stage's output, with the graph
 
 
 class EndToEnd(Rule):
@@ -48,15 +42,6 @@ class EndToEnd(Rule):
     returns = Returns(per_activation=True)
 
     def __init__(self, other: Rule, correction: CorrectionSettings) -> None:
-        """Wrap a rule.
-
-        Args:
-            other: The rule of all other steps.
-            correction: Says which optimizer steps are end-to-end ones.
-
-        Raises:
-            UsageError: Something comes back under the other rule as well; a link carries one kind of returns.
-        """
         if other.returns:
             raise UsageError(
                 f"`global_correction` needs a rule under which nothing comes back, not {type(other).__name__}; leave "
@@ -99,10 +84,11 @@ class EndToEnd(Rule):
         else:
             gradient = ends.outlet.returned(half.packet.number, floating(half.hidden))
             lap("wait_out")
-            _backward_from(half.hidden, gradient)
+            _backward_from(half.hidden, gradient)  # not divided by `accumulate`: the last stage's loss was
         lap("backward")
         self.parts.update.count(half.packet)
         lap("step")
+        # Clipping and the step have left these gradients alone: the inputs are no parameters.
         if not self.parts.is_first:
             ends.inlet.give_back(half.packet.number, [_gradient_of(tensor) for tensor in floating(half.inputs)])
         return Done(half.packet, loss)

@@ -18,7 +18,7 @@ from decoupled_pp.pipeline.rules.rule import Done, Lap, Rule
 
 
 class Local(Rule):
-    """Forward, send, local loss, backward, optimizer step. Nothing comes back."""
+    """Forward, send, local loss, backward, optimizer step. Nothing comes back, so no step waits for a later stage."""
 
     def step(self, packet: Packet, ends: Ends, lap: Lap) -> Done:
         """Train on one packet; its output is sent as soon as it exists."""
@@ -34,6 +34,7 @@ class Local(Rule):
             lap("critic")
             self.pass_on(packet, view, ends)
             lap("wait_out")
+        # Only now, with the output on its way: the next stage does not wait for what is done here.
         self.show(view)
         self.keep(packet, view)
         if self.parts.pace.has_begun(self.parts.update.steps):
@@ -41,7 +42,7 @@ class Local(Rule):
         lap("backward")
         self.parts.update.count(packet)  # without gradients, a step leaves everything as it is
         lap("step")
-        return Done(packet, loss.detach())
+        return Done(packet, loss.detach())  # detached: the meter keeps it for a while, and would keep its graph
 
     def judge(self, view: View) -> Tensor:
         """Return the local loss of a packet."""
@@ -51,11 +52,9 @@ class Local(Rule):
         """Keep what is needed of a packet later: nothing here."""
 
     def learn(self, loss: Tensor, view: View, lap: Lap) -> None:
-        """Add the gradients of the local loss to the critic's and then to the layers' own.
-
-        One backward pass goes through both. It reaches the stage's output when it is done with the critic, whose
-        activations are free by then; a hook there ends the phase `critic`.
-        """
+        """Add the gradients of the local loss to the critic's and then to the layers' own."""
+        # One backward pass goes through both. It reaches the stage's output when it is done with the critic, whose
+        # activations are free by then; a hook there ends the phase `critic`.
         critic_is_done = _Once(lambda: lap("critic"))
         learners = self.learners()
         if loss.requires_grad and learners != []:
@@ -74,7 +73,7 @@ class Local(Rule):
 
 
 class _Once:
-    """A gradient hook that calls a function the first time it is called."""
+    """A gradient hook that calls a function the first time it is called: an output may be several tensors."""
 
     def __init__(self, then: Callable[[], None]) -> None:
         self._then: Callable[[], None] | None = then

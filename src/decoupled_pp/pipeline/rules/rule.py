@@ -29,36 +29,22 @@ RuleState: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True)
 class Done:
-    """A training packet that a stage is done with.
-
-    Attributes:
-        packet: The packet.
-        loss: Its loss, a 0-dim tensor on the device (nobody waits for it); None if this stage does not know it.
-    """
+    """A training packet that a stage is done with."""
 
     packet: Packet
-    loss: Tensor | None
+    loss: Tensor | None  # 0-dim, on the device, so that nobody waits for it; None if this stage does not know it
 
 
 @dataclass(frozen=True)
 class RuleParts:
-    """The parts of a stage that a rule works with.
-
-    Attributes:
-        index: Index of the stage.
-        stages: Number of stages.
-        body: The stage's layers and critic.
-        update: Makes gradients into weights.
-        pace: Says which part of the stage learns when.
-        probes: Are shown every packet.
-    """
+    """The parts of a stage that a rule works with."""
 
     index: int
     stages: int
     body: Body
     update: Update
     pace: Pace
-    probes: Sequence[Probe] = ()
+    probes: Sequence[Probe] = ()  # are shown every packet
 
     @property
     def is_first(self) -> bool:
@@ -90,11 +76,7 @@ class Rule(ABC):
     unfinished: bool = False
 
     def __init__(self, parts: RuleParts, settings: RuleSettings) -> None:
-        """Take over the parts.
-
-        Args:
-            parts: The parts of the stage.
-            settings: The section that chose the rule.
+        """Take over the parts and the section that chose the rule.
 
         Raises:
             UsageError: The rule cannot train this stage.
@@ -104,11 +86,7 @@ class Rule(ABC):
 
     @abstractmethod
     def step(self, packet: Packet, ends: Ends, lap: Lap) -> Done | None:
-        """Train on one packet.
-
-        Returns:
-            The packet with its loss; None if `resume` is to finish it, once the next stage has done its part.
-        """
+        """Train on one packet; return None if `resume` is to finish it, once the next stage has done its part."""
 
     def resume(self, ends: Ends, lap: Lap) -> Done | None:
         """Finish the packet that `step` left unfinished; called only if there is one."""

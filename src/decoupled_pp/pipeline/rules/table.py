@@ -13,15 +13,6 @@ RULES: dict[str, type[Rule]] = {"label": Local, "cascade": Cascade, "mix": Casca
 
 
 def build_rule(parts: RuleParts, target: RuleSettings, correction: CorrectionSettings | None = None) -> Rule:
-    """Build the rule of one stage.
-
-    Args:
-        parts: The parts of the stage.
-        target: The section that chooses the rule.
-        correction: End-to-end steps between those of the rule; None: none.
-
-    Raises:
-        UsageError: The rule cannot train this stage.
-    """
+    """Build the rule of one stage, chosen by its section, with end-to-end steps between its own if asked for."""
     rule = RULES[target.kind](parts, target)
     return rule if correction is None else EndToEnd(rule, correction)

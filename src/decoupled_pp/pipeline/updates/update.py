@@ -26,7 +26,6 @@ class Update:
     """
 
     def __init__(self, optimizers: list[Optimizer], training: StageSettings) -> None:
-        """Start at step 0 with the optimizers of the stage."""
         self.optimizers = optimizers
         self.schedules: Sequence[LambdaLR] = []
         self.accumulate = training.accumulate
@@ -40,12 +39,7 @@ class Update:
         return float(self.optimizers[0].param_groups[0]["lr"]) if self.optimizers else 0.0
 
     def backward(self, loss: Tensor, inputs: Sequence[nn.Parameter] | None = None) -> None:
-        """Add the gradients of one packet's mean loss to those of the step.
-
-        Args:
-            loss: A scalar with a graph.
-            inputs: The parameters that take a gradient; None: all that the loss depends on.
-        """
+        """Add the gradients of one packet's mean loss to those of `inputs`; None: of all that it depends on."""
         # The loss is a mean over a packet, and the step's gradient the mean over its packets (law 5). Dividing by 1
         # would be another operation in the graph.
         mean = loss / self.accumulate if self.accumulate > 1 else loss
@@ -73,6 +67,7 @@ class Update:
         """Take one step of every optimizer, forget the gradients, and move the schedules on."""
         for optimizer in self.optimizers:
             optimizer.step()
+            # To None: the memory is free until the next backward pass, and optimizers skip what has no gradient.
             optimizer.zero_grad(set_to_none=True)
         for schedule in self.schedules:
             schedule.step()
