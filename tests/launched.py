@@ -86,7 +86,7 @@ class Command:
     def __init__(self, *command):
         self._mark = f"faults-{os.getpid()}-{time.monotonic_ns()}"
         here = Path(__file__).parent
-        searched = os.pathsep.join([str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        searched = os.pathsep.join([str(here), str(here / "faults"), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, "PYTHONPATH": searched, "OMP_NUM_THREADS": "1", "DPP_TEST": self._mark}
         self._process = subprocess.Popen(
             [sys.executable, "-m", *(str(word) for word in command)],
