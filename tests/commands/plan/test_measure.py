@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from decoupled_pp import Trainer, partition
+from decoupled_pp.commands.plan.costs import read_profile
 from decoupled_pp.commands.plan.measure import measure_profile
 from decoupled_pp.commands.plan.predict import Setting, predict
-from decoupled_pp.commands.plan.profile import read_profile
 from decoupled_pp.models.cutting import minmax_cut
 from decoupled_pp.pipeline.losses import cross_entropy
 from decoupled_pp.settings.run import OptimizerSettings

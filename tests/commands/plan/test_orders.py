@@ -105,5 +105,3 @@ def test_every_pass_is_there_once(kind):
 def test_what_cannot_be_ordered_is_refused():
     with refused("unknown-strategy", UsageError, "not a pipeline with a flush"):
         pipeline_order("decoupled", 2, 2)
-    with refused("option-out-of-range"):
-        pipeline_order("gpipe", 2, 0)

@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from decoupled_pp.commands.plan.costs import cut_stages
+from decoupled_pp.commands.plan.costs import read_profile, stage_costs
 from decoupled_pp.commands.plan.predict import STRATEGIES
-from decoupled_pp.commands.plan.profile import read_profile
 from decoupled_pp.core.errors import UsageError
 from kit import refused, run_dpp
 
@@ -37,8 +36,7 @@ def test_the_cut_is_a_table_and_a_picture(tmp_path, capsys):
     lines = told[told.index("The decoupled cut") :].splitlines()[1:4]
     assert [line.split()[0] for line in lines] == ["stage", "0", "1"]
     profile = read_profile(saved.read_text())
-    stages = cut_stages(profile, (0, 2, 5))
-    costs = [stage.costs for stage in stages]
+    costs = stage_costs(profile, (0, 2, 5), critics=True)
     assert costs[0].critic == profile.critics[1].seconds and costs[1].critic == 0
     assert sum(one.forward for one in costs) == pytest.approx(sum(layer.forward for layer in profile.layers))
     assert costs[0].memory == sum(layer.memory for layer in profile.layers[:2]) + profile.critics[1].memory

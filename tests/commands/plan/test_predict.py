@@ -5,10 +5,9 @@ import math
 
 import pytest
 
-from decoupled_pp.commands.plan.costs import StageCosts, seconds_of
+from decoupled_pp.commands.plan.costs import Piece, Profile, StageCosts, read_profile, seconds_of
 from decoupled_pp.commands.plan.orders import PIPELINES, SPLIT, Operation, stages_per_rank
-from decoupled_pp.commands.plan.predict import STRATEGIES, Setting, predict, predict_stages, ring_all_reduce
-from decoupled_pp.commands.plan.profile import Piece, Profile, read_profile
+from decoupled_pp.commands.plan.predict import STRATEGIES, Setting, exposed_all_reduce, predict, predict_stages
 from decoupled_pp.commands.plan.simulate import Link
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.models.cutting.cut import minmax_cut
@@ -154,7 +153,9 @@ def test_the_whole_network():
     free = predict("data_parallel", _profile(), Setting(4, 8), minmax_cut)
     assert free.step_seconds == pytest.approx(2 * 8 * 3.0 + 8 * 0.1)
     slow = predict("data_parallel", _profile(), Setting(4, 8, Link(bandwidth=10.0)), minmax_cut)
-    assert slow.step_seconds - free.step_seconds == pytest.approx(ring_all_reduce(800, 4, Link(bandwidth=10.0)) - 16)
+    ring = 2 * 3 * 800 / 4 / 10.0
+    assert exposed_all_reduce(800, 4, Link(bandwidth=10.0), 16.0) == pytest.approx(ring - 16)
+    assert slow.step_seconds - free.step_seconds == pytest.approx(ring - 16)
 
 
 def test_the_cut_is_the_best_one():

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from decoupled_pp.commands.arguments import add_overrides, check_at_least, flag, strategies_of
-from decoupled_pp.commands.plan.costs import cut_stages
+from decoupled_pp.commands.plan.costs import Profile, read_profile, stage_costs
 from decoupled_pp.commands.plan.predict import STRATEGIES, Prediction, Setting, predict
-from decoupled_pp.commands.plan.profile import Profile, read_profile
 from decoupled_pp.commands.plan.scaling import Scale, curve
 from decoupled_pp.commands.plan.simulate import Link
 from decoupled_pp.commands.plan.text import describe_curves, describe_plan
@@ -76,11 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_command(chosen: argparse.Namespace) -> int:
-    """Plans a configured network, or draws scaling curves.
-
-    Raises:
-        UsageError: Arguments are wrong or contradict each other.
-    """
+    """Plans a configured network, or draws scaling curves."""
     if (chosen.config is None) == (chosen.devices is None):
         raise UsageError(
             "dpp plan takes either a configuration and --ranks, or --devices; give one of the two",
@@ -160,14 +155,14 @@ def _plan_network(chosen: argparse.Namespace, strategies: Sequence[str], link: L
     }
     text = describe_plan(profile, setting, predictions, refused)
     if chosen.picture is not None:
-        from decoupled_pp.commands.plan.picture import plot_cut
+        from decoupled_pp.commands.plan.picture import plot_cut  # matplotlib takes a second to import
 
         if "decoupled" in refused:
             raise UsageError(
                 f"--picture is of the decoupled cut, and there is none: {refused['decoupled']}", code="nothing-to-draw"
             )
         boundaries = predictions["decoupled"].boundaries
-        plot_cut(cut_stages(profile, boundaries, setting.speeds), Path(chosen.picture))
+        plot_cut(stage_costs(profile, boundaries, critics=True, speeds=setting.speeds), Path(chosen.picture))
         text += f"{chosen.picture}\n"
     return text, figures
 
@@ -191,7 +186,7 @@ def _setting(chosen: argparse.Namespace, settings: Settings, link: Link) -> Sett
 
 def _profile(chosen: argparse.Namespace, settings: Settings) -> tuple[Profile, Cut]:
     """Reads or measures the network's costs; returns them, and how it may be cut."""
-    from decoupled_pp.models.cutting import minmax_cut, refuse_shared
+    from decoupled_pp.models.cutting import minmax_cut, refuse_shared  # torch takes seconds to import
 
     if chosen.profile is not None:
         try:

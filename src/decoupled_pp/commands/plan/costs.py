@@ -1,42 +1,121 @@
-"""Costs of the stages of a cut, from the costs of layers and critics. No torch."""
+"""Costs of a network, layer by layer and critic by critic (JSON on disk), and of the stages of a cut. No torch."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 from decoupled_pp.commands.plan.orders import SPLIT, Operation, rank_of
-from decoupled_pp.commands.plan.profile import Piece, Profile
+from decoupled_pp.core.errors import UsageError
+
+FORMAT = "decoupled_pp profile 1"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Costs of a layer, or of a critic with its loss, in seconds and bytes of one micro-batch."""
+
+    name: str  # of the layer, or "critic"
+    forward: float
+    input_gradient: float
+    weight_gradient: float  # what the whole backward pass takes beyond the input's gradient
+    step: float = 0.0
+    parameter_bytes: int = 0  # trainable ones; their gradients take as much again
+    state_bytes: int = 0
+    saved_bytes: int = 0  # what autograd keeps between forward and backward
+    saved_beside: int = 0  # of those, what the layer before does not keep already as its output
+    output_bytes: int = 0
+    gradient_bytes: int = 0  # what backpropagation sends back for the output: its floating-point tensors
+    frozen_bytes: int = 0  # other parameters, and buffers
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a negative or infinite cost."""
+        for field in dataclasses.fields(self)[1:]:
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"{self.name}: {field.name} is {value!r}; it must be a number of at least 0")
+
+    @property
+    def backward(self) -> float:
+        """Seconds of the whole backward pass."""
+        return self.input_gradient + self.weight_gradient
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the forward and backward passes."""
+        return self.forward + self.backward
+
+    @property
+    def memory(self) -> int:
+        """Bytes of parameters, gradients, optimizer state and buffers."""
+        return 2 * self.parameter_bytes + self.state_bytes + self.frozen_bytes
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Costs of a network."""
+
+    source: str  # configuration, device and day of the measurement
+    samples: int  # in a micro-batch
+    target_bytes: int  # of a micro-batch's targets, which ride along with a decoupled packet
+    layers: tuple[Piece, ...]  # the last one with the network's loss
+    critics: tuple[Piece | None, ...]  # after every layer but the last; None where none can be built
+    stages: int  # that the critics were built for: some depend on it
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that contradict each other."""
+        if self.samples < 1 or not self.layers or len(self.critics) != len(self.layers) - 1:
+            raise ValueError(
+                f"it needs samples (has {self.samples}), layers (has {len(self.layers)}) and one critic or null "
+                f"after every layer but the last (has {len(self.critics)})"
+            )
+
+    def write(self) -> str:
+        """Returns the profile as JSON."""
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n"
+
+
+def read_profile(text: str, source: str = "the text") -> Profile:
+    """Reads what `Profile.write` wrote; `source` says in errors where it is from.
+
+    Raises:
+        UsageError: It is no profile.
+    """
+    try:
+        raw: Any = json.loads(text)
+        if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
+            raise ValueError(f"it has no format {FORMAT!r}")
+        layers = tuple(Piece(**layer) for layer in raw.pop("layers"))
+        critics = tuple(None if critic is None else Piece(**critic) for critic in raw.pop("critics"))
+        return Profile(layers=layers, critics=critics, **raw)
+    except (TypeError, KeyError, ValueError) as error:  # JSON errors are ValueErrors
+        raise UsageError(
+            f"{source} is not a profile: {error}; write one with --save-profile", code="profile-unreadable"
+        ) from error
 
 
 @dataclass(frozen=True)
 class StageCosts:
-    """Costs of one stage, in seconds and bytes of one micro-batch.
-
-    Attributes:
-        forward: Seconds of the layers' forward passes.
-        input_gradient: Seconds of the backward pass to the stage's input.
-        weight_gradient: Seconds that the whole backward pass takes beyond that.
-        step: Seconds of the optimizer step, the critic's included.
-        memory: Bytes of parameters, gradients, optimizer state and buffers, the critic's included.
-        saved: Bytes that autograd keeps for the layers between forward and backward.
-        output: Bytes that go to the next stage.
-        gradient: Bytes that come back from it.
-        critic: Seconds of the critic, forward and backward; 0 without one.
-        critic_saved: Bytes that autograd keeps for the critic.
-    """
+    """Costs of one stage, in seconds and bytes of one micro-batch; those of its critic are in `step` and `memory`."""
 
     forward: float
     input_gradient: float
     weight_gradient: float
     step: float
-    memory: int
-    saved: int
-    output: int = 0
-    gradient: int = 0
-    critic: float = 0.0
+    memory: int  # parameters, gradients, optimizer state and buffers
+    saved: int  # what autograd keeps for the layers between forward and backward
+    output: int = 0  # to the next stage
+    gradient: int = 0  # back from it
+    critic: float = 0.0  # forward and backward
     critic_saved: int = 0
+    parameter_bytes: int = 0  # the critic's included
+    span: str = ""  # names of the first and the last layer
+    depth: int = 0  # number of layers
 
     @property
     def backward(self) -> float:
@@ -49,38 +128,21 @@ class StageCosts:
         return replace(self, **{name: getattr(self, name) / speed for name in times})
 
 
-@dataclass(frozen=True)
-class CutStage:
-    """One stage of a decoupled cut, as a row of the table and of the picture.
-
-    Attributes:
-        layers: Names of its layers.
-        parameter_bytes: Bytes of its parameters and its critic's.
-        costs: Its costs.
-    """
-
-    layers: tuple[str, ...]
-    parameter_bytes: int
-    costs: StageCosts
-
-    @property
-    def span(self) -> str:
-        """Names of the first and the last layer."""
-        return self.layers[0] if len(self.layers) == 1 else f"{self.layers[0]}..{self.layers[-1]}"
-
-
-def stage_costs(profile: Profile, boundaries: Sequence[int], *, critics: bool) -> list[StageCosts]:
+def stage_costs(
+    profile: Profile, boundaries: Sequence[int], *, critics: bool, speeds: Sequence[float] = ()
+) -> list[StageCosts]:
     """Returns the costs of the stages of a cut.
 
     Args:
         profile: Costs of the network.
         boundaries: Index of the first layer of every stage, then the number of layers.
         critics: True if all stages but the last have a critic, and send targets along.
+        speeds: Speeds of the stages' devices, relative to the one that was measured; empty: all alike.
     """
     costs = []
     for first, end in pairwise(boundaries):
         layers = profile.layers[first:end]
-        critic = _critic_after(profile, end) if critics else None
+        critic = profile.critics[end - 1] if critics and end < len(profile.layers) else None
         owned = layers if critic is None else (*layers, critic)
         costs.append(
             StageCosts(
@@ -95,52 +157,24 @@ def stage_costs(profile: Profile, boundaries: Sequence[int], *, critics: bool) -
                 gradient=0 if critics else layers[-1].gradient_bytes,
                 critic=0.0 if critic is None else critic.seconds,
                 critic_saved=0 if critic is None else critic.saved_beside,
-            )
-        )
-    return costs
-
-
-def cut_stages(profile: Profile, boundaries: Sequence[int], speeds: Sequence[float] = ()) -> list[CutStage]:
-    """Returns the stages of a decoupled cut with their names.
-
-    Args:
-        profile: Costs of the network.
-        boundaries: Index of the first layer of every stage, then the number of layers.
-        speeds: Speeds of the stages' devices, relative to the one that was measured; empty: all alike.
-    """
-    stages = []
-    costs = stage_costs(profile, boundaries, critics=True)
-    for stage, (first, end) in enumerate(pairwise(boundaries)):
-        layers = profile.layers[first:end]
-        critic = _critic_after(profile, end)
-        owned = layers if critic is None else (*layers, critic)
-        stages.append(
-            CutStage(
-                layers=tuple(layer.name for layer in layers),
                 parameter_bytes=sum(piece.parameter_bytes for piece in owned),
-                costs=costs[stage].at_speed(speeds[stage]) if speeds else costs[stage],
+                span=layers[0].name if len(layers) == 1 else f"{layers[0].name}..{layers[-1].name}",
+                depth=len(layers),
             )
         )
-    return stages
-
-
-def _critic_after(profile: Profile, end: int) -> Piece | None:
-    """Returns the critic of a stage that ends before layer `end`; the last stage has none."""
-    return profile.critics[end - 1] if end < len(profile.layers) else None
+    return [one.at_speed(speed) for one, speed in zip(costs, speeds, strict=True)] if speeds else costs
 
 
 def seconds_of(strategy: str, costs: Sequence[StageCosts], ranks: int) -> Callable[[Operation], float]:
-    """Returns a function from an operation to its seconds.
-
-    torch computes no gradient of the first stage's input: its split backward pass is all in W (torch 2.13, `stage.py`,
-    `backward_one_chunk`).
-    """
+    """Returns a function from an operation to its seconds."""
 
     def seconds(operation: Operation) -> float:
         kind, stage, _ = operation
         if kind == "S" and strategy != "decoupled":  # one step of a rank, with all its stages
             return sum(cost.step for s, cost in enumerate(costs) if rank_of(strategy, s, ranks) == stage)
         one = costs[stage]
+        # torch computes no gradient of the first stage's input: its split backward pass is all in W
+        # (torch 2.13, `stage.py`, `backward_one_chunk`).
         if strategy in SPLIT and stage == 0 and kind in "IW":
             return 0.0 if kind == "I" else one.backward
         return {

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import platform
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from decoupled_pp.commands.plan.profile import Piece, Profile
+from decoupled_pp.commands.plan.costs import Piece, Profile
 from decoupled_pp.core import environment
 from decoupled_pp.core.device import choose_device, cuda_devices
 from decoupled_pp.core.errors import UsageError
@@ -53,16 +54,8 @@ def measure_profile(
 ) -> Profile:
     """Measures every layer, and the critic after every layer but the last, on copies of them.
 
-    Args:
-        module: The network; it is left unchanged.
-        sample: An input micro-batch.
-        critic: Builds the critics.
-        stages: Number of stages, for critics that depend on it; an even cut is assumed.
-        loss: Loss, counted with the last layer and every critic, with a made-up target.
-        optimizer: Optimizer whose step and state are measured.
-        device: Device to measure on.
-        source: Name of what is measured; the machine is added.
-        repeats: Measured runs of every pass; the median counts.
+    The loss, with a made-up target, counts with the last layer and every critic. Critics that depend on the number of
+    stages are built for an even cut. Of the `repeats` of every pass the median counts.
 
     Raises:
         UsageError: A layer fails in training mode.
@@ -71,22 +64,16 @@ def measure_profile(
     objective = stand_in_objective(loss, zeros_if_meta(output).to(device))
     outputs = [*hiddens[1:], output]
     method = _Method(device, objective, optimizer, repeats)
-    kept, beside = _saved(module, sample, device, objective)
+    saved = _saved(module, sample, device, objective)
     layers: list[Piece] = []
+    # What the network draws later must not depend on having been planned: the generators come back as they were.
     with torch.random.fork_rng(devices=cuda_devices(device)):
         for index, (name, layer) in enumerate(module.named_children()):
             last = index == len(module) - 1
-            piece = _piece(name, layer, hiddens[index], method, objective if last else None)
             floating = [tensor for tensor in as_tuple(outputs[index]) if tensor.is_floating_point()]
-            layers.append(
-                replace(
-                    piece,
-                    saved_bytes=kept[index],
-                    saved_beside=beside[index],
-                    output_bytes=payload_bytes(outputs[index]),
-                    gradient_bytes=payload_bytes(tuple(floating)),
-                )
-            )
+            costs = _costs(name, layer, hiddens[index], method, objective if last else None)
+            sizes = {"output_bytes": payload_bytes(outputs[index]), "gradient_bytes": payload_bytes(tuple(floating))}
+            layers.append(Piece(name, **costs, **saved[index], **sizes))
         count = max(2, stages)
         contexts = [
             critic_context(module, hiddens, output, boundary=k, stage=_even_stage(k, len(module), count), stages=count)
@@ -105,11 +92,7 @@ def measure_profile(
 
 
 def measure_configured(settings: Settings, ranks: int, name: str) -> tuple[Profile, nn.Sequential]:
-    """Measures the network of a settings file as one of `ranks` ranks on this machine would run it.
-
-    Returns:
-        The profile, and the network.
-    """
+    """Returns the profile and the network of a settings file, as one of `ranks` ranks on this machine would run it."""
     torch.set_num_threads(settings.threads or max(1, environment.cores() // ranks))
     # One stage: the cut is what is to be found, and a cut by time would measure everything once more.
     uncut = {"stages": 1, "cut": "uniform", "balance": BalanceSettings()}
@@ -132,14 +115,10 @@ def _even_stage(boundary: int, layers: int, stages: int) -> int:
     return min(max(round(boundary * stages / layers) - 1, 0), stages - 2)
 
 
-def _piece(
-    name: str,
-    module: nn.Module,
-    given: Payload,
-    method: _Method,
-    objective: Objective | None,
-) -> Piece:
-    """Measures times, parameters and optimizer state of a module, on a copy."""
+def _costs(
+    name: str, module: nn.Module, given: Payload, method: _Method, objective: Objective | None = None
+) -> dict[str, Any]:
+    """Measures times, parameters and optimizer state of a module on a copy; returns those fields of a `Piece`."""
     copied = runnable_copy(module, method.device)
     try:
         passes = measure_passes(copied, given, method.device, objective=objective, repeats=method.repeats)
@@ -150,73 +129,60 @@ def _piece(
     step, state = optimizer_cost(copied, method.optimizer)
     parameters = tuple(copied.parameters())
     trainable = payload_bytes(tuple(p for p in parameters if p.requires_grad))
-    return Piece(
-        name=name,
-        forward=passes.forward,
-        input_gradient=passes.input_gradient,
-        weight_gradient=passes.weight_gradient,
-        step=step,
-        parameter_bytes=trainable,
-        state_bytes=state,
-        frozen_bytes=payload_bytes(parameters) - trainable + payload_bytes(tuple(copied.buffers())),
-    )
+    return {
+        **asdict(passes),
+        "step": step,
+        "parameter_bytes": trainable,
+        "state_bytes": state,
+        "frozen_bytes": payload_bytes(parameters) - trainable + payload_bytes(tuple(copied.buffers())),
+    }
 
 
-def _saved(
-    module: nn.Sequential, sample: Payload, device: torch.device, objective: Objective
-) -> tuple[list[int], list[int]]:
+def _saved(module: nn.Sequential, sample: Payload, device: torch.device, objective: Objective) -> list[dict[str, int]]:
     """Returns the bytes that autograd keeps for every layer alone, and beside what the layers before it keep."""
     if any(parameter.is_meta for parameter in module.parameters()):  # it may be too large; shapes are enough here
         device = torch.device("meta")
     copied = copy.deepcopy(module).to(device).train()
     owned = [*copied.parameters(), *copied.buffers()]
-    alone: list[int] = []
-    beside: list[int] = []
+    saved: list[dict[str, int]] = []
     with torch.enable_grad(), torch.random.fork_rng(devices=cuda_devices(device)), SavedActivations(owned) as chain:
         current = map_payload(lambda tensor: tensor.to(device), sample)
         for index, layer in enumerate(copied):
             last = index == len(copied) - 1
-            alone.append(_kept(copy.deepcopy(layer), map_payload(torch.detach, current), objective if last else None))
+            alone = _kept(copy.deepcopy(layer), map_payload(torch.detach, current), objective if last else None)
             before = chain.peak
             current = layer(current)
-            held = objective(as_tuple(current)[0]) if last else current
-            beside.append(chain.peak - before)
-        del held
-    return alone, beside
+            if last:
+                objective(as_tuple(current)[0])
+            saved.append({"saved_bytes": alone, "saved_beside": chain.peak - before})
+    return saved
 
 
-def _kept(module: nn.Module, given: Payload, objective: Objective | None) -> int:
+def _kept(module: nn.Module, given: Payload, objective: Objective | None = None) -> int:
     """Returns the bytes that autograd keeps after a forward pass on a tensor that takes a gradient."""
     with SavedActivations([*module.parameters(), *module.buffers()]) as saved:
         inputs = map_payload(
             lambda tensor: tensor.clone().requires_grad_() if tensor.is_floating_point() else tensor, given
         )
         result = module(map_payload(lambda tensor: tensor.view_as(tensor), inputs))
-        result = objective(result) if objective is not None else result
-        peak = saved.peak
-        del result
-    return peak
+        if objective is not None:
+            objective(result)
+    return saved.peak
 
 
-def _critic(
-    critic: CriticBuilder,
-    context: CriticContext,
-    below_input: Payload,
-    method: _Method,
-) -> Piece | None:
+def _critic(critic: CriticBuilder, context: CriticContext, below_input: Payload, method: _Method) -> Piece | None:
     """Measures a critic with its loss; returns None where none can be built.
 
     Its saved activations are counted beside those of the layer below it, because both may keep that layer's output.
     """
     try:
         built = CriticWithLoss(critic(context), context, method.objective)
-        piece = _piece("critic", built, context.hidden, method, None)
+        costs = _costs("critic", built, context.hidden, method)
     except UsageError:
         return None
     built = built.to(method.device).train()
-    kept = _kept(built, map_payload(lambda tensor: tensor.to(method.device), context.hidden), None)
+    kept = _kept(built, map_payload(lambda tensor: tensor.to(method.device), context.hidden))
     below = runnable_copy(context.layers[context.boundary - 1], method.device).train()
     given = map_payload(lambda tensor: zeros_if_meta(tensor).to(method.device), below_input)
-    both = _kept(nn.Sequential(below, built), given, None)
-    beside = max(0, both - _kept(below, given, None))
-    return replace(piece, saved_bytes=kept, saved_beside=beside)
+    beside = max(0, _kept(nn.Sequential(below, built), given) - _kept(below, given))
+    return Piece("critic", **costs, saved_bytes=kept, saved_beside=beside)

@@ -8,8 +8,7 @@ compare them); `deepspeed` is that of DeepSpeed's `TrainSchedule`, which compute
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
+from collections import defaultdict, deque
 from typing import NamedTuple
 
 from decoupled_pp.core.errors import UsageError
@@ -25,17 +24,11 @@ SPLIT = ("zero_bubble", "zbv")
 
 
 class Operation(NamedTuple):
-    """One piece of compute.
+    """One piece of compute."""
 
-    Attributes:
-        kind: F, B, I, W, C or S (see above).
-        stage: Index of the stage.
-        micro_batch: Index of the micro-batch (of the optimizer step for S).
-    """
-
-    kind: str
+    kind: str  # F, B, I, W, C or S (see above)
     stage: int
-    micro_batch: int
+    micro_batch: int  # the optimizer step for S
 
 
 Order = list[Operation]
@@ -65,39 +58,27 @@ def pipeline_order(kind: str, ranks: int, micro_batches: int) -> list[Order]:
             code="unknown-strategy",
             key="strategy",
         )
-    if ranks < 1 or micro_batches < 1:
-        raise UsageError(
-            f"{ranks} ranks and {micro_batches} micro-batches must each be at least 1", code="option-out-of-range"
-        )
-    make: dict[str, Callable[[int, int, int], Order]] = {
-        "gpipe": _gpipe,
-        "1f1b": _one_forward_one_backward,
-        "deepspeed": _one_forward_one_backward,
-        "interleaved_1f1b": _interleaved,
-        "zero_bubble": _zero_bubble,
-        "zbv": _zero_bubble_v,
-    }
     if kind == "1f1b" and micro_batches < ranks:
         raise UsageError(
             f"1f1b takes at least as many micro-batches as ranks: {micro_batches} for {ranks}; use more",
             code="schedule-does-not-fit",
         )
-    return [make[kind](rank, ranks, micro_batches) for rank in range(ranks)]
+    if kind == "zbv":
+        return [_zero_bubble_v(rank, ranks, micro_batches) for rank in range(ranks)]
+    if kind in TWO_STAGES:
+        return [_loops(rank, ranks, micro_batches, split=kind in SPLIT) for rank in range(ranks)]
+    if kind == "gpipe":
+        return [_in_turn(rank, micro_batches, micro_batches) for rank in range(ranks)]
+    return [_in_turn(rank, min(ranks - rank, micro_batches), micro_batches) for rank in range(ranks)]
 
 
-def _gpipe(rank: int, ranks: int, micro_batches: int) -> Order:
-    return [Operation(kind, rank, number) for kind in "FB" for number in range(micro_batches)]
-
-
-def _one_forward_one_backward(rank: int, ranks: int, micro_batches: int) -> Order:
-    """Starts with p - r forwards on rank r, then takes one backward and one forward in turn."""
-    order: Order = []
-    ahead = min(ranks - rank, micro_batches)
-    order += [Operation("F", rank, number) for number in range(ahead)]
+def _in_turn(stage: int, ahead: int, micro_batches: int) -> Order:
+    """Starts with `ahead` forward passes (p - r on rank r for 1F1B, all for GPipe), then one backward, one forward."""
+    order = [Operation("F", stage, number) for number in range(ahead)]
     for number in range(micro_batches):
-        order.append(Operation("B", rank, number))
+        order.append(Operation("B", stage, number))
         if ahead + number < micro_batches:
-            order.append(Operation("F", rank, ahead + number))
+            order.append(Operation("F", stage, ahead + number))
     return order
 
 
@@ -106,35 +87,12 @@ class _Counters:
 
     def __init__(self) -> None:
         self.order: Order = []
-        self._next: defaultdict[tuple[str, int], int] = defaultdict(int)
+        self.next: defaultdict[tuple[str, int], int] = defaultdict(int)
 
-    def add(self, kind: str, stage: int) -> None:
-        """Appends the next micro-batch of this kind and stage."""
-        self.order.append(Operation(kind, stage, self._next[kind, stage]))
-        self._next[kind, stage] += 1
-
-    def left(self, kind: str, than: str, stage: int) -> int:
-        """Returns by how many micro-batches `kind` lags behind `than`."""
-        return self._next[than, stage] - self._next[kind, stage]
-
-
-def _micro_batches_per_round(ranks: int, micro_batches: int) -> int:
-    rounds = max(1, micro_batches // ranks)
-    if micro_batches % rounds:
-        raise UsageError(
-            f"interleaved schedules take a multiple of {rounds} micro-batches (rounds of {ranks} ranks), "
-            f"not {micro_batches}",
-            code="schedule-does-not-fit",
-        )
-    return micro_batches // rounds
-
-
-def _interleaved(rank: int, ranks: int, micro_batches: int) -> Order:
-    return _loops(rank, ranks, micro_batches, split=False)
-
-
-def _zero_bubble(rank: int, ranks: int, micro_batches: int) -> Order:
-    return _loops(rank, ranks, micro_batches, split=True)
+    def add(self, *passes: tuple[str, int]) -> None:
+        for kind, stage in passes:
+            self.order.append(Operation(kind, stage, self.next[kind, stage]))
+            self.next[kind, stage] += 1
 
 
 def _loops(rank: int, ranks: int, micro_batches: int, *, split: bool) -> Order:
@@ -143,28 +101,34 @@ def _loops(rank: int, ranks: int, micro_batches: int, *, split: bool) -> Order:
     With `split`, the backward passes go to the inputs only, and the weights' gradients follow `rank` operations later
     (ZB1P of Qi et al. 2023, 2401.10241, as torch builds it).
     """
-    local = 2
-    size = _micro_batches_per_round(ranks, micro_batches)
-    passes = local * micro_batches
+    rounds = max(1, micro_batches // ranks)
+    if micro_batches % rounds:
+        raise UsageError(
+            f"interleaved schedules take a multiple of {rounds} micro-batches (rounds of {ranks} ranks), "
+            f"not {micro_batches}",
+            code="schedule-does-not-fit",
+        )
+    size = micro_batches // rounds
+    passes = 2 * micro_batches
     hops = (1 if split else 2) * (ranks - 1 - rank)
-    ahead = min((local - 1) * size + hops, passes)
+    ahead = min(size + hops, passes)
     counters = _Counters()
-    weights: list[int] = []  # stages whose weight gradients are due, in the order of their backward passes
+    weights: deque[int] = deque()  # stages whose weight gradients are due, in the order of their backward passes
     for position in range(passes + ahead):
         if position < passes:
-            counters.add("F", position // size % local * ranks + rank)
+            counters.add(("F", position // size % 2 * ranks + rank))
         if position >= ahead:
-            stage = (local - 1 - (position - ahead) // size % local) * ranks + rank
-            counters.add("I" if split else "B", stage)
-            weights.append(stage)
-            if split and position - ahead >= rank:
-                counters.add("W", weights.pop(0))
-    for stage in weights if split else ():
-        counters.add("W", stage)
+            stage = (1 - (position - ahead) // size % 2) * ranks + rank
+            counters.add(("I" if split else "B", stage))
+            if split:
+                weights.append(stage)
+                if position - ahead >= rank:
+                    counters.add(("W", weights.popleft()))
+    counters.add(*(("W", stage) for stage in weights))
     return counters.order
 
 
-def _zero_bubble_v(rank: int, ranks: int, micro_batches: int) -> Order:  # noqa: C901 - a loop per phase
+def _zero_bubble_v(rank: int, ranks: int, micro_batches: int) -> Order:
     """Orders stages `rank` (on the way up) and `2 p - 1 - rank` (on the way down): ZBV of Qi et al. 2023, 2401.10241.
 
     torch builds it for at least 2 p - 1 micro-batches and leaves out those that do not exist.
@@ -173,30 +137,16 @@ def _zero_bubble_v(rank: int, ranks: int, micro_batches: int) -> Order:  # noqa:
     up = rank
     down = 2 * ranks - 1 - rank
     counters = _Counters()
-
-    def add(*passes: tuple[str, int]) -> None:
-        for kind, stage in passes:
-            counters.add(kind, stage)
-
-    for _ in range(2 * (ranks - rank) - 1):
-        add(("F", up))
-    for _ in range(rank):
-        add(("F", down), ("F", up))
-    for _ in range(ranks - rank):
-        add(("F", down), ("I", down), ("W", down))
-    forwards_up = 2 * ranks - 1 - rank  # as many forward passes are done by now
-    forwards_down = ranks
-    while forwards_down < forwards_up or forwards_up < built:
-        if forwards_up < built:
-            add(("F", up))
-            forwards_up += 1
-        add(("I", up), ("W", up), ("F", down), ("I", down), ("W", down))
-        forwards_down += 1
-    for _ in range(rank):
-        add(("I", up), ("I", down))
-    for _ in range(ranks - rank):
-        add(("I", up), ("W", up))
+    counters.add(*[("F", up)] * (2 * (ranks - rank) - 1))
+    counters.add(*[("F", down), ("F", up)] * rank)
+    counters.add(*[("F", down), ("I", down), ("W", down)] * (ranks - rank))
+    while counters.next["F", down] < counters.next["F", up] or counters.next["F", up] < built:
+        if counters.next["F", up] < built:
+            counters.add(("F", up))
+        counters.add(("I", up), ("W", up), ("F", down), ("I", down), ("W", down))
+    counters.add(*[("I", up), ("I", down)] * rank)
+    counters.add(*[("I", up), ("W", up)] * (ranks - rank))
     for stage in (down, up):
-        for _ in range(counters.left("W", "I", stage)):
-            add(("W", stage))
+        late = counters.next["I", stage] - counters.next["W", stage]
+        counters.add(*[("W", stage)] * late)
     return [operation for operation in counters.order if operation.micro_batch < micro_batches]

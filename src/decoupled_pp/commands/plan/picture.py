@@ -10,18 +10,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from decoupled_pp.commands.drawing import COLOURS, save_png
-from decoupled_pp.commands.plan.costs import CutStage
+from decoupled_pp.commands.plan.costs import StageCosts
 from decoupled_pp.commands.plan.scaling import Point
 
 
 def plot_curves(curves: Mapping[str, Sequence[Point | str]], title: str, path: Path) -> None:
-    """Draws tokens per second and efficiency of every strategy against the number of devices, as a PNG.
-
-    Args:
-        curves: Strategy -> for every number of devices a point, or why there is none. One without points is left out.
-        title: Title of the picture.
-        path: The PNG file.
-    """
+    """Draws tokens per second and efficiency against the number of devices, as a PNG; no line without a point."""
     figure = Figure(figsize=(11.0, 4.8), layout="constrained")
     rate, share = figure.subplots(1, 2)
     drawn: list[Point] = []
@@ -32,14 +26,16 @@ def plot_curves(curves: Mapping[str, Sequence[Point | str]], title: str, path: P
         drawn += there
         devices = [one.devices for one in there]
         width = 2.4 if kind == "decoupled" else 1.3
-        for axes, values in (
-            (rate, [one.tokens_per_second for one in there]),
-            (share, [one.efficiency for one in there]),
-        ):
+        for axes, name in ((rate, "tokens_per_second"), (share, "efficiency")):
+            values = [getattr(one, name) for one in there]
             axes.plot(devices, values, label=kind, color=colour, marker="o", markersize=4.0, linewidth=width)
     ticks = sorted({one.devices for one in drawn})
-    _dress_curves(rate, ticks, "tokens/s")
-    _dress_curves(share, ticks, "efficiency (critics are no useful work)")
+    for axes, name in ((rate, "tokens/s"), (share, "efficiency (critics are no useful work)")):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.set_xlabel("devices")
+        axes.set_ylabel(name)
+        axes.grid(alpha=0.25, linewidth=0.6)
     rate.set_yscale("log")
     rate.yaxis.set_major_formatter(EngFormatter(sep=""))
     share.set_ylim(0, 1.02)
@@ -48,29 +44,15 @@ def plot_curves(curves: Mapping[str, Sequence[Point | str]], title: str, path: P
     save_png(figure, path)
 
 
-def _dress_curves(axes: Axes, ticks: Sequence[int], name: str) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.set_xlabel("devices")
-    axes.set_ylabel(name)
-    axes.grid(alpha=0.25, linewidth=0.6)
-
-
-def plot_cut(stages: Sequence[CutStage], path: Path) -> None:
-    """Draws the time and the memory of every stage of a cut, as a PNG.
-
-    Args:
-        stages: The stages in order.
-        path: The PNG file.
-    """
+def plot_cut(stages: Sequence[StageCosts], path: Path) -> None:
+    """Draws the time and the memory of every stage of a cut, as a PNG."""
     figure = Figure(figsize=(11.0, 1.6 + 0.5 * len(stages)), layout="constrained")
     left, right = figure.subplots(1, 2)
     names = [f"{index}: {stage.span}" for index, stage in enumerate(stages)]
-    costs = [stage.costs for stage in stages]
-    times = {kind: [1e3 * getattr(one, kind) for one in costs] for kind in ("forward", "backward", "critic", "step")}
+    times = {kind: [1e3 * getattr(one, kind) for one in stages] for kind in ("forward", "backward", "critic", "step")}
     sizes = {
-        "states": [one.memory / 2**20 for one in costs],
-        "activations": [(one.saved + one.critic_saved) / 2**20 for one in costs],
+        "states": [one.memory / 2**20 for one in stages],
+        "activations": [(one.saved + one.critic_saved) / 2**20 for one in stages],
     }
     _draw_bars(left, names, times, COLOURS[1:])
     left.set_xlabel("ms per micro-batch")

@@ -13,9 +13,10 @@ Where it matters for time, this follows the libraries (torch 2.13 `schedules.py`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby
 
 from decoupled_pp.commands.plan.orders import Operation, Order, pipeline_order, rank_of, stages_per_rank
 from decoupled_pp.commands.plan.simulate import Compute, Instruction, Message, Post, Program, Send, Wait
@@ -23,19 +24,12 @@ from decoupled_pp.commands.plan.simulate import Compute, Instruction, Message, P
 
 @dataclass(frozen=True)
 class PipelineShape:
-    """A pipeline without its times.
+    """A pipeline without its times."""
 
-    Attributes:
-        kind: Name of the strategy.
-        ranks: Number of ranks.
-        sizes: Bytes of one micro-batch's activations after every stage but the last.
-        gradient_sizes: Bytes of the gradients that come back for them.
-    """
-
-    kind: str
+    kind: str  # the strategy
     ranks: int
-    sizes: tuple[int, ...]
-    gradient_sizes: tuple[int, ...]
+    sizes: tuple[int, ...]  # bytes of one micro-batch's activations after every stage but the last
+    gradient_sizes: tuple[int, ...]  # bytes of the gradients that come back for them
 
     @property
     def stages(self) -> int:
@@ -50,26 +44,24 @@ class PipelineShape:
         """Returns the stages that a rank holds."""
         return [stage for stage in range(self.stages) if self.rank_of(stage) == rank]
 
-    def sent_after(self, operation: Operation) -> Message | None:
-        """Returns the message that leaves the rank when an operation is done, if there is one."""
+    def sent_after(self, operation: Operation) -> list[Message]:
+        """Returns the message that leaves the rank when an operation is done, or none."""
         kind, stage, number = operation
         if kind not in "FBI":
-            return None
+            return []
         forward = kind == "F"
         target = stage + 1 if forward else stage - 1
         if not 0 <= target < self.stages or self.rank_of(stage) == self.rank_of(target):
-            return None
+            return []
         name = "activation" if forward else "gradient"
         size = self.sizes[stage] if forward else self.gradient_sizes[target]
-        return Message(name, stage, number, self.rank_of(stage), self.rank_of(target), size)
+        return [Message(name, stage, number, self.rank_of(stage), self.rank_of(target), size)]
 
-    def needed_before(self, operation: Operation) -> Message | None:
-        """Returns the message of another rank that an operation needs, if there is one."""
+    def needed_before(self, operation: Operation) -> list[Message]:
+        """Returns the message of another rank that an operation needs, or none."""
         kind, stage, number = operation
-        if kind not in "FBI":
-            return None
         source = stage - 1 if kind == "F" else stage + 1
-        return self.sent_after(Operation(kind, source, number)) if 0 <= source < self.stages else None
+        return self.sent_after(Operation(kind, source, number)) if 0 <= source < self.stages else []
 
 
 def flushed(shape: PipelineShape, micro_batches: int, steps: int) -> list[Program]:
@@ -80,110 +72,83 @@ def flushed(shape: PipelineShape, micro_batches: int, steps: int) -> list[Progra
     Raises:
         UsageError: The strategy refuses so many micro-batches.
     """
-    order = pipeline_order(shape.kind, shape.ranks, micro_batches)
-    lower = {"gpipe": _gpipe, "1f1b": _fused, "deepspeed": _blocking}.get(shape.kind, _ahead)
-    programs: list[list[Instruction]] = [[] for _ in range(shape.ranks)]
+    orders = pipeline_order(shape.kind, shape.ranks, micro_batches)
+    lower = {"gpipe": _gpipe, "1f1b": _fused, "deepspeed": _blocking}.get(shape.kind)
+    programs: list[list[Instruction]] = [[] for _ in orders]
     for step in range(steps):
-        renumbered = [[_later(operation, step * micro_batches) for operation in one] for one in order]
-        for rank, program in enumerate(lower(shape, renumbered)):
+        first = step * micro_batches
+        now = [[one._replace(micro_batch=first + one.micro_batch) for one in order] for order in orders]
+        lowered = _ahead(shape, now) if lower is None else [lower(shape, order) for order in now]
+        for rank, program in enumerate(lowered):
             programs[rank] += [*program, Compute(Operation("S", rank, step))]
     return list(programs)
 
 
-def _later(operation: Operation, by: int) -> Operation:
-    return operation._replace(micro_batch=operation.micro_batch + by)
+def _sent(messages: Iterable[Message]) -> list[Instruction]:
+    return [Wait(message, "sent") for message in messages]
 
 
-def _receive(message: Message | None) -> list[Instruction]:
-    return [] if message is None else [Post(message), Wait(message, "received")]
+def _received(messages: Iterable[Message]) -> list[Instruction]:
+    return [Wait(message, "received") for message in messages]
 
 
-def _gpipe(shape: PipelineShape, orders: Sequence[Order]) -> list[list[Instruction]]:
-    """Builds GPipe's programs: a receive is posted when it is needed; sends are waited for at the end of a phase."""
-    programs = []
-    for order in orders:
-        program: list[Instruction] = []
+def _gpipe(shape: PipelineShape, order: Order) -> list[Instruction]:
+    """Builds GPipe's program: a receive is posted when it is needed; sends are waited for at the end of a phase."""
+    program: list[Instruction] = []
+    for _, phase in groupby(order, key=lambda operation: operation.kind):
         sent: list[Message] = []
-        for operation, following in pairwise([*order, None]):
-            assert operation is not None
-            program += [*_receive(shape.needed_before(operation)), Compute(operation)]
-            if (message := shape.sent_after(operation)) is not None:
-                program.append(Send(message))
-                sent.append(message)
-            if following is None or following.kind != operation.kind:
-                program += [Wait(message, "sent") for message in sent]
-                sent = []
-        programs.append(program)
-    return programs
+        for operation in phase:
+            needed = shape.needed_before(operation)
+            leaving = shape.sent_after(operation)
+            program += [*map(Post, needed), *_received(needed), Compute(operation), *map(Send, leaving)]
+            sent += leaving
+        program += _sent(sent)
+    return program
 
 
-def _fused(shape: PipelineShape, orders: Sequence[Order]) -> list[list[Instruction]]:
-    """Builds 1F1B's programs: a send is held back and posted with the next receive, if that goes the other way.
+def _fused(shape: PipelineShape, order: Order) -> list[Instruction]:
+    """Builds 1F1B's program: a send is held back and posted with the next receive, if that goes the other way.
 
     Between two passes of one kind (warm-up, cool-down) the send goes out at once, and is waited for after the next one.
     """
-    programs = []
-    for order in orders:
-        program: list[Instruction] = []
-        held: Message | None = None
-        flying: Message | None = None
-        for operation, following in pairwise([*order, None]):
-            assert operation is not None
-            needed = shape.needed_before(operation)
-            if held is not None:
-                program.append(Send(held))
-            if needed is not None:
-                program.append(Post(needed))
-            if held is not None:
-                program.append(Wait(held, "sent"))
-            if needed is not None:
-                program.append(Wait(needed, "received"))
-            program.append(Compute(operation))
-            if flying is not None:
-                program.append(Wait(flying, "sent"))
-            held = shape.sent_after(operation)
-            flying = None
-            if held is not None and (following is None or following.kind == operation.kind):
-                program.append(Send(held))
-                flying = held
-                held = None
-        if flying is not None:
-            program.append(Wait(flying, "sent"))
-        programs.append(program)
-    return programs
+    program: list[Instruction] = []
+    held: list[Message] = []
+    flying: list[Message] = []
+    following_kinds = [*(operation.kind for operation in order[1:]), order[-1].kind]
+    for operation, following_kind in zip(order, following_kinds, strict=True):
+        needed = shape.needed_before(operation)
+        program += [*map(Send, held), *map(Post, needed), *_sent(held), *_received(needed)]
+        program += [Compute(operation), *_sent(flying)]
+        held = shape.sent_after(operation)
+        flying = []
+        if following_kind == operation.kind:
+            program += map(Send, held)
+            flying = held
+            held = []
+    return program + _sent(flying)
 
 
-def _blocking(shape: PipelineShape, orders: Sequence[Order]) -> list[list[Instruction]]:
-    """Builds DeepSpeed's programs: stage s runs forward k at clock 2 k + s, backward k at clock 2 k + 2 p - 1 - s.
+def _blocking(shape: PipelineShape, order: Order) -> list[Instruction]:
+    """Builds DeepSpeed's program: stage s runs forward k at clock 2 k + s, backward k at clock 2 k + 2 p - 1 - s.
 
     Before a forward clock's compute it receives activations, then sends the gradient of the clock before; before a
     backward clock's it sends the activations of the clock before, then receives a gradient.
     """
-    programs = []
-    for stage, order in enumerate(orders):
-        first = min(number for _, _, number in order)
-        clocks = {_clock(operation, shape.stages, first): operation for operation in order}
-        program: list[Instruction] = []
-        for clock in range(max(clocks) + 2):
-            now = clocks.get(clock)
-            before = clocks.get(clock - 1)
-            receive = [] if now is None else _receive(shape.needed_before(now))
-            send = [] if before is None else _send(shape.sent_after(before))
-            forward_clock = (clock - stage) % 2 == 0
-            program += [*receive, *send] if forward_clock else [*send, *receive]
-            if now is not None:
-                program.append(Compute(now))
-        programs.append(program)
-    return programs
-
-
-def _send(message: Message | None) -> list[Instruction]:
-    return [] if message is None else [Send(message), Wait(message, "sent")]
-
-
-def _clock(operation: Operation, stages: int, first: int) -> int:
-    kind, stage, number = operation
-    return 2 * (number - first) + (stage if kind == "F" else 2 * stages - 1 - stage)
+    stage = order[0].stage
+    first = order[0].micro_batch
+    starts = {"F": stage, "B": 2 * shape.stages - 1 - stage}
+    clocks = {2 * (one.micro_batch - first) + starts[one.kind]: one for one in order}
+    program: list[Instruction] = []
+    for clock in range(max(clocks) + 2):
+        needed = shape.needed_before(clocks[clock]) if clock in clocks else []
+        leaving = shape.sent_after(clocks[clock - 1]) if clock - 1 in clocks else []
+        receive = [*map(Post, needed), *_received(needed)]
+        send = [*map(Send, leaving), *_sent(leaving)]
+        # At one clock, neighbours differ in parity: one receives first where the other sends first, so none blocks.
+        program += [*receive, *send] if (clock - stage) % 2 == 0 else [*send, *receive]
+        if clock in clocks:
+            program.append(Compute(clocks[clock]))
+    return program
 
 
 def _ahead(shape: PipelineShape, orders: Sequence[Order]) -> list[list[Instruction]]:
@@ -193,47 +158,39 @@ def _ahead(shape: PipelineShape, orders: Sequence[Order]) -> list[list[Instructi
     sends puts the receive into the other rank's list there and then.
     """
     programs: list[list[Instruction]] = [[] for _ in orders]
-    left = [list(reversed(_with_turns(order))) for order in orders]
+    left = [_with_turns(order) for order in orders]
     posted: set[Message] = set()
     while any(left):
         moved = False
         for rank, operations in enumerate(left):
-            if not operations or not _may_follow(shape, operations[-1], posted):
+            if not operations:
                 continue
-            operation = operations.pop()
+            operation = operations[0]
+            needed = [] if operation is None else shape.needed_before(operation)
+            if not posted.issuperset(needed):
+                continue
+            operations.popleft()
             moved = True
             if operation is None:
                 continue
-            needed = shape.needed_before(operation)
-            message = shape.sent_after(operation)
-            if needed is not None:
-                programs[rank].append(Wait(needed, "received"))
-            programs[rank].append(Compute(operation))
-            if message is not None:
-                programs[rank].append(Send(message))
+            leaving = shape.sent_after(operation)
+            programs[rank] += [*_received(needed), Compute(operation), *map(Send, leaving)]
+            for message in leaving:
                 programs[message.target].append(Post(message))
-                posted.add(message)
+            posted.update(leaving)
         assert moved, "an order that cannot run"
-    for program in programs:
-        program += [Wait(one.message, "sent") for one in reversed(program) if isinstance(one, Send)]
-    return programs
+    return [program + _sent(one.message for one in reversed(program) if isinstance(one, Send)) for program in programs]
 
 
-def _with_turns(order: Order) -> list[Operation | None]:
+def _with_turns(order: Order) -> deque[Operation | None]:
     """Adds the turns (None) that torch's lowering spends after a stage's last pass, for REDUCE_GRAD and RESHARD."""
     last = {operation.stage: position for position, operation in enumerate(order)}
-    turns: list[Operation | None] = []
+    turns: deque[Operation | None] = deque()
     for position, operation in enumerate(order):
         turns.append(operation)
         if last[operation.stage] == position:
             turns += [None, None]
     return turns
-
-
-def _may_follow(shape: PipelineShape, operation: Operation | None, posted: set[Message]) -> bool:
-    """Returns whether torch's lowering may place an operation now: what it needs of another rank has been sent."""
-    needed = shape.needed_before(operation) if operation is not None else None
-    return needed is None or needed in posted
 
 
 def decoupled(shape: PipelineShape, capacity: int, packets: int, accumulate: int = 1) -> list[Program]:

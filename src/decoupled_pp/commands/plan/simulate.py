@@ -21,32 +21,22 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from decoupled_pp.commands.plan.orders import Operation
 from decoupled_pp.core.errors import UsageError
 
 
 class Message(NamedTuple):
-    """A message between two ranks.
+    """A message between two ranks."""
 
-    Attributes:
-        kind: "activation", "gradient" or "credit".
-        stage: Index of the sending stage.
-        micro_batch: Index of the micro-batch.
-        source: Sending rank.
-        target: Receiving rank.
-        size: Bytes.
-        eager: True if it may leave before the receiver has posted its receive.
-    """
-
-    kind: str
-    stage: int
+    kind: str  # "activation", "gradient" or "credit"
+    stage: int  # that sends it
     micro_batch: int
-    source: int
-    target: int
-    size: int
-    eager: bool = False
+    source: int  # rank
+    target: int  # rank
+    size: int  # bytes
+    eager: bool = False  # it may leave before the receiver has posted its receive
 
 
 class Compute(NamedTuple):
@@ -88,17 +78,11 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Link:
-    """Properties of every link between two ranks, in each direction.
+    """Properties of every link between two ranks, in each direction."""
 
-    Attributes:
-        latency: Seconds from the end of the sending to the arrival.
-        bandwidth: Bytes per second.
-        host: Seconds that a rank is busy with handing over one send or one receive (its compute waits meanwhile).
-    """
-
-    latency: float = 0.0
-    bandwidth: float = math.inf
-    host: float = 0.0
+    latency: float = 0.0  # seconds from the end of the sending to the arrival
+    bandwidth: float = math.inf  # bytes per second
+    host: float = 0.0  # seconds that handing over one send or receive keeps a rank from computing
 
     def __post_init__(self) -> None:
         """Raises UsageError for times and bandwidths that no link has."""
@@ -109,40 +93,19 @@ class Link:
                 code="option-out-of-range",
             )
 
-    def seconds(self, size: int) -> float:
-        """Returns the seconds that `size` bytes keep the link busy."""
-        return size / self.bandwidth
-
 
 @dataclass(frozen=True)
 class Timeline:
-    """Result of a simulation.
+    """Result of a simulation."""
 
-    Attributes:
-        spans: Operations of every rank, in order.
-        ends: When every rank's program ended, in seconds.
-        bytes_sent: (source, target, kind of message) -> bytes.
-    """
-
-    spans: list[list[Span]]
-    ends: list[float]
-    bytes_sent: dict[tuple[int, int, str], int]
-
-    def end_of_step(self, rank: int, step: int) -> float:
-        """Returns when a rank ended its optimizer step number `step` (of a pipeline with a flush)."""
-        return next(span.end for span in self.spans[rank] if span.operation[::2] == ("S", step))
+    spans: list[list[Span]]  # operations of every rank, in order
+    ends: list[float]  # when every rank's program ended, in seconds
+    bytes_sent: dict[tuple[int, int, str], int]  # (source, target, kind of message) -> bytes
 
 
 @dataclass
 class _Transfer:
-    """State of a message.
-
-    Attributes:
-        posted: When the receiver called `Post`, in seconds; infinite until it has.
-        handed: When the sender called `Send`, likewise.
-        ends: "sent" and "received" -> when, once known.
-        waiting: "sent" and "received" -> the rank that waits for it.
-    """
+    """State of a message: when its sides called `Post` and `Send`, when its ends were reached, which rank waits."""
 
     posted: float = math.inf
     handed: float = math.inf
@@ -151,42 +114,38 @@ class _Transfer:
 
 
 class _Simulation:
-    """State of one simulation; `_agenda` is a heap of (time, number, action)."""
+    """State of one simulation; `_agenda` is a heap of (time, number, action, its arguments before the time)."""
 
     def __init__(self, programs: Sequence[Program], seconds: Callable[[Operation], float], link: Link) -> None:
         self._programs = programs
         self._seconds = seconds
         self._link = link
         self._position = [0] * len(programs)
-        self._agenda: list[tuple[float, int, Callable[[float], None]]] = []
+        self._agenda: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._number = 0
         self._transfers: defaultdict[Message, _Transfer] = defaultdict(_Transfer)
         self._free: defaultdict[tuple[int, int], float] = defaultdict(float)
-        self.spans: list[list[Span]] = [[] for _ in programs]
-        self.ends = [math.inf] * len(programs)
-        self.bytes_sent: defaultdict[tuple[int, int, str], int] = defaultdict(int)
+        self._spans: list[list[Span]] = [[] for _ in programs]
+        self._ends = [math.inf] * len(programs)
+        self._bytes_sent: defaultdict[tuple[int, int, str], int] = defaultdict(int)
 
     def run(self) -> Timeline:
-        """Runs until nothing is left to happen.
-
-        Raises:
-            ValueError: Ranks wait for each other for ever.
-        """
+        """Runs until nothing is left to happen."""
         for rank in range(len(self._programs)):
-            self._at(0.0, lambda now, rank=rank: self._advance(rank, now))  # type: ignore[misc]
+            self._at(0.0, self._advance, rank)
         while self._agenda:
-            now, _, action = heapq.heappop(self._agenda)
-            action(now)
-        stuck = [rank for rank, end in enumerate(self.ends) if math.isinf(end)]
+            now, _, action, arguments = heapq.heappop(self._agenda)
+            action(*arguments, now)
+        stuck = [rank for rank, end in enumerate(self._ends) if math.isinf(end)]
         if stuck:
             waits = self._programs[stuck[0]][self._position[stuck[0]]]
             # Not a UsageError: our programs cannot wait for ever, whatever the user asks for.
             raise ValueError(f"the programs never end: rank {stuck[0]} waits at {waits}; correct their order")
-        return Timeline(self.spans, self.ends, dict(self.bytes_sent))
+        return Timeline(self._spans, self._ends, dict(self._bytes_sent))
 
-    def _at(self, time: float, action: Callable[[float], None]) -> None:
+    def _at(self, time: float, action: Callable[..., None], *arguments: Any) -> None:
         self._number += 1  # orders events of one time, so that a simulation gives the same result every time
-        heapq.heappush(self._agenda, (time, self._number, action))
+        heapq.heappush(self._agenda, (time, self._number, action, arguments))
 
     def _advance(self, rank: int, now: float) -> None:
         """Runs a rank's program from here until it computes, waits or ends."""
@@ -201,43 +160,40 @@ class _Simulation:
             self._position[rank] += 1
             if isinstance(instruction, Compute):
                 end = now + self._seconds(instruction.operation)
-                self.spans[rank].append(Span(instruction.operation, now, end))
-                self._at(end, lambda then: self._advance(rank, then))
+                self._spans[rank].append(Span(instruction.operation, now, end))
+                self._at(end, self._advance, rank)
                 return
             if isinstance(instruction, Send | Post):
                 if self._link.host:
-                    self._at(now + self._link.host, lambda then, it=instruction: self._go_on(rank, it, then))  # type: ignore[misc]
+                    self._at(now + self._link.host, self._go_on, rank, instruction)
                     return
                 self._hand_over(instruction, now)
-        self.ends[rank] = now
+        self._ends[rank] = now
 
     def _go_on(self, rank: int, instruction: Send | Post, now: float) -> None:
         self._hand_over(instruction, now)
         self._advance(rank, now)
 
     def _hand_over(self, instruction: Send | Post, now: float) -> None:
-        transfer = self._transfers[instruction.message]
+        """Notes one side of a message; the data start once both are there and word of the receive is at the sender."""
+        message = instruction.message
+        transfer = self._transfers[message]
         if isinstance(instruction, Send):
             transfer.handed = now
         else:
             transfer.posted = now
-        self._match(instruction.message, now)
-
-    def _match(self, message: Message, now: float) -> None:
-        """Starts the data once both sides are there and word of the receive is at the sender."""
-        transfer = self._transfers[message]
-        if math.isinf(transfer.handed) or (math.isinf(transfer.posted) and not message.eager):
-            return
-        ready = now if message.eager else max(transfer.handed, transfer.posted + self._link.latency)
-        self._at(ready, lambda then: self._depart(message, then))
+        word = now if message.eager else transfer.posted + self._link.latency
+        ready = max(transfer.handed, word)
+        if math.isfinite(ready):
+            self._at(ready, self._depart, message)
 
     def _depart(self, message: Message, now: float) -> None:
         direction = message.source, message.target
-        sent = max(now, self._free[direction]) + self._link.seconds(message.size)
+        sent = max(now, self._free[direction]) + message.size / self._link.bandwidth
         self._free[direction] = sent
-        self.bytes_sent[(*direction, message.kind)] += message.size
-        for end, time in (("sent", sent), ("received", sent + self._link.latency)):
-            self._at(time, lambda then, end=end: self._arrive(message, end, then))  # type: ignore[misc]
+        self._bytes_sent[(*direction, message.kind)] += message.size
+        self._at(sent, self._arrive, message, "sent")
+        self._at(sent + self._link.latency, self._arrive, message, "received")
 
     def _arrive(self, message: Message, end: str, now: float) -> None:
         transfer = self._transfers[message]
@@ -248,12 +204,7 @@ class _Simulation:
 
 
 def simulate(programs: Sequence[Program], seconds: Callable[[Operation], float], link: Link) -> Timeline:
-    """Runs the programs of all ranks.
-
-    Args:
-        programs: One per rank.
-        seconds: Returns how long an operation takes.
-        link: Every link between two ranks.
+    """Runs the programs of all ranks; `seconds` returns how long an operation takes.
 
     Raises:
         ValueError: The ranks wait for each other for ever.

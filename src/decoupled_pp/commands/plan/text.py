@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import zip_longest
 
-from decoupled_pp.commands.plan.costs import CutStage, cut_stages
-from decoupled_pp.commands.plan.memory import RankMemory
-from decoupled_pp.commands.plan.predict import Prediction, Setting, Traffic
-from decoupled_pp.commands.plan.profile import Profile
+from decoupled_pp.commands.plan.costs import Profile, StageCosts, stage_costs
+from decoupled_pp.commands.plan.predict import Prediction, RankMemory, Setting, Traffic
 from decoupled_pp.commands.plan.scaling import Point, Scale
 from decoupled_pp.commands.plan.simulate import Link
 
@@ -19,17 +17,13 @@ MIB = 2.0**20
 def describe_plan(
     profile: Profile, setting: Setting, predictions: Mapping[str, Prediction], refused: Mapping[str, str]
 ) -> str:
-    """Returns the output of `dpp plan CONFIG`.
-
-    Args:
-        profile: Costs of the network.
-        setting: Ranks, links and batch.
-        predictions: Strategy -> its prediction.
-        refused: Strategy -> why there is no prediction.
-    """
+    """Returns the output of `dpp plan CONFIG`, from strategy -> prediction, and strategy -> why there is none."""
     memory = [[kind, *map(_memory, one.memory)] for kind, one in predictions.items()]
     links = [[kind, *_links(one.traffic)] for kind, one in predictions.items() if one.traffic]
-    cuts = [[kind, *_stages(profile, one.boundaries)] for kind, one in predictions.items()]
+    cuts = []
+    for kind, one in predictions.items():
+        stages = stage_costs(profile, one.boundaries, critics=False)
+        cuts.append([kind, *(stage.span for stage in stages)])
     lines = [
         f"Predicted, not run: {setting.ranks} ranks, {setting.micro_batches} micro-batches of {profile.samples} "
         "samples per optimizer step",
@@ -45,10 +39,11 @@ def describe_plan(
         "",
     ]
     if "decoupled" in predictions:
-        lines += _cut_lines(cut_stages(profile, predictions["decoupled"].boundaries, setting.speeds))
+        boundaries = predictions["decoupled"].boundaries
+        lines += _cut_lines(stage_costs(profile, boundaries, critics=True, speeds=setting.speeds))
     lines += ["Cuts (layers of every stage)", *_columns(cuts)]
     lines += [f"{kind}: not predicted: {reason}" for kind, reason in refused.items()]
-    lines += ["", "Assumptions (docs/planner.md)", *(f"- {line}" for line in plan_assumptions(setting))]
+    lines += ["", "Assumptions (docs/planner.md)", *(f"- {line}" for line in _plan_assumptions(setting))]
     return "\n".join(lines) + "\n"
 
 
@@ -75,33 +70,19 @@ def _memory(one: RankMemory) -> str:
     return f"{one.states / MIB:.1f}+{one.activations / MIB:.1f}+{one.buffers / MIB:.1f}"
 
 
-_CUT_HEAD = (
-    "stage",
-    "layers",
-    "parameters",
-    "forward ms",
-    "backward ms",
-    "critic ms",
-    "step ms",
-    "states MiB",
-    "saved MiB",
-)
-
-
-def _cut_lines(stages: Sequence[CutStage]) -> list[str]:
+def _cut_lines(stages: Sequence[StageCosts]) -> list[str]:
     """Returns the decoupled cut, stage by stage, and an empty line."""
-    rows: list[Sequence[str]] = [_CUT_HEAD]
+    times = ("forward", "backward", "critic", "step")
+    rows = [["stage", "layers", "parameters", *(f"{name} ms" for name in times), "states MiB", "saved MiB"]]
     for index, stage in enumerate(stages):
-        costs = stage.costs
-        count = len(stage.layers)
         rows.append(
             [
                 str(index),
-                stage.span if count == 1 else f"{stage.span} ({count})",
+                stage.span if stage.depth == 1 else f"{stage.span} ({stage.depth})",
                 f"{stage.parameter_bytes // 4:,}",
-                *(f"{seconds * 1e3:.3f}" for seconds in (costs.forward, costs.backward, costs.critic, costs.step)),
-                f"{costs.memory / MIB:.1f}",
-                f"{(costs.saved + costs.critic_saved) / MIB:.1f}",
+                *(f"{getattr(stage, name) * 1e3:.3f}" for name in times),
+                f"{stage.memory / MIB:.1f}",
+                f"{(stage.saved + stage.critic_saved) / MIB:.1f}",
             ]
         )
     return ["The decoupled cut: seconds and bytes of one micro-batch, critics included", *_columns(rows), ""]
@@ -120,18 +101,20 @@ def _links(traffic: Sequence[Traffic]) -> list[str]:
     ]
 
 
-def _stages(profile: Profile, boundaries: Sequence[int]) -> list[str]:
-    names = [layer.name for layer in profile.layers]
+def _plan_assumptions(setting: Setting) -> list[str]:
+    devices = []
+    if setting.speeds:
+        devices.append(
+            f"devices of speed {list(setting.speeds)} relative to the measured one (balance.speeds), known to every cut"
+        )
+    if setting.memory:
+        sizes = ", ".join(f"{size / MIB:.1f}" for size in setting.memory)
+        devices.append(
+            f"devices have {sizes} MiB (balance.memory): the decoupled cut fits them, another must happen to"
+        )
     return [
-        names[first] if end - first == 1 else f"{names[first]}..{names[end - 1]}" for first, end in pairwise(boundaries)
-    ]
-
-
-def plan_assumptions(setting: Setting) -> list[str]:
-    """Returns the assumptions about a measured network, one line each."""
-    return [
-        *link_assumptions(setting.link),
-        *_device_assumptions(setting),
+        *_link_assumptions(setting.link),
+        *devices,
         "every pass of a layer always takes its median time; nothing else runs on the ranks; no jitter",
         f"decoupled: an optimizer step every {setting.accumulate} micro-batches (--set training.accumulate), links of "
         f"{setting.capacity} packets; the others: one step per flush; a step is the sum of its "
@@ -144,20 +127,7 @@ def plan_assumptions(setting: Setting) -> list[str]:
     ]
 
 
-def _device_assumptions(setting: Setting) -> list[str]:
-    lines = []
-    if setting.speeds:
-        lines.append(
-            f"devices of speed {list(setting.speeds)} relative to the measured one (balance.speeds), known to every cut"
-        )
-    if setting.memory:
-        sizes = ", ".join(f"{size / MIB:.1f}" for size in setting.memory)
-        lines.append(f"devices have {sizes} MiB (balance.memory): the decoupled cut fits them, another must happen to")
-    return lines
-
-
-def link_assumptions(link: Link) -> list[str]:
-    """Returns the assumptions about the links."""
+def _link_assumptions(link: Link) -> list[str]:
     if link == Link():
         return ["links are free (--link, --latency, --message-time set them)"]
     rate = "without limit" if math.isinf(link.bandwidth) else f"{link.bandwidth / 1e9:g} GB/s"
@@ -182,13 +152,12 @@ def describe_curves(scale: Scale, devices: Sequence[int], curves: Mapping[str, S
             shape = [kind, str(count), f"{one.depth} x {one.replicas}", str(one.micro_batches)]
             figures = [f"{one.step_seconds:.3f}", f"{one.tokens_per_second:,.0f}", f"{one.efficiency:.3f}"]
             rows.append([*shape, *figures, f"{one.memory / 2**30:.1f}"])
-    assumed = [f"- {line}" for line in scaling_assumptions(scale)]
+    assumed = [f"- {line}" for line in _scaling_assumptions(scale)]
     head = "Predicted by counting and simulation; nothing was measured"
     return "\n".join([head, "", *_columns(rows), *notes, "", "Assumptions (docs/planner.md)", *assumed]) + "\n"
 
 
-def scaling_assumptions(scale: Scale) -> list[str]:
-    """Returns the assumptions about a counted network and its devices, one line each."""
+def _scaling_assumptions(scale: Scale) -> list[str]:
     if scale.weak:
         batch = (
             f"weak scaling: every replica takes {scale.micro_batches} micro-batches per step, so the batch grows with "
@@ -202,7 +171,7 @@ def scaling_assumptions(scale: Scale) -> list[str]:
     deepest = f", but no deeper than {scale.depth}" if scale.depth else ""
     return [
         *scale.model.assumptions(),
-        *link_assumptions(scale.link),
+        *_link_assumptions(scale.link),
         batch,
         f"devices = depth x replicas: pipelines as deep as there are blocks{deepest}, then replicas; they add up "
         "gradients in a ring, which begins with the last backward pass",
@@ -214,13 +183,9 @@ def scaling_assumptions(scale: Scale) -> list[str]:
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Aligns rows: the first column to the left, the others to the right."""
-    if not rows:
-        return []
-    count = max(len(row) for row in rows)
-    full = [[*row, *[""] * (count - len(row))] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*full, strict=True)]
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
     lines = []
-    for first, *others in full:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=False)]
         lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
     return lines

@@ -21,27 +21,16 @@ SAVED_BYTES_PER_TOKEN_AND_WIDTH = 34
 
 @dataclass(frozen=True)
 class Transformer:
-    """A decoder and the devices that it is trained on.
+    """A decoder and the devices that it is trained on."""
 
-    Attributes:
-        layers: Transformer blocks.
-        width: Width of the residual stream.
-        vocabulary: Tokens in the vocabulary.
-        sequence: Tokens per sample.
-        micro_batch: Samples per micro-batch.
-        parameters: Number of parameters; 0 for 12 layers width^2 + 2 vocabulary width.
-        flops: Floating-point operations per second that a device reaches in this work (not its peak).
-        critic_share: Compute and parameters of a critic, as a share of its stage's.
-    """
-
-    layers: int = 32
-    width: int = 4096
+    layers: int = 32  # blocks
+    width: int = 4096  # of the residual stream
     vocabulary: int = 32000
-    sequence: int = 4096
-    micro_batch: int = 1
-    parameters: float = 0.0
-    flops: float = 400e12
-    critic_share: float = 0.1
+    sequence: int = 4096  # tokens per sample
+    micro_batch: int = 1  # samples
+    parameters: float = 0.0  # in all; 0 for 12 layers width^2 + 2 vocabulary width
+    flops: float = 400e12  # operations per second that a device reaches in this work (not its peak)
+    critic_share: float = 0.1  # compute and parameters of a critic, as a share of its stage's
 
     def __post_init__(self) -> None:
         """Raises UsageError for sizes that no transformer has."""
@@ -88,40 +77,34 @@ class Transformer:
         """Seconds of forward and backward of a micro-batch on one device; backward takes twice as long as forward."""
         return 3 * (self.matrix_seconds + self.attention_seconds)
 
-    @property
-    def boundary_bytes(self) -> int:
-        """Bytes of a micro-batch's activations between two stages, two per value."""
-        return 2 * self.tokens * self.width
-
     def stages(self, count: int, *, critics: bool, step: float = 0.0) -> list[StageCosts]:
         """Returns the costs of `count` equal stages, as if the network could be cut anywhere.
 
-        Args:
-            count: Number of stages.
-            critics: True if all but the last have a critic, and send targets (8 bytes per token) along.
-            step: Seconds at the end of an optimizer step.
+        With `critics` all but the last have one, and send targets (8 bytes per token) along; an optimizer step takes
+        `step` seconds.
         """
         matrices = self.matrix_seconds / count
         attention = self.attention_seconds / count
         forward = matrices + attention
         states = BYTES_PER_PARAMETER * self.total_parameters / count
         saved = SAVED_BYTES_PER_TOKEN_AND_WIDTH * self.tokens * self.width * self.layers / count
-        shares = [self.critic_share if critics else 0.0] * (count - 1) + [0.0]  # the last stage has no critic
-        return [
-            StageCosts(
+        boundary = 2 * self.tokens * self.width  # activations between two stages, 2 bytes per value
+
+        def stage(critic_share: float) -> StageCosts:
+            return StageCosts(
                 forward=forward,
                 input_gradient=matrices + 2 * attention,
                 weight_gradient=matrices,
                 step=step,
-                memory=round(states * (1 + own)),
+                memory=round(states * (1 + critic_share)),
                 saved=round(saved),
-                output=self.boundary_bytes + (8 * self.tokens if critics else 0),
-                gradient=0 if critics else self.boundary_bytes,
-                critic=own * 3 * forward,
-                critic_saved=round(own * saved),
+                output=boundary + (8 * self.tokens if critics else 0),
+                gradient=0 if critics else boundary,
+                critic=critic_share * 3 * forward,
+                critic_saved=round(critic_share * saved),
             )
-            for own in shares
-        ]
+
+        return [stage(self.critic_share if critics else 0.0)] * (count - 1) + [stage(0.0)]
 
     def assumptions(self) -> list[str]:
         """Returns the assumptions with their numbers, one line each."""
