@@ -34,7 +34,6 @@ def _profile(network, kind="AdamW"):
         optimizer=OptimizerSettings(kind=kind),
         device=torch.device("cpu"),
         source="test",
-        repeats=3,
     )
 
 

@@ -168,7 +168,7 @@ def _plan_network(chosen: argparse.Namespace, strategies: Sequence[str], link: L
 
 
 def _setting(chosen: argparse.Namespace, settings: Settings, link: Link) -> Setting:
-    limits: list[int] = []
+    limits: list[int] = []  # bytes of each rank's device
     if settings.balance.memory is not None:
         from decoupled_pp.training.memory import limits_of
 
@@ -190,11 +190,10 @@ def _profile(chosen: argparse.Namespace, settings: Settings) -> tuple[Profile, C
 
     if chosen.profile is not None:
         try:
-            text = Path(chosen.profile).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
+            text = Path(chosen.profile).read_bytes()
+        except OSError as error:
             raise UsageError(
-                f"--profile: cannot read {chosen.profile}: {reason}; give the path of a profile",
+                f"--profile: cannot read {chosen.profile}: {error.strerror}; give the path of a profile",
                 code="profile-unreadable",
             ) from None
         return read_profile(text, f"--profile {chosen.profile}"), minmax_cut

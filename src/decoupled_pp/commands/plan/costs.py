@@ -80,12 +80,8 @@ class Profile:
         return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n"
 
 
-def read_profile(text: str, source: str = "the text") -> Profile:
-    """Reads what `Profile.write` wrote; `source` says in errors where it is from.
-
-    Raises:
-        UsageError: It is no profile.
-    """
+def read_profile(text: str | bytes, source: str = "the text") -> Profile:
+    """Reads what `Profile.write` wrote, or raises UsageError, which names `source`."""
     try:
         raw: Any = json.loads(text)
         if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
@@ -93,7 +89,7 @@ def read_profile(text: str, source: str = "the text") -> Profile:
         layers = tuple(Piece(**layer) for layer in raw.pop("layers"))
         critics = tuple(None if critic is None else Piece(**critic) for critic in raw.pop("critics"))
         return Profile(layers=layers, critics=critics, **raw)
-    except (TypeError, KeyError, ValueError) as error:  # JSON errors are ValueErrors
+    except (TypeError, KeyError, ValueError) as error:  # errors of JSON and of its encoding are ValueErrors
         raise UsageError(
             f"{source} is not a profile: {error}; write one with --save-profile", code="profile-unreadable"
         ) from error
@@ -131,13 +127,9 @@ class StageCosts:
 def stage_costs(
     profile: Profile, boundaries: Sequence[int], *, critics: bool, speeds: Sequence[float] = ()
 ) -> list[StageCosts]:
-    """Returns the costs of the stages of a cut.
+    """Returns the costs of the stages of a cut, on devices of these speeds relative to the measured one.
 
-    Args:
-        profile: Costs of the network.
-        boundaries: Index of the first layer of every stage, then the number of layers.
-        critics: True if all stages but the last have a critic, and send targets along.
-        speeds: Speeds of the stages' devices, relative to the one that was measured; empty: all alike.
+    With `critics` all stages but the last have one, and send targets along.
     """
     costs = []
     for first, end in pairwise(boundaries):

@@ -32,12 +32,11 @@ from decoupled_pp.training.prepare import prepare
 
 @dataclass(frozen=True)
 class _Method:
-    """Device, loss, optimizer and number of runs of a measurement."""
+    """Device, loss and optimizer of a measurement."""
 
     device: torch.device
     objective: Objective
     optimizer: OptimizerSettings | OptimizerFactory
-    repeats: int
 
 
 def measure_profile(
@@ -50,20 +49,16 @@ def measure_profile(
     optimizer: OptimizerSettings | OptimizerFactory,
     device: torch.device,
     source: str,
-    repeats: int = 5,
 ) -> Profile:
     """Measures every layer, and the critic after every layer but the last, on copies of them.
 
     The loss, with a made-up target, counts with the last layer and every critic. Critics that depend on the number of
-    stages are built for an even cut. Of the `repeats` of every pass the median counts.
-
-    Raises:
-        UsageError: A layer fails in training mode.
+    stages are built for an even cut. UsageError says which layer fails.
     """
     hiddens, output = trace(module, sample)
     objective = stand_in_objective(loss, zeros_if_meta(output).to(device))
     outputs = [*hiddens[1:], output]
-    method = _Method(device, objective, optimizer, repeats)
+    method = _Method(device, objective, optimizer)
     saved = _saved(module, sample, device, objective)
     layers: list[Piece] = []
     # What the network draws later must not depend on having been planned: the generators come back as they were.
@@ -75,11 +70,11 @@ def measure_profile(
             sizes = {"output_bytes": payload_bytes(outputs[index]), "gradient_bytes": payload_bytes(tuple(floating))}
             layers.append(Piece(name, **costs, **saved[index], **sizes))
         count = max(2, stages)
-        contexts = [
-            critic_context(module, hiddens, output, boundary=k, stage=_even_stage(k, len(module), count), stages=count)
-            for k in range(1, len(module))
-        ]
-        critics = [_critic(critic, context, hiddens[context.boundary - 1], method) for context in contexts]
+        critics = []
+        for end in range(1, len(module)):
+            stage = min(max(round(end * count / len(module)) - 1, 0), count - 2)  # AugLocal's depth depends on it
+            context = critic_context(module, hiddens, output, boundary=end, stage=stage, stages=count)
+            critics.append(_critic(critic, context, hiddens[end - 1], method))
     machine = f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}"
     return Profile(
         source=f"{source}; {machine}; {time.strftime('%Y-%m-%d')}",
@@ -110,18 +105,13 @@ def measure_configured(settings: Settings, ranks: int, name: str) -> tuple[Profi
     return profile, plan.module
 
 
-def _even_stage(boundary: int, layers: int, stages: int) -> int:
-    """Returns the stage that ends before layer `boundary` in an even cut; AugLocal's depth depends on it."""
-    return min(max(round(boundary * stages / layers) - 1, 0), stages - 2)
-
-
 def _costs(
     name: str, module: nn.Module, given: Payload, method: _Method, objective: Objective | None = None
 ) -> dict[str, Any]:
     """Measures times, parameters and optimizer state of a module on a copy; returns those fields of a `Piece`."""
     copied = runnable_copy(module, method.device)
     try:
-        passes = measure_passes(copied, given, method.device, objective=objective, repeats=method.repeats)
+        passes = measure_passes(copied, given, method.device, objective=objective)
     except UsageError:
         raise
     except LAYER_FAULTS as error:

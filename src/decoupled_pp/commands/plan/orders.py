@@ -49,8 +49,7 @@ def rank_of(kind: str, stage: int, ranks: int) -> int:
 def pipeline_order(kind: str, ranks: int, micro_batches: int) -> list[Order]:
     """Returns the operations of every rank in one optimizer step, in order (S left out).
 
-    Raises:
-        UsageError: The strategy is not in `PIPELINES`, or torch refuses so many micro-batches.
+    UsageError says that the strategy is not in `PIPELINES`, or that torch refuses so many micro-batches.
     """
     if kind not in PIPELINES:
         raise UsageError(

@@ -92,11 +92,7 @@ class Prediction:
 
 
 def predict(strategy: str, profile: Profile, setting: Setting, cut: Cut) -> Prediction:
-    """Predicts one of `STRATEGIES`.
-
-    Raises:
-        UsageError: The strategy is unknown, or does not go with these ranks, layers, micro-batches and devices.
-    """
+    """Predicts a strategy, or raises UsageError if it does not go with these ranks, layers, batches and devices."""
     if strategy in ("backprop", "data_parallel"):
         found = _predict_whole(strategy, profile, setting)
     else:
@@ -241,13 +237,11 @@ def _fits_in(profile: Profile, setting: Setting) -> Callable[[int, int, int], bo
 
 
 def _traffic(timeline: Timeline, samples: int) -> list[Traffic]:
-    pairs = sorted({(source, target) for source, target, _ in timeline.bytes_sent})
-
-    def per_sample(pair: tuple[int, int], kind: str) -> float:
-        return timeline.bytes_sent.get((*pair, kind), 0) / samples
-
-    kinds = ("activation", "gradient", "credit")
-    return [Traffic(*pair, *(per_sample(pair, kind) for kind in kinds)) for pair in pairs]
+    traffic = []
+    for pair in sorted({key[:2] for key in timeline.bytes_sent}):
+        sent = [timeline.bytes_sent.get((*pair, kind), 0) for kind in ("activation", "gradient", "credit")]
+        traffic.append(Traffic(*pair, *(size / samples for size in sent)))
+    return traffic
 
 
 def exposed_all_reduce(size: float, ranks: int, link: Link, backward: float) -> float:

@@ -68,9 +68,6 @@ def flushed(shape: PipelineShape, micro_batches: int, steps: int) -> list[Progra
     """Returns the programs of `steps` optimizer steps of a pipeline with a flush; S ends a step on every rank.
 
     Micro-batches of later steps have higher numbers.
-
-    Raises:
-        UsageError: The strategy refuses so many micro-batches.
     """
     orders = pipeline_order(shape.kind, shape.ranks, micro_batches)
     lower = {"gpipe": _gpipe, "1f1b": _fused, "deepspeed": _blocking}.get(shape.kind)

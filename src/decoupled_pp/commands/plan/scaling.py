@@ -64,11 +64,7 @@ def curve(strategy: str, scale: Scale, devices: Sequence[int]) -> list[Point | s
 
 
 def point(strategy: str, scale: Scale, devices: int) -> Point:
-    """Predicts one strategy on a number of devices.
-
-    Raises:
-        UsageError: It cannot run there; says why.
-    """
+    """Predicts one strategy on a number of devices, or raises UsageError if it cannot run there."""
     if devices < 1 or scale.micro_batches < 1 or scale.depth < 0 or scale.capacity < 1:
         raise UsageError(
             f"devices {devices}, micro-batches {scale.micro_batches} and capacity {scale.capacity} must be at least 1",
@@ -129,9 +125,6 @@ def step_seconds(
     - decoupled: the period per packet does not depend on the depth; 8 ranks are simulated.
     - m above 4 p: affine in m, from m = 3 p and 4 p (plus what m lacks to a multiple of p).
     - p above 2 `deep` and m a multiple of p: affine along the ray, from `deep` and 2 `deep` ranks.
-
-    Raises:
-        UsageError: The schedule refuses the numbers.
     """
     ranks, count = setting.ranks, setting.micro_batches
     waits = 0.0

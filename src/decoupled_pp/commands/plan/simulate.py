@@ -204,9 +204,5 @@ class _Simulation:
 
 
 def simulate(programs: Sequence[Program], seconds: Callable[[Operation], float], link: Link) -> Timeline:
-    """Runs the programs of all ranks; `seconds` returns how long an operation takes.
-
-    Raises:
-        ValueError: The ranks wait for each other for ever.
-    """
+    """Runs the programs of all ranks, in which an operation takes as long as `seconds` returns."""
     return _Simulation(programs, seconds, link).run()
