@@ -45,13 +45,6 @@ def run_command(chosen: argparse.Namespace) -> int:
             code="launcher-refused",
         )
     check_ranks(settings, environment.world_size() if chosen.ranks is None else chosen.ranks)
-    _check_restarts(chosen, settings)
-    if chosen.ranks is not None and chosen.ranks > 1:
-        return _launch(chosen, settings)
-    return _train(chosen, settings)
-
-
-def _check_restarts(chosen: argparse.Namespace, settings: Settings) -> None:
     check_at_least(chosen, max_restarts=0)
     if chosen.max_restarts and (chosen.ranks or 1) == 1:
         raise UsageError(
@@ -59,6 +52,9 @@ def _check_restarts(chosen: argparse.Namespace, settings: Settings) -> None:
             "or give it to torchrun",
             code="option-without-effect",
         )
+    if chosen.ranks is not None and chosen.ranks > 1:
+        return _launch(chosen, settings)
+    return _train(chosen, settings)
 
 
 def _train(chosen: argparse.Namespace, settings: Settings) -> int:

@@ -17,34 +17,17 @@ from decoupled_pp.pipeline.stage import Stage
 
 @dataclass(frozen=True)
 class GradientCosine:
-    """Cosine between the local and the true gradient of the layers of one stage.
-
-    Attributes:
-        stage: Index of the stage.
-        mean: Over the micro-batches.
-        low: Smallest of them.
-        high: Largest of them.
-        norm_ratio: Mean of the local gradient's norm over the true one's.
-    """
+    """Cosine between the local and the true gradient of the layers of one stage, over some micro-batches."""
 
     stage: int
     mean: float
     low: float
     high: float
-    norm_ratio: float
+    norm_ratio: float  # mean of the local gradient's norm over the true one's
 
 
 def gradient_cosines(module: nn.Module, stages: Sequence[Stage], batches: Iterable[Batch]) -> list[GradientCosine]:
-    """Compares gradients on micro-batches, in training mode, with equal dropout on both sides; changes nothing.
-
-    Args:
-        module: The whole network.
-        stages: Its stages, which share their weights with it.
-        batches: Micro-batches; each gives one cosine per stage.
-
-    Raises:
-        ValueError: There is no micro-batch.
-    """
+    """Compares gradients on micro-batches, in training mode, with equal dropout on both sides; changes nothing."""
     rows = [_compare(module, stages, batch) for batch in batches]
     if not rows:
         raise ValueError("a gradient needs at least one micro-batch")
