@@ -68,7 +68,5 @@ def say(text: str) -> None:
 def describe_scores(final: FinalScores) -> str:
     """Returns the last held-out scores of a run in words."""
     loss = "not finite" if final.val_loss is None else f"{final.val_loss:.4f}"
-    text = f"held-out loss {loss}"
-    if final.val_accuracy is None:
-        return text
-    return f"{text}, accuracy {100 * final.val_accuracy:.2f} %"
+    accuracy = "" if final.val_accuracy is None else f", accuracy {100 * final.val_accuracy:.2f} %"
+    return f"held-out loss {loss}{accuracy}"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from decoupled_pp.commands.arguments import add_overrides, check_at_least
+from decoupled_pp.commands.arguments import add_overrides, check_at_least, flag
 from decoupled_pp.commands.terminal import INTERRUPTED, USAGE, say
 from decoupled_pp.core import environment
 from decoupled_pp.core.errors import LAUNCHER_GONE, PeerError, TrainingError, UsageError
@@ -82,10 +82,8 @@ def _launch(chosen: argparse.Namespace, settings: Settings) -> int:
 
     # The ranks check this too, but only once they have started, which takes seconds.
     run_folder.check(settings.folder, resume=chosen.resume, overwrite=chosen.overwrite)
-    arguments = ["train", chosen.config]
-    arguments += [f"--set={override}" for override in chosen.set]
-    arguments += ["--resume"] if chosen.resume else []
-    arguments += ["--overwrite"] if chosen.overwrite else []
+    arguments = ["train", chosen.config, *(f"--set={override}" for override in chosen.set)]
+    arguments += [flag(name) for name in ("resume", "overwrite") if getattr(chosen, name)]
     grace_seconds = settings.links.timeout_seconds
     code = launch(arguments, chosen.ranks, max_restarts=chosen.max_restarts, grace_seconds=grace_seconds)
     if code not in (0, USAGE, INTERRUPTED):

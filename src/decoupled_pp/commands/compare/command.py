@@ -67,15 +67,8 @@ def run_command(chosen: argparse.Namespace) -> int:
         tokens_per_sample=getattr(settings.data, "context", None),
         threads=settings.threads or max(1, environment.cores() // chosen.ranks),
     )
-    runs, failures = run_all(
-        entries,
-        folder,
-        chosen.config,
-        chosen.set,
-        repeats=chosen.repeats,
-        seed=settings.seed,
-        threads=setup.threads,
-    )
+    seeds = range(settings.seed, settings.seed + chosen.repeats)
+    runs, failures = run_all(entries, folder, chosen.config, chosen.set, seeds, threads=setup.threads)
     if not runs:
         raise TrainingError(f"none of the strategies ran: {next(iter(failures.values()))}", code="nothing-ran")
     for path in write_pages(folder, Comparison(setup, entries, runs, failures)):

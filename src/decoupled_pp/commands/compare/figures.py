@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Generic, TypeVar
 
@@ -180,11 +180,12 @@ def summarize(contender: Contender, runs: Sequence[Run], micro_batches: int, ran
     per_run = [run_figures(run) for run in own]
     spreads = {one.name: Spread.over(getattr(run, one.name) for run in per_run) for one in fields(Figures)}
     goals = targets(runs)
+    speeds = {(run.contender.name, run.repeat): run_figures(run).samples_per_second for run in runs}
     times = [seconds_to(run, goals[run.repeat]) for run in own if run.repeat in goals]
     return ContenderFigures(
         **spreads,
-        ratio_to_1f1b=Spread.over(_ratio(run, runs, "1f1b") for run in own),
-        ratio_to_backprop=Spread.over(_ratio(run, runs, "backprop") for run in own),
+        ratio_to_1f1b=Spread.over(_ratio(speeds, run, "1f1b") for run in own),
+        ratio_to_backprop=Spread.over(_ratio(speeds, run, "backprop") for run in own),
         seconds_to_target=Spread.over(times),
         reached_target=f"{sum(one is not None for one in times)} of {len(times)}",
         activation_bytes_by_rank=[stage.saved_activation_bytes_peak for stage in own[0].report.per_stage],
@@ -193,11 +194,8 @@ def summarize(contender: Contender, runs: Sequence[Run], micro_batches: int, ran
     )
 
 
-def _ratio(run: Run, runs: Sequence[Run], reference: str) -> float | None:
+def _ratio(speeds: Mapping[tuple[str, int], float | None], run: Run, reference: str) -> float | None:
     """Returns the throughput over that of the reference in the same repeat."""
-    other = next((one for one in runs if one.contender.name == reference and one.repeat == run.repeat), None)
-    if other is None:
-        return None
-    mine = run_figures(run).samples_per_second
-    theirs = run_figures(other).samples_per_second
+    mine = speeds[run.contender.name, run.repeat]
+    theirs = speeds.get((reference, run.repeat))
     return mine / theirs if mine and theirs else None

@@ -50,15 +50,6 @@ class Comparison:
     runs: Sequence[Run]  # those that ended well
     failures: Mapping[str, str]  # contender -> why it did not run
 
-    def rows(self) -> dict[str, ContenderFigures]:
-        """Returns contender -> its numbers, of those that ran."""
-        names = {run.contender.name for run in self.runs}
-        return {
-            one.name: summarize(one, self.runs, self.setup.micro_batches, self.setup.ranks)
-            for one in self.contenders
-            if one.name in names
-        }
-
 
 SPEED = (
     Column("samples/s", lambda row: row.samples_per_second, ",.0f"),
@@ -86,7 +77,10 @@ MEMORY = (
 
 def write_pages(folder: Path, comparison: Comparison) -> list[Path]:
     """Writes the three files; returns their paths."""
-    rows = comparison.rows()
+    setup = comparison.setup
+    names = {run.contender.name for run in comparison.runs}
+    entries = [one for one in comparison.contenders if one.name in names]
+    rows = {one.name: summarize(one, comparison.runs, setup.micro_batches, setup.ranks) for one in entries}
     data = folder / "compare.json"
     data.write_text(write_json(_raw(comparison, rows), indent=2) + "\n", encoding="utf-8")
     content = _content(comparison, rows)
@@ -143,15 +137,13 @@ def _content(comparison: Comparison, rows: Mapping[str, ContenderFigures]) -> di
 
 def _pictures(comparison: Comparison, rows: Mapping[str, ContenderFigures], target: float | None) -> dict[str, str]:
     """Returns the pictures of the HTML page as SVG."""
-    speeds = {name: row.samples_per_second for name, row in rows.items()}
-    activations = {name: row.activation_bytes for name, row in rows.items()}
-    size = "saved activations, bytes (worst rank)"
+    memory = MEMORY[0]._replace(title="saved activations, bytes (worst rank)")
     with matplotlib.rc_context(STYLE):
         return {
             "timelines": pictures.timelines(comparison.runs, comparison.setup.micro_batches),
             "quality": pictures.quality(comparison.runs, comparison.contenders, target),
-            "speed": pictures.bars(speeds, "samples per second", lambda x: f"{x:,.0f}"),
-            "memory": pictures.bars(activations, size, lambda x: f"{x / 2**20:.2f} MiB"),
+            "speed": pictures.bars(rows, SPEED[0]._replace(title="samples per second")),
+            "memory": pictures.bars(rows, memory, " MiB"),
         }
 
 

@@ -6,7 +6,7 @@ The caller sets matplotlib's style, which counts until a figure is saved, not on
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from decoupled_pp.commands.compare.contenders import Contender
+from decoupled_pp.commands.compare.figures import ContenderFigures
 from decoupled_pp.commands.compare.runs import Run
-from decoupled_pp.commands.spread import Spread, loss_or_infinity
+from decoupled_pp.commands.spread import Column, Spread, loss_or_infinity
 from decoupled_pp.core.reports import Span
 from decoupled_pp.pipeline.meter import PAUSES
 from decoupled_pp.run.plots import add_legend, draw_row
@@ -82,21 +83,23 @@ def quality(runs: Sequence[Run], contenders: Sequence[Contender], target: float 
     return _svg(figure)
 
 
-def bars(spreads: Mapping[str, Spread | None], title: str, form: Callable[[float], str]) -> str:
+def bars(rows: Mapping[str, ContenderFigures], column: Column, suffix: str = "") -> str:
     """Draws a bar per contender: the median, and a line from the least to the greatest of the repeats."""
-    known = {name: spread for name, spread in spreads.items() if spread is not None}
+    spreads = {name: column.read(row) for name, row in rows.items()}
+    known = {name: spread for name, spread in spreads.items() if isinstance(spread, Spread)}
     figure = Figure(figsize=(_WIDTH / 2, 0.8 + 0.32 * max(1, len(known))), layout="constrained")
     axes: Axes = figure.add_subplot()
     for position, (name, spread) in enumerate(known.items()):
         colour = f"C{list(spreads).index(name)}"  # a contender keeps its colour if one before it has no bar
         axes.barh(position, spread.median, color=colour, height=0.6)
         axes.plot([spread.low, spread.high], [position, position], color="black", linewidth=1.2)
-        axes.text(max(spread.high, spread.median), position, f" {form(spread.median)}", va="center", fontsize=8)
+        label = f" {column.cell(rows[name])[0]}{suffix}"
+        axes.text(max(spread.high, spread.median), position, label, va="center", fontsize=8)
     axes.set_yticks(range(len(known)), list(known))
     axes.invert_yaxis()
     axes.margins(x=0.18)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_title(title)
+    axes.set_title(column.title)
     return _svg(figure)
 
 

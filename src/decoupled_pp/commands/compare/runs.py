@@ -39,19 +39,18 @@ def run_all(
     folder: Path,
     config: str,
     overrides: Sequence[str],
+    seeds: Sequence[int],
     *,
-    repeats: int,
-    seed: int,
     threads: int,
 ) -> tuple[list[Run], dict[str, str]]:
-    """Runs all contenders in turn; returns the runs that ended well, and failed contender -> reason.
+    """Runs all contenders in turn, once for each seed; returns the runs that ended well, and the reasons of the others.
 
-    One that fails is not tried again; the others go on.
+    A contender that fails is not tried again; the others go on.
     """
     runs: list[Run] = []
     failures: dict[str, str] = {}
     # A B C A B C, not A A B B C C: a machine that slows down meanwhile does so for all alike.
-    for repeat in range(repeats):
+    for repeat, seed in enumerate(seeds):
         for contender in contenders:
             if contender.name in failures:
                 continue
@@ -62,7 +61,7 @@ def run_all(
                 folder=folder,
                 config=config,
                 overrides=[*overrides, *contender.own, *contender.overrides],
-                seed=seed + repeat,
+                seed=seed,
                 threads=threads,
                 ranks=contender.ranks,
             )

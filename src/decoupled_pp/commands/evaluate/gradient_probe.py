@@ -80,15 +80,10 @@ def _gradients(loss: Tensor, stages: Sequence[Stage]) -> list[Tensor]:
     parameters = list(chain(*by_stage))
     if not parameters:
         return [torch.zeros(0, dtype=torch.float64) for _ in stages]
-    # One call for all stages, because it frees the graph.
-    gradients = iter(torch.autograd.grad(loss, parameters, allow_unused=True))
-    return [torch.cat([torch.zeros(0), *(_flat(next(gradients), p) for p in own)]).double() for own in by_stage]
-
-
-def _flat(gradient: Tensor | None, parameter: Tensor) -> Tensor:
-    """Returns a gradient as a vector on the CPU; autograd gives None for a parameter that the loss does not use."""
-    found = torch.zeros_like(parameter) if gradient is None else gradient
-    return found.detach().flatten().cpu()
+    # One call for all stages, because it frees the graph. Parameters that the loss does not use get zeros.
+    gradients = iter(torch.autograd.grad(loss, parameters, materialize_grads=True))
+    vectors = [torch.cat([torch.zeros(0), *(next(gradients).flatten().cpu() for _ in own)]) for own in by_stage]
+    return [vector.double() for vector in vectors]  # sums over millions of products lose digits in fp32
 
 
 def _cosine_and_ratio(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
