@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from decoupled_pp.core.errors import UsageError
+from decoupled_pp.run.output_folder import OutputFolder
 
 
 def add_overrides(parser: argparse._ActionsContainer, help: str = "override a setting") -> None:
@@ -15,11 +17,7 @@ def add_overrides(parser: argparse._ActionsContainer, help: str = "override a se
 
 
 def strategies_of(text: str, known: Sequence[str]) -> list[str]:
-    """Reads the comma-separated value of `--strategies`.
-
-    Raises:
-        UsageError: One of them is not known.
-    """
+    """Reads the comma-separated value of `--strategies`; raises UsageError if one of them is not known."""
     kinds = [word.strip() for word in text.split(",")]
     for kind in kinds:
         if kind not in known:
@@ -32,18 +30,7 @@ def strategies_of(text: str, known: Sequence[str]) -> list[str]:
 
 
 def numbers_of(option: str, text: str, least: float, example: str, *, whole: bool = False) -> list[float]:
-    """Reads comma-separated finite numbers.
-
-    Args:
-        option: The option, such as `--mbit`.
-        text: Its value.
-        least: Smallest number allowed.
-        example: A value that could have been given.
-        whole: True if only whole numbers are allowed.
-
-    Raises:
-        UsageError: It is no such list.
-    """
+    """Reads comma-separated finite numbers of at least `least`; raises UsageError, with an example, if they are not."""
     try:
         numbers = [float(word) for word in text.split(",")]
     except ValueError:
@@ -58,11 +45,7 @@ def numbers_of(option: str, text: str, least: float, example: str, *, whole: boo
 
 
 def check_at_least(chosen: argparse.Namespace, **least: float) -> None:
-    """Checks that options are not below their bounds, such as `check_at_least(chosen, micro_batches=1)`.
-
-    Raises:
-        UsageError: One of them is.
-    """
+    """Raises UsageError if an option is below its bound: `check_at_least(chosen, micro_batches=1)`."""
     for name, bound in least.items():
         value = getattr(chosen, name)
         if value < bound:
@@ -72,3 +55,10 @@ def check_at_least(chosen: argparse.Namespace, **least: float) -> None:
 def flag(name: str) -> str:
     """Returns an option as it is typed: `--micro-batches` of `micro_batches`."""
     return "--" + name.replace("_", "-")
+
+
+def claim_output(folder: Path, noun: str, marker: str, advice: str, *, resume: bool = False, overwrite: bool) -> None:
+    """Makes the folder that `--output` names, or takes over an earlier one; raises UsageError if it may not."""
+    output = OutputFolder(path=folder, noun=noun, marker=marker, if_it_exists=advice, elsewhere="give another --output")
+    output.check(resume=resume, overwrite=overwrite)
+    output.make(empty=not resume)

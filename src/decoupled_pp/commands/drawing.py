@@ -14,8 +14,8 @@ MARKERS = ("o", "v", "s", "^", "P", "D", "X", "*", "h")
 """Marker of each colour, for readers who see none."""
 
 
-def save_png(figure: Figure, path: Path) -> None:
+def save_png(figure: Figure, path: Path, dpi: int = 150) -> None:
     """Writes a figure as a PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)  # a canvas of its own, not pyplot's: no global state, no display needed
-    figure.savefig(path, dpi=150, format="png", facecolor="white")
+    figure.savefig(path, dpi=dpi, format="png", facecolor="white")

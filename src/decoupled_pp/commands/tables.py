@@ -12,9 +12,9 @@ from decoupled_pp.run.folder import SUMMARY_FILE, WEIGHTS_FILE
 from decoupled_pp.training.job import Outcome
 
 
-def print_outcome(outcome: Outcome, console: Console | None = None) -> None:
+def print_outcome(outcome: Outcome) -> None:
     """Prints scores, traffic, where the files are, and the generated text if there is some."""
-    console = console or Console()
+    console = Console()
     report = outcome.report
     console.print(_exits_table(report.exits))
     if report.links:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from decoupled_pp.commands.arguments import add_overrides, check_at_least
+from decoupled_pp.commands.arguments import add_overrides, check_at_least, flag
 from decoupled_pp.commands.terminal import INTERRUPTED, USAGE, say
 from decoupled_pp.core import environment
 from decoupled_pp.core.errors import LAUNCHER_GONE, PeerError, TrainingError, UsageError
@@ -45,13 +45,6 @@ def run_command(chosen: argparse.Namespace) -> int:
             code="launcher-refused",
         )
     check_ranks(settings, environment.world_size() if chosen.ranks is None else chosen.ranks)
-    _check_restarts(chosen, settings)
-    if chosen.ranks is not None and chosen.ranks > 1:
-        return _launch(chosen, settings)
-    return _train(chosen, settings)
-
-
-def _check_restarts(chosen: argparse.Namespace, settings: Settings) -> None:
     check_at_least(chosen, max_restarts=0)
     if chosen.max_restarts and (chosen.ranks or 1) == 1:
         raise UsageError(
@@ -59,6 +52,9 @@ def _check_restarts(chosen: argparse.Namespace, settings: Settings) -> None:
             "or give it to torchrun",
             code="option-without-effect",
         )
+    if chosen.ranks is not None and chosen.ranks > 1:
+        return _launch(chosen, settings)
+    return _train(chosen, settings)
 
 
 def _train(chosen: argparse.Namespace, settings: Settings) -> int:
@@ -86,10 +82,8 @@ def _launch(chosen: argparse.Namespace, settings: Settings) -> int:
 
     # The ranks check this too, but only once they have started, which takes seconds.
     run_folder.check(settings.folder, resume=chosen.resume, overwrite=chosen.overwrite)
-    arguments = ["train", chosen.config]
-    arguments += [f"--set={override}" for override in chosen.set]
-    arguments += ["--resume"] if chosen.resume else []
-    arguments += ["--overwrite"] if chosen.overwrite else []
+    arguments = ["train", chosen.config, *(f"--set={override}" for override in chosen.set)]
+    arguments += [flag(name) for name in ("resume", "overwrite") if getattr(chosen, name)]
     grace_seconds = settings.links.timeout_seconds
     code = launch(arguments, chosen.ranks, max_restarts=chosen.max_restarts, grace_seconds=grace_seconds)
     if code not in (0, USAGE, INTERRUPTED):

@@ -62,7 +62,6 @@ def test_a_cut_for_other_ranks_is_measured_anew():
 @pytest.mark.parametrize(
     ("kinds", "ranks", "micro_batches", "code", "part"),
     [
-        (["1f2b"], 2, 4, "unknown-strategy", "--strategies: '1f2b'"),
         (["1f1b", "1f1b"], 2, 4, "strategy-twice", "1f1b, 1f1b"),
         (["1f1b"], 1, 4, "too-few-ranks", "--ranks 1"),
         (["1f1b"], 2, 3, "uneven-flush", "--micro-batches 3"),

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from decoupled_pp.commands.child import Trial
 from decoupled_pp.commands.sweep.command import load_sweep
 from decoupled_pp.commands.sweep.figures import figures
-from decoupled_pp.commands.sweep.runs import Outcome, Trial
+from decoupled_pp.commands.sweep.runs import Outcome
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.settings.load import load_settings
 from kit import dpp, refused
@@ -113,7 +114,9 @@ def outcome(variant, seed, loss, accuracy):
         stage_summary(critic_time_fraction=0.2, critic_parameters=7, parameters=13, phase_seconds=seconds),
         stage_summary(critic_time_fraction=0.0, critic_parameters=0, parameters=13, phase_seconds=seconds),
     )
-    return Outcome(Trial(variant, seed, "x.yaml", (), None, 1), report(loss, accuracy, per_stage=rows))
+    name = f"{variant}-{seed}"
+    trial = Trial(entry=variant, name=name, folder=None, config="x.yaml", overrides=(), seed=seed, threads=1)
+    return Outcome(trial, report(loss, accuracy, per_stage=rows))
 
 
 def test_differences_are_taken_seed_by_seed():

@@ -7,6 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from decoupled_pp.commands.arguments import add_overrides, check_at_least, claim_output, strategies_of
 from decoupled_pp.commands.child import say
 from decoupled_pp.commands.compare.contenders import STRATEGIES, contenders, with_own_settings
 from decoupled_pp.commands.compare.pages import Comparison, Setup, write_pages
@@ -14,26 +15,23 @@ from decoupled_pp.commands.compare.runs import run_all
 from decoupled_pp.core import environment
 from decoupled_pp.core.errors import TrainingError, UsageError
 from decoupled_pp.run.folder import CONFIG_FILE, write_config
-from decoupled_pp.run.output_folder import OutputFolder
 from decoupled_pp.settings.load import load_settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's own arguments."""
+    """Adds the arguments of `dpp compare`."""
     parser.add_argument("config", help="YAML file with the settings (docs/configuration.md)")
     parser.add_argument(
         "--strategies",
         default="decoupled,1f1b,zero_bubble,backprop",
-        help=f"comma-separated, of {', '.join(STRATEGIES)}; default: decoupled,1f1b,zero_bubble,backprop",
+        help=f"comma-separated, of {', '.join(STRATEGIES)}; default: %(default)s",
     )
     parser.add_argument("--ranks", type=int, default=2, help="processes of every strategy but backprop; default: 2")
     parser.add_argument("--micro-batches", type=int, help="per flush of a pipeline; default: twice the ranks")
     parser.add_argument("--repeats", type=int, default=3, help="of every strategy, in turn; default: 3")
     parser.add_argument("--output", help="folder of the report and of all runs; default: <runs>/<name>-compare")
     parser.add_argument("--overwrite", action="store_true", help="clear that folder if it exists")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting for all strategies"
-    )
+    add_overrides(parser, "override a setting for all strategies")
     parser.add_argument(
         "--set-for",
         action="append",
@@ -46,41 +44,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_command(chosen: argparse.Namespace) -> int:
-    """Check everything, run everybody, write the report."""
+    """Checks everything, runs everybody, writes the report."""
     settings = load_settings(chosen.config, tuple(chosen.set))
     if environment.world_size() > 1:
         raise UsageError("dpp compare starts the ranks itself: run it without torchrun", code="under-torchrun")
-    if chosen.repeats < 1:
-        raise UsageError(f"--repeats {chosen.repeats} must be at least 1", code="too-few-repeats")
+    check_at_least(chosen, repeats=1)
     micro_batches = chosen.micro_batches if chosen.micro_batches is not None else 2 * chosen.ranks
-    kinds = [kind.strip() for kind in chosen.strategies.split(",")]
+    kinds = strategies_of(chosen.strategies, STRATEGIES)
     entries = with_own_settings(contenders(settings, kinds, chosen.ranks, micro_batches), chosen.set_for)
     for entry in entries:
         load_settings(chosen.config, (*chosen.set, *entry.own))  # a wrong one is refused before anybody runs
     folder = Path(chosen.output) if chosen.output else Path(settings.runs) / f"{settings.name}-compare"
-    output = OutputFolder(
-        path=folder,
-        noun="folder of a comparison",
-        marker=CONFIG_FILE,
-        if_it_exists="--overwrite starts anew, or give another --output",
-        elsewhere="give another --output",
-    )
-    output.check(resume=False, overwrite=chosen.overwrite)
-    output.make(empty=True)
+    advice = "--overwrite starts anew, or give another --output"
+    claim_output(folder, "folder of a comparison", CONFIG_FILE, advice, overwrite=chosen.overwrite)
     write_config(folder, settings, None)
-    threads = settings.threads or max(1, environment.cores() // chosen.ranks)
-    runs, failures = run_all(
-        chosen.config,
-        chosen.set,
-        entries,
-        folder,
-        repeats=chosen.repeats,
-        seed=settings.seed,
-        threads=threads,
-        say=say,
-    )
-    if not runs:
-        raise TrainingError(f"none of the strategies ran: {failures[0].reason}", code="nothing-ran")
     setup = Setup(
         config=chosen.config,
         command=shlex.join(["dpp", *sys.argv[1:]]),
@@ -88,8 +65,12 @@ def run_command(chosen: argparse.Namespace) -> int:
         micro_batches=micro_batches,
         batch_size=settings.data.batch_size,
         tokens_per_sample=getattr(settings.data, "context", None),
-        threads=threads,
+        threads=settings.threads or max(1, environment.cores() // chosen.ranks),
     )
+    seeds = range(settings.seed, settings.seed + chosen.repeats)
+    runs, failures = run_all(entries, folder, chosen.config, chosen.set, seeds, threads=setup.threads)
+    if not runs:
+        raise TrainingError(f"none of the strategies ran: {next(iter(failures.values()))}", code="nothing-ran")
     for path in write_pages(folder, Comparison(setup, entries, runs, failures)):
         say(str(path))
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import get_args
 
 from decoupled_pp.core.errors import UsageError
@@ -21,67 +22,44 @@ EVALUATIONS = 10
 
 SHARED = (
     "name", "runs", "seed", "threads", "device", "training.precision", "model", "data", "validation", "loss",
-    "start_from",
+    "start_from", "sample", "logging.tensorboard",
 )  # fmt: skip
 """Settings, or sections of them, that no contender may have to itself: they make the entries comparable."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One entry of a comparison.
+    """One entry of a comparison."""
 
-    Attributes:
-        name: Its name in the report.
-        strategy: How it trains.
-        ranks: Processes.
-        accumulate: Micro-batches per optimizer update.
-        steps: Optimizer updates.
-        overrides: Settings in which it differs from the configuration, as `key=value`.
-        own: Settings for this entry alone, as `key=value`.
-    """
-
-    name: str
+    name: str  # in the report
     strategy: str
     ranks: int
-    accumulate: int
-    steps: int
-    overrides: tuple[str, ...]
-    own: tuple[str, ...] = ()
+    accumulate: int  # micro-batches per optimizer update
+    steps: int  # optimizer updates
+    overrides: tuple[str, ...]  # settings in which it differs from the configuration, as `key=value`
+    own: tuple[str, ...] = ()  # settings that the user gave to it alone, as `key=value`
 
 
 def contenders(settings: Settings, kinds: list[str], ranks: int, micro_batches: int) -> list[Contender]:
-    """Returns the entries of a comparison.
+    """Returns the entries of a comparison, or raises UsageError if they cannot be compared.
 
     All see the same micro-batches. A pipelined baseline updates once per flush of `micro_batches`. A decoupled stage
     may update after every micro-batch, as configured. So `decoupled` appears twice: as configured, and with an update
     per flush. `backprop` appears twice too, for each pace has its plain reference.
-
-    Args:
-        settings: The configuration; `training.steps` x `training.accumulate` micro-batches are trained on.
-        kinds: Strategies, of `STRATEGIES`.
-        ranks: Ranks of every strategy but `backprop`.
-        micro_batches: Micro-batches per flush.
-
-    Raises:
-        UsageError: An unknown strategy, or micro-batches that do not fit the configuration.
     """
     _check(settings, kinds, ranks, micro_batches)
     own = settings.training.accumulate
     found = []
     for kind in kinds:
         pace, other_pace = (own, micro_batches) if kind == "decoupled" else (micro_batches, own)
-        found.append(_contender(kind, kind, settings, ranks, pace, micro_batches))
+        entry = partial(_contender, settings, kind, ranks=ranks, micro_batches=micro_batches)
+        found.append(entry(kind, pace))
         if kind in BOTH_UPDATES and micro_batches != own:
-            found.append(_contender(BOTH_UPDATES[kind], kind, settings, ranks, other_pace, micro_batches))
+            found.append(entry(BOTH_UPDATES[kind], other_pace))
     return found
 
 
 def _check(settings: Settings, kinds: list[str], ranks: int, micro_batches: int) -> None:
-    """Raises UsageError unless these entries can be compared."""
-    if unknown := [kind for kind in kinds if kind not in STRATEGIES]:
-        raise UsageError(
-            f"--strategies: {unknown[0]!r} is not known; give some of {', '.join(STRATEGIES)}", code="unknown-strategy"
-        )
     if len(set(kinds)) < len(kinds):
         raise UsageError(f"--strategies: {', '.join(kinds)} names one twice; name each once", code="strategy-twice")
     if ranks < 2:
@@ -111,12 +89,8 @@ def _check(settings: Settings, kinds: list[str], ranks: int, micro_batches: int)
 def with_own_settings(entries: Sequence[Contender], given: Sequence[tuple[str, str]]) -> list[Contender]:
     """Returns the entries, some with settings of their own: a learning rate that suits one pace of updates, say.
 
-    Args:
-        entries: The entries of the comparison.
-        given: Pairs of an entry's name and `key=value`.
-
-    Raises:
-        UsageError: No entry has that name, or the setting is one that all share or that the comparison itself sets.
+    `given` are pairs of an entry's name and `key=value`. Raises UsageError if no entry has that name, or the setting is
+    one that all share or that the comparison itself sets.
     """
     fixed = {entry.name: {*SHARED, *(one.split("=", 1)[0] for one in entry.overrides)} for entry in entries}
     for name, override in given:
@@ -135,14 +109,12 @@ def with_own_settings(entries: Sequence[Contender], given: Sequence[tuple[str, s
     return [replace(entry, own=tuple(one for name, one in given if name == entry.name)) for entry in entries]
 
 
-def _contender(  # noqa: PLR0917 - what an entry is made of, each once
-    name: str, kind: str, settings: Settings, ranks: int, accumulate: int, micro_batches: int
+def _contender(
+    settings: Settings, kind: str, name: str, accumulate: int, *, ranks: int, micro_batches: int
 ) -> Contender:
-    """Makes one entry, which updates every `accumulate` micro-batches.
-
-    Steps of the settings are counted in updates of `training.accumulate` micro-batches: they become updates of this
-    entry at the same samples.
-    """
+    """Makes one entry, which updates every `accumulate` micro-batches."""
+    # Steps of the settings count updates of `training.accumulate` micro-batches: they become as many updates of this
+    # entry as see the same samples.
     own = settings.training.accumulate
     schedule = settings.schedule
     flushes = settings.training.steps * own // micro_batches
@@ -162,8 +134,6 @@ def _contender(  # noqa: PLR0917 - what an entry is made of, each once
         f"schedule.milestones={[milestone * own // accumulate for milestone in schedule.milestones]}",
         f"logging.trace_packets={max(settings.logging.trace_packets, 6 * micro_batches)}",
         "checkpoint.every=null",
-        "logging.tensorboard=false",
-        "sample=null",
     ]
     if kind != "decoupled":
         overrides += [f"{key}={json.dumps(value)}" for key, value in STAGES_ALONE.items()]

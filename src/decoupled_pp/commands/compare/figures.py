@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Generic, TypeVar
 
@@ -24,44 +24,25 @@ TARGET_TOLERANCE = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class Figures(JsonRecord, Generic[_Value]):
-    """Numbers of one run, or spreads of them; times in seconds, sizes in bytes, None for what cannot be told.
+    """Numbers of one run, or spreads of them; times in seconds, sizes in bytes, None for what cannot be told."""
 
-    Attributes:
-        samples_per_second: Throughput in steady state (`Report.step_seconds`).
-        samples_per_update: Training samples per optimizer update.
-        step_p50: Median period of an update.
-        step_p95: 95th percentile of the period.
-        share_of_ideal: Share of the time in which the busiest rank computes. The ideal is that rank's own compute,
-            back to back.
-        bubble: Mean idle share of all ranks.
-        critic_ratio: C / (F + B) of the stage where it is largest; None without critics.
-        activation_bytes: Saved activations of the worst rank.
-        memory_bytes: Peak memory of the worst rank.
-        training_seconds: Training time, without evaluations and checkpoints.
-        val_loss: Final held-out loss; infinite if it was not finite.
-        val_accuracy: Final held-out accuracy.
-    """
-
-    samples_per_second: _Value
+    samples_per_second: _Value  # in steady state (`Report.step_seconds`)
     samples_per_update: _Value
-    step_p50: _Value
+    step_p50: _Value  # median period of an update
     step_p95: _Value
+    # Share of the time in which the busiest rank computes. The ideal is that rank's own compute, back to back.
     share_of_ideal: _Value
-    bubble: _Value
-    critic_ratio: _Value
-    activation_bytes: _Value
-    memory_bytes: _Value
-    training_seconds: _Value
-    val_loss: _Value
+    bubble: _Value  # mean idle share of all ranks
+    critic_ratio: _Value  # C / (F + B) of the stage where it is largest; None without critics
+    activation_bytes: _Value  # saved activations of the worst rank
+    memory_bytes: _Value  # peak of the worst rank
+    training_seconds: _Value  # without evaluations and checkpoints
+    val_loss: _Value  # final, held-out; infinite if it was not finite
     val_accuracy: _Value
 
 
 def run_figures(run: Run) -> Figures[float | None]:
-    """Returns the numbers of one run.
-
-    Share of ideal and bubble come from the spans of the middle of the run: a rank computes while it is in any phase
-    but the waits.
-    """
+    """Returns the numbers of one run."""
     report = run.report
     period = report.step_seconds
     per_update = run.samples / report.steps
@@ -87,6 +68,7 @@ def busy_shares(run: Run) -> dict[int, float]:
 
     Evaluations and checkpoints are no training time.
     """
+    # From update to update, so that whole periods are counted, whatever the recording cuts off at its ends.
     updates = [[span.end for span in spans if span.phase == "step"] for spans in run.spans.values()]
     ends = max(updates, key=len, default=[])
     if len(ends) < 2:
@@ -158,14 +140,7 @@ def seconds_to(run: Run, target: float) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class LinkTraffic(JsonRecord):
-    """Bytes per training sample over one link.
-
-    Attributes:
-        sender: The stage or rank that sends activations; `from` in JSON.
-        receiver: The one that receives them; `to` in JSON.
-        forward: Bytes with the activations.
-        backward: Bytes against them.
-    """
+    """Bytes per training sample over one link, with the activations and against them."""
 
     sender: int = field(metadata={"key": "from"})
     receiver: int = field(metadata={"key": "to"})
@@ -188,25 +163,15 @@ def traffic(run: Run) -> list[LinkTraffic]:
 
 @dataclass(frozen=True, kw_only=True)
 class ContenderFigures(Figures[Spread | None]):
-    """One contender's numbers over its repeats.
+    """One contender's numbers over its repeats."""
 
-    Attributes:
-        ratio_to_1f1b: Throughput over that of `1f1b` in the same repeat.
-        ratio_to_backprop: Throughput over that of `backprop` in the same repeat.
-        seconds_to_target: Training seconds to the target of the repeat.
-        reached_target: How many of the repeats with a target reached it, in words.
-        activation_bytes_by_rank: Saved activations of every rank in the first repeat.
-        textbook_bubble: Idle share by the textbook.
-        traffic: Bytes per training sample over every link, in the first repeat.
-    """
-
-    ratio_to_1f1b: Spread | None
+    ratio_to_1f1b: Spread | None  # throughput over that of `1f1b` in the same repeat
     ratio_to_backprop: Spread | None
-    seconds_to_target: Spread | None
-    reached_target: str
-    activation_bytes_by_rank: Sequence[int | None]
+    seconds_to_target: Spread | None  # training seconds to the target of the repeat
+    reached_target: str  # how many of the repeats with a target reached it, in words
+    activation_bytes_by_rank: Sequence[int | None]  # in the first repeat
     textbook_bubble: float | None
-    traffic: Sequence[LinkTraffic]
+    traffic: Sequence[LinkTraffic]  # in the first repeat
 
 
 def summarize(contender: Contender, runs: Sequence[Run], micro_batches: int, ranks: int) -> ContenderFigures:
@@ -215,11 +180,12 @@ def summarize(contender: Contender, runs: Sequence[Run], micro_batches: int, ran
     per_run = [run_figures(run) for run in own]
     spreads = {one.name: Spread.over(getattr(run, one.name) for run in per_run) for one in fields(Figures)}
     goals = targets(runs)
+    speeds = {(run.contender.name, run.repeat): run_figures(run).samples_per_second for run in runs}
     times = [seconds_to(run, goals[run.repeat]) for run in own if run.repeat in goals]
     return ContenderFigures(
         **spreads,
-        ratio_to_1f1b=Spread.over(_ratio(run, runs, "1f1b") for run in own),
-        ratio_to_backprop=Spread.over(_ratio(run, runs, "backprop") for run in own),
+        ratio_to_1f1b=Spread.over(_ratio(speeds, run, "1f1b") for run in own),
+        ratio_to_backprop=Spread.over(_ratio(speeds, run, "backprop") for run in own),
         seconds_to_target=Spread.over(times),
         reached_target=f"{sum(one is not None for one in times)} of {len(times)}",
         activation_bytes_by_rank=[stage.saved_activation_bytes_peak for stage in own[0].report.per_stage],
@@ -228,11 +194,8 @@ def summarize(contender: Contender, runs: Sequence[Run], micro_batches: int, ran
     )
 
 
-def _ratio(run: Run, runs: Sequence[Run], reference: str) -> float | None:
+def _ratio(speeds: Mapping[tuple[str, int], float | None], run: Run, reference: str) -> float | None:
     """Returns the throughput over that of the reference in the same repeat."""
-    other = next((one for one in runs if one.contender.name == reference and one.repeat == run.repeat), None)
-    if other is None:
-        return None
-    mine = run_figures(run).samples_per_second
-    theirs = run_figures(other).samples_per_second
+    mine = speeds[run.contender.name, run.repeat]
+    theirs = speeds.get((reference, run.repeat))
     return mine / theirs if mine and theirs else None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from decoupled_pp.commands.child import describe_scores, run_dpp
+from decoupled_pp.commands.child import Trial, describe_scores, say
 from decoupled_pp.commands.compare.contenders import Contender
 from decoupled_pp.core.reports import Report, Span, ValidationRecord
 from decoupled_pp.run.folder import SUMMARY_FILE, TRACE_FILE, read_summary
@@ -19,23 +19,14 @@ from decoupled_pp.run.trace import read_trace
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run.
-
-    Attributes:
-        contender: The entry of the comparison that it is a run of.
-        repeat: Number of the repeat, from 0; it is added to the seed.
-        report: The figures in `summary.json`.
-        validations: Held-out records of the network's own head, in order.
-        spans: Rank -> spans of the middle of the run.
-        summary: The content of `summary.json` as it is, for `compare.json`.
-    """
+    """One finished run."""
 
     contender: Contender
-    repeat: int
+    repeat: int  # from 0; it is added to the seed
     report: Report
-    validations: Sequence[ValidationRecord]
-    spans: dict[int, list[Span]]
-    summary: dict[str, Any] = field(default_factory=dict)
+    validations: Sequence[ValidationRecord]  # of the network's own head, in order
+    spans: dict[int, list[Span]]  # rank -> spans of the middle of the run
+    summary: dict[str, Any] = field(default_factory=dict)  # `summary.json` as it is, for `compare.json`
 
     @property
     def samples(self) -> int:
@@ -43,58 +34,42 @@ class Run:
         return self.validations[-1].samples
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A contender that did not run, and why, in one line."""
-
-    contender: Contender
-    reason: str
-
-
 def run_all(
-    config: str,
-    overrides: list[str],
-    contenders: list[Contender],
+    contenders: Sequence[Contender],
     folder: Path,
+    config: str,
+    overrides: Sequence[str],
+    seeds: Sequence[int],
     *,
-    repeats: int,
-    seed: int,
     threads: int,
-    say: Callable[[str], None],
-) -> tuple[list[Run], list[Failure]]:
-    """Run all contenders in turn, `repeats` times (A B C A B C ...).
+) -> tuple[list[Run], dict[str, str]]:
+    """Runs all contenders in turn, once for each seed; returns the runs that ended well, and the reasons of the others.
 
-    One that fails is not tried again; the others go on.
-
-    Args:
-        config: The configuration file.
-        overrides: The user's own `key=value` overrides.
-        contenders: The entries of the comparison.
-        folder: Where the run folders and logs go.
-        repeats: How often each runs.
-        seed: Seed of the first repeat; every further one adds 1, for all contenders alike.
-        threads: CPU threads of every rank, for all contenders alike.
-        say: Takes a line of progress.
-
-    Returns:
-        The runs that ended well, and the contenders that did not run.
+    A contender that fails is not tried again; the others go on.
     """
     runs: list[Run] = []
-    failures: list[Failure] = []
-    for repeat in range(repeats):
+    failures: dict[str, str] = {}
+    # A B C A B C, not A A B B C C: a machine that slows down meanwhile does so for all alike.
+    for repeat, seed in enumerate(seeds):
         for contender in contenders:
-            if any(failure.contender is contender for failure in failures):
+            if contender.name in failures:
                 continue
-            name = f"{contender.name}-{repeat}"
             start = time.monotonic()
-            own = [f"name={name}", f"runs={folder}", f"seed={seed + repeat}", f"threads={threads}"]
-            settings = [f"--set={one}" for one in (*overrides, *contender.own, *contender.overrides, *own)]
-            ranks = [f"--ranks={contender.ranks}"] if contender.ranks > 1 else []
-            if reason := run_dpp(folder / f"{name}.log", "train", config, *settings, *ranks):
-                failures.append(Failure(contender, reason))
+            trial = Trial(
+                entry=contender.name,
+                name=f"{contender.name}-{repeat}",
+                folder=folder,
+                config=config,
+                overrides=[*overrides, *contender.own, *contender.overrides],
+                seed=seed,
+                threads=threads,
+                ranks=contender.ranks,
+            )
+            if reason := trial.train():
+                failures[contender.name] = reason
                 say(f"{contender.name}: not measured: {reason}")
                 continue
-            run = read_run(folder / name, contender, repeat)
+            run = _read_run(trial.run, contender, repeat)
             runs.append(run)
             speed = f"{run.report.samples_per_second:,.0f} samples/s"
             took = f"{time.monotonic() - start:.0f} s"
@@ -102,8 +77,7 @@ def run_all(
     return runs, failures
 
 
-def read_run(folder: Path, contender: Contender, repeat: int) -> Run:
-    """Returns what a run left in its folder."""
+def _read_run(folder: Path, contender: Contender, repeat: int) -> Run:
     validations = [one for one in read_records(folder / METRICS_FILE) if isinstance(one, ValidationRecord)]
     last = max(record.stage for record in validations)
     return Run(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from decoupled_pp.commands.arguments import add_overrides, check_at_least, numbers_of
-from decoupled_pp.commands.terminal import say
 
 if TYPE_CHECKING:
     from decoupled_pp.commands.evaluate.exits import Evaluation
@@ -43,31 +42,24 @@ def run_command(chosen: argparse.Namespace) -> int:
     """Evaluates a run, prints the tables, and writes the files that were asked for."""
     from decoupled_pp.commands.evaluate.finished_run import evaluate_run
     from decoupled_pp.commands.evaluate.tables import print_evaluation
+    from decoupled_pp.core.records import write_json
 
     check_at_least(chosen, gradient_probe=0)
     found = evaluate_run(
         Path(chosen.folder),
         tuple(chosen.set),
-        say,
         thresholds=numbers_of("--progressive", chosen.progressive, 0, "0.8,0.9") if chosen.progressive else [],
         together=chosen.ensemble,
         gradients=chosen.gradient_probe,
     )
     print_evaluation(found)
     if chosen.json is not None:
-        _write(found, Path(chosen.json))
+        Path(chosen.json).write_text(write_json(dataclasses.asdict(found), indent=2) + "\n", encoding="utf-8")
+        sys.stdout.write(f"{chosen.json}\n")
     if chosen.picture is not None:
         _draw(found, Path(chosen.picture))
-    for path in (chosen.json, chosen.picture):
-        if path is not None:
-            sys.stdout.write(f"{path}\n")
+        sys.stdout.write(f"{chosen.picture}\n")
     return 0
-
-
-def _write(found: Evaluation, path: Path) -> None:
-    from decoupled_pp.core.records import write_json
-
-    path.write_text(write_json(dataclasses.asdict(found), indent=2) + "\n", encoding="utf-8")
 
 
 def _draw(found: Evaluation, path: Path) -> None:

@@ -22,69 +22,42 @@ from decoupled_pp.pipeline.stage import Stage
 
 @dataclass(frozen=True)
 class ExitCost:
-    """Cost of one exit: the stages up to it and its critic.
-
-    Attributes:
-        parameters: Number of parameters of both.
-        flops: Floating-point operations of one sample's forward pass (matrix products, convolutions, attention; a
-            multiplication and an addition are two).
-        tried: `flops` and those of all earlier critics: the cost of getting here by trying the exits in turn.
-    """
+    """Cost of one exit: the stages up to it and its critic."""
 
     parameters: int
+    # Of one sample's forward pass: matrix products, convolutions, attention; a multiplication and an addition are two.
     flops: float
-    tried: float
+    tried: float  # `flops` and those of all earlier critics: the cost of getting here by trying the exits in turn
 
 
 @dataclass(frozen=True)
 class Progressive:
-    """Early exit: a sample leaves at the first exit whose largest softmax exceeds the threshold, else at the last.
-
-    Attributes:
-        threshold: The confidence.
-        accuracy: Share of samples that are classified right at the exit where they left.
-        flops: Mean per sample, including the critics that were tried.
-        share_of_flops: `flops` over those of the whole network without critics.
-        left: Share of the samples that left at each exit.
-    """
+    """Early exit: a sample leaves at the first exit whose largest softmax exceeds the threshold, else at the last."""
 
     threshold: float
-    accuracy: float
-    flops: float
-    share_of_flops: float
-    left: tuple[float, ...]
+    accuracy: float  # share of samples that are classified right at the exit where they left
+    flops: float  # mean per sample, including the critics that were tried
+    share_of_flops: float  # `flops` over those of the whole network without critics
+    left: tuple[float, ...]  # share of the samples that left at each exit
 
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Score of the sum of the logits of all exits.
+    """Score of the sum of the logits of all exits."""
 
-    Attributes:
-        loss: Held-out loss of the sum.
-        accuracy: Share classified right; None without class targets.
-    """
-
-    loss: float
-    accuracy: float | None
+    loss: float  # held-out
+    accuracy: float | None  # None without class targets
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of `dpp evaluate`.
-
-    Attributes:
-        exits: Held-out scores of the exits.
-        costs: Cost of each exit.
-        progressive: Early exit at every confidence that was asked for.
-        ensemble: Score of all exits together, if asked for.
-        cosines: Comparison of local and true gradients of every stage, if asked for.
-    """
+    """Result of `dpp evaluate`; what was not asked for is empty or None."""
 
     exits: tuple[Exit, ...]
-    costs: tuple[ExitCost, ...]
-    progressive: tuple[Progressive, ...] = ()
+    costs: tuple[ExitCost, ...]  # of each exit
+    progressive: tuple[Progressive, ...] = ()  # at every confidence
     ensemble: Ensemble | None = None
-    cosines: tuple[GradientCosine, ...] = ()
+    cosines: tuple[GradientCosine, ...] = ()  # of every stage
 
 
 @torch.no_grad()
@@ -126,11 +99,7 @@ def _counted(module: nn.Module, hidden: Payload) -> tuple[Payload, int]:
 
 
 def exit_logits(stages: Sequence[Stage], batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Payload]]:
-    """Yields held-out logits of all exits, (exits, B, ..., classes), with the targets, for every micro-batch.
-
-    Raises:
-        UsageError: A stage has no exit.
-    """
+    """Yields held-out logits of all exits, (exits, B, ..., classes), with the targets, for every micro-batch."""
     without = [stage.index for stage in stages if not stage.body.judge.exits]
     if without:
         raise UsageError(
@@ -158,11 +127,7 @@ def _logits(stages: Sequence[Stage], hidden: Payload) -> Iterator[Tensor]:
 def progressive(
     stages: Sequence[Stage], batches: Iterable[Batch], costs: Sequence[ExitCost], thresholds: Sequence[float]
 ) -> tuple[Progressive, ...]:
-    """Scores early exit at the first confident exit, for each of several confidences.
-
-    Raises:
-        UsageError: The targets are not one class index per sample, or a threshold is no probability.
-    """
+    """Scores early exit at the first confident exit, for each of several confidences."""
     for threshold in thresholds:
         if not 0 < threshold < 1:
             raise UsageError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from decoupled_pp.commands.evaluate.exits import Evaluation, ensemble, exit_costs, progressive
 from decoupled_pp.commands.evaluate.gradient_probe import gradient_cosines
+from decoupled_pp.commands.terminal import say
 from decoupled_pp.core import environment
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.plans import Layers
@@ -34,13 +35,6 @@ def open_run(folder: Path, overrides: tuple[str, ...] = ()) -> tuple[Settings, C
 
     A baseline saves no checkpoint. The settings of such a run are those of one stage that starts from the exported
     weights.
-
-    Args:
-        folder: The run folder.
-        overrides: `key.sub=value`, on top of its settings and of the checkpoint's cut.
-
-    Raises:
-        UsageError: It is no run folder, or holds no good checkpoint.
     """
     config = folder / run_folder.CONFIG_FILE
     if not config.is_file():
@@ -64,7 +58,6 @@ def open_run(folder: Path, overrides: tuple[str, ...] = ()) -> tuple[Settings, C
 def evaluate_run(
     folder: Path,
     overrides: tuple[str, ...] = (),
-    note: Callable[[str], None] = print,
     *,
     thresholds: Sequence[float] = (),
     together: bool = False,
@@ -72,16 +65,8 @@ def evaluate_run(
 ) -> Evaluation:
     """Scores every exit of a run, in this process, on as much held-out data as `validation.batches` says.
 
-    Args:
-        folder: The run folder.
-        overrides: `key.sub=value`, on top of its settings.
-        note: Is told what could not be taken over from the checkpoint (a critic that starts anew).
-        thresholds: Confidences at which samples leave early.
-        together: True to score the sum of all exits' logits too.
-        gradients: Training micro-batches on which local gradients are compared with the true ones.
-
-    Raises:
-        UsageError: It is no run folder, or what is asked for does not fit its data.
+    Further: early exit at each of the thresholds, the sum of all exits' logits if `together`, and local against true
+    gradients on this many training micro-batches.
     """
     settings, checkpoint = open_run(folder, overrides)
     torch.set_num_threads(settings.threads or environment.cores())
@@ -91,7 +76,7 @@ def evaluate_run(
             "dpp evaluate runs in one process; run it without a launcher such as torchrun", code="launcher-refused"
         )
     trainer = make_decoupled(settings, plan)
-    trainer.observe(lambda records: _pass_on_notes(records, note))
+    trainer.observe(_say_notes)
     held_out = list(islice(data.validation.batches(), settings.validation.batches))
     exits = trainer.evaluate(held_out, resume=checkpoint)
     stages = trainer.stages
@@ -106,24 +91,18 @@ def evaluate_run(
     )
 
 
-def _pass_on_notes(records: Sequence[Record], note: Callable[[str], None]) -> None:
+def _say_notes(records: Sequence[Record]) -> None:
+    """Says what could not be taken over from the checkpoint (a critic that starts anew)."""
     for record in records:
         if isinstance(record, NoteRecord):
-            note(record.text)
+            say(record.text)
 
 
 def export_folder(folder: Path, output: Path, *, tied: bool = False) -> None:
     """Writes the newest checkpoint of a run as plain safetensors; the data need not be there any more.
 
-    A `transformers` model becomes a folder for `from_pretrained`, unless `output` is called `*.safetensors`.
-
-    Args:
-        folder: The run folder.
-        output: File or folder to write.
-        tied: True to make weights that were tied one again (a `transformers` model, as a folder).
-
-    Raises:
-        UsageError: It is no run folder, or nothing was tied.
+    A `transformers` model becomes a folder for `from_pretrained`, unless `output` is called `*.safetensors`; `tied`
+    makes its weights that were tied one again.
     """
     settings, checkpoint = open_run(folder)
     info = run_folder.read_info(folder)
@@ -175,12 +154,8 @@ def exit_module(folder: str | Path, exit: int) -> nn.Sequential:
         layers.update(stage.trunk.named_children())
     critic = trainer.stages[exit].critic
     if critic is not None and exit < last:
-        layers[_unused("exit", layers)] = critic
+        name = "exit"
+        while name in layers:
+            name += "_"
+        layers[name] = critic
     return Layers(layers.items()).cpu().eval()
-
-
-def _unused(name: str, taken: Container[str]) -> str:
-    """Returns the name, with as many underscores after it as make it a new one."""
-    while name in taken:
-        name += "_"
-    return name

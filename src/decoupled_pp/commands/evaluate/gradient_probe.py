@@ -17,34 +17,17 @@ from decoupled_pp.pipeline.stage import Stage
 
 @dataclass(frozen=True)
 class GradientCosine:
-    """Cosine between the local and the true gradient of the layers of one stage.
-
-    Attributes:
-        stage: Index of the stage.
-        mean: Over the micro-batches.
-        low: Smallest of them.
-        high: Largest of them.
-        norm_ratio: Mean of the local gradient's norm over the true one's.
-    """
+    """Cosine between the local and the true gradient of the layers of one stage, over some micro-batches."""
 
     stage: int
     mean: float
     low: float
     high: float
-    norm_ratio: float
+    norm_ratio: float  # mean of the local gradient's norm over the true one's
 
 
 def gradient_cosines(module: nn.Module, stages: Sequence[Stage], batches: Iterable[Batch]) -> list[GradientCosine]:
-    """Compares gradients on micro-batches, in training mode, with equal dropout on both sides; changes nothing.
-
-    Args:
-        module: The whole network.
-        stages: Its stages, which share their weights with it.
-        batches: Micro-batches; each gives one cosine per stage.
-
-    Raises:
-        ValueError: There is no micro-batch.
-    """
+    """Compares gradients on micro-batches, in training mode, with equal dropout on both sides; changes nothing."""
     rows = [_compare(module, stages, batch) for batch in batches]
     if not rows:
         raise ValueError("a gradient needs at least one micro-batch")
@@ -97,15 +80,10 @@ def _gradients(loss: Tensor, stages: Sequence[Stage]) -> list[Tensor]:
     parameters = list(chain(*by_stage))
     if not parameters:
         return [torch.zeros(0, dtype=torch.float64) for _ in stages]
-    # One call for all stages, because it frees the graph.
-    gradients = iter(torch.autograd.grad(loss, parameters, allow_unused=True))
-    return [torch.cat([torch.zeros(0), *(_flat(next(gradients), p) for p in own)]).double() for own in by_stage]
-
-
-def _flat(gradient: Tensor | None, parameter: Tensor) -> Tensor:
-    """Returns a gradient as a vector on the CPU; autograd gives None for a parameter that the loss does not use."""
-    found = torch.zeros_like(parameter) if gradient is None else gradient
-    return found.detach().flatten().cpu()
+    # One call for all stages, because it frees the graph. Parameters that the loss does not use get zeros.
+    gradients = iter(torch.autograd.grad(loss, parameters, materialize_grads=True))
+    vectors = [torch.cat([torch.zeros(0), *(next(gradients).flatten().cpu() for _ in own)]) for own in by_stage]
+    return [vector.double() for vector in vectors]  # sums over millions of products lose digits in fp32
 
 
 def _cosine_and_ratio(ours: Tensor, theirs: Tensor) -> tuple[float, float]:

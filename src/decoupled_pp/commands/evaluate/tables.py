@@ -9,9 +9,9 @@ from decoupled_pp.commands.evaluate.exits import Evaluation
 from decoupled_pp.commands.tables import percent, score_cells
 
 
-def print_evaluation(found: Evaluation, console: Console | None = None) -> None:
+def print_evaluation(found: Evaluation) -> None:
     """Prints scores and costs of the exits; early exit, the ensemble of exits and the gradient probe if asked for."""
-    console = console or Console()
+    console = Console()
     console.print(_costs_table(found))
     if found.progressive:
         console.print(_early_exit_table(found))

@@ -11,15 +11,15 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
-from decoupled_pp.commands.child import say
+from decoupled_pp.commands.arguments import add_overrides, check_at_least, claim_output
+from decoupled_pp.commands.child import Trial, say
 from decoupled_pp.commands.sweep.figures import figures, table
 from decoupled_pp.commands.sweep.picture import draw
-from decoupled_pp.commands.sweep.runs import Trial, run_trials
+from decoupled_pp.commands.sweep.runs import run_trials
 from decoupled_pp.core import environment
 from decoupled_pp.core.errors import TrainingError, UsageError
 from decoupled_pp.core.records import write_json
 from decoupled_pp.core.suggestions import did_you_mean
-from decoupled_pp.run.output_folder import OutputFolder
 from decoupled_pp.settings.load import load_settings
 from decoupled_pp.settings.sections import Section
 from decoupled_pp.settings.yaml_text import read_yaml
@@ -44,22 +44,21 @@ class SweepSettings(Section):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's own arguments."""
+    """Adds the arguments of `dpp sweep`."""
     parser.add_argument("file", help="YAML file: config, variants, reference, seeds (docs/sweep.md)")
     parser.add_argument("--output", help="folder of the table and of all runs; default: runs/<name of the file>")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process of its own; default: 1")
     parser.add_argument("--resume", action="store_true", help="keep the runs that are finished, do the others")
     parser.add_argument("--overwrite", action="store_true", help="clear the folder if it exists")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override for all variants")
+    add_overrides(parser, "override for all variants")
     parser.set_defaults(run=run_command)
 
 
 def run_command(chosen: argparse.Namespace) -> int:
-    """Check every variant, run all, write `sweep.json`, `sweep.md` and `sweep.png`."""
+    """Checks every variant, runs all, writes `sweep.json`, `sweep.md` and `sweep.png`."""
     if environment.world_size() > 1:
         raise UsageError("dpp sweep starts the runs itself: run it without torchrun", code="under-torchrun")
-    if chosen.jobs < 1:
-        raise UsageError(f"--jobs {chosen.jobs} must be at least 1", code="too-few-jobs")
+    check_at_least(chosen, jobs=1)
     file = Path(chosen.file)
     sweep = load_sweep(file)
     reference = sweep.reference or next(iter(sweep.variants))
@@ -69,9 +68,15 @@ def run_command(chosen: argparse.Namespace) -> int:
             code="unknown-reference",
         )
     folder = Path(chosen.output or f"runs/{file.stem}")
-    trials = _trials(sweep, folder, chosen.set, jobs=chosen.jobs)
-    _claim(folder, file, resume=chosen.resume, overwrite=chosen.overwrite)
-    outcomes = run_trials(trials, jobs=chosen.jobs, resume=chosen.resume, say=say)
+    also = {name: _overrides(changes) for name, changes in sweep.also.items()}
+    trials = _trials(sweep, folder, chosen.set, chosen.jobs)
+    for own in also.values():
+        load_settings(sweep.config, (*chosen.set, *own))
+    text = file.read_text(encoding="utf-8")  # it may lie in the folder that is cleared
+    advice = "--resume goes on, --overwrite starts anew, or give another --output"
+    claim_output(folder, "folder of a sweep", MARKER, advice, resume=chosen.resume, overwrite=chosen.overwrite)
+    (folder / MARKER).write_text(text, encoding="utf-8")
+    outcomes = run_trials(trials, also, jobs=chosen.jobs, resume=chosen.resume)
     if all(outcome.failure for outcome in outcomes):
         raise TrainingError(f"none of the runs ended well: {outcomes[0].failure}", code="nothing-ran")
     found = figures(outcomes, reference)
@@ -83,18 +88,23 @@ def run_command(chosen: argparse.Namespace) -> int:
     return 0
 
 
-def _trials(sweep: SweepSettings, folder: Path, common: list[str], *, jobs: int) -> list[Trial]:
-    """Returns all runs of a sweep, one seed after the other, once every one of their settings has been checked."""
-    variants = {name: _overrides(changes) for name, changes in sweep.variants.items()}
-    also = {name: _overrides(changes) for name, changes in sweep.also.items()}
-    settings = {name: load_settings(sweep.config, (*common, *own)) for name, own in variants.items()}
-    for own in also.values():
-        load_settings(sweep.config, (*common, *own))
+def _trials(sweep: SweepSettings, folder: Path, common: list[str], jobs: int) -> list[Trial]:
+    """Returns all runs of a sweep, one seed after the other, once the settings of all have been checked."""
+    variants = {name: [*common, *_overrides(changes)] for name, changes in sweep.variants.items()}
+    settings = {name: load_settings(sweep.config, tuple(overrides)) for name, overrides in variants.items()}
     share = max(1, environment.cores() // jobs)
     return [
-        Trial(name, seed, sweep.config, [*common, *own], folder, settings[name].threads or share, also)
+        Trial(
+            entry=name,
+            name=f"{name}-{seed}",
+            folder=folder,
+            config=sweep.config,
+            overrides=overrides,
+            seed=seed,
+            threads=settings[name].threads or share,
+        )
         for seed in sweep.seeds
-        for name, own in variants.items()
+        for name, overrides in variants.items()
     ]
 
 
@@ -104,14 +114,9 @@ def _overrides(changes: Mapping[str, Any]) -> list[str]:
 
 
 def load_sweep(path: Path) -> SweepSettings:
-    """Returns the content of a sweep file, checked; its variants are not looked into.
-
-    Raises:
-        UsageError: One line with the file, the fault and the remedy.
-    """
+    """Returns the content of a sweep file, or raises UsageError; its variants are not looked into."""
     try:
-        raw = read_yaml(path.read_text(encoding="utf-8"))
-        found: SweepSettings = SweepSettings.model_validate(raw)
+        return SweepSettings.model_validate(read_yaml(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UsageError(
             f"cannot read the sweep {path}: {error.strerror}; give the path of a YAML file", code="sweep-not-readable"
@@ -119,9 +124,9 @@ def load_sweep(path: Path) -> SweepSettings:
     except ValidationError as error:
         raise UsageError(f"{path}: {_explain(error)}", code="bad-sweep-file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        text = " ".join(str(error).split())
-        raise UsageError(f"{path} is not YAML: {text}; quote or correct it", code="not-yaml") from None
-    return found
+        raise UsageError(
+            f"{path} is not YAML: {' '.join(str(error).split())}; quote or correct it", code="not-yaml"
+        ) from None
 
 
 def _explain(error: ValidationError) -> str:
@@ -132,22 +137,3 @@ def _explain(error: ValidationError) -> str:
         keys = SweepSettings.model_fields
         return f"{place}: unknown key" + (did_you_mean(place, keys) or f"; use one of {', '.join(keys)}")
     return f"{place}: {fault['msg']}; given {fault['input']!r}"
-
-
-def _claim(folder: Path, file: Path, *, resume: bool, overwrite: bool) -> None:
-    """Make the folder, or take over the one of an earlier sweep.
-
-    Raises:
-        UsageError: It exists and neither is allowed, or is no sweep's folder.
-    """
-    output = OutputFolder(
-        path=folder,
-        noun="folder of a sweep",
-        marker=MARKER,
-        if_it_exists="--resume goes on, --overwrite starts anew, or give another --output",
-        elsewhere="give another --output",
-    )
-    text = file.read_text(encoding="utf-8")  # it may lie in the folder that is cleared
-    output.check(resume=resume, overwrite=overwrite)
-    output.make(empty=overwrite)
-    (folder / MARKER).write_text(text, encoding="utf-8")

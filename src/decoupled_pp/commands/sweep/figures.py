@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from decoupled_pp.commands.spread import Spread, loss_or_infinity
+from decoupled_pp.commands.spread import Column, Spread, loss_or_infinity
 from decoupled_pp.commands.sweep.runs import Outcome
 from decoupled_pp.core.records import JsonRecord
-from decoupled_pp.core.reports import Exit, StageSummary
+from decoupled_pp.core.reports import Exit, Report, StageSummary
 from decoupled_pp.pipeline.meter import BUSY
 
 
@@ -32,82 +32,72 @@ class OtherDataFigures(JsonRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class VariantFigures(JsonRecord):
-    """A variant's numbers over the seeds that ended well; all of the network's own head.
+    """A variant's numbers over the seeds that ended well; all of the network's own head."""
 
-    Attributes:
-        seeds: How many seeds ended well.
-        loss: Held-out loss.
-        accuracy: Held-out accuracy in percent; None without class targets.
-        loss_change: Difference of the loss to the reference's run with the same seed, in percent.
-        accuracy_change: Difference of the accuracy, in points.
-        exits: Median score of every exit: accuracy in percent, else the loss.
-        also: Name of other held-out data -> the loss on them.
-        critic_share: Critic's share of the compute time of the stage where it is largest.
-        critic_parameters: Parameters of all critics.
-        training_seconds: Training time.
-    """
-
-    seeds: int
-    loss: SeedSpread | None
-    accuracy: SeedSpread | None
-    loss_change: SeedSpread | None
-    accuracy_change: SeedSpread | None
-    exits: list[str]
-    also: Mapping[str, OtherDataFigures]
-    critic_share: float
-    critic_parameters: int
+    seeds: int  # how many ended well
+    loss: SeedSpread | None  # held-out
+    accuracy: SeedSpread | None  # in percent; None without class targets
+    loss_change: SeedSpread | None  # difference to the reference's run with the same seed, in percent
+    accuracy_change: SeedSpread | None  # in points
+    exits: list[str]  # median score of every exit: accuracy in percent, else the loss
+    also: Mapping[str, OtherDataFigures]  # name of other held-out data -> the loss on them
+    critic_share: float  # of the compute time of the stage where it is largest
+    critic_parameters: int  # of all critics
     training_seconds: SeedSpread | None
 
 
 @dataclass(frozen=True)
 class SweepFigures(JsonRecord):
-    """The content of `sweep.json`.
-
-    Attributes:
-        reference: The variant that all are set against.
-        variants: Variant -> its numbers, of those with a run that ended well.
-        runs: The trial and the end of every run.
-    """
+    """The content of `sweep.json`."""
 
     reference: str
-    variants: Mapping[str, VariantFigures]
-    runs: Sequence[Mapping[str, Any]]
+    variants: Mapping[str, VariantFigures]  # those with a run that ended well
+    runs: Sequence[Mapping[str, Any]]  # the trial and the end of every run
+
+
+class _Ended(NamedTuple):
+    """A run that ended well."""
+
+    seed: int
+    report: Report
+    also: Mapping[str, Exit]
 
 
 def figures(outcomes: Sequence[Outcome], reference: str) -> SweepFigures:
     """Returns the numbers of every variant, and the raw scores of every run."""
-    variants: dict[str, list[Outcome]] = {one.trial.variant: [] for one in outcomes}
+    variants: dict[str, list[_Ended]] = {one.trial.entry: [] for one in outcomes}
     for one in outcomes:
         if one.report is not None:
-            variants[one.trial.variant].append(one)
-    references = {one.trial.seed: one for one in variants.get(reference, [])}
+            variants[one.trial.entry].append(_Ended(one.trial.seed, one.report, one.also))
+    references = {run.seed: run for run in variants.get(reference, [])}
     rows = {name: _variant_figures(own, references) for name, own in variants.items() if own}
     return SweepFigures(reference, rows, [_raw(one) for one in outcomes])
 
 
-def _variant_figures(own: Sequence[Outcome], references: Mapping[int, Outcome]) -> VariantFigures:
+def _variant_figures(runs: Sequence[_Ended], references: Mapping[int, _Ended]) -> VariantFigures:
     """Returns the numbers of a variant's runs, given the reference's runs by seed."""
-    pairs = [(one, references.get(one.trial.seed)) for one in own]
-    reports = [one.report for one in own if one.report is not None]
-    also = {
-        name: OtherDataFigures(
-            SeedSpread.over(_loss_on(one, name) for one in own),
-            SeedSpread.over(_percent_change(_loss_on(one, name), _loss_on(other, name)) for one, other in pairs),
-        )
-        for name in own[0].also
-    }
+    # A seed that the reference lacks has no difference: runs of unlike seeds differ by chance, too.
+    pairs = [(run, references[run.seed]) for run in runs if run.seed in references]
+    reports = [run.report for run in runs]
     return VariantFigures(
-        seeds=len(own),
-        loss=SeedSpread.over(_loss(one) for one in own),
-        accuracy=SeedSpread.over(_accuracy(one) for one in own),
-        loss_change=SeedSpread.over(_percent_change(_loss(one), _loss(other)) for one, other in pairs),
-        accuracy_change=SeedSpread.over(_difference(_accuracy(one), _accuracy(other)) for one, other in pairs),
+        seeds=len(runs),
+        loss=SeedSpread.over(map(_loss, runs)),
+        accuracy=SeedSpread.over(map(_accuracy, runs)),
+        loss_change=_differences(pairs, _loss, _percent),
+        accuracy_change=_differences(pairs, _accuracy, lambda mine, theirs: mine - theirs),
         exits=[_exit_score(exits) for exits in zip(*(report.exits for report in reports), strict=True)],
-        also=also,
+        also={name: _other_data(runs, pairs, name) for name in runs[0].also},
         critic_share=max(critic_share(stage) for report in reports for stage in report.per_stage),
         critic_parameters=sum(stage.critic_parameters for stage in reports[0].per_stage),
         training_seconds=SeedSpread.over(report.training_seconds for report in reports),
     )
+
+
+def _other_data(runs: Sequence[_Ended], pairs: Sequence[tuple[_Ended, _Ended]], name: str) -> OtherDataFigures:
+    def loss(run: _Ended) -> float | None:
+        return run.also[name].val_loss
+
+    return OtherDataFigures(SeedSpread.over(map(loss, runs)), _differences(pairs, loss, _percent))
 
 
 def critic_share(stage: StageSummary) -> float:
@@ -123,30 +113,29 @@ def critic_share(stage: StageSummary) -> float:
     return (seconds["critic"] + step) / sum(seconds[phase] for phase in BUSY)
 
 
-def _loss(outcome: Outcome | None) -> float | None:
-    """Returns the loss of a run that ended well; infinite if it was not finite."""
-    if outcome is None or outcome.report is None:
-        return None
-    return loss_or_infinity(outcome.report.final.val_loss)
+def _loss(run: _Ended) -> float:
+    return loss_or_infinity(run.report.final.val_loss)
 
 
-def _accuracy(outcome: Outcome | None) -> float | None:
-    """Returns the accuracy of a run that ended well, in percent; None without class targets."""
-    if outcome is None or outcome.report is None or outcome.report.final.val_accuracy is None:
-        return None
-    return 100 * outcome.report.final.val_accuracy
+def _accuracy(run: _Ended) -> float | None:
+    accuracy = run.report.final.val_accuracy
+    return None if accuracy is None else 100 * accuracy
 
 
-def _loss_on(outcome: Outcome | None, name: str) -> float | None:
-    return None if outcome is None else outcome.also[name].val_loss
+def _percent(mine: float, theirs: float) -> float:
+    return 100 * (mine / theirs - 1)
 
 
-def _percent_change(mine: float | None, theirs: float | None) -> float | None:
-    return None if mine is None or theirs is None else 100 * (mine / theirs - 1)
-
-
-def _difference(mine: float | None, theirs: float | None) -> float | None:
-    return None if mine is None or theirs is None else mine - theirs
+def _differences(
+    pairs: Sequence[tuple[_Ended, _Ended]],
+    score: Callable[[_Ended], float | None],
+    difference: Callable[[float, float], float],
+) -> SeedSpread | None:
+    """Returns the spread of the differences between the scores of pairs of runs."""
+    scores = [(score(mine), score(theirs)) for mine, theirs in pairs]
+    return SeedSpread.over(
+        difference(mine, theirs) for mine, theirs in scores if mine is not None and theirs is not None
+    )
 
 
 def _exit_score(exits: Sequence[Exit]) -> str:
@@ -162,7 +151,7 @@ def _raw(outcome: Outcome) -> dict[str, Any]:
     """Returns what a run was and how it ended."""
     trial = outcome.trial
     raw: dict[str, Any] = {
-        "variant": trial.variant,
+        "variant": trial.entry,
         "seed": trial.seed,
         "overrides": trial.overrides,
         "failure": outcome.failure,
@@ -176,43 +165,44 @@ def _raw(outcome: Outcome) -> dict[str, Any]:
 
 def table(found: SweepFigures, outcomes: Sequence[Outcome], title: str) -> str:
     """Returns the numbers as a Markdown table; failures below it."""
-    reference = found.reference
-    others = next((list(row.also) for row in found.variants.values()), [])
-    titles = ["variant", "seeds", "held-out loss", "accuracy, %", f"loss against {reference}, %"]
-    for name in others:
-        titles += [f"loss on {name}", f"against {reference}, %"]
-    titles += [f"accuracy against {reference}", "by exit", "critic's share of time", "critic parameters", "seconds"]
+    columns = _columns(found)
+    titles = ["variant", *(column.title for column in columns)]
     lines = [f"# {title}", "", "Medians (least .. greatest) over the seeds; differences are taken seed by seed.", ""]
     lines += [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
-    lines += [f"| {' | '.join(_cells(name, row))} |" for name, row in found.variants.items()]
+    for name, row in found.variants.items():
+        cells = [name]
+        for column in columns:
+            value, span = column.cell(row)
+            cells.append(f"{value} ({span})" if span else value)
+        lines.append(f"| {' | '.join(cells)} |")
     failed = [f"- {one.trial.name} failed: {one.failure}" for one in outcomes if one.failure]
     if failed:
         lines += ["", *failed]
     return "\n".join([*lines, ""])
 
 
-def _cells(name: str, row: VariantFigures) -> list[str]:
-    cells = [
-        name,
-        str(row.seeds),
-        _shown(row.loss, ".4f"),
-        _shown(row.accuracy, ".2f"),
-        _shown(row.loss_change, "+.2f"),
+def _columns(found: SweepFigures) -> list[Column]:
+    against = f"against {found.reference}"
+    columns = [
+        Column("seeds", lambda row: row.seeds),
+        Column("held-out loss", lambda row: row.loss, ".4f"),
+        Column("accuracy, %", lambda row: row.accuracy, ".2f"),
+        Column(f"loss {against}, %", lambda row: row.loss_change, "+.2f"),
     ]
-    for other in row.also.values():
-        cells += [_shown(other.loss, ".4f"), _shown(other.loss_change, "+.2f")]
+    for name in next((row.also for row in found.variants.values()), {}):
+        columns += _other_columns(name, against)
     return [
-        *cells,
-        _shown(row.accuracy_change, "+.2f"),
-        " / ".join(row.exits),
-        f"{row.critic_share:.2f}",
-        f"{row.critic_parameters:,}",
-        _shown(row.training_seconds, ".0f"),
+        *columns,
+        Column(f"accuracy {against}", lambda row: row.accuracy_change, "+.2f"),
+        Column("by exit", lambda row: " / ".join(row.exits)),
+        Column("critic's share of time", lambda row: row.critic_share, ".2f"),
+        Column("critic parameters", lambda row: row.critic_parameters, ","),
+        Column("seconds", lambda row: row.training_seconds, ".0f"),
     ]
 
 
-def _shown(spread: SeedSpread | None, form: str) -> str:
-    if spread is None:
-        return "-"
-    middle, low, high = (format(value, form) for value in (spread.median, spread.low, spread.high))
-    return middle if low == high else f"{middle} ({low} .. {high})"
+def _other_columns(name: str, against: str) -> list[Column]:
+    return [
+        Column(f"loss on {name}", lambda row: row.also[name].loss, ".4f"),
+        Column(f"{against}, %", lambda row: row.also[name].loss_change, "+.2f"),
+    ]

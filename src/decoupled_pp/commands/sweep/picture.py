@@ -5,19 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from decoupled_pp.commands.drawing import save_png
 from decoupled_pp.commands.sweep.figures import SweepFigures
 from decoupled_pp.run.plots import STYLE
 
 
 def draw(found: SweepFigures, path: Path) -> None:
-    """Draw every variant's difference to the reference against its critic's share of a stage's time, as a PNG.
+    """Draws every variant's difference to the reference against its critic's share of a stage's time, as a PNG.
 
-    Args:
-        found: The numbers. For classifiers the difference is in points of accuracy, else in percent of the loss.
-        path: The PNG file.
+    For classifiers the difference is in points of accuracy, else in percent of the loss.
     """
     by_accuracy = any(row.accuracy_change for row in found.variants.values())
     with matplotlib.rc_context(STYLE):
@@ -39,4 +37,4 @@ def draw(found: SweepFigures, path: Path) -> None:
         axes.set_xlim(left=-1)
         axes.margins(x=0.15)
         axes.grid(alpha=0.25, linewidth=0.6)
-        FigureCanvasAgg(figure).print_figure(path, dpi=130)
+        save_png(figure, path, dpi=130)
