@@ -16,37 +16,25 @@ from decoupled_pp.core.reports import Record
 
 @dataclass(frozen=True)
 class Returns:
-    """Describes what a training rule sends back over a link for a training packet; nothing unless a rule says so.
+    """Describes what a training rule sends back over a link for a training packet; nothing unless a rule says so."""
 
-    Attributes:
-        per_sample: A float for every sample. They travel beside the credits, and the earlier stage takes them later:
-            nobody waits.
-        per_activation: A tensor for every floating-point activation of the packet. The earlier stage waits for them.
-    """
-
+    # A float for every sample. They travel beside the credits, and the earlier stage takes them later: nobody waits.
     per_sample: bool = False
+    # A tensor for every floating-point activation of the packet. The earlier stage waits for them.
     per_activation: bool = False
 
     def __bool__(self) -> bool:
-        """True if anything comes back."""
         return self.per_sample or self.per_activation
 
 
 @dataclass(frozen=True)
 class LinkTerms:
-    """The terms that the two ends of a link agree on.
+    """The terms that the two ends of a link agree on."""
 
-    Attributes:
-        capacity: Packets the link may hold.
-        timeout_seconds: Longest wait for a packet, for room, or for what comes back.
-        returns: The tensors that come back for a training packet.
-        samples: Samples of the largest packet; sizes what comes back per sample.
-    """
-
-    capacity: int
-    timeout_seconds: float
+    capacity: int  # packets the link may hold
+    timeout_seconds: float  # longest wait for a packet, for room, or for what comes back
     returns: Returns = Returns()
-    samples: int = 0
+    samples: int = 0  # of the largest packet; sizes what comes back per sample
 
 
 class Inlet(ABC):
@@ -54,11 +42,7 @@ class Inlet(ABC):
 
     @abstractmethod
     def receive(self) -> Packet:
-        """Return the next packet; wait for it no longer than the configured bound.
-
-        Raises:
-            LinkError: The bound expired or the peer is gone.
-        """
+        """Return the next packet; raises LinkError if the wait's bound expires or the peer is gone."""
 
     def depth(self) -> int:
         """Return the number of packets that are here and not yet taken."""
@@ -77,24 +61,16 @@ class Outlet(ABC):
 
     @abstractmethod
     def send(self, packet: Packet) -> None:
-        """Hand a packet over; wait for room no longer than the configured bound. The tensors must not change after.
+        """Hand a packet over, whose tensors must not change after.
 
-        Raises:
-            LinkError: The bound expired or the peer is gone.
+        Raises LinkError if the bound of the wait for room expires or the peer is gone.
         """
 
     def returned(self, number: int, like: Sequence[Tensor] = ()) -> list[Tensor]:
-        """Return what the next stage gave back for packet `number`; wait for it no longer than the bound.
+        """Return what the next stage gave back for training packet `number`; raises LinkError as `send` does.
 
-        Args:
-            number: Number of a training packet that was sent.
-            like: For `Returns.per_activation`, tensors of the shapes, types and device of what comes back.
-
-        Returns:
-            The tensors; for `Returns.per_sample` one of shape (B,), fp32, on the CPU.
-
-        Raises:
-            LinkError: The bound expired or the peer is gone.
+        For `Returns.per_sample` that is one tensor of shape (B,), fp32, on the CPU; for `Returns.per_activation`
+        tensors of the shapes, types and device of `like`.
         """
         raise AssertionError("there is no stage after this one")
 
@@ -111,12 +87,7 @@ class Nowhere(Outlet):
 
 @dataclass(frozen=True)
 class Ends:
-    """The two ends that one stage stands between.
-
-    Attributes:
-        inlet: Where its packets come from.
-        outlet: Where they go.
-    """
+    """The two ends that one stage stands between."""
 
     inlet: Inlet
     outlet: Outlet
@@ -124,17 +95,14 @@ class Ends:
 
 @dataclass
 class LinkCounters:
-    """Counts what crossed one end of a link, in packets and bytes, where the transport is called.
-
-    `training_bytes_forward` is the part of `payload_bytes_forward` that training packets carried.
-    """
+    """Counts what crossed one end of a link, in packets and bytes, where the transport is called."""
 
     packets: int = 0
     payload_bytes_forward: int = 0
     payload_bytes_backward: int = 0
     control_bytes_forward: int = 0
     control_bytes_backward: int = 0
-    training_bytes_forward: int = 0
+    training_bytes_forward: int = 0  # the part of `payload_bytes_forward` that training packets carried
 
 
 class LinkEnd(ABC):
@@ -183,17 +151,12 @@ class Control(ABC):
         """Give every process the `value` of every process, in order of ranks (so this is a barrier too).
 
         A value is JSON-able, records included. It arrives as parsed JSON on every process, also where there is one.
-
-        Raises:
-            LinkError: A rank did not give it within the bound.
-            PeerError: A rank reported a fault meanwhile.
+        Raises LinkError after the bound, and PeerError once a rank reports a fault.
         """
 
     @abstractmethod
     def from_rank_0(self, name: str, make: Callable[[], Any], timeout_seconds: float) -> Any:
-        """Let rank 0 make a JSON-able value and give it to every rank; what fails there fails everywhere.
+        """Let rank 0 make a JSON-able value and give it to every rank.
 
-        Raises:
-            LinkError: Nothing was heard of rank 0 within the bound.
-            PeerError: Rank 0 could not make it (rank 0 itself raises its own error).
+        Raises LinkError after the bound, and PeerError if rank 0 could not make it (which raises its own error there).
         """

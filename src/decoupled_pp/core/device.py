@@ -1,7 +1,4 @@
-"""The one place that knows CPU from CUDA: device choice, streams, fences between streams, clocks, RNG state.
-
-And `untouched`, which leaves a module and the generators as they were after a trial run.
-"""
+"""The one place that knows CPU from CUDA: device choice, streams, fences between streams, clocks, RNG state."""
 
 from __future__ import annotations
 
@@ -23,16 +20,7 @@ Mark: TypeAlias = "float | torch.cuda.Event"
 
 
 def choose_device(setting: str, local_rank: int, local_ranks: int) -> torch.device:
-    """Return the device of one rank: its own GPU, or the CPU.
-
-    Args:
-        setting: "auto" (GPUs if every local rank can have one), "cpu" or "cuda".
-        local_rank: Rank on this machine.
-        local_ranks: Ranks on this machine.
-
-    Raises:
-        UsageError: "cuda" without enough GPUs, or another setting.
-    """
+    """Return the device of one rank: its own GPU, or the CPU; "auto" takes GPUs if every local rank can have one."""
     if setting not in ("auto", "cpu", "cuda"):
         raise UsageError(
             f"`device`: {setting!r} is not known; use 'auto', 'cpu' or 'cuda' (one GPU per rank, in their order)",
@@ -62,7 +50,6 @@ class Fence:
     """A point in the device's work that other streams, or a host thread, can wait for. Free on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
-        """Record the point on the current stream of `device`."""
         self._device = device
         self._event = None
         if device.type == "cuda":
@@ -70,14 +57,10 @@ class Fence:
             self._event.record(torch.cuda.current_stream(device))
 
     def wait(self, *tensors: Tensor) -> None:
-        """Make the current stream wait for the point; the host does not wait.
-
-        Args:
-            tensors: Made by another stream and used by this one from now on: their memory is not reused before.
-        """
+        """Make the current stream, which will use `tensors` of another one, wait for the point; the host does not."""
         if self._event is not None:
             self._event.wait(torch.cuda.current_stream(self._device))
-            for tensor in tensors:
+            for tensor in tensors:  # or the allocator might reuse their memory before this stream has read them
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
     def synchronize(self) -> None:
@@ -87,10 +70,7 @@ class Fence:
 
 
 def own_stream(device: torch.device) -> Any:
-    """Return a context in which work goes to a new stream of `device` (nothing on the CPU).
-
-    `device` becomes the current device of the calling thread.
-    """
+    """Return a context in which work goes to a new stream of `device`, which becomes current (nothing on the CPU)."""
     if device.type == "cuda":
         # Otherwise every exit would switch back to device 0, and so each rank of a machine would open a CUDA context
         # there, at some 500 MB.
@@ -112,7 +92,6 @@ class Clock:
     """Times a stage's work: host time on the CPU, device time by events on CUDA (the host never waits in `mark`)."""
 
     def __init__(self, device: torch.device) -> None:
-        """Anchor the clock to Unix time."""
         self._device = device
         self._origin: torch.cuda.Event | None = None
         if device.type == "cuda":
@@ -152,14 +131,10 @@ class Clock:
 
 
 class RandomStream:
-    """A random stream of its own: inside `with stream:` the default generators draw from it, outside nothing changes.
-
-    The generators are those a module on `device` draws from: the CPU's, and on CUDA the device's too.
-    """
+    """A random stream of its own: inside `with stream:` the default generators draw from it, and only there."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
-        """Start the stream at `seed`."""
-        self._generators = [torch.default_generator]
+        self._generators = [torch.default_generator]  # a module on a GPU may draw from either
         if device.type == "cuda":
             torch.cuda.init()
             self._generators.append(torch.cuda.default_generators[device.index or 0])
@@ -182,7 +157,6 @@ class RandomStream:
         self._own = list(state.split([own.numel() for own in self._own]))
 
     def _swap(self, states: list[Tensor]) -> list[Tensor]:
-        """Give the generators these states, and return those they had."""
         before = [generator.get_state() for generator in self._generators]
         for generator, state in zip(self._generators, states, strict=True):
             generator.set_state(state)
@@ -191,12 +165,7 @@ class RandomStream:
 
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Run with the default generators seeded, and leave them as they were: the CPU's, and all GPUs' once in use.
-
-    Args:
-        seed: The seed.
-        device: A GPU that is used inside, if any.
-    """
+    """Run with the default generators (the CPU's, and all GPUs' once `device` or another is in use) seeded."""
     if device is not None and device.type == "cuda":
         torch.cuda.init()
     # torch.manual_seed would seed all GPUs, unforked ones too, and those of a CUDA that is only started later.

@@ -23,7 +23,6 @@ class ReportedError(Exception):
     """
 
     def __init__(self, text: str, *, code: str, key: str | None = None) -> None:
-        """Keep text, code and key; see the module's docstring for how a text names settings."""
         super().__init__(text)
         self.text = text
         self.code = code
@@ -35,7 +34,6 @@ class ReportedError(Exception):
         self._names = names
 
     def __str__(self) -> str:
-        """Return the text in the words of whoever shows it."""
         return _KEY.sub(lambda found: f"`{self._names.get(found[1], found[1])}`", self.text)
 
 
@@ -57,14 +55,7 @@ def first_line(error: BaseException) -> str:
 
 
 def waited_too_long(who: str, what: str, waited: float, bound: float) -> LinkError:
-    """Return the error of a wait whose bound is over.
-
-    Args:
-        who: Name of the stage or rank that waited.
-        what: The thing it waited for, and from whom.
-        waited: Seconds that it waited.
-        bound: Seconds that it was allowed to.
-    """
+    """Return the error of a wait whose bound is over: `who` waited for `what` (with its source), in seconds."""
     return LinkError(
         f"{who} waited {waited:.1f} s for {what}: the bound of {bound:g} s is over; raise `links.timeout_seconds` if "
         "the other side is only slow",
@@ -79,18 +70,11 @@ LAUNCHER_GONE = "the launcher is gone: its store does not answer"
 
 @dataclass(frozen=True)
 class Fault:
-    """The reason why a run ends early, as one rank tells it to all.
-
-    Attributes:
-        text: One line.
-        rank: The rank that found it.
-        usage: True if the user's input is at fault (exit code 2) rather than the training (1).
-        code: Code of the error that the rank raised.
-    """
+    """The reason why a run ends early, as one rank tells it to all."""
 
     text: str
-    rank: int
-    usage: bool
+    rank: int  # the one that found it
+    usage: bool  # True if the user's input is at fault (exit code 2) rather than the training (1)
     code: str
 
     @staticmethod
@@ -105,6 +89,5 @@ class PeerError(TrainingError):
     """This rank ends because another one reported a fault."""
 
     def __init__(self, fault: Fault) -> None:
-        """Take over the text and the code of the fault."""
         super().__init__(fault.text, code=fault.code)
         self.fault = fault

@@ -9,16 +9,7 @@ from decoupled_pp.core.errors import UsageError
 
 
 def import_extra(package: str, key: str, value: str) -> ModuleType:
-    """Import a package of the extra `hf`.
-
-    Args:
-        package: Its name, such as `transformers`.
-        key: The setting that needs it.
-        value: The value of that setting.
-
-    Raises:
-        UsageError: The package is not installed.
-    """
+    """Import a package of the extra `hf` that the setting `key` needs for its `value`; UsageError if it is missing."""
     try:
         return importlib.import_module(package)
     except ImportError:

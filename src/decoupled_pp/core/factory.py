@@ -13,15 +13,7 @@ from decoupled_pp.core.errors import UsageError
 
 
 def import_factory(reference: str, key: str) -> Callable[..., Any]:
-    """Import what `reference` names; the working directory is searched too, as with `python -m`.
-
-    Args:
-        reference: `package.module:function`.
-        key: Key of the setting it came from, for the error.
-
-    Raises:
-        UsageError: It does not import, or is not callable.
-    """
+    """Import what `reference` (`package.module:function`, from the setting `key`) names, else raise UsageError."""
     module_name, colon, name = reference.partition(":")
     if not (module_name and colon and name):
         raise UsageError(
@@ -32,15 +24,9 @@ def import_factory(reference: str, key: str) -> Callable[..., Any]:
         sys.path.append(here)
     try:
         function = getattr(importlib.import_module(module_name), name, None)
-    except ImportError as error:
+    except Exception as error:  # it is not there, or whatever its own code does when it is run
         raise UsageError(
-            f"`{key}`: cannot import {reference!r}: {error}; check the name and PYTHONPATH",
-            code="factory-not-importable",
-            key=key,
-        ) from error
-    except Exception as error:  # whatever the module's own code does when it is run
-        raise UsageError(
-            f"`{key}`: cannot import {reference!r}: {type(error).__name__}: {error}; correct the module",
+            f"`{key}`: cannot import {reference!r}: {type(error).__name__}: {error}; check name, PYTHONPATH and module",
             code="factory-not-importable",
             key=key,
         ) from error
@@ -58,11 +44,7 @@ def import_factory(reference: str, key: str) -> Callable[..., Any]:
 
 
 def call_factory(reference: str, key: str, *given: object, **arguments: Any) -> Any:
-    """Call what `reference` names with what we give and the `arguments` of the settings.
-
-    Raises:
-        UsageError: It does not import, or does not take these arguments.
-    """
+    """Call what `reference` names with what we give and the settings' `arguments`; UsageError if it takes others."""
     function = import_factory(reference, key)
     try:
         inspect.signature(function).bind(*given, **arguments)

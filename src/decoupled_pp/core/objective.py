@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeAlias
+from typing import ClassVar, TypeAlias
 
 from torch import Tensor, nn
 
@@ -36,24 +36,17 @@ class View:
     delta: Payload = ()
 
 
-class Critic(nn.Module):
-    """A critic that is more than logits and the run's loss; any other module that makes logits is a plain critic.
-
-    Attributes:
-        late: True if its rider exists only once `objective` has run: then the packet leaves after that.
-        follows_input: True if `objective` differentiates with respect to `View.inputs`.
-        needs_first: True if it needs `View.first`.
-        exits: True if its logits are an exit of the network; else `forward` is never called for evaluation.
-    """
+class Judge:
+    """Judges the output of a stage: a `Critic`, or what `judge_of` makes of some logits."""
 
     late: ClassVar[bool] = False
     follows_input: ClassVar[bool] = False
     needs_first: ClassVar[bool] = False
     exits: ClassVar[bool] = True
 
-    @abstractmethod
-    def forward(self, hidden: Payload) -> Tensor:
-        """Return logits shaped like the network's output: the prediction of the exit after this stage."""
+    def __call__(self, hidden: Payload, /) -> Tensor:
+        """Return the logits."""
+        raise NotImplementedError
 
     def objective(self, view: View, loss: Loss) -> Tensor:
         """Return the scalar that trunk and critic lower; by default the run's loss on the critic's logits.
@@ -69,44 +62,27 @@ class Critic(nn.Module):
         return ()
 
 
-class Judge(Protocol):
-    """Judges the output of a stage: a `Critic`, or one of the two adapters that `judge_of` chooses.
+class Critic(nn.Module, Judge):
+    """A critic that is more than logits and the run's loss; any other module that makes logits is a plain critic.
 
-    The members are those of `Critic`.
+    Attributes:
+        late: True if its rider exists only once `objective` has run: then the packet leaves after that.
+        follows_input: True if `objective` differentiates with respect to `View.inputs`.
+        needs_first: True if it needs `View.first`.
+        exits: True if its logits are an exit of the network; else `forward` is never called for evaluation.
     """
 
-    @property
-    def late(self) -> bool: ...  # noqa: D102
-    @property
-    def follows_input(self) -> bool: ...  # noqa: D102
-    @property
-    def needs_first(self) -> bool: ...  # noqa: D102
-    @property
-    def exits(self) -> bool: ...  # noqa: D102
-    def __call__(self, hidden: Payload, /) -> Tensor: ...  # noqa: D102
-    def objective(self, view: View, loss: Loss) -> Tensor: ...  # noqa: D102
-    def rider(self, view: View) -> Payload: ...  # noqa: D102
+    @abstractmethod
+    def forward(self, hidden: Payload) -> Tensor:
+        """Return logits shaped like the network's output: the prediction of the exit after this stage."""
 
 
-class _LogitsJudge:
-    """Judges a stage by the run's loss on some logits, and sends nothing along."""
-
-    late = False
-    follows_input = False
-    needs_first = False
-    exits = True
-
+class _LogitsJudge(Judge):
     def __init__(self, logits: Callable[[Payload], Tensor]) -> None:
         self._logits = logits
 
-    def __call__(self, hidden: Payload) -> Tensor:
+    def __call__(self, hidden: Payload, /) -> Tensor:
         return self._logits(hidden)
-
-    def objective(self, view: View, loss: Loss) -> Tensor:
-        return loss(self._logits(view.hidden), view.target)
-
-    def rider(self, view: View) -> Payload:
-        return ()
 
 
 def judge_of(critic: nn.Module | None) -> Judge:

@@ -15,10 +15,8 @@ from decoupled_pp.core.errors import UsageError
 Payload: TypeAlias = Tensor | tuple[Tensor, ...]
 """The data between layers: one tensor, or a flat tuple of tensors (of any dtypes and shapes)."""
 
-
 Batch: TypeAlias = tuple[Payload, Payload]
 """(input, target) of one micro-batch; dimension 0 of every tensor is the batch."""
-
 
 Loss: TypeAlias = Callable[[Tensor, Payload], Tensor]
 """loss(logits, target) -> scalar, the mean over the micro-batch."""
@@ -36,21 +34,13 @@ class PacketKind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Packet:
-    """One message of the pipeline: a micro-batch on its way forward, or a marker between micro-batches.
-
-    Attributes:
-        kind: Says what to do with it.
-        number: Sequence number of a TRAIN packet (from 0); for other kinds the count of TRAIN packets before it.
-        payload: Activations; dimension 0 is the batch. An empty tuple in markers.
-        target: Targets of the micro-batch; they ride along to every stage. An empty tuple in markers.
-        rider: Tensors that a critic sends to the next stage's critic (`objective.Critic.rider`); usually none.
-    """
+    """One message of the pipeline: a micro-batch on its way forward, or a marker between micro-batches."""
 
     kind: PacketKind
-    number: int
-    payload: Payload = ()
-    target: Payload = ()
-    rider: Payload = ()
+    number: int  # sequence number of a TRAIN packet, from 0; for other kinds the count of TRAIN packets before it
+    payload: Payload = ()  # activations; dimension 0 is the batch
+    target: Payload = ()  # targets of the micro-batch; they ride along to every stage
+    rider: Payload = ()  # tensors that a critic sends to the next stage's critic (`Critic.rider`)
 
     @property
     def samples(self) -> int:

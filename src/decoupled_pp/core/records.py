@@ -24,16 +24,14 @@ class JsonRecord(Mapping[str, Any]):
     kind: ClassVar[str | None] = None
     """If it is set, the object begins with it under the key `kind`."""
 
+    # Every access builds the object anew: records are small, and a cache would be one more field.
     def __getitem__(self, key: str) -> Any:
-        """Returns the value under a JSON key."""
         return self._content()[key]
 
     def __iter__(self) -> Iterator[str]:
-        """Iterates over the JSON keys in the order in which they are written."""
         return iter(self._content())
 
     def __len__(self) -> int:
-        """Returns the number of JSON keys."""
         return len(self._content())
 
     def _content(self) -> dict[str, Any]:

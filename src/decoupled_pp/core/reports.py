@@ -9,90 +9,53 @@ from typing import Any, ClassVar, NamedTuple
 from decoupled_pp.core.records import JsonRecord, tuple_of
 
 PHASES = ("wait_in", "forward", "wait_out", "critic", "backward", "step")
-"""The phases of a stage's work on a training packet, in order; they name the spans in metrics and traces.
-
-Evaluation and checkpoints are spans of their own, `evaluate` and `save`.
-"""
+"""The phases of a stage's work on a training packet, in order; `evaluate` and `save` are spans of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record(JsonRecord):
-    """One record of metrics that a stage posts, and one line of `metrics.jsonl`; its class is told by `kind`.
-
-    Attributes:
-        stage: Index of the stage; with a baseline, the rank.
-    """
+    """One record of metrics that a stage posts, and one line of `metrics.jsonl`; its class is told by `kind`."""
 
     kind: ClassVar[str]
-    stage: int
+    stage: int  # with a baseline, the rank
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRecord(Record):
-    """The progress of a stage since its last record of this kind.
-
-    Attributes:
-        packet: Number of its last training packet.
-        step: Optimizer steps done.
-        samples: Training samples done.
-        loss: Mean training loss since the record before; None if this rank knows no loss, or it was not finite.
-        samples_per_second: Samples per second since the record before.
-        busy_fraction: Share of that time in which the stage computed.
-        queue: Packets that wait for the stage.
-        lr: Learning rate now.
-        seconds: Seconds since the start of this run.
-        training_seconds: Seconds since the start without evaluations and checkpoints.
-    """
+    """The progress of a stage since its last record of this kind."""
 
     kind: ClassVar[str] = "train"
-    packet: int
-    step: int
-    samples: int
-    loss: float | None
+    packet: int  # number of its last training packet
+    step: int  # optimizer steps done
+    samples: int  # training samples done
+    loss: float | None  # mean training loss; None if this rank knows no loss, or (in files) it was not finite
     samples_per_second: float
-    busy_fraction: float
-    queue: int
+    busy_fraction: float  # share of the time in which the stage computed
+    queue: int  # packets that wait for the stage
     lr: float
-    seconds: float
-    training_seconds: float
+    seconds: float  # since the start of this run
+    training_seconds: float  # those without evaluations and checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationRecord(Record):
-    """Held-out score of one exit.
-
-    Attributes:
-        step: Optimizer steps done.
-        samples: Training samples done.
-        loss: Mean held-out loss per target; None (in files) if it was not finite.
-        accuracy: Share of targets classified right; None without class targets.
-        knn_accuracy: Share classified right by the nearest training samples, if `validation.knn` asks for it.
-        seconds: Seconds since the start of this run.
-        training_seconds: Seconds since the start without evaluations and checkpoints.
-    """
+    """Held-out score of one exit."""
 
     kind: ClassVar[str] = "validation"
-    step: int
-    samples: int
-    loss: float | None
-    accuracy: float | None
-    knn_accuracy: float | None = field(default=None, metadata={"optional": True})
-    seconds: float
-    training_seconds: float
+    step: int  # optimizer steps done
+    samples: int  # training samples done
+    loss: float | None  # mean held-out loss per target; None (in files) if it was not finite
+    accuracy: float | None  # share of targets classified right; None without class targets
+    knn_accuracy: float | None = field(default=None, metadata={"optional": True})  # see `validation.knn`
+    seconds: float  # since the start of this run
+    training_seconds: float  # those without evaluations and checkpoints
 
 
 class Span(NamedTuple):
-    """Time that a stage spent in one phase of one packet.
+    """Time that a stage spent in one phase of one packet."""
 
-    Attributes:
-        phase: One of `PHASES`, or `evaluate` or `save`.
-        start: In seconds; Unix time while the run goes.
-        seconds: Duration.
-        packet: Number of the packet.
-    """
-
-    phase: str
-    start: float
+    phase: str  # one of `PHASES`, or `evaluate` or `save`
+    start: float  # in seconds; Unix time while the run goes
     seconds: float
     packet: int
 
@@ -160,13 +123,7 @@ class Exit(JsonRecord):
 
 @dataclass(frozen=True)
 class StepSeconds(JsonRecord):
-    """Training seconds from one optimizer update to the next, in steady state.
-
-    Attributes:
-        mean: Mean.
-        p50: Median.
-        p95: 95th percentile.
-    """
+    """Training seconds from one optimizer update to the next, in steady state."""
 
     mean: float
     p50: float
@@ -175,43 +132,25 @@ class StepSeconds(JsonRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class StageSummary(JsonRecord):
-    """The size, times and memory of one stage (with a baseline: of one rank) over the whole run.
-
-    Attributes:
-        stage: Index of the stage; with a baseline, the rank.
-        parameters: Trained parameters, without the critic's.
-        critic_parameters: Parameters of the critic; 0 without one.
-        saved_activation_bytes_peak: Most bytes that autograd held for backward passes; None if never measured.
-        memory_bytes_peak: Most memory of the device (on the CPU: of the process), in bytes.
-        critic_time_fraction: Critic's share of the time of forward, critic and backward; 0 without a critic.
-        busy_fraction: Share of the time in all phases in which the stage computed.
-        wait_in_seconds: Seconds in which it waited for packets.
-        wait_out_seconds: Seconds in which it waited for room in the link behind it.
-        phase_seconds: Phase (`PHASES`) -> its seconds.
-    """
+    """The size, times and memory of one stage (with a baseline: of one rank) over the whole run."""
 
     stage: int
-    parameters: int
-    critic_parameters: int
-    saved_activation_bytes_peak: int | None
-    memory_bytes_peak: int
-    critic_time_fraction: float
-    busy_fraction: float
-    wait_in_seconds: float
-    wait_out_seconds: float
-    phase_seconds: Mapping[str, float]
+    parameters: int  # trained ones, without the critic's
+    critic_parameters: int  # 0 without a critic
+    saved_activation_bytes_peak: int | None  # most that autograd held for backward passes; None if never measured
+    memory_bytes_peak: int  # of the device; on the CPU of the process
+    critic_time_fraction: float  # of the time of forward, critic and backward; 0 without a critic
+    busy_fraction: float  # share of the time in all phases in which the stage computed
+    wait_in_seconds: float  # for packets
+    wait_out_seconds: float  # for room in the link behind it
+    phase_seconds: Mapping[str, float]  # one of `PHASES` -> its seconds
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinkSummary(JsonRecord):
-    """The traffic of one link over the whole run, both its ends added up; the counters are those of `LinkCounters`.
+    """The traffic of one link over the whole run, both its ends added up; the counters are those of `LinkCounters`."""
 
-    Attributes:
-        sender: The stage (with a baseline: the rank) that sends activations; `from` in JSON.
-        receiver: The one that receives them; `to` in JSON.
-    """
-
-    sender: int = field(metadata={"key": "from"})
+    sender: int = field(metadata={"key": "from"})  # a stage; with a baseline, a rank
     receiver: int = field(metadata={"key": "to"})
     packets: int
     payload_bytes_forward: int
@@ -223,15 +162,9 @@ class LinkSummary(JsonRecord):
 
 @dataclass(frozen=True)
 class FinalScores(JsonRecord):
-    """The last scores of the network's own head.
+    """The last scores of the network's own head."""
 
-    Attributes:
-        train_loss: Mean training loss over the last metrics interval.
-        val_loss: Held-out loss at the last evaluation.
-        val_accuracy: Held-out accuracy at the last evaluation.
-    """
-
-    train_loss: float | None
+    train_loss: float | None  # mean over the last metrics interval
     val_loss: float | None
     val_accuracy: float | None
 

@@ -11,15 +11,10 @@ from decoupled_pp.core.errors import UsageError
 
 @dataclass(frozen=True)
 class Place:
-    """The place of one rank in the pipeline.
-
-    Attributes:
-        stage: Index of the stage.
-        replica: Index among the ranks that hold this stage.
-    """
+    """The place of one rank in the pipeline."""
 
     stage: int
-    replica: int = 0
+    replica: int = 0  # among the ranks that hold this stage
 
 
 @dataclass(frozen=True)
@@ -27,21 +22,12 @@ class Topology:
     """The map between ranks and stages: stage outermost, so that the replicas of a stage are neighbours.
 
     Each stage has one replica today; a run with one process holds all stages in it.
-
-    Attributes:
-        stages: Number of stages.
-        ranks: Number of processes: one for all stages, or one for each.
     """
 
     stages: int
-    ranks: int
+    ranks: int  # processes: one for all stages, or one for each
 
     def __post_init__(self) -> None:
-        """Refuse a number of ranks that no stage could be given to.
-
-        Raises:
-            UsageError: There are neither as many ranks as stages nor a single one.
-        """
         if self.ranks not in (1, self.stages):
             remedy = f"start {self.stages} ranks"
             if self.ranks > 0:

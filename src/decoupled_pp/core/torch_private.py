@@ -1,8 +1,7 @@
 """Every private name of torch that the package uses, each behind one function.
 
-Private names may go with any release of torch. `tests/core/test_torch_private.py` tries each of them, so that a new
-release says which one is gone, and refuses private names of torch in any other file. All are there from torch 2.8 (the
-oldest that is supported) to 2.14.
+Private names may go with any release of torch. `tests/core/test_torch_private.py` tries each of them and refuses those
+in any other file. All are there from torch 2.8 (the oldest that is supported) to 2.14.
 """
 
 from __future__ import annotations
@@ -32,10 +31,8 @@ BY_NAME = {
 
 
 def child_modules(module: nn.Module) -> dict[str, nn.Module | None]:
-    """Returns the children by name, to read or to change.
-
-    `named_children()` leaves out `None` and a module that comes twice, and `add_module` refuses names with dots.
-    """
+    """Returns the children by name, to read or to change."""
+    # `named_children()` leaves out `None` and a module that comes twice, and `add_module` refuses names with dots.
     return module._modules
 
 
@@ -65,10 +62,8 @@ def default_store() -> dist.Store:
 
 
 def backend_of(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
-    """Returns the group's backend for a kind of device.
-
-    Calls through the group itself pass torch's dispatcher, at 10 to 50 microseconds each.
-    """
+    """Returns the group's backend for a kind of device."""
+    # Calls through the group itself pass torch's dispatcher, at 10 to 50 microseconds each.
     return cast(dist.ProcessGroup, group._get_backend(device))
 
 

@@ -162,9 +162,7 @@ class VocabularyCritic(Section):
     @model_validator(mode="after")
     def _one_softmax(self) -> VocabularyCritic:
         if self.classes is not None and self.buckets is not None:
-            raise ValueError(
-                "give at most one of `critic.classes` (sampled softmax) and `critic.buckets` (hashed softmax)"
-            )
+            raise ValueError("give at most one of `critic.classes` (sampled) and `critic.buckets` (hashed softmax)")
         return self
 
 
@@ -172,6 +170,7 @@ class FactoryCritic(Factory):
     """Your own critic: `function(context, **arguments)` builds an `nn.Module` from stage output to logits."""
 
 
+# The discriminator makes pydantic try one member alone: otherwise a fault would be reported for every member.
 CriticSettings = Annotated[
     AutoCritic
     | HeadCritic

@@ -22,20 +22,8 @@ A run is one YAML file: `dpp train FILE`. Single values are overridden on the co
 one line. Where a section has a `kind`, its other keys depend on it. `null` means that the key is left out.
 """
 
-_PLAIN = {
-    str: "text",
-    int: "whole number",
-    float: "number",
-    bool: "true or false",
-    type(None): "null",
-    Any: "any value",
-}
+_PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}
 _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-
-
-def main() -> None:
-    """Write the reference to standard output."""
-    sys.stdout.write(reference())
 
 
 def reference() -> str:
@@ -49,17 +37,17 @@ def reference() -> str:
 
 def _section(name: str, field: FieldInfo, kinds: list[type[Section]]) -> str:
     if "kind" not in kinds[0].model_fields or len(kinds) == 1:
-        return f"## `{name}`\n\n{_docstring(kinds[0])}\n\n{_table(kinds[0])}"
+        return f"## `{name}`\n\n{_joined(kinds[0].__doc__)}\n\n{_table(kinds[0])}"
     names = ", ".join(f"`{kinds_of(section)[0]}`" for section in kinds)
     parts = [f"## `{name}`\n\n{field.description} Kinds: {names}.\n"]
     for section in kinds:
         title = f"### `{name}: {{kind: {kinds_of(section)[0]}}}`"
-        parts.append(f"{title}\n\n{_docstring(section)}\n\n{_table(section, without_kind=True)}")
+        parts.append(f"{title}\n\n{_joined(section.__doc__)}\n\n{_table(section, without_kind=True)}")
     return "\n".join(parts)
 
 
-def _docstring(section: type[Section]) -> str:
-    return " ".join((section.__doc__ or "").split())
+def _joined(text: str | None) -> str:
+    return " ".join((text or "").split())
 
 
 def _table(section: type[Section], *, without_kind: bool = False) -> str:
@@ -72,30 +60,25 @@ def _table(section: type[Section], *, without_kind: bool = False) -> str:
 
 
 def _row(name: str, field: FieldInfo) -> str:
-    meaning = " ".join((field.description or "").split())
-    cells = (f"`{name}`", _value(field), _default(field), meaning)
+    value = ", ".join([_type_name(field.annotation), *_constraints(field)])
+    cells = (f"`{name}`", value, _default(field), _joined(field.description))
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _value(field: FieldInfo) -> str:
-    """Return type and bounds of a key, in the terms of YAML."""
-    return ", ".join([type_name(field.annotation), *_constraints(field)])
-
-
-def type_name(annotation: Any) -> str:
+def _type_name(annotation: Any) -> str:
     """Return the name of a type in the terms of YAML."""
     origin = get_origin(annotation)
     arguments = get_args(annotation)
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in arguments)
     if origin is list:
-        return f"list of {type_name(arguments[0])}"
+        return f"list of {_type_name(arguments[0])}"
     if origin is dict:
-        return "mapping" if arguments[1] is Any else f"mapping of text to {type_name(arguments[1])}"
+        return "mapping" if arguments[1] is Any else f"mapping of text to {_type_name(arguments[1])}"
     if section_types(annotation):
         return "section or null" if type(None) in arguments else "section"
     if arguments:  # a union
-        return " or ".join(type_name(part) for part in arguments)
+        return " or ".join(_type_name(part) for part in arguments)
     return _PLAIN[annotation]
 
 
@@ -129,4 +112,4 @@ def _default(field: FieldInfo) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.stdout.write(reference())

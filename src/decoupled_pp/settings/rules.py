@@ -1,7 +1,4 @@
-"""Declares the settings of training rules: what critics learn from, and end-to-end steps between local ones.
-
-A new rule has a section here, if it has options, and one row in `pipeline/rules/table.py`.
-"""
+"""Declares the settings of training rules: what critics learn from, and end-to-end steps between local ones."""
 
 from __future__ import annotations
 
@@ -14,15 +11,10 @@ from decoupled_pp.settings.sections import Section, kinds_of, section_types
 
 
 class RuleSettings(Section):
-    """Base of the sections that choose a training rule (`critic_target`).
+    """Base of the sections that choose a training rule (`critic_target`)."""
 
-    Attributes:
-        critic_passes: Forward passes of a critic per packet; a cut by time counts them.
-        needs_every_packet: True if the rule's critics learn from every packet, so that none may be left out.
-    """
-
-    critic_passes: ClassVar[int] = 1
-    needs_every_packet: ClassVar[bool] = False
+    critic_passes: ClassVar[int] = 1  # forward passes of a critic per packet; a cut by time counts them
+    needs_every_packet: ClassVar[bool] = False  # True if critics learn from every packet, so that none may be left out
 
     kind: str
 

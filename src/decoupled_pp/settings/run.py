@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.settings.critics import AutoCritic, CriticSettings
 from decoupled_pp.settings.rules import CorrectionSettings, CriticTargetSettings, LabelTarget, refuse_rules
-from decoupled_pp.settings.sections import DataSettings, HuggingFaceModel, ModelSettings, Section, in_scripts
+from decoupled_pp.settings.sections import DataSettings, HuggingFaceModel, ModelSettings, Section
 
 
 class OptimizerSettings(Section):
@@ -28,14 +28,10 @@ class OptimizerSettings(Section):
     @model_validator(mode="after")
     def _one_rate(self) -> OptimizerSettings:
         if "lr" in self.arguments:
-            raise ValueError(
-                f"`optimizer.arguments.lr` {self.arguments['lr']} would override `optimizer.lr` {self.lr}; give the "
-                "latter alone"
-            )
+            second = f"`optimizer.arguments.lr` {self.arguments['lr']}"
+            raise ValueError(f"{second} would override `optimizer.lr` {self.lr}; give the latter alone")
         if any(factor < 0 for factor in self.lr_per_stage or ()):
-            raise ValueError(
-                f"`optimizer.lr_per_stage` {self.lr_per_stage} must not be negative; give 0 to freeze a stage"
-            )
+            raise ValueError(f"`optimizer.lr_per_stage` {self.lr_per_stage} is negative; give 0 to freeze a stage")
         return self
 
     def freezes(self, index: int) -> bool:
@@ -78,6 +74,7 @@ class StageSettings(Section):
 
     accumulate: int = Field(1, ge=1)
     """Packets (micro-batches) whose gradients are averaged in one optimizer step."""
+    # Infinity clips nothing.
     clip_norm: float | None = Field(None, gt=0, allow_inf_nan=True)
     """Largest gradient norm of a stage (its critic included); default: no clipping."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -112,9 +109,9 @@ class LinkSettings(Section):
 class ValidationSettings(Section):
     """Held-out evaluation of every exit, flowing forward between training packets."""
 
-    every: int | None = Field(None, ge=1, json_schema_extra=in_scripts("validate_every"))
+    every: int | None = Field(None, ge=1, json_schema_extra={"in_scripts": "validate_every"})
     """Optimizer steps between validations; default: only at the end."""
-    batches: int | None = Field(None, ge=1, json_schema_extra=in_scripts("validation_batches"))
+    batches: int | None = Field(None, ge=1, json_schema_extra={"in_scripts": "validation_batches"})
     """Validation micro-batches per pass; default: all."""
     knn: int | None = Field(None, ge=1)
     """Also score every stage's output by a vote of this many nearest training samples; default: do not."""
@@ -125,9 +122,9 @@ class ValidationSettings(Section):
 class CheckpointSettings(Section):
     """Saving the run."""
 
-    every: int | None = Field(None, ge=1, json_schema_extra=in_scripts("save_every"))
+    every: int | None = Field(None, ge=1, json_schema_extra={"in_scripts": "save_every"})
     """Optimizer steps between checkpoints; default: only at the end (and on Ctrl-C)."""
-    keep: int = Field(2, ge=1, json_schema_extra=in_scripts("keep_checkpoints"))
+    keep: int = Field(2, ge=1, json_schema_extra={"in_scripts": "keep_checkpoints"})
     """Checkpoints to keep."""
     refresh_tied: bool = False
     """At every checkpoint the first user of a weight that was tied (the token embedding) takes what the last one (the
@@ -137,7 +134,7 @@ class CheckpointSettings(Section):
 class MetricsSettings(Section):
     """When metrics are flushed."""
 
-    every: int = Field(50, ge=1, json_schema_extra=in_scripts("log_every"))
+    every: int = Field(50, ge=1, json_schema_extra={"in_scripts": "log_every"})
     """Packets between two flushes of the metrics of a stage (non-finite losses are found then too)."""
 
 
@@ -265,34 +262,26 @@ class Settings(Section):
                 key="checkpoint.every",
             )
         if isinstance(self.cut, list) and (len(self.cut) != self.stages or min(self.cut, default=0) < 1):
-            raise ValueError(
-                f"`cut` {self.cut} must have {self.stages} entries (`stages`), each at least 1; list the layers per "
-                "stage"
-            )
+            wanted = f"{self.stages} entries (`stages`), each at least 1"
+            raise ValueError(f"`cut` {self.cut} must have {wanted}; list the layers per stage")
         if isinstance(self.model, HuggingFaceModel) and self.model.meta:
             self._refuse_whole_network()
+        steps = f"`training.steps` {self.training.steps}"
         if self.schedule.warmup >= self.training.steps:
-            raise ValueError(
-                f"`schedule.warmup` {self.schedule.warmup} leaves none of `training.steps` {self.training.steps}; "
-                "lower the one or raise the other"
-            )
+            raise ValueError(f"`schedule.warmup` {self.schedule.warmup} leaves none of {steps}; lower it")
         if (self.validation.every or 0) > self.training.steps:
-            raise ValueError(
-                f"`validation.every` {self.validation.every} is more than `training.steps` {self.training.steps}; "
-                "lower it, or leave it out (null) to validate only at the end"
-            )
+            remedy = "lower it, or leave it out (null) to validate only at the end"
+            raise ValueError(f"`validation.every` {self.validation.every} is more than {steps}; {remedy}")
         self._refuse_unused_schedule()
         return self
 
     def _refuse_whole_network(self) -> None:
-        """Raise ValueError for settings that need the whole network, which a model on the meta device never is."""
         needs_it = {"strategy": self.strategy != "decoupled", "sample": self.sample, "start_from": self.start_from}
         for key, value in needs_it.items():
             if value:
                 raise ValueError(f"`{key}` needs the whole network in one process; leave it or `model.meta` out")
 
     def _refuse_unused_schedule(self) -> None:
-        """Raise ValueError for options of the schedule that its kind lacks, or does not use."""
         kind = self.schedule.kind
         if kind == "steps" and not self.schedule.milestones:
             raise ValueError("`schedule.kind` steps needs `schedule.milestones`; give a list of steps")
@@ -300,10 +289,8 @@ class Settings(Section):
         for key, kinds in users.items():
             changed = getattr(self.schedule, key) != getattr(ScheduleSettings(), key)
             if changed and kind not in kinds:
-                raise ValueError(
-                    f"`schedule.{key}` has no effect with `schedule.kind` {kind}; leave it out, or use kind "
-                    f"{' or '.join(kinds)}"
-                )
+                remedy = f"leave it out, or use kind {' or '.join(kinds)}"
+                raise ValueError(f"`schedule.{key}` has no effect with `schedule.kind` {kind}; {remedy}")
 
     @property
     def folder(self) -> Path:

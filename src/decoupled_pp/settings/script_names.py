@@ -1,35 +1,26 @@
 """Maps fields of sections to the arguments of `Trainer`, `fit` and `partition` that set them in a script.
 
-Sections are the only declaration of an option. A script may give a section as a dictionary,
-`training={"clip_norm": 1}`, or its fields as arguments, `clip_norm=1`; this table says which argument is which field.
+A script may give a section as a dictionary, `training={"clip_norm": 1}`, or its fields as arguments, `clip_norm=1`.
 """
 
 from __future__ import annotations
 
 from types import MappingProxyType
 
-from decoupled_pp.settings.run import (
-    BalanceSettings,
-    CheckpointSettings,
-    LinkSettings,
-    MetricsSettings,
-    StageSettings,
-    TrainingSettings,
-    ValidationSettings,
-)
+from decoupled_pp.settings import run
 from decoupled_pp.settings.sections import Section
 
+# Not all fields of a run's `logging` make sense in a script, which writes no files.
 _SECTIONS: dict[str, type[Section]] = {
-    "training": TrainingSettings,
-    "links": LinkSettings,
-    "validation": ValidationSettings,
-    "checkpoint": CheckpointSettings,
-    "logging": MetricsSettings,
-    "balance": BalanceSettings,
+    "training": run.TrainingSettings,
+    "links": run.LinkSettings,
+    "validation": run.ValidationSettings,
+    "checkpoint": run.CheckpointSettings,
+    "logging": run.MetricsSettings,
+    "balance": run.BalanceSettings,
 }
 
-TRAINER_SECTIONS: dict[str, type[Section]] = {**_SECTIONS, "training": StageSettings}
-del TRAINER_SECTIONS["balance"]
+TRAINER_SECTIONS = {key: kind for key, kind in _SECTIONS.items() if key != "balance"} | {"training": run.StageSettings}
 """The sections that `Trainer` takes: key in the settings -> class."""
 
 

@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, a yes/no value is no number, and checked settings are frozen."""
 
+    # Infinity passes a bound such as `gt=0`, and NaN makes every later comparison false.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     @model_validator(mode="before")
@@ -40,11 +41,6 @@ def kinds_of(section: type[Section]) -> tuple[str, ...]:
     return () if field is None else get_args(field.annotation)
 
 
-def in_scripts(name: str) -> dict[str, Any]:
-    """Give a field the name that it has as an argument in a script; without, it is the field's own name."""
-    return {"in_scripts": name}
-
-
 class Factory(Section):
     """A part of your own, made by a function that is named here."""
 
@@ -53,9 +49,6 @@ class Factory(Section):
     """`package.module:function`."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments for the function."""
-
-
-# ---------------------------------------------------------------------------------------------------------- model
 
 
 class GptModel(Section):
@@ -74,9 +67,8 @@ class GptModel(Section):
     @model_validator(mode="after")
     def _width_divides(self) -> GptModel:
         if self.width % self.heads:
-            raise ValueError(
-                f"`model.width` {self.width} is not a multiple of `model.heads` {self.heads}; change one of them"
-            )
+            heads = f"`model.heads` {self.heads}"
+            raise ValueError(f"`model.width` {self.width} is not a multiple of {heads}; change one of them")
         return self
 
 
@@ -142,9 +134,6 @@ class HuggingFaceModel(Section):
 ModelSettings = Annotated[
     GptModel | ResnetModel | VggModel | MlpModel | HuggingFaceModel | FactoryModel, Field(discriminator="kind")
 ]
-
-
-# ----------------------------------------------------------------------------------------------------------- data
 
 
 class BatchSettings(Section):
@@ -253,32 +242,18 @@ class HuggingFaceData(TokenSettings):
     """Samples in the shuffle buffer when streaming."""
 
     @model_validator(mode="after")
-    def _one_column(self) -> HuggingFaceData:
+    def _fits_together(self) -> HuggingFaceData:
         if (self.text_column is None) == (self.image_column is None):
             raise ValueError("give exactly one of `data.text_column` and `data.image_column`")
-        return self
-
-    @model_validator(mode="after")
-    def _one_target(self) -> HuggingFaceData:
         if self.label_column is not None and self.label_column in {self.text_column, self.image_column}:
-            raise ValueError(
-                f"`data.label_column` names the same column, {self.label_column!r}, as `data.text_column` or "
-                "`data.image_column`; name another one"
-            )
+            same = f"names the same column, {self.label_column!r}, as `data.text_column` or `data.image_column`"
+            raise ValueError(f"`data.label_column` {same}; name another one")
         if self.target != "next_token" and (self.image_column or self.label_column):
-            raise ValueError(
-                f"`data.target` {self.target} is for text without labels; leave `data.label_column` and "
-                "`data.image_column` out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _builder_has_files(self) -> HuggingFaceData:
+            remedy = "leave `data.label_column` and `data.image_column` out"
+            raise ValueError(f"`data.target` {self.target} is for text without labels; {remedy}")
         if self.path in BUILDERS and self.data_files is None:  # it would read whatever lies in the working directory
-            raise ValueError(
-                f"`data.path` {self.path!r} is a builder and needs `data.data_files`, e.g. {{train: 'texts/*'}}; give "
-                "them, or name a folder or a data set on the hub"
-            )
+            remedy = "give them, e.g. {train: 'texts/*'}, or name a folder or a data set on the hub"
+            raise ValueError(f"`data.path` {self.path!r} is a builder and needs `data.data_files`; {remedy}")
         return self
 
 

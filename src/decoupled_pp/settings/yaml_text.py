@@ -36,11 +36,7 @@ for _side in (_Loader, _Dumper):
 
 
 def read_yaml(text: str) -> Any:
-    """Return the value that a YAML text holds.
-
-    Raises:
-        yaml.YAMLError: It is not YAML, or a key stands twice in one mapping.
-    """
+    """Return the value that a YAML text holds; raises yaml.YAMLError, also for a key that stands twice."""
     return yaml.load(text, _Loader)
 
 
