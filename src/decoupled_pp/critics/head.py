@@ -62,6 +62,7 @@ class SequenceHead(nn.Module):
             mean = rows.mean(dim=1)
         else:
             weights = mask[..., None].to(rows.dtype)
+            # A row of padding alone is 0 / 1, not 0 / 0.
             mean = (rows * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
         logits: Tensor = self.linear(mean)
         return logits
