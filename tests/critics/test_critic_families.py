@@ -9,7 +9,7 @@ from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import CriticContext
 from decoupled_pp.critics import build_critic, check_critic
 from decoupled_pp.critics.auglocal import AuglocalChain
-from decoupled_pp.critics.head import ImageHead, TokenHead, matching_head
+from decoupled_pp.critics.head import LinearHead, TokenHead, matching_head
 from decoupled_pp.models import build_model
 from decoupled_pp.settings.critics import AutoCritic, FactoryCritic, HeadCritic, MlpSrCritic
 from decoupled_pp.settings.sections import GptModel, ResnetModel
@@ -23,8 +23,8 @@ def context(hidden, output, stage=0):
 @pytest.mark.parametrize(
     ("hidden", "output", "name"),
     [
-        ((2, 6, 5, 4), (2, 10), "ImageHead"),
-        ((2, 6), (2, 10), "VectorHead"),
+        ((2, 6, 5, 4), (2, 10), "LinearHead"),
+        ((2, 6), (2, 10), "LinearHead"),
         ((2, 5, 6), (2, 5, 11), "TokenHead"),
         ((2, 5, 6), (2, 10), "SequenceHead"),
     ],
@@ -175,7 +175,7 @@ def test_the_default_goes_by_the_form_of_the_output(context_of):
     gpt = build_model(GptModel(kind="gpt", width=8, depth=2, heads=2), DataInfo("tokens", (6,), 11))
     assert isinstance(build_critic(AutoCritic())(context_of(gpt, torch.zeros(2, 6, dtype=torch.int64), 2)), TokenHead)
     own = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.LazyLinear(5))
-    assert isinstance(build_critic(AutoCritic())(context_of(own, torch.randn(2, 3, 9, 9), 1)), ImageHead)
+    assert isinstance(build_critic(AutoCritic())(context_of(own, torch.randn(2, 3, 9, 9), 1)), LinearHead)
 
 
 def test_padding_is_left_out_of_the_mean_over_a_sequence():

@@ -58,7 +58,8 @@ def build_auglocal(settings: AuglocalCritic, context: CriticContext) -> nn.Modul
 def pyramidal_depth(depth: int, pyramid: float, stage: int, stages: int) -> int:
     """Return the depth of the critic of one stage: deeper near the input.
 
-    max(1, round(d(1 - c s) + c s)) with s = stage / (K - 2), the position among the K - 1 critics (0 if there is one).
+    max(1, round(d(1 - c s) + c s)) with s = stage / (K - 2), the position among the K - 1 critics (0 if there is one);
+    c is `pyramid`, the share taken off linearly towards the last critic.
 
     Source: Ma et al. 2024, section 3.3 (pyramidal depth), minimal depth 1.
     """
@@ -67,9 +68,9 @@ def pyramidal_depth(depth: int, pyramid: float, stage: int, stages: int) -> int:
 
 
 def sampled_indices(last: int, layers: int, depth: int) -> tuple[int, ...]:
-    """Return the indices of the layers that a critic copies.
+    """Return the indices of the layers that a critic copies, strictly increasing; empty if none remain above the stage.
 
-    round(l + (n-l-1)/d i), i = 1..d; all that remain if d >= n-1-l.
+    round(l + (n-l-1)/d i), i = 1..d; all that remain if d >= n-1-l. l is `last`, n `layers`, d `depth`.
 
     Source: Ma et al. 2024, section 3.2 (uniform selection).
     """

@@ -50,7 +50,7 @@ class Collaborative(Critic):
         soft_targets = (consensus / self.temperature).softmax(dim=-1)
         log_probabilities = functional.log_softmax(logits / self.temperature, dim=-1)
         cross_entropy: Tensor = -(soft_targets * log_probabilities).sum(dim=-1).mean()
-        return cross_entropy * self.temperature**2
+        return cross_entropy * self.temperature**2  # softening divides the gradient by about as much
 
 
 def _with_scaled_gradient(tensor: Tensor, factor: float) -> Tensor:

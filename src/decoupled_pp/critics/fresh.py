@@ -25,7 +25,10 @@ def fresh_copy(layer: nn.Module, name: str) -> nn.Module:
 
 
 def make_fresh(layer: nn.Module, name: str) -> nn.Module:
-    """Re-initialise `layer` in place from torch's global generator; nothing in it is frozen or works in place after."""
+    """Re-initialise `layer`, a copy, from torch's global generator; nothing in it is frozen or works in place after.
+
+    Returns the same module, in training mode; `name` is its name in an error.
+    """
     with torch.no_grad():
         _reset(layer, "", name)
     return _made_trainable(layer)

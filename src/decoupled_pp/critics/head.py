@@ -15,21 +15,8 @@ from decoupled_pp.critics.fresh import trainable_copy
 from decoupled_pp.settings.critics import HeadCritic
 
 
-class ImageHead(nn.Module):
-    """Global average pool and linear layer: (B, C, H, W) -> (B, K)."""
-
-    def __init__(self, channels: int, outputs: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(channels, outputs)
-
-    def forward(self, hidden: Payload) -> Tensor:
-        """Judge a stage's output."""
-        logits: Tensor = self.linear(first_tensor(hidden).mean(dim=(2, 3)))
-        return logits
-
-
-class VectorHead(nn.Module):
-    """Linear layer: (B, D) -> (B, K)."""
+class LinearHead(nn.Module):
+    """Linear layer, for images behind global average pooling: (B, C, H, W) or (B, D) -> (B, K)."""
 
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__()
@@ -37,7 +24,8 @@ class VectorHead(nn.Module):
 
     def forward(self, hidden: Payload) -> Tensor:
         """Judge a stage's output."""
-        logits: Tensor = self.linear(first_tensor(hidden))
+        features = first_tensor(hidden)
+        logits: Tensor = self.linear(features.mean(dim=(2, 3)) if features.dim() == 4 else features)
         return logits
 
 
@@ -74,6 +62,7 @@ class SequenceHead(nn.Module):
             mean = rows.mean(dim=1)
         else:
             weights = mask[..., None].to(rows.dtype)
+            # A row of padding alone is 0 / 1, not 0 / 0.
             mean = (rows * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
         logits: Tensor = self.linear(mean)
         return logits
@@ -87,7 +76,7 @@ def padding_mask(payload: Payload) -> Tensor | None:
 
 
 def matching_head(hidden: Payload, output: Tensor, stage: int) -> nn.Module:
-    """Build the head that turns `hidden` into logits shaped like the network's output."""
+    """Build a fresh head from samples like `hidden`, in its dtype and on its device, to logits shaped like `output`."""
     first = first_tensor(hidden)
     if not first.is_floating_point():
         raise UsageError(
@@ -99,10 +88,8 @@ def matching_head(hidden: Payload, output: Tensor, stage: int) -> nn.Module:
     head: nn.Module
     width = first.shape[-1] if first.dim() else 0
     match first.dim(), output.dim():
-        case 4, 2:
-            head = ImageHead(first.shape[1], output.shape[1])
-        case 2, 2:
-            head = VectorHead(width, output.shape[1])
+        case 4 | 2, 2:
+            head = LinearHead(first.shape[1], output.shape[1])
         case 3, 3 if first.shape[1] == output.shape[1]:
             head = TokenHead(width, output.shape[2])
         case 3, 2:

@@ -13,7 +13,7 @@ from decoupled_pp.core.packets import Loss, Payload, first_tensor
 from decoupled_pp.critics.requirements import critic_unfit, judged_tensor, relative_position
 from decoupled_pp.settings.critics import InfoproCritic
 
-_EPSILON = 1e-8
+_EPSILON = 1e-8  # a channel of one value would divide by 0
 
 
 class Infopro(Critic):
@@ -64,6 +64,7 @@ class Infopro(Critic):
         enlarged = functional.interpolate(
             first_tensor(view.hidden), size=self.size, mode="bilinear", align_corners=True
         )
+        # With logits: sigmoid and logarithm in one lose no digits where the decoder is sure of a pixel.
         rebuilt = functional.binary_cross_entropy_with_logits(self.decoder(enlarged), image)
         return self.reconstruction * rebuilt + self.prediction * loss(self(view.hidden), view.target)
 

@@ -14,11 +14,8 @@ from decoupled_pp.core.packets import Payload, first_tensor
 from decoupled_pp.critics.requirements import judged_tensor
 from decoupled_pp.settings.critics import LlsCritic
 
-LOWEST = 50.0
-"""Frequency of the first class."""
-
-HIGHEST = 512.0
-"""Frequency of the last class."""
+LOWEST = 50.0  # frequency of the first class
+HIGHEST = 512.0  # of the last one
 
 
 def sinusoids(classes: int, features: int) -> Tensor:

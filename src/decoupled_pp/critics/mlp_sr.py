@@ -34,60 +34,47 @@ class _NormalisedLayers(nn.Sequential):
         return features
 
 
-def _linear_part(width: int, outputs: int, linears: int) -> nn.Sequential:
-    parts: list[nn.Module] = []
-    for _ in range(linears):
-        parts += [nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()]
-    return _NormalisedLayers(*parts, nn.Linear(width, outputs))
-
-
-class ImageMlpSr(nn.Module):
-    """The whole critic, for images.
+class MlpSr(nn.Module):
+    """The whole critic for images; for vectors (B, D) the linear part alone.
 
     (B, C, H, W) -> pool to a quarter -> n x (conv1x1, BN, ReLU) -> pool to 2x2 -> m x (linear, BN, ReLU), linear
     -> (B, K).
     """
 
-    def __init__(self, channels: int, reduced: tuple[int, int], outputs: int, settings: MlpSrCritic) -> None:
+    def __init__(self, width: int, reduced: tuple[int, int] | None, outputs: int, settings: MlpSrCritic) -> None:
         super().__init__()
         self.reduced = reduced
         parts: list[nn.Module] = []
-        for _ in range(settings.convolutions):
-            parts += [nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
-        self.convolutions = _NormalisedLayers(*parts)
-        self.linears = _linear_part(4 * channels, outputs, settings.linears)
+        if reduced is not None:
+            for _ in range(settings.convolutions):
+                parts += [nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            self.convolutions = _NormalisedLayers(*parts)
+            width = 4 * width
+        parts = []
+        for _ in range(settings.linears):
+            parts += [nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()]
+        self.linears = _NormalisedLayers(*parts, nn.Linear(width, outputs))
 
     def forward(self, hidden: Payload) -> Tensor:
         """Judge a stage's output."""
-        features = self.convolutions(F.adaptive_avg_pool2d(first_tensor(hidden), self.reduced))
-        logits: Tensor = self.linears(F.adaptive_avg_pool2d(features, 2).flatten(1))
-        return logits
-
-
-class VectorMlpSr(nn.Module):
-    """The linear part alone, for vectors: (B, D) -> m x (linear, BN, ReLU), linear -> (B, K)."""
-
-    def __init__(self, width: int, outputs: int, settings: MlpSrCritic) -> None:
-        super().__init__()
-        self.linears = _linear_part(width, outputs, settings.linears)
-
-    def forward(self, hidden: Payload) -> Tensor:
-        """Judge a stage's output."""
-        logits: Tensor = self.linears(first_tensor(hidden))
+        features = first_tensor(hidden)
+        if self.reduced is not None:
+            features = self.convolutions(F.adaptive_avg_pool2d(features, self.reduced))
+            features = F.adaptive_avg_pool2d(features, 2).flatten(1)
+        logits: Tensor = self.linears(features)
         return logits
 
 
 def build_mlp_sr(settings: MlpSrCritic, context: CriticContext) -> nn.Module:
     """Build the MLP-SR critic of one stage; the spatial reduction is to ceil(H/4) x ceil(W/4).
 
+    Token sequences are refused: the linear layers would mix positions, and so show each one its future.
+
     Source: Belilovsky et al. 2020 (1901.08164), section 5 and appendix, "MLP-SR-aux".
     """
     hidden = judged_tensor("mlp_sr", context)
-    outputs = context.output.shape[1]
-    critic: nn.Module
+    reduced = None
     if hidden.dim() == 4:
         reduced = (-(-hidden.shape[2] // 4), -(-hidden.shape[3] // 4))
-        critic = ImageMlpSr(hidden.shape[1], reduced, outputs, settings)
-    else:
-        critic = VectorMlpSr(hidden.shape[1], outputs, settings)
+    critic = MlpSr(hidden.shape[1], reduced, context.output.shape[1], settings)
     return critic.to(device=hidden.device, dtype=hidden.dtype)

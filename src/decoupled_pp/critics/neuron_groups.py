@@ -22,6 +22,7 @@ from decoupled_pp.settings.critics import NeuronGroupsCritic
 def wrong_classes(logits: Tensor, classes: Tensor, temperature: float) -> Tensor:
     """Return (B, K): softened probabilities of the other classes, which sum to 1; 0 for the sample's own."""
     own = functional.one_hot(classes, logits.shape[-1]).bool()
+    # Taken out before the softmax, so that a confident sample's other classes are not rounded to nothing.
     return (logits / temperature).masked_fill(own, -torch.inf).softmax(dim=-1)
 
 

@@ -22,8 +22,8 @@ from decoupled_pp.core.packets import Loss, Payload
 from decoupled_pp.critics.fresh import trainable_copy
 
 
-class _BehindCopies(nn.Module):
-    """Copied layers, then a critic: a stage's output -> logits."""
+class PlainOverlap(nn.Module):
+    """Copied layers, then a critic: by itself a plain one, which lowers the run's loss and can learn in a cascade."""
 
     def __init__(self, layers: nn.Sequential, critic: nn.Module) -> None:
         super().__init__()
@@ -36,11 +36,7 @@ class _BehindCopies(nn.Module):
         return logits
 
 
-class PlainOverlap(_BehindCopies):
-    """Copied layers, then a critic that lowers the run's loss; itself a plain critic, which a cascade can teach."""
-
-
-class Overlap(_BehindCopies, Critic):
+class Overlap(PlainOverlap, Critic):
     """Copied layers, then a critic with an objective of its own."""
 
     critic: Critic
@@ -56,15 +52,10 @@ class Overlap(_BehindCopies, Critic):
 
 @dataclass(frozen=True)
 class OverlapBuilder:
-    """Builds overlapping critics.
+    """Builds overlapping critics."""
 
-    Attributes:
-        builder: Builds the critics behind the copied layers.
-        layers: How many layers are copied; fewer where the network's head is nearer.
-    """
-
-    builder: CriticBuilder
-    layers: int
+    builder: CriticBuilder  # of the critics behind the copied layers
+    layers: int  # how many are copied; fewer where the network's head is nearer
 
     def __call__(self, context: CriticContext) -> nn.Module:
         """Build the critic of one stage."""

@@ -83,6 +83,6 @@ def pooling_kernel(shape: tuple[int, ...], most: int) -> int:
 def build_predsim(settings: PredsimCritic, context: CriticContext) -> Predsim:
     """Build the predsim critic of one stage."""
     hidden = judged_tensor("predsim", context)
-    with torch.no_grad():
+    with torch.no_grad():  # it pools the sample once, to learn how many features are left
         critic = Predsim(hidden, context.output.shape[1], settings)
     return critic.to(device=hidden.device, dtype=hidden.dtype)

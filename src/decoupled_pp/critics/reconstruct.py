@@ -5,7 +5,6 @@ Legend: B batch, T tokens, D width.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -45,6 +44,7 @@ class Reconstruct(Critic):
         for source in (view.inputs, view.first):
             given = first_tensor(source)
             if given.is_floating_point() and given.shape == hidden.shape:
+                # Detached: the first layer's output still has its graph, and would be drawn towards the decoder's.
                 return self.weight * functional.mse_loss(self(view.hidden), given.detach())
         raise UsageError(
             f"critic reconstruct rebuilds activations shaped like the stage's output {tuple(hidden.shape)}, but was "
@@ -63,6 +63,5 @@ def build_reconstruct(settings: ReconstructCritic, context: CriticContext) -> Re
             "critic reconstruct is for token and vector activations, not for a stage output of shape "
             f"{tuple(hidden.shape)} {hidden.dtype}",
         )
-    with torch.no_grad():
-        critic = Reconstruct(hidden.shape[-1], settings.weight)
+    critic = Reconstruct(hidden.shape[-1], settings.weight)
     return critic.to(device=hidden.device, dtype=hidden.dtype)

@@ -10,7 +10,7 @@ from decoupled_pp.core.packets import Payload, as_tuple, first_tensor
 
 
 def critic_unfit(context: CriticContext, fault: str, *, option: str | None = None) -> UsageError:
-    """Return the error for a kind of critic that cannot judge this stage."""
+    """Return the error for a kind of critic that cannot judge this stage; `option` is the key at fault, if one is."""
     remedy = "choose another `critic.kind`, such as head, or `cut` elsewhere"
     if option is not None:
         remedy = "leave it out"

@@ -18,7 +18,7 @@ from decoupled_pp.critics.requirements import judged_tensor
 from decoupled_pp.critics.several import build_bases
 from decoupled_pp.settings.critics import SgrCritic
 
-_EPSILON = 1e-12
+_EPSILON = 1e-12  # a delta may be all zeros, where every sample is learnt
 
 
 class Sgr(Critic):

@@ -76,6 +76,10 @@ class _SettingsBuilder:
 
 
 def build_critic(settings: CriticSettings, overlap: int = 0) -> CriticBuilder:
-    """Return the builder of every stage's critic; initial weights come from torch's global generator."""
+    """Return the builder of every stage's critic; initial weights come from torch's global generator.
+
+    With `overlap`, every stage trains that many first layers of the next one redundantly, below its critic. The
+    builder's `closing()` builds what judges the last stage, if this kind has a say there.
+    """
     builder = _SettingsBuilder(settings)
     return OverlapBuilder(builder, overlap) if overlap else builder

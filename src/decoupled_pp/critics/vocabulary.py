@@ -7,7 +7,6 @@ vocabulary, N positions that count, R rank, S sampled classes, J hash functions,
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +19,21 @@ from decoupled_pp.critics.requirements import class_indices, critic_unfit, shape
 from decoupled_pp.settings.critics import VocabularyCritic
 
 
-class _TokenCritic(Critic):
-    """Norm and projection of every position by itself: (B, T, D) -> (B, T, V), trained on a share of the positions."""
+class _Linear(Critic):
+    """Norm and projection of every position by itself: (B, T, D) -> (B, T, V), trained on a share of the positions.
 
-    def __init__(self, width: int, tokens: float) -> None:
+    With a rank the projection is in two steps, D -> R -> V.
+    """
+
+    def __init__(self, width: int, outputs: int, settings: VocabularyCritic) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.tokens = tokens
+        self.tokens = settings.tokens
+        self.reduction: nn.Module = nn.Identity()
+        if settings.rank is not None:
+            self.reduction = nn.Linear(width, settings.rank, bias=False)
+            width = settings.rank
+        self.projection = nn.Linear(width, outputs, bias=False)
 
     def forward(self, hidden: Payload) -> Tensor:
         """Judge a stage's output: all tokens, all classes."""
@@ -49,25 +56,14 @@ class _TokenCritic(Critic):
             wanted = wanted[chosen]
         return self.cheap_loss(self.norm(rows), wanted, loss)
 
-    @abstractmethod
     def all_classes(self, rows: Tensor) -> Tensor:
         """Return the logits of all classes: (..., D) -> (..., V)."""
-
-    def cheap_loss(self, rows: Tensor, target: Tensor, loss: Loss) -> Tensor:
-        """Return the training loss: (N, D), (N,) -> scalar; by default the loss over all classes."""
-        return loss(self.all_classes(rows), target)
-
-
-class _Linear(_TokenCritic):
-    """A projection D -> V, or with a rank in two steps, D -> R -> V."""
-
-    def __init__(self, width: int, vocabulary: int, settings: VocabularyCritic) -> None:
-        super().__init__(width, settings.tokens)
-        self.reduction, self.projection = _projections(width, settings.rank, vocabulary)
-
-    def all_classes(self, rows: Tensor) -> Tensor:
         logits: Tensor = self.projection(self.reduction(rows))
         return logits
+
+    def cheap_loss(self, rows: Tensor, target: Tensor, loss: Loss) -> Tensor:
+        """Return the training loss: (N, D), (N,) -> scalar."""
+        return loss(self.all_classes(rows), target)
 
 
 class _Sampled(_Linear):
@@ -98,7 +94,7 @@ class _Sampled(_Linear):
         return loss(logits, torch.where(counted, 0, IGNORED))
 
 
-class _Hashed(_TokenCritic):
+class _Hashed(_Linear):
     """Predicts the buckets of J hash functions with M buckets each: log p(class) ~ sum of its buckets' log p.
 
     Source: Medini et al. 2019 (1910.13830), merged-averaged classifiers via hashing.
@@ -107,10 +103,9 @@ class _Hashed(_TokenCritic):
     bucket_of: Tensor
 
     def __init__(self, width: int, vocabulary: int, settings: VocabularyCritic, buckets: int) -> None:
-        super().__init__(width, settings.tokens)
+        super().__init__(width, settings.hashes * buckets, settings)
         self.hashes = settings.hashes
         self.buckets = buckets
-        self.reduction, self.projection = _projections(width, settings.rank, self.hashes * buckets)
         self.register_buffer("bucket_of", torch.randint(buckets, (self.hashes, vocabulary)))
 
     def all_classes(self, rows: Tensor) -> Tensor:
@@ -125,15 +120,8 @@ class _Hashed(_TokenCritic):
         return torch.stack([loss(logits[:, j], buckets[j]) for j in range(self.hashes)]).sum()
 
     def _bucket_logits(self, rows: Tensor) -> Tensor:
-        logits: Tensor = self.projection(self.reduction(rows)).unflatten(-1, (self.hashes, self.buckets))
+        logits: Tensor = super().all_classes(rows).unflatten(-1, (self.hashes, self.buckets))
         return logits
-
-
-def _projections(width: int, rank: int | None, outputs: int) -> tuple[nn.Module, nn.Linear]:
-    """Build the projection D -> outputs, and before it a reduction D -> R if there is a rank."""
-    if rank is None:
-        return nn.Identity(), nn.Linear(width, outputs, bias=False)
-    return nn.Linear(width, rank, bias=False), nn.Linear(rank, outputs, bias=False)
 
 
 def build_vocabulary(settings: VocabularyCritic, context: CriticContext) -> nn.Module:
@@ -152,7 +140,7 @@ def build_vocabulary(settings: VocabularyCritic, context: CriticContext) -> nn.M
                 code="too-few-classes",
                 key=key,
             )
-    critic: nn.Module
+    critic: _Linear
     if settings.classes is not None:
         critic = _Sampled(width, vocabulary, settings, settings.classes)
     elif settings.buckets is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -26,6 +26,7 @@ By: TypeAlias = Literal["time", "parameters", "uniform"] | list[int]
 _CPU = torch.device("cpu")
 
 _CriticCost: TypeAlias = "float | UsageError"  # or why none can be built at that place
+_CriticCosts: TypeAlias = Mapping[tuple[int, int], _CriticCost]  # by (stage, boundary)
 
 
 def cut_network(  # noqa: PLR0917 - the plain facts, as `dpp.partition` takes them
@@ -44,10 +45,9 @@ def cut_network(  # noqa: PLR0917 - the plain facts, as `dpp.partition` takes th
     """Cut a network into stages; where `cut_after` marked it, only there (but by a list anywhere)."""
     module = as_sequential(layers)
     traced = trace(module, sample) if sample is not None else None
-    devices = _Devices(getattr(module, "places", None), speeds, fits)
+    cutter = _Cutter(module, stages, critic, traced, getattr(module, "places", None), speeds, fits)
     if isinstance(by, str):
-        devices.check_places(stages)
-    cutter = _Cutter(module, stages, critic, traced, devices)
+        cutter.check_places()
     layer_seconds: tuple[float, ...] | None = None
     critic_seconds: tuple[float, ...] | None = None
     if by == "uniform":
@@ -69,36 +69,6 @@ def cut_network(  # noqa: PLR0917 - the plain facts, as `dpp.partition` takes th
 
 
 @dataclass(frozen=True)
-class _Devices:
-    """The constraints that a balanced cut respects."""
-
-    places: Sequence[int] | None  # boundaries to choose from (`cut_after`); None: all
-    speeds: Sequence[float] | None
-    fits: Fits | None
-
-    def cut(self, costs: Sequence[float], stages: int, closing: Sequence[Sequence[float]] | None) -> tuple[int, ...]:
-        """Return the best cut (`minmax_cut`)."""
-        return minmax_cut(costs, stages, closing, speeds=self.speeds, fits=self.fits)
-
-    def check_places(self, stages: int) -> None:
-        """Raise UsageError if fewer places are marked than cuts are needed."""
-        if self.places is not None and stages > len(self.places) + 1:
-            raise UsageError(
-                f"`stages` is {stages} but `cut_after` marks only {len(self.places)} places to cut the network at; "
-                f"mark {stages - 1} or more",
-                code="too-few-cut-places",
-                key="stages",
-            )
-
-    def closing_costs(self, layers: int, stages: int) -> list[list[float]] | None:
-        """Return closing costs that allow the marked places only: 0 there, infinity elsewhere; None without marks."""
-        if self.places is None:
-            return None
-        row = [0.0 if end in self.places else math.inf for end in range(1, layers + 1)]
-        return [list(row) for _ in range(stages - 1)]
-
-
-@dataclass(frozen=True)
 class _Cutter:
     """Cuts one network by each of the measures of balance."""
 
@@ -106,25 +76,37 @@ class _Cutter:
     stages: int
     critic: CriticBuilder | None
     traced: tuple[list[Payload], Tensor] | None  # from `trace`, if there is a sample
-    devices: _Devices
+    places: Sequence[int] | None  # boundaries to choose from (`cut_after`); None: all
+    speeds: Sequence[float] | None
+    fits: Fits | None
+
+    def check_places(self) -> None:
+        """Raise UsageError if fewer places are marked than cuts are needed."""
+        if self.places is not None and self.stages > len(self.places) + 1:
+            raise UsageError(
+                f"`stages` is {self.stages} but `cut_after` marks only {len(self.places)} places to cut the network "
+                f"at; mark {self.stages - 1} or more",
+                code="too-few-cut-places",
+                key="stages",
+            )
 
     def uniform(self) -> tuple[int, ...]:
         """Give every stage as many layers."""
         layers = len(self.module)
-        closing = self.devices.closing_costs(layers, self.stages)
-        if closing:  # marked places are seldom evenly spaced: as even as they allow
-            return minmax_cut([1.0] * layers, self.stages, closing)
-        return uniform_cut(layers, self.stages)
+        if self.places is None or self.stages == 1:
+            return uniform_cut(layers, self.stages)
+        # Marked places are seldom evenly spaced: as even as they allow.
+        return minmax_cut([1.0] * layers, self.stages, self._closing_costs(None))
 
     def by_parameters(self) -> tuple[int, ...]:
         """Balance the number of parameters."""
         parameters = [float(count_parameters(layer)) for layer in self.module]
         if self.critic is None or self.stages == 1:
-            return self._cut_without_critics(parameters)
+            return self._cut(parameters, None)
         hiddens, output = self._need_traced("'parameters' counts the critics too; pass a sample, or critic=None")
         contexts = self._critic_contexts(hiddens, output)
-        costs = [_parameters_of(self.critic, context) for context in contexts]
-        return self._cut_with_critics(parameters, contexts, costs)
+        costs = {(one.stage, one.boundary): _parameters_of(self.critic, one) for one in contexts}
+        return self._cut(parameters, costs)
 
     def by_time(
         self, loss: Loss | None, device: torch.device, *, relearned: bool
@@ -134,19 +116,15 @@ class _Cutter:
         objective = stand_in_objective(loss, zeros_if_meta(output).to(device), relearned=relearned)
         layer_seconds = measure_layers(self.module, hiddens, device, objective=objective)
         if self.critic is None:
-            return self._cut_without_critics(layer_seconds), layer_seconds, None
+            return self._cut(layer_seconds, None), layer_seconds, None
         if self.stages == 1:
-            return self._cut_without_critics(layer_seconds), layer_seconds, ()
+            return self._cut(layer_seconds, None), layer_seconds, ()
         contexts = self._critic_contexts(hiddens, output)
         measured = measure_critics(contexts, self.critic, device, objective=objective)
-        boundaries = self._cut_with_critics(layer_seconds, contexts, measured)
-        chosen = set(enumerate(boundaries[1:-1]))
-        critic_seconds = [
-            cost
-            for context, cost in zip(contexts, measured, strict=True)
-            if (context.stage, context.boundary) in chosen and not isinstance(cost, UsageError)
-        ]
-        return boundaries, layer_seconds, tuple(critic_seconds)
+        costs = {(one.stage, one.boundary): cost for one, cost in zip(contexts, measured, strict=True)}
+        boundaries = self._cut(layer_seconds, costs)
+        chosen = [costs[place] for place in enumerate(boundaries[1:-1])]
+        return boundaries, layer_seconds, tuple(cost for cost in chosen if not isinstance(cost, UsageError))
 
     def _need_traced(self, reason: str) -> tuple[list[Payload], Tensor]:
         if self.traced is None:
@@ -164,28 +142,27 @@ class _Cutter:
                 )
         return contexts
 
-    def _cut_without_critics(self, costs: Sequence[float]) -> tuple[int, ...]:
-        return self.devices.cut(costs, self.stages, self.devices.closing_costs(len(costs), self.stages))
-
-    def _cut_with_critics(
-        self, costs: Sequence[float], contexts: Sequence[CriticContext], critics: Sequence[_CriticCost]
-    ) -> tuple[int, ...]:
-        """Return the best cut that ends no stage where its critic cannot be built.
-
-        Costs are kept by stage and place, because a critic may depend on its stage: AugLocal's is deeper near the
-        input.
-        """
-        places = self.devices.places
-        closing = [[math.inf] * len(costs) for _ in range(self.stages - 1)]
-        for context, cost in zip(contexts, critics, strict=True):
-            if isinstance(cost, UsageError):
-                continue
-            if places is None or context.boundary in places:
-                closing[context.stage][context.boundary - 1] = cost
+    def _cut(self, costs: Sequence[float], critics: _CriticCosts | None) -> tuple[int, ...]:
+        """Return the best cut that ends no stage where its critic cannot be built; None: critics cost nothing."""
         try:
-            return self.devices.cut(costs, self.stages, closing)
+            return minmax_cut(costs, self.stages, self._closing_costs(critics), speeds=self.speeds, fits=self.fits)
         except UsageError as error:
-            raise next((cost for cost in critics if isinstance(cost, UsageError)), error) from error
+            faults = [cost for cost in (critics or {}).values() if isinstance(cost, UsageError)]
+            if not faults:
+                raise
+            raise faults[0] from error  # it says why no cut is left
+
+    def _closing_costs(self, critics: _CriticCosts | None) -> list[list[float]]:
+        """Return the costs behind every layer of every stage but the last; infinite where no cut is possible."""
+        layers = len(self.module)
+        closing = [[math.inf] * layers for _ in range(self.stages - 1)]
+        for stage, row in enumerate(closing):
+            for boundary in range(1, layers + 1) if self.places is None else self.places:
+                # By stage, too, because a critic may depend on it: AugLocal's is deeper near the input.
+                cost = 0.0 if critics is None else critics.get((stage, boundary), math.inf)
+                if not isinstance(cost, UsageError):
+                    row[boundary - 1] = cost
+        return closing
 
 
 def _parameters_of(critic: CriticBuilder, context: CriticContext) -> _CriticCost:
