@@ -12,7 +12,7 @@ from decoupled_pp.core.channels import LinkTerms
 from decoupled_pp.core.device import Clock
 from decoupled_pp.core.errors import LinkError
 from decoupled_pp.core.packets import Packet, PacketKind
-from decoupled_pp.links import InProcessLink, SendingEnd, in_process, sending_end
+from decoupled_pp.links import InProcessLink, ReceivingEnd, SendingEnd, header, in_process, receiving_end, sending_end
 from decoupled_pp.links.wire import Wire
 from kit import refused
 from ranks import PATIENCE
@@ -165,3 +165,38 @@ def test_a_broken_link_frees_the_device(monkeypatch):
     with refused("peer-gone", LinkError, "stage 1 is gone", "seen by stage 0"):
         end.send(marker(PacketKind.TRAIN, 1))
     end.close()
+
+
+class Arrivals(Transport):
+    """Delivers the headers of some packets, and takes the receives that are posted."""
+
+    def __init__(self, log, packets):
+        super().__init__(log, "arrival")
+        self.messages = [header.announce(header.parcel(packet)) for packet in packets]
+
+    def post(self):
+        pass
+
+    def receive(self):
+        return self.messages.pop(0)
+
+
+class Tensors(Transport):
+    def receive(self, tensor):
+        tensor.fill_(1)
+
+
+def test_a_credit_goes_back_once_the_device_has_come_to_its_packet_and_the_goodbye_is_last(monkeypatch):
+    log, faults = Log(), []
+    monkeypatch.setattr(receiving_end, "Fence", log.fence())
+    packets = [marker(PacketKind.TRAIN, 0), marker(PacketKind.TRAIN, 1), marker(PacketKind.END, 2)]
+    out = Transport(log, "credit")
+    out.size = 8
+    names = {"here": "stage 1", "there": "stage 0", "failed": faults.append}
+    wire = Wire(sender=0, out=out, into=Arrivals(log, packets), payload=Tensors(log, "payload"), device=CPU, **names)
+    end = ReceivingEnd(wire, LinkTerms(8, PATIENCE))
+    assert [end.receive().number for _ in packets] == [0, 1, 2]
+    end.close()
+    assert faults == []
+    sent = [what for what, _ in log if what in {"host waits", "credit"}]
+    assert sent == ["host waits", "credit"] * 3 + ["credit"]  # a credit for each packet, and a goodbye

@@ -88,7 +88,7 @@ class StoreControl(Control):
 
     def post(self, record: Record) -> None:
         """Put the record into the store under the next number of this rank."""
-        # Locked: two threads with one number would overwrite each other, and a number left out would end `collect`.
+        # Locked, because two threads with one number would overwrite each other's record.
         with self._lock:
             self._set(f"record/{self._rank}/{self._posted}", write_message(record))
             self._posted += 1

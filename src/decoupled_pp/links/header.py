@@ -58,11 +58,7 @@ class Parcel(NamedTuple):
 
 
 def parcel(packet: Packet) -> Parcel:
-    """Make a packet ready to travel.
-
-    Raises:
-        UsageError: A dtype that cannot travel, or more tensors than a header can announce.
-    """
+    """Make a packet ready to travel; UsageError if a dtype cannot, or if it has too many tensors."""
     # One plain loop: this is a CPU link's hot path, and after every wait its code is no longer in the caches.
     parts = (packet.payload, packet.target, packet.rider)
     tensors = (*as_tuple(parts[0]), *as_tuple(parts[1]), *as_tuple(parts[2]))
@@ -134,11 +130,7 @@ def unpack(message: Tensor) -> Packet:
 
 
 def decode(header: Tensor) -> tuple[PacketKind, int, Forms, list[Spec]]:
-    """Return kind, number, the forms of payload, target and rider, and the specs of all their tensors in order.
-
-    Raises:
-        LinkError: The message is not a header of this version.
-    """
+    """Return kind, number, the forms of payload, target and rider, and the specs of all their tensors in order."""
     words: list[int] = header[:HEADER_BYTES].view(torch.int64).tolist()
     if words[0] != _MAGIC:
         raise LinkError(

@@ -56,19 +56,18 @@ class GroupEnd(LinkEnd):
         """Index of the sending stage."""
         return self._wire.sender
 
-    def _start(self, *loops: Callable[[], None]) -> None:
-        """Run each loop in a thread of its own."""
-        for loop in loops:
-            name = f"dpp-link-{loop.__name__}"
-            # A daemon, because a thread that waits for a dead peer must not keep the process from ending.
-            thread = threading.Thread(target=self._guard, args=(loop,), name=name, daemon=True)
-            self._threads.append(thread)
-            thread.start()
+    def _start(self, loop: Callable[[], None]) -> None:
+        """Run a loop in a thread of its own."""
+        # A daemon, because a thread that waits for a dead peer must not keep the process from ending.
+        name = f"dpp-link-{loop.__name__}"
+        thread = threading.Thread(target=self._guard, args=(loop,), name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _guard(self, loop: Callable[[], None]) -> None:
         """Run a loop; its first error becomes the link's."""
         try:
-            # On the stage's stream, transfers would queue behind its kernels instead of running beside them.
+            # A stream of its own: on the stage's, transfers would queue behind its kernels instead of beside them.
             with own_stream(self._wire.device):
                 loop()
         except Exception as error:
@@ -91,9 +90,8 @@ class GroupEnd(LinkEnd):
         with self._changed:
             # The threads of a broken link fail one after the other; only the first error says why.
             is_first = self._error is None
-            if self._error is None:
-                self._error = self._explain(error)
-            kept = self._error
+            kept = self._error or self._explain(error)
+            self._error = kept
             self._changed.notify_all()
         # Outside of the lock: telling the run goes through the store, which may be slow.
         if is_first and not self._closing:

@@ -29,11 +29,7 @@ def word(size: int, kind: int) -> Tensor:
 
 
 def floats_message(size: int, number: int, floats: Tensor) -> Tensor:
-    """Return a message of `size` bytes with the floats of packet `number`.
-
-    Raises:
-        UsageError: There are more than the messages have room for.
-    """
+    """Return a message of `size` bytes with the floats of packet `number`; UsageError if there are too many."""
     end = _HEADER + 4 * floats.numel()
     if end > size:
         raise UsageError(

@@ -36,11 +36,7 @@ _BACK = 3
 
 
 def join_world(timeout_seconds: float) -> World:
-    """Return the World of this process; joined at the first call, left at exit.
-
-    Raises:
-        LinkError: The other ranks did not come within the bound.
-    """
+    """Return the World of this process, joined at the first call, left at exit; LinkError if a rank does not come."""
     if not _world:
         _world.append(World(timeout_seconds))
         atexit.register(leave_world)

@@ -69,11 +69,7 @@ class Body:
         return [self.trunk] if self.critic is None else [self.trunk, self.critic]
 
     def forward(self, payload: Payload) -> Payload:
-        """Return the output of the layers for a payload.
-
-        Raises:
-            UsageError: The last layer returned something that cannot travel.
-        """
+        """Return the output of the layers for a payload; UsageError if it cannot travel."""
         with self.autocast:
             return check_payload(self._run_trunk(payload), f"stage {self._index}")
 

@@ -89,11 +89,7 @@ class StageMeter:
         return self._packets_since >= self._every
 
     def flush(self, stage: StageProgress, queue: int) -> None:
-        """Post what has gathered since the last flush; the one place that reads losses from the device.
-
-        Raises:
-            TrainingError: A loss is NaN or infinite; names the stage and the first such packet.
-        """
+        """Post what has gathered since the last flush; TrainingError if a loss is NaN or infinite."""
         times = self._clock.seconds(self._marks)
         sums: defaultdict[str, float] = defaultdict(float)
         spans: list[Span] = []
@@ -141,7 +137,7 @@ class StageMeter:
     def _mean_loss(self) -> float | None:
         if not self._losses:
             return None
-        # One stack, so that the device is waited for once and not per loss.
+        # The one place that reads losses from the device; in one stack, so that it is waited for once, not per loss.
         losses: list[float] = torch.stack([loss for _, loss in self._losses]).tolist()
         for (packet, _), loss in zip(self._losses, losses, strict=True):
             if not math.isfinite(loss):

@@ -29,11 +29,7 @@ class Neighbours(Probe):
         self._scored = 0
 
     def trained(self, view: View) -> None:
-        """Keep a training micro-batch; the oldest ones leave for it.
-
-        Raises:
-            UsageError: Its target is not one class index per sample.
-        """
+        """Keep a training micro-batch; the oldest ones leave for it."""
         features = _features(view.hidden)
         classes = _classes(view.target)
         self._kept.append((features, classes))

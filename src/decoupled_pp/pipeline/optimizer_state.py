@@ -18,21 +18,20 @@ from torch.optim import Optimizer
 from decoupled_pp.core.device import seeded
 from decoupled_pp.core.errors import UsageError
 
-Groups: TypeAlias = list[list[dict[str, Any]]]  # entries of every group of every optimizer, without the parameters
+Groups: TypeAlias = dict[str, dict[str, Any]]  # `<optimizer>.<group>` -> its entries without the parameters
 
 
 def group_entries(optimizers: Sequence[Optimizer]) -> Groups:
     """Return a copy of all entries of the groups."""
-    return [[_entries(group) for group in optimizer.param_groups] for optimizer in optimizers]
+    return {key: _entries(group) for key, group in _groups(optimizers)}
 
 
 def refuse_unsavable(groups: Groups) -> None:
     """Raise UsageError if a group has an entry that could not be saved if it changed."""
-    for groups_of_one in groups:
-        for group in groups_of_one:
-            for name, value in group.items():
-                if not _savable(value):
-                    raise _cannot_be_saved("the optimizer", value, f"{name!r} in its param_groups")
+    for group in groups.values():
+        for name, value in group.items():
+            if not _savable(value):
+                raise _cannot_be_saved("the optimizer", value, f"{name!r} in its param_groups")
 
 
 def changed_entries(optimizers: Sequence[Optimizer], before: Groups, scheduled: bool) -> dict[str, Any]:
@@ -41,25 +40,24 @@ def changed_entries(optimizers: Sequence[Optimizer], before: Groups, scheduled: 
     if scheduled:  # a rate that a schedule sets is no state of the optimizer
         ignored.add("lr")
     changed = {}
-    for i, (optimizer, groups) in enumerate(zip(optimizers, before, strict=True)):
-        for j, (group, entries) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
-            for name, value in group.items():
-                is_as_before = name in entries and _equal(value, entries[name])
-                if name not in ignored and not is_as_before:
-                    changed[f"{i}.{j}.{name}"] = value
+    for key, group in _groups(optimizers):
+        for name, value in group.items():
+            is_as_before = name in before[key] and _equal(value, before[key][name])
+            if name not in ignored and not is_as_before:
+                changed[f"{key}.{name}"] = value
     return changed
 
 
 def reset_entries(optimizers: Sequence[Optimizer], groups: Groups, saved: Mapping[str, Any]) -> None:
     """Give the groups these entries, with the saved changes."""
-    for optimizer, entries_of_one in zip(optimizers, groups, strict=True):
-        for group, entries in zip(optimizer.param_groups, entries_of_one, strict=True):
-            parameters = group["params"]
-            group.clear()
-            group.update(params=parameters, **_entries(entries))
+    present = dict(_groups(optimizers))
+    for key, group in present.items():
+        parameters = group["params"]
+        group.clear()  # an entry that steps have added must not outlive the reset
+        group.update(params=parameters, **_entries(groups[key]))
     for key, value in saved.items():
         i, j, name = key.split(".", 2)  # as `changed_entries` makes them
-        group = optimizers[int(i)].param_groups[int(j)]
+        group = present[f"{i}.{j}"]
         group[name] = _like(group.get(name), value)
 
 
@@ -76,11 +74,7 @@ def make_state(optimizers: Sequence[Optimizer], parameters: Sequence[nn.Paramete
 
 
 def named_state(optimizers: Sequence[Optimizer], names: Mapping[Tensor, str]) -> Iterator[tuple[str, str, Any]]:
-    """Yield (parameter's name, field, value) of all state of the named parameters.
-
-    Raises:
-        UsageError: A value that a checkpoint cannot hold.
-    """
+    """Yield (parameter's name, field, value) of all state of the named parameters; UsageError if one is unsavable."""
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
             if parameter not in names:
@@ -116,6 +110,12 @@ def _like(first: object, value: Any) -> Any:
         return value.to(first.device)
     # JSON has no tuples, and an optimizer may compare or unpack its own (betas).
     return tuple(value) if isinstance(first, tuple) else value
+
+
+def _groups(optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for i, optimizer in enumerate(optimizers):
+        for j, group in enumerate(optimizer.param_groups):
+            yield f"{i}.{j}", group
 
 
 def _entries(group: dict[str, Any]) -> dict[str, Any]:
