@@ -115,11 +115,9 @@ def claimed_by(folder: Path, job: str) -> bool:
 
 
 def write_config(folder: Path, settings: Settings, sizes: tuple[int, ...] | None) -> None:
-    """Write the resolved settings of the run, or of the last that went on with it.
-
-    Its cut is written down if it has as many stages as the settings name: baselines may have more of them, or one.
-    """
+    """Write the resolved settings of the run, or of the last that went on with it."""
     resolved: dict[str, Any] = settings.model_dump()
+    # A baseline may have more stages than the settings name, or one: its cut would not fit them.
     if sizes is not None and len(sizes) == settings.stages:
         resolved["cut"] = list(sizes)
     write_atomically(folder / CONFIG_FILE, write_yaml(resolved))

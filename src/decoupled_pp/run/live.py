@@ -21,10 +21,7 @@ _Shown = TypeVar("_Shown", TrainRecord, ValidationRecord)
 
 
 class LiveView:
-    """Prints the records of all stages, on rank 0.
-
-    It draws only inside `update`, `note` and `close`: there is no background thread.
-    """
+    """Prints the records of all stages, on rank 0; draws only when it is called: there is no background thread."""
 
     def __init__(
         self,

@@ -97,7 +97,7 @@ class CheckpointFolder:
             self._write(mark)
         mark = control.gather("mark in the checkpoint folder", mark, self._timeout)[0]
         sees = control.gather("sight of it", self._sees(mark), self._timeout + _MOMENT_SECONDS)
-        if rank == 0:
+        if rank == 0:  # `gather` is a barrier: no rank looks for it any more
             (self.path / mark).unlink()
         if not all(sees):
             blind = ", ".join(str(rank) for rank, saw in enumerate(sees) if not saw)
@@ -169,7 +169,7 @@ class CheckpointFolder:
             time.sleep(0.01)
         checkpoint = open_checkpoint(path, verify=False)  # written by this run: no need to read it all
         for key, owner in wanted.items():
-            checkpoint.fill({f"model.{owner}": state[key]})
+            checkpoint.fill({f"model.{owner}": state[key]})  # in place: it is the stage's own tensor
 
     def _make_room(self, step: int) -> None:
         later = [path for path in list_checkpoints(self.path) if path.name > f"step-{step:08d}"]

@@ -64,10 +64,7 @@ def step_of(path: Path) -> int:
 
 
 def save_stage(folder: Path, stage: Stage, plan: Plan, packet: int, *, keep: Keep) -> bool:
-    """Write one stage's part of the checkpoint after `packet` training packets; wait for no other stage.
-
-    Return whether this part completed the checkpoint.
-    """
+    """Write a stage's part of the checkpoint after `packet` packets; return whether this part completed it."""
     _refuse_not_finite(stage, plan, packet)
     partial = partial_path(final_path(folder, stage.updates))
     part = partial / f"stage-{stage.index}"
@@ -215,6 +212,7 @@ class Checkpoint:
         for key, tensor in tensors.items():
             by_folder.setdefault(self.places[key][0], {})[key] = tensor
         with warnings.catch_warnings():
+            # `no_dist`: every stage reads and writes alone, whatever process group there is.
             warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process.*")
             for folder, part in by_folder.items():
                 dcp.load(part, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
@@ -273,6 +271,7 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
 
 def export_safetensors(module: torch.nn.Module, path: Path) -> None:
     """Write a plain module's state as one safetensors file under its own names (atomically)."""
+    # Clones, because the format refuses tied weights, which share memory.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
     temporary = path.with_name(path.name + ".tmp")
     try:

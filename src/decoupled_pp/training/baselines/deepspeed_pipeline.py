@@ -35,10 +35,7 @@ class DeepSpeedPipeline(Strategy):
     """
 
     def __init__(self, plan: Plan, training: Training, device: torch.device, *, rank: int, ranks: int) -> None:
-        """Take over this rank's stage; every rank must have joined the default process group.
-
-        On GPUs all of DeepSpeed's groups are NCCL's.
-        """
+        """Take over this rank's stage; every rank must have joined the default process group."""
         _check(plan, training)
         super().__init__(plan, [rank], training, device)
         for parameter in self.parts[rank].parameters():
