@@ -81,14 +81,7 @@ def _wait(works: list[Any]) -> None:
 
 
 def pass_seconds(
-    parts: Mapping[int, Part],
-    inputs: Tensor,
-    target: Payload,
-    loss: Loss,
-    *,
-    stages: int,
-    split: bool,
-    repeats: int,
+    parts: Mapping[int, Part], inputs: Tensor, target: Payload, loss: Loss, *, stages: int, split: bool, repeats: int
 ) -> dict[int, tuple[float, float, float]]:
     """Return the mean seconds of forward, input's gradient and weights' gradient of each part, without links.
 

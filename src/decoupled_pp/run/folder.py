@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -24,6 +24,8 @@ from decoupled_pp.run.plots import plot_losses, plot_timeline
 from decoupled_pp.run.trace import write_trace
 from decoupled_pp.settings.run import Settings
 from decoupled_pp.settings.yaml_text import write_yaml
+
+T = TypeVar("T")
 
 CONFIG_FILE = "config.yaml"
 INFO_FILE = "data.json"
@@ -113,11 +115,9 @@ def claimed_by(folder: Path, job: str) -> bool:
 
 
 def write_config(folder: Path, settings: Settings, sizes: tuple[int, ...] | None) -> None:
-    """Write the resolved settings of the run, or of the last that went on with it.
-
-    Its cut is written down if it has as many stages as the settings name: baselines may have more of them, or one.
-    """
+    """Write the resolved settings of the run, or of the last that went on with it."""
     resolved: dict[str, Any] = settings.model_dump()
+    # A baseline may have more stages than the settings name, or one: its cut would not fit them.
     if sizes is not None and len(sizes) == settings.stages:
         resolved["cut"] = list(sizes)
     write_atomically(folder / CONFIG_FILE, write_yaml(resolved))
@@ -130,13 +130,7 @@ def write_info(folder: Path, info: DataInfo) -> None:
 
 def read_info(folder: Path) -> DataInfo:
     """Returns what `write_info` wrote; it can neither encode nor decode."""
-    file = folder / INFO_FILE
-    try:
-        return DataInfo.of(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{file} {_describe(error)}; a run that is resumed writes it anew", code="data-info-damaged"
-        ) from error
+    return _read(folder / INFO_FILE, DataInfo.of, "a run that is resumed writes it anew", "data-info-damaged")
 
 
 def write_results(
@@ -154,15 +148,16 @@ def write_results(
 
 def read_summary(folder: Path) -> Report:
     """Returns the report in the `summary.json` of a finished run."""
-    file = folder / SUMMARY_FILE
+    return _read(folder / SUMMARY_FILE, Report.from_json, "do the run again", "summary-damaged")
+
+
+def _read(file: Path, build: Callable[[Any], T], remedy: str, code: str) -> T:
     try:
-        return Report.from_json(json.loads(file.read_text(encoding="utf-8")))
+        return build(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{file} {_describe(error)}; do the run again", code="summary-damaged") from error
-
-
-def _describe(error: Exception) -> str:
-    """Returns what is wrong with a JSON file that could not be read."""
-    if isinstance(error, OSError):
-        return f"cannot be read: {error.strerror}"
-    return f"lacks {error}" if isinstance(error, KeyError) else f"is damaged: {error}"
+        fault = f"is damaged: {error}"
+        if isinstance(error, OSError):
+            fault = f"cannot be read: {error.strerror}"
+        elif isinstance(error, KeyError):
+            fault = f"lacks {error}"
+        raise UsageError(f"{file} {fault}; {remedy}", code=code) from error

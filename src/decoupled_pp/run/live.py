@@ -21,10 +21,7 @@ _Shown = TypeVar("_Shown", TrainRecord, ValidationRecord)
 
 
 class LiveView:
-    """Prints the records of all stages, on rank 0.
-
-    It draws only inside `update`, `note` and `close`: there is no background thread.
-    """
+    """Prints the records of all stages, on rank 0; draws only when it is called: there is no background thread."""
 
     def __init__(
         self,
@@ -121,9 +118,7 @@ class LiveView:
         parts = [
             f"step {done}/{self._steps}",
             "loss " + self._join(self._train, _loss),
-            "samples/s " + self._join(self._train, _rate),
-            "busy % " + self._join(self._train, _busy),
-            "queue " + self._join(self._train, _queue),
+            *(f"{title} {self._join(self._train, cell)}" for title, cell in _PACE.items()),
         ]
         left = self._seconds_left()
         if left is not None:
@@ -159,7 +154,7 @@ class LiveView:
         row |= {"train loss": _cell(train, _loss), "held-out loss": _cell(held_out, _loss)}
         if accuracy:
             row["accuracy %"] = _cell(held_out, _accuracy)
-        return row | {"samples/s": _cell(train, _rate), "busy %": _cell(train, _busy), "queue": _cell(train, _queue)}
+        return row | {title: _cell(train, cell) for title, cell in _PACE.items()}
 
     def _seconds(self) -> float:
         """Returns the seconds since the start of the run, as of the newest record."""
@@ -168,10 +163,8 @@ class LiveView:
         return max([*trained, *validated], default=0.0)
 
     def _seconds_left(self) -> float | None:
-        """Returns a guess from the pace of the last stage since the first record; None without a pace, or at the end.
-
-        Only steps since that record count: a resumed run took no time for those before.
-        """
+        """Returns a guess from the pace of the last stage; None without a pace, or at the end."""
+        # Only steps since the first record count: a resumed run took no time for those before.
         last = self._train.get(self._stages - 1)
         if last is None or self._first is None or last.step <= self._first.step:
             return None
@@ -196,12 +189,11 @@ def _rate(record: TrainRecord) -> str:
     return f"{rate:.1f}" if rate < 100 else f"{rate:.0f}"
 
 
-def _busy(record: TrainRecord) -> str:
-    return f"{100 * record.busy_fraction:.0f}"
-
-
-def _queue(record: TrainRecord) -> str:
-    return str(record.queue)
+_PACE: dict[str, Callable[[TrainRecord], str]] = {
+    "samples/s": _rate,
+    "busy %": lambda record: f"{100 * record.busy_fraction:.0f}",
+    "queue": lambda record: str(record.queue),
+}
 
 
 def _have_accuracy(records: Mapping[int, ValidationRecord]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,14 +94,9 @@ def _read_objects(path: Path) -> list[dict[str, Any]]:
 def _truncate(path: Path, last_step: int | None) -> None:
     """Drop a half-written last line and all records of steps after `last_step`, in one atomic replacement."""
     # Objects, not records: what a later version wrote must survive a resume by this one.
-    kept = [content for content in _read_objects(path) if last_step is None or _step(content) <= last_step]
+    # A record without a step is of no step and always stays.
+    kept = [content for content in _read_objects(path) if last_step is None or (content.get("step") or 0) <= last_step]
     write_atomically(path, "".join(map(_line, kept)))
-
-
-def _step(content: Mapping[str, Any]) -> float:
-    """Returns the optimizer step of a record; one without a step is of no step and always stays."""
-    step = content.get("step")
-    return float(step) if step is not None else -math.inf
 
 
 def _line(content: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -134,10 +134,7 @@ def _join_ends(ends: Iterable[LinkSummary]) -> tuple[LinkSummary, ...]:
     links: dict[tuple[int, int], LinkSummary] = {}
     for end in ends:
         key = (end.sender, end.receiver)
-        links[key] = _add(links[key], end) if key in links else end
+        other = links.get(key, summarize_link(*key, LinkCounters()))
+        counters = {name: getattr(other, name) + getattr(end, name) for name in vars(LinkCounters())}
+        links[key] = replace(end, **counters)
     return tuple(links[key] for key in sorted(links))
-
-
-def _add(one: LinkSummary, other: LinkSummary) -> LinkSummary:
-    names = [counter.name for counter in fields(LinkCounters)]
-    return replace(one, **{name: getattr(one, name) + getattr(other, name) for name in names})

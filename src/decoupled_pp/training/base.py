@@ -118,11 +118,7 @@ class BaseTrainer(ABC):
 
     @abstractmethod
     def build(self, resume: Checkpoint | None = None) -> None:
-        """Build this process's part now, in the state of a checkpoint, to find what does not fit before a run starts.
-
-        Raises:
-            UsageError: A part, or the checkpoint, does not fit.
-        """
+        """Build this process's part now, in the state of a checkpoint; raise UsageError for what does not fit."""
 
     @abstractmethod
     def finished_network(self) -> nn.Module | None:

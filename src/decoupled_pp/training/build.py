@@ -72,16 +72,14 @@ def _build_stage(plan: Plan, recipe: Recipe, index: int, critic: nn.Module | Non
         modules.append(critic)
     if recipe.freezes(index):
         Pace.freeze(*modules)
-    body = Body(
-        index,
-        trunk,
-        critic,
-        recipe.loss,
-        device=device,
-        seed=_mixed(recipe.seed, index, 2),
-        training=recipe.training,
-    )
-    return assemble_stage(index, plan.stages, body, _optimizers(plan, recipe, index, body), recipe)
+    seed = _mixed(recipe.seed, index, 2)
+    body = Body(index, trunk, critic, recipe.loss, device=device, seed=seed, training=recipe.training)
+    owned = (
+        None if RULES[recipe.target.kind].owns_critic else body.critic
+    )  # a critic that its rule updates is left to it
+    is_last = index == plan.stages - 1
+    optimizers = build_optimizers(recipe.optimizer_of(index), trunk, owned, owns_head=is_last)
+    return assemble_stage(index, plan.stages, body, optimizers, recipe)
 
 
 def assemble_stage(index: int, stages: int, body: Body, optimizers: list[Optimizer], recipe: Recipe) -> Stage:
@@ -93,18 +91,9 @@ def assemble_stage(index: int, stages: int, body: Body, optimizers: list[Optimiz
     return Stage(index, body, update, build_rule(parts, recipe.target, recipe.correction), probes)
 
 
-def _optimizers(plan: Plan, recipe: Recipe, index: int, body: Body) -> list[Optimizer]:
-    """Build the optimizers of a stage; a critic that its rule updates is left to the rule."""
-    critic = None if RULES[recipe.target.kind].owns_critic else body.critic
-    is_last = index == plan.stages - 1
-    return build_optimizers(recipe.optimizer_of(index), body.trunk, critic, owns_head=is_last)
-
-
 def _build_probes(body: Body, validation: ValidationSettings) -> list[Probe]:
     """Build the probes of a stage: activations, and nearest neighbours if they are asked for."""
-    kept: list[Tensor] = []
-    for module in body.modules:
-        kept += [*module.parameters(), *module.buffers()]
+    kept: list[Tensor] = [tensor for part in body.modules for tensor in (*part.parameters(), *part.buffers())]
     probes: list[Probe] = [ActivationProbe(kept)]
     if validation.knn is not None:
         probes.append(Neighbours(validation.knn, validation.knn_samples))

@@ -66,7 +66,7 @@ def choose_rule(choice: RuleChoice) -> RuleSettings:
     kind = given.get("kind")
     if kind in RULES and kind not in BUILT_IN_RULES:  # a rule of the user's own; options need a section of its own
         return choose_section(given, RuleSettings, "critic_target")
-    return cast(RuleSettings, _by_kind(choice, CriticTargetSettings, "critic_target"))
+    return cast(RuleSettings, _by_kind(given, CriticTargetSettings, "critic_target"))
 
 
 def choose_optimizer(choice: OptimizerChoice) -> OptimizerSettings | OptimizerFactory:
@@ -85,8 +85,7 @@ def choose_optimizer(choice: OptimizerChoice) -> OptimizerSettings | OptimizerFa
     return choice
 
 
-def _by_kind(choice: str | dict[str, Any], union: Any, key: str) -> Any:
-    given = {"kind": choice} if isinstance(choice, str) else choice
+def _by_kind(given: dict[str, Any], union: Any, key: str) -> Any:
     return _checked(lambda: TypeAdapter(union).validate_python(given), key)
 
 

@@ -135,8 +135,12 @@ class DecoupledTrainer(BaseTrainer):
                 for worker in workers:
                     worker.close()  # now every byte is out, and counted
                 report = self._gather(workers)
-                if self.rank == 0 and train is not None and self._stages[0].updates > itinerary.start:
-                    self._ensure_saved()
+                step = self._stages[0].updates
+                is_saved = self.rank == 0 and train is not None and step > itinerary.start
+                folder = self._checkpoints
+                # Every rank has sent its report, so all parts are written; the last to write may not have seen them.
+                if is_saved and folder is not None and folder.ensure_committed(step, self.plan.stages):
+                    self._control.post(CheckpointRecord(stage=0, step=step))
             if report.steps >= itinerary.steps:  # a stop that was asked for in the last step changed nothing
                 return replace(report, stopped=None)
             return report
@@ -157,11 +161,9 @@ class DecoupledTrainer(BaseTrainer):
         for stage in self._stages:
             stage.rule.begin()
         if training:
-            for stage in self._stages:
-                update = stage.update
-                update.schedules = build_schedules(
-                    self.recipe.schedule, update.optimizers, itinerary.steps, update.steps
-                )
+            for update in (stage.update for stage in self._stages):
+                schedule = self.recipe.schedule
+                update.schedules = build_schedules(schedule, update.optimizers, itinerary.steps, update.steps)
         self._loaded = None  # training changes what was loaded
         devices = self._control.gather("built", self.device.type, self._timeout)
         if len(set(devices)) > 1:
@@ -208,23 +210,16 @@ class DecoupledTrainer(BaseTrainer):
         if self._checkpoints is not None and self._checkpoints.save(stage, self.plan, packet):
             self._control.post(CheckpointRecord(stage=stage.index, step=stage.updates))
 
-    def _ensure_saved(self) -> None:
-        """See to it that the last checkpoint is complete; rank 0 calls this once all ranks have written their parts."""
-        step = self._stages[0].updates
-        if self._checkpoints is not None and self._checkpoints.ensure_committed(step, self.plan.stages):
-            self._control.post(CheckpointRecord(stage=0, step=step))
-
 
 def _checkpoint_folder(plan: Plan, recipe: Recipe, folder: Path | None) -> CheckpointFolder | None:
-    refreshed = recipe.checkpoint.refresh_tied
-    if folder is None and refreshed:
+    section = recipe.checkpoint
+    if folder is not None:
+        tied = tied_weights(plan) if section.refresh_tied else None
+        return CheckpointFolder(folder, keep=section.keep, timeout_seconds=recipe.links.timeout_seconds, tied=tied)
+    if section.refresh_tied:
         raise UsageError(
             "`checkpoint.refresh_tied` takes weights from checkpoints: give checkpoints=FOLDER",
             code="no-checkpoint-folder",
             key="checkpoint.refresh_tied",
         )
-    if folder is None:
-        return None
-    tied = tied_weights(plan) if refreshed else None
-    keep = recipe.checkpoint.keep
-    return CheckpointFolder(folder, keep=keep, timeout_seconds=recipe.links.timeout_seconds, tied=tied)
+    return None

@@ -122,11 +122,7 @@ def _start(settings: Settings, control: Control, *, resume: bool, overwrite: boo
     if checkpoint is not None:  # its weights replace those to start from, which may be gone by now
         wanted = settings.model_copy(update={"start_from": None})
     data, info, plan = prepare(wanted, control)
-
-    def try_loss() -> None:
-        check_loss(plan, find_loss(settings.loss), data)
-
-    control.from_rank_0("loss", try_loss, timeout_seconds)
+    control.from_rank_0("loss", lambda: check_loss(plan, find_loss(settings.loss), data), timeout_seconds)
     trainer = make_trainer(settings, plan)
     trainer.build(checkpoint)
     if checkpoint is not None and checkpoint.step >= settings.training.steps and not beginning.restarted:

@@ -91,6 +91,7 @@ def _measure(
     whole = nn.ModuleList([trunk] if judge is None else [trunk, judge]).to(place)
     owned: list[Tensor] = [*whole.parameters(), *whole.buffers()]
     trainable = [parameter for parameter in whole.parameters() if parameter.requires_grad]
+    # The prediction must not move the caller's random numbers, from which dropout and weights come.
     with torch.enable_grad(), torch.random.fork_rng(devices=cuda_devices(place)), SavedActivations(owned) as saved:
         hidden = trunk(map_payload(lambda tensor: tensor.detach().to(place), given))
         made = judge(hidden) if judge is not None else hidden

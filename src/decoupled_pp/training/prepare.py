@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from decoupled_pp.core.channels import Control
-from decoupled_pp.core.datasets import BatchSource, Data, DataInfo
+from decoupled_pp.core.datasets import Data, DataInfo
 from decoupled_pp.core.device import seeded
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.packets import Loss, Payload, as_tuple, map_payload
@@ -49,14 +49,14 @@ def prepare(settings: Settings, control: Control | None = None) -> tuple[Data | 
         return {"info": info.known(), "sample": _spec(sample)}
 
     described = (control or LocalControl()).from_rank_0("data", describe_data, settings.links.timeout_seconds)
-    if not opened and settings.strategy != "decoupled":  # every rank of a baseline reads the data
+    baseline = settings.strategy != "decoupled"
+    if not opened and baseline:  # every rank of a baseline reads the data
         opened.append(open_data(settings.data, settings.seed))
     info = opened[0].info if opened else DataInfo.of(described["info"])
     with seeded(settings.seed):
         module = build_model(settings.model, info)
     if settings.start_from is not None:
         run_folder.load_weights(Path(settings.start_from), module)
-    baseline = settings.strategy != "decoupled"
     stages = settings.stages
     if baseline:
         stages = stages_needed(settings.strategy, settings.stages) or 1
@@ -102,30 +102,26 @@ def _zeros(spec: list[Any]) -> Payload:
 
 def check_loss(plan: Plan, loss: Loss, data: Data | None) -> None:
     """Raise UsageError unless network and loss take a batch of training and of validation data (on the CPU)."""
-    if data is not None:
-        for name, source in (("training", data.train), ("validation", data.validation)):
-            _check_loss(plan, loss, source, name)
-
-
-def _check_loss(plan: Plan, loss: Loss, source: BatchSource, name: str) -> None:
-    batch = next(source.batches(), None)
-    if batch is None:
-        raise UsageError(f"`data`: there is no {name} batch; give more data", code="no-batch", key="data")
-    inputs, target = (map_payload(Tensor.cpu, part) for part in batch)
-    _, output = trace(plan.module, inputs)
-    met = f"the network's output {describe(output)} and a {name} target {describe(target)}"
-    try:
-        result = loss(zeros_if_meta(output), target)
-    except LAYER_FAULTS as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(
-            f"`loss` fails on {met}: {error}; set another `loss`, or use data with other targets",
-            code="loss-does-not-fit-targets",
-            key="loss",
-        ) from error
-    if not isinstance(result, Tensor) or result.dim():
-        got = describe(result) if isinstance(result, Tensor) else type(result).__name__
-        raise UsageError(
-            f"`loss` turns {met} into {got}; it must return one scalar tensor", code="loss-is-no-scalar", key="loss"
-        )
+    sources = {} if data is None else {"training": data.train, "validation": data.validation}
+    for name, source in sources.items():
+        batch = next(source.batches(), None)
+        if batch is None:
+            raise UsageError(f"`data`: there is no {name} batch; give more data", code="no-batch", key="data")
+        inputs, target = (map_payload(Tensor.cpu, part) for part in batch)
+        _, output = trace(plan.module, inputs)
+        met = f"the network's output {describe(output)} and a {name} target {describe(target)}"
+        try:
+            result = loss(zeros_if_meta(output), target)
+        except LAYER_FAULTS as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(
+                f"`loss` fails on {met}: {error}; set another `loss`, or use data with other targets",
+                code="loss-does-not-fit-targets",
+                key="loss",
+            ) from error
+        if not isinstance(result, Tensor) or result.dim():
+            got = describe(result) if isinstance(result, Tensor) else type(result).__name__
+            raise UsageError(
+                f"`loss` turns {met} into {got}; it must return one scalar tensor", code="loss-is-no-scalar", key="loss"
+            )

@@ -87,12 +87,9 @@ class Trainer(DecoupledTrainer):
             schedule=choose_section(schedule, ScheduleSettings, "schedule"),
             target=choose_rule(critic_target),
             correction=correction,
-            training=sections["training"],
-            links=sections["links"],
-            validation=sections["validation"],
-            checkpoint=sections["checkpoint"],
-            metrics=sections["logging"],
+            metrics=sections.pop("logging"),
             seed=seed,
+            **sections,
         )
         super().__init__(plan, recipe, device, Path(checkpoints) if checkpoints is not None else None, observer)
 

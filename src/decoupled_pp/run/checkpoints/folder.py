@@ -21,21 +21,25 @@ from dataclasses import replace
 from pathlib import Path
 
 from decoupled_pp.core.channels import Control
-from decoupled_pp.core.errors import PeerError, UsageError, waited_too_long
+from decoupled_pp.core.errors import PeerError, TrainingError, UsageError, waited_too_long
 from decoupled_pp.core.plans import Layers, Plan
 from decoupled_pp.pipeline.stage import Stage
 from decoupled_pp.run.checkpoints.files import cannot_write
 from decoupled_pp.run.checkpoints.parts import (
-    MOMENT_SECONDS,
     Checkpoint,
     Keep,
-    ensure_committed,
+    commit,
     final_path,
     list_checkpoints,
     open_checkpoint,
+    partial_path,
+    record_path,
     remove_incomplete,
     save_stage,
 )
+
+_MOMENT_SECONDS = 60.0
+"""Longest time a file on a shared file system may take to appear on another machine (NFS caches listings that long)."""
 
 
 def tied_weights(plan: Plan) -> Mapping[str, str]:
@@ -92,8 +96,8 @@ class CheckpointFolder:
         if rank == 0:
             self._write(mark)
         mark = control.gather("mark in the checkpoint folder", mark, self._timeout)[0]
-        sees = control.gather("sight of it", self._sees(mark), self._timeout + MOMENT_SECONDS)
-        if rank == 0:
+        sees = control.gather("sight of it", self._sees(mark), self._timeout + _MOMENT_SECONDS)
+        if rank == 0:  # `gather` is a barrier: no rank looks for it any more
             (self.path / mark).unlink()
         if not all(sees):
             blind = ", ".join(str(rank) for rank, saw in enumerate(sees) if not saw)
@@ -110,8 +114,22 @@ class CheckpointFolder:
         return save_stage(self.path, stage, plan, packet, keep=self._keep)
 
     def ensure_committed(self, step: int, stages: int) -> bool:
-        """See to it that a checkpoint is complete; see `parts.ensure_committed`."""
-        return ensure_committed(self.path, step, stages, keep=self._keep, timeout_seconds=self._timeout)
+        """Commit a checkpoint whose parts are all written, unless a stage has; return whether this call did it."""
+        # On a shared file system the last stage to write may not have seen the others' parts at once.
+        final = final_path(self.path, step)
+        deadline = time.monotonic() + min(self._timeout, _MOMENT_SECONDS)
+        while not final.exists():
+            if commit(self.path, step, stages, self._keep):
+                return True
+            if time.monotonic() > deadline:
+                lost = ", ".join(str(k) for k in range(stages) if not record_path(partial_path(final), k).exists())
+                raise TrainingError(
+                    f"the checkpoint {final} is not complete: the parts of stages {lost} do not appear here; give all "
+                    "ranks one folder on a file system that they share",
+                    code="checkpoint-incomplete",
+                )
+            time.sleep(0.05)
+        return False
 
     def _regular(self, step: int, every: int | None) -> int:
         """Return the interval between regular checkpoints, once it is certain that tied weights can be taken."""
@@ -151,7 +169,7 @@ class CheckpointFolder:
             time.sleep(0.01)
         checkpoint = open_checkpoint(path, verify=False)  # written by this run: no need to read it all
         for key, owner in wanted.items():
-            checkpoint.fill({f"model.{owner}": state[key]})
+            checkpoint.fill({f"model.{owner}": state[key]})  # in place: it is the stage's own tensor
 
     def _make_room(self, step: int) -> None:
         later = [path for path in list_checkpoints(self.path) if path.name > f"step-{step:08d}"]
@@ -172,7 +190,7 @@ class CheckpointFolder:
 
     def _sees(self, mark: str) -> bool:
         """Return whether this rank can write here and sees a file of rank 0, which may take its time to appear."""
-        deadline = time.monotonic() + min(self._timeout, MOMENT_SECONDS)
+        deadline = time.monotonic() + min(self._timeout, _MOMENT_SECONDS)
         while not (self.path / mark).exists():
             if time.monotonic() > deadline:
                 return False

@@ -6,8 +6,6 @@
         stage-1/ ...
     checkpoints/step-00000200/                     renamed by whichever stage finds all parts there
 
-Every file and folder is on the disk before the rename, so that a committed checkpoint survives a loss of power.
-
 Nothing is pickled: DCP's own metadata file is a pickle, its safetensors format is not. Tensors are keyed by name
 (`model.*`, `critic.<cut>.*`, `optimizer.<parameter>.<key>`, `groups.stage<k>.*`, `rule.stage<k>.*`), so any number of
 stages can load them (`resume.py`).
@@ -17,7 +15,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
@@ -33,29 +31,15 @@ from decoupled_pp.core.errors import TrainingError, UsageError
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.pipeline.optimizer_state import changed_entries, named_state, owners
 from decoupled_pp.pipeline.stage import Stage
-from decoupled_pp.run.checkpoints.files import (
-    cannot_write,
-    checksum,
-    checksum_of,
-    sync,
-    sync_folder,
-    write_atomically,
-)
+from decoupled_pp.run.checkpoints.files import cannot_write, checksum, checksum_of, sync, sync_folder, write_atomically
 
 FORMAT = 2
 _PARTIAL = ".incomplete"
-MOMENT_SECONDS = 60.0
-"""Longest time a file on a shared file system may take to appear on another machine (NFS caches listings that long)."""
-
-
-def critic_name(plan: Plan, stage: int) -> str:
-    """Return the name of the critic after a stage: the layer it follows, so that it keeps its name in other cuts."""
-    return f"after_{plan.layer_names[plan.boundaries[stage + 1] - 1]}"
 
 
 def name_of_critic(stage: Stage, plan: Plan) -> str:
-    """Return the `critic_name` of a stage's critic, empty if it has none."""
-    return critic_name(plan, stage.index) if stage.critic is not None else ""
+    """Return the name of a stage's critic ("" if it has none): the layer it follows, the same in all cuts."""
+    return "" if stage.critic is None else f"after_{plan.layer_names[plan.boundaries[stage.index + 1] - 1]}"
 
 
 @dataclass(frozen=True)
@@ -79,16 +63,10 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-# --------------------------------------------------------------------------------------------------------- saving
-
-
 def save_stage(folder: Path, stage: Stage, plan: Plan, packet: int, *, keep: Keep) -> bool:
-    """Write one stage's part of the checkpoint after `packet` training packets; wait for no other stage.
-
-    Return whether this part completed the checkpoint.
-    """
+    """Write a stage's part of the checkpoint after `packet` packets; return whether this part completed it."""
     _refuse_not_finite(stage, plan, packet)
-    partial = _partial(final_path(folder, stage.updates))
+    partial = partial_path(final_path(folder, stage.updates))
     part = partial / f"stage-{stage.index}"
     shutil.rmtree(part, ignore_errors=True)  # of a save that was killed
     part.mkdir(parents=True, exist_ok=True)
@@ -112,8 +90,8 @@ def save_stage(folder: Path, stage: Stage, plan: Plan, packet: int, *, keep: Kee
         "checksums": {file.name: checksum(file) for file in sorted(part.iterdir())},
     }
     # Written last: who sees the record of a stage may rely on its tensors.
-    write_atomically(_record(partial, stage.index), json.dumps({**record, "checksum": checksum_of(record)}))
-    return _commit(folder, stage.updates, plan.stages, keep)
+    write_atomically(record_path(partial, stage.index), json.dumps({**record, "checksum": checksum_of(record)}))
+    return commit(folder, stage.updates, plan.stages, keep)
 
 
 def _refuse_not_finite(stage: Stage, plan: Plan, packet: int) -> None:
@@ -128,32 +106,11 @@ def _refuse_not_finite(stage: Stage, plan: Plan, packet: int) -> None:
             )
 
 
-def ensure_committed(folder: Path, step: int, stages: int, *, keep: Keep, timeout_seconds: float) -> bool:
-    """See to it that a checkpoint whose parts are all written is committed; return whether this call did it.
-
-    On a shared file system the last stage to write may not have seen the others' parts at once.
-    """
-    final = final_path(folder, step)
-    deadline = time.monotonic() + min(timeout_seconds, MOMENT_SECONDS)
-    while not final.exists():
-        if _commit(folder, step, stages, keep):
-            return True
-        if time.monotonic() > deadline:
-            lost = ", ".join(str(k) for k in range(stages) if not _record(_partial(final), k).exists())
-            raise TrainingError(
-                f"the checkpoint {final} is not complete: the parts of stages {lost} do not appear here; give all "
-                "ranks one folder on a file system that they share",
-                code="checkpoint-incomplete",
-            )
-        time.sleep(0.05)
-    return False
-
-
-def _commit(folder: Path, step: int, stages: int, keep: Keep) -> bool:
+def commit(folder: Path, step: int, stages: int, keep: Keep) -> bool:
     """Commit a checkpoint if all its parts are there, and delete superfluous ones; return whether it was done."""
     final = final_path(folder, step)
-    partial = _partial(final)
-    if not all(_record(partial, k).exists() for k in range(stages)):
+    partial = partial_path(final)
+    if not all(record_path(partial, k).exists() for k in range(stages)):
         return False
     try:
         # A rename is atomic, but a loss of power may leave it on the disk without the files, unless they are synced
@@ -178,11 +135,13 @@ def final_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def _partial(final: Path) -> Path:
+def partial_path(final: Path) -> Path:
+    """Return where the parts of a checkpoint are written before it is committed."""
     return final.with_name(final.name + _PARTIAL)
 
 
-def _record(checkpoint: Path, stage: int) -> Path:
+def record_path(checkpoint: Path, stage: int) -> Path:
+    """Return the JSON record of a stage."""
     return checkpoint / f"stage-{stage}.json"
 
 
@@ -215,9 +174,6 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _names(stage: Stage, plan: Plan) -> dict[Tensor, str]:
     return {parameter: key for key, parameter in stage.named_parameters(name_of_critic(stage, plan)).items()}
-
-
-# -------------------------------------------------------------------------------------------------------- finding
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -256,6 +212,7 @@ class Checkpoint:
         for key, tensor in tensors.items():
             by_folder.setdefault(self.places[key][0], {})[key] = tensor
         with warnings.catch_warnings():
+            # `no_dist`: every stage reads and writes alone, whatever process group there is.
             warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process.*")
             for folder, part in by_folder.items():
                 dcp.load(part, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
@@ -314,8 +271,7 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
 
 def export_safetensors(module: torch.nn.Module, path: Path) -> None:
     """Write a plain module's state as one safetensors file under its own names (atomically)."""
-    from safetensors.torch import save_file
-
+    # Clones, because the format refuses tied weights, which share memory.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
     temporary = path.with_name(path.name + ".tmp")
     try:

@@ -17,10 +17,7 @@ from decoupled_pp.run.checkpoints.parts import Checkpoint, name_of_critic
 
 
 def load_stage(checkpoint: Checkpoint, stage: Stage, plan: Plan) -> list[str]:
-    """Bring a stage to the state of the checkpoint, by parameter names, whatever cut it was saved with.
-
-    Return notes of what could not be taken over: a critic whose place moved, the random stream of another cut.
-    """
+    """Bring a stage to the state of the checkpoint, whatever its cut; return notes of what could not be taken over."""
     _refuse_other_accumulation(checkpoint, stage)
     same_cut = checkpoint.boundaries == plan.boundaries
     notes: list[str] = []
@@ -95,7 +92,7 @@ def _refuse_other_accumulation(checkpoint: Checkpoint, stage: Stage) -> None:
 
 
 def _load_into(checkpoint: Checkpoint, wanted: dict[str, Tensor]) -> None:
-    """Fill the tensors in place, strictly."""
+    """Fill the tensors in place, strictly; those of a `state_dict` are the module's own, so this loads it."""
     for key, tensor in wanted.items():
         if key not in checkpoint.places:
             raise of_another_network(checkpoint, f"it has no {key}")
@@ -183,10 +180,8 @@ def load_model(checkpoint: Checkpoint, module: torch.nn.Module) -> None:
 
 
 def refuse_other_network(checkpoint: Checkpoint, module: torch.nn.Module) -> None:
-    """Raise UsageError unless the checkpoint has exactly the weights and buffers of this network, in their shapes.
-
-    A stage alone cannot tell: a weight that it lacks may be another stage's.
-    """
+    """Raise UsageError unless the checkpoint has exactly the weights and buffers of this network, in their shapes."""
+    # A stage alone cannot tell: a weight that it lacks may be another stage's.
     here = {f"model.{name}": tensor.shape for name, tensor in module.state_dict().items()}
     there = {key: shape for key, (_, shape, _) in checkpoint.places.items() if key.startswith("model.")}
     for key in (*here, *there):

@@ -3,11 +3,4 @@
 from decoupled_pp.training.baselines.strategy import Strategy, Training
 from decoupled_pp.training.baselines.table import BASELINES, build_baseline, refuse_ranks, stages_needed
 
-__all__ = [
-    "BASELINES",
-    "Strategy",
-    "Training",
-    "build_baseline",
-    "refuse_ranks",
-    "stages_needed",
-]
+__all__ = ["BASELINES", "Strategy", "Training", "build_baseline", "refuse_ranks", "stages_needed"]

@@ -19,7 +19,7 @@ from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.packets import Batch, Payload, as_tuple, map_payload
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.pipeline.optim import build_optimizers
-from decoupled_pp.training.baselines.strategy import Part, Strategy, Training, refuse_other_stages
+from decoupled_pp.training.baselines.strategy import Part, Strategy, Training
 
 
 class DeepSpeedPipeline(Strategy):
@@ -31,21 +31,16 @@ class DeepSpeedPipeline(Strategy):
     back until `train_batch` has returned, so that `gradients` leaves the gradients in `.grad`; `_update` then executes
     it. Autocast to bf16 is ours (`Part`), so that parameters and optimizer state stay fp32 as in the other baselines.
 
-    Faults of DeepSpeed 0.19.8 are mended from outside, because they would end a run or falsify it. In fp32 the norm to
-    clip by would leave out every stage but the first, unless parameters are marked as model-parallel. Receive buffers
-    are reused regardless of dtype, so that a bf16 gradient may be received as fp32. A floating tensor of a payload that
-    no gradient comes from, or goes to, fails an assertion. Only contiguous tensors can be sent.
+    Faults of DeepSpeed 0.19.8 that would end a run or falsify it are mended from outside, each where a comment says so.
     """
 
     def __init__(self, plan: Plan, training: Training, device: torch.device, *, rank: int, ranks: int) -> None:
-        """Take over this rank's stage; every rank must have joined the default process group.
-
-        On GPUs all of DeepSpeed's groups are NCCL's.
-        """
-        _check(plan, training, ranks)
+        """Take over this rank's stage; every rank must have joined the default process group."""
+        _check(plan, training)
         super().__init__(plan, [rank], training, device)
         for parameter in self.parts[rank].parameters():
-            parameter.model_parallel = True  # type: ignore[attr-defined] # no copy of another rank's: counts in the norm
+            # Else the norm to clip by in fp32 leaves out every stage but the first, as if they were copies of it.
+            parameter.model_parallel = True  # type: ignore[attr-defined]
         self._rank = rank
         self._last = rank == ranks - 1
         self._forwards = 0
@@ -122,15 +117,12 @@ class DeepSpeedPipeline(Strategy):
             "SendActivation": self._send_activation,
             "SendGrad": self._send_gradient,
         }
-        recorded = {}
+        recorded = dict(instructions)
         for kind, execute in instructions.items():
-            name = kind.__name__
-            if name == "OptimizerStep":
+            if kind.__name__ == "OptimizerStep":
                 recorded[kind] = lambda engine: None  # `_update` takes the step
-            elif name in shadows:
-                recorded[kind] = _shadow(shadows[name], execute)
-            else:
-                recorded[kind] = execute
+            elif kind.__name__ in shadows:
+                recorded[kind] = _shadow(shadows[kind.__name__], execute)
         return recorded
 
     def _forward(self, execute: Callable[[], None], engine: Any, buffer: int) -> None:
@@ -166,13 +158,14 @@ class DeepSpeedPipeline(Strategy):
     def _send_gradient(self, execute: Callable[[], None], engine: Any, buffer: int) -> None:
         tensors = [tensor for tensor in as_tuple(engine.pipe_buffers["inputs"][buffer]) if tensor.is_floating_point()]
         for tensor in tensors:
-            if tensor.grad is None:  # the stage does not use it; the engine expects a gradient all the same
+            if tensor.grad is None:  # the stage does not use it; the engine asserts a gradient all the same
                 tensor.grad = torch.zeros_like(tensor)
         self._sent(self._rank - 1, self._rank, sum(tensor.nbytes for tensor in tensors), backward=True)
         execute()
 
     def _buffer(self, place: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return a new receive buffer; the engine's own method would hand out an earlier one, of any dtype."""
+        """Return a new receive buffer."""
+        # The engine's own method reuses earlier ones regardless of dtype: a bf16 gradient may be received as fp32.
         return torch.empty(tuple(shape), dtype=dtype, device=self.device)
 
 
@@ -210,9 +203,8 @@ def import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def _check(plan: Plan, training: Training, ranks: int) -> None:
+def _check(plan: Plan, training: Training) -> None:
     """Refuse what the engine cannot train, on every rank alike and before anything is sent."""
-    refuse_other_stages("deepspeed", plan, ranks, ranks)
     dtypes = {parameter.dtype for parameter in plan.module.parameters()}
     unfit = dtypes - {torch.float32, torch.bfloat16, torch.float16}
     if unfit:

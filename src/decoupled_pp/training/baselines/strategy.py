@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 
 from decoupled_pp.core.channels import LinkCounters
 from decoupled_pp.core.device import on_device
-from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.packets import Batch, Loss, Payload
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.pipeline.activations import SavedActivations
@@ -54,17 +53,6 @@ class Training:
         if self.options.precision == "bf16":
             return torch.autocast(device.type, dtype=torch.bfloat16)
         return nullcontext()
-
-
-def refuse_other_stages(kind: str, plan: Plan, ranks: int, wanted: int) -> None:
-    """Raise UsageError unless a plan has as many stages as a baseline needs on its ranks."""
-    if plan.stages != wanted:
-        raise UsageError(
-            f"`strategy` {kind} on {ranks} ranks needs a plan of {wanted} stages, not {plan.stages}; cut the network "
-            "into as many",
-            code="stages-do-not-fit-strategy",
-            key="stages",
-        )
 
 
 class Part(nn.Module):
@@ -168,8 +156,7 @@ class Strategy(ABC):
 
     def _clip(self, limit: float) -> None:
         """Scale the gradients down if the norm over the whole network is above the limit."""
-        parameters = [p for part in self.parts.values() for p in part.parameters()]
-        parameters = [p for p in parameters if p.grad is not None]
+        parameters = [p for part in self.parts.values() for p in part.parameters() if p.grad is not None]
         own = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = self._sum_over_ranks(own**2) ** 0.5
         self.recorder.lap("wait_in")  # for the last rank to be done with the flush

@@ -51,6 +51,14 @@ def build_baseline(
             key="strategy",
         )
     refuse_ranks(kind, ranks)
+    wanted = stages_needed(kind, ranks)
+    if wanted not in {None, plan.stages}:
+        raise UsageError(
+            f"`strategy` {kind} on {ranks} ranks needs a plan of {wanted} stages, not {plan.stages}; cut the network "
+            "into as many",
+            code="stages-do-not-fit-strategy",
+            key="stages",
+        )
     if kind == "backprop":
         return Backprop(plan, training, device)
     if kind == "data_parallel":

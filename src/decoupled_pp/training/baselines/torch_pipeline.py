@@ -15,7 +15,7 @@ from torch.distributed.pipelining import PipelineStage, schedules
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.packets import Batch, Payload, as_tuple, map_payload
 from decoupled_pp.core.plans import Plan
-from decoupled_pp.training.baselines.strategy import Strategy, Training, refuse_other_stages
+from decoupled_pp.training.baselines.strategy import Strategy, Training
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class _RecordedStage(PipelineStage):
         # The trial computes on memory that nobody has written, so BatchNorm's running statistics would stay NaN. The
         # hooks hide the trial's saved tensors from the probe of activations: they belong to no step.
         before = [(buffer, buffer.clone()) for buffer in module.buffers()]
-        with torch.autograd.graph.saved_tensors_hooks(_as_is, _as_is):
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
             outputs = super()._compute_outputs(*arguments, module=module, **keywords)
         for buffer, value in before:
             buffer.data.copy_(value)  # .data: the trial's backward pass, which comes next, must not see a change
@@ -100,10 +100,6 @@ class _RecordedStage(PipelineStage):
         return sends
 
 
-def _as_is(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 class TorchPipeline(Strategy):
     """Pipelined backpropagation with a flush per optimizer step."""
 
@@ -121,7 +117,6 @@ class TorchPipeline(Strategy):
         """Take over this rank's stages; activations and gradients travel in a group of all ranks (GPUs: NCCL)."""
         self.kind = kind
         self._schedule_kind = SCHEDULES[kind]
-        refuse_other_stages(kind, plan, ranks, ranks * self._schedule_kind.stages_per_rank)
         if training.options.compile and self._schedule_kind.splits_backward:
             raise UsageError(
                 f"`strategy` {kind}: torch's split backward does not work with torch.compile; set `training.compile` "

@@ -65,7 +65,7 @@ class DataParallel(Backprop):
     def __init__(self, plan: Plan, training: Training, device: torch.device, *, rank: int, ranks: int) -> None:
         """Take over the whole network as one of `ranks` copies, in a group of all ranks (GPUs: NCCL)."""
         super().__init__(plan, training, device)
-        cuda = device.type == "cuda"
+        cuda = device.type == "cuda"  # the default group is gloo's, which would take gradients over the host
         group = dist.new_group(backend="nccl") if cuda else None
         self._copy = DistributedDataParallel(
             self._network, device_ids=[device.index] if cuda else None, process_group=group
