@@ -31,9 +31,10 @@ SETTINGS = {
 def _train(folder, strategy, **sections):
     """Run `dpp train` in this process or rank; the run folder."""
     os.chdir(folder)
-    Path(f"{strategy}.yaml").write_text(yaml.safe_dump({**SETTINGS, "name": strategy, **sections}))
+    file = Path(f"{strategy}-{os.environ.get('RANK', '0')}.yaml")  # a file of its own: no rank reads what another writes
+    file.write_text(yaml.safe_dump({**SETTINGS, "name": strategy, **sections}))
     with pytest.raises(SystemExit) as ended:
-        main(["train", f"{strategy}.yaml", f"--strategy={strategy}"])
+        main(["train", str(file), f"--strategy={strategy}"])
     assert not ended.value.code
     return str(Path("runs", strategy).resolve())
 
