@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_command(chosen: argparse.Namespace) -> int:
     """Trains in this process, or starts ranks that train; returns the exit code."""
     from decoupled_pp.settings.load import load_settings
-    from decoupled_pp.training.job import check_ranks
+    from decoupled_pp.training.ranks import check_ranks
 
     if chosen.strategy is not None:
         chosen.set.append(f"strategy={chosen.strategy}")

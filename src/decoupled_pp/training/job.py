@@ -15,7 +15,6 @@ from decoupled_pp.core.datasets import Data, DataInfo
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.core.reports import Report
-from decoupled_pp.core.topology import Topology
 from decoupled_pp.links import LocalControl, join_world
 from decoupled_pp.models import build_model
 from decoupled_pp.models.generation import generate
@@ -26,10 +25,10 @@ from decoupled_pp.run.log import RunLog
 from decoupled_pp.run.observer import RunObserver
 from decoupled_pp.settings.run import STAGES_ALONE, Settings
 from decoupled_pp.training.base import BaseTrainer
-from decoupled_pp.training.baselines import refuse_ranks
 from decoupled_pp.training.baselines.trainer import BaselineTrainer
 from decoupled_pp.training.decoupled import DecoupledTrainer
 from decoupled_pp.training.prepare import check_loss, prepare
+from decoupled_pp.training.ranks import check_ranks
 from decoupled_pp.training.recipe import recipe_of
 from decoupled_pp.training.watch import sigint_stops, sigterm_kills, told_to_all
 
@@ -155,22 +154,6 @@ def _begin(folder: Path, *, resume: bool, overwrite: bool) -> _Beginning:
         overwrite = not found
     run_folder.check(folder, resume=resume, overwrite=overwrite)
     return _Beginning(resume, overwrite, found[-1].name if resume else None, restarted)
-
-
-def check_ranks(settings: Settings, ranks: int) -> Topology | None:
-    """Return which rank holds which stage; None for a baseline, whose ranks are its own affair."""
-    kind = settings.strategy
-    stages = settings.stages
-    if kind == "decoupled":
-        return Topology(stages, ranks)
-    refuse_ranks(kind, ranks)
-    if kind != "backprop" and (ranks != stages or ranks == 1):
-        raise UsageError(
-            f"`strategy` {kind} needs one rank per stage, at least 2: give --ranks {max(stages, 2)}",
-            code="ranks-do-not-fit-strategy",
-            key="strategy",
-        )
-    return None
 
 
 def make_decoupled(settings: Settings, plan: Plan) -> DecoupledTrainer:

@@ -13,9 +13,6 @@ from pydantic import Field, ValidationError
 
 from decoupled_pp.commands.arguments import add_overrides, check_at_least, claim_output
 from decoupled_pp.commands.child import Trial, say
-from decoupled_pp.commands.sweep.figures import figures, table
-from decoupled_pp.commands.sweep.picture import draw
-from decoupled_pp.commands.sweep.runs import run_trials
 from decoupled_pp.core import environment
 from decoupled_pp.core.errors import TrainingError, UsageError
 from decoupled_pp.core.records import write_json
@@ -76,6 +73,10 @@ def run_command(chosen: argparse.Namespace) -> int:
     advice = "--resume goes on, --overwrite starts anew, or give another --output"
     claim_output(folder, "folder of a sweep", MARKER, advice, resume=chosen.resume, overwrite=chosen.overwrite)
     (folder / MARKER).write_text(text, encoding="utf-8")
+    from decoupled_pp.commands.sweep.figures import figures, table
+    from decoupled_pp.commands.sweep.picture import draw
+    from decoupled_pp.commands.sweep.runs import run_trials
+
     outcomes = run_trials(trials, also, jobs=chosen.jobs, resume=chosen.resume)
     if all(outcome.failure for outcome in outcomes):
         raise TrainingError(f"none of the runs ended well: {outcomes[0].failure}", code="nothing-ran")
