@@ -12,6 +12,7 @@ from decoupled_pp.commands.child import say
 from decoupled_pp.commands.compare.contenders import STRATEGIES, contenders, with_own_settings
 from decoupled_pp.core import environment
 from decoupled_pp.core.errors import TrainingError, UsageError
+from decoupled_pp.core.threads import choose_threads
 from decoupled_pp.settings.load import load_settings
 
 
@@ -66,7 +67,7 @@ def run_command(chosen: argparse.Namespace) -> int:
         micro_batches=micro_batches,
         batch_size=settings.data.batch_size,
         tokens_per_sample=getattr(settings.data, "context", None),
-        threads=settings.threads or max(1, environment.cores() // chosen.ranks),
+        threads=choose_threads(settings.threads, chosen.ranks).count,
     )
     seeds = range(settings.seed, settings.seed + chosen.repeats)
     runs, failures = run_all(entries, folder, chosen.config, chosen.set, seeds, threads=setup.threads)

@@ -13,10 +13,10 @@ from torch import nn
 from decoupled_pp.commands.evaluate.exits import Evaluation, ensemble, exit_costs, progressive
 from decoupled_pp.commands.evaluate.gradient_probe import gradient_cosines
 from decoupled_pp.commands.terminal import say
-from decoupled_pp.core import environment
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.plans import Layers
 from decoupled_pp.core.reports import NoteRecord, Record
+from decoupled_pp.core.threads import choose_threads
 from decoupled_pp.models import build_model
 from decoupled_pp.models.transformers_export import export_transformers
 from decoupled_pp.run import folder as run_folder
@@ -69,7 +69,7 @@ def evaluate_run(
     gradients on this many training micro-batches.
     """
     settings, checkpoint = open_run(folder, overrides)
-    torch.set_num_threads(settings.threads or environment.cores())
+    torch.set_num_threads(choose_threads(settings.threads, 1).count)
     data, _, plan = prepare(settings)
     if data is None:
         raise UsageError(

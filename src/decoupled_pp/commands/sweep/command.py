@@ -17,6 +17,7 @@ from decoupled_pp.core import environment
 from decoupled_pp.core.errors import TrainingError, UsageError
 from decoupled_pp.core.records import write_json
 from decoupled_pp.core.suggestions import did_you_mean
+from decoupled_pp.core.threads import choose_threads
 from decoupled_pp.settings.load import load_settings
 from decoupled_pp.settings.sections import Section
 from decoupled_pp.settings.yaml_text import read_yaml
@@ -93,7 +94,7 @@ def _trials(sweep: SweepSettings, folder: Path, common: list[str], jobs: int) ->
     """Returns all runs of a sweep, one seed after the other, once the settings of all have been checked."""
     variants = {name: [*common, *_overrides(changes)] for name, changes in sweep.variants.items()}
     settings = {name: load_settings(sweep.config, tuple(overrides)) for name, overrides in variants.items()}
-    share = max(1, environment.cores() // jobs)
+    share = choose_threads(None, jobs).count
     return [
         Trial(
             entry=name,
