@@ -17,6 +17,7 @@ SUBCOMMANDS = (
     Subcommand("train", "train a network through a decoupled pipeline", f"{_ROOM}.train"),
     Subcommand("evaluate", "held-out loss and accuracy of every exit of a run", f"{_ROOM}.evaluate.command"),
     Subcommand("export", "write a run's network as plain safetensors", f"{_ROOM}.export"),
+    Subcommand("sample", "continue a text with a run's language model", f"{_ROOM}.sample"),
     Subcommand("compare", "train by several strategies and report on all", f"{_ROOM}.compare.command"),
     Subcommand("sweep", "variants of one configuration over seeds, in one table", f"{_ROOM}.sweep.command"),
     Subcommand("plan", "predict time, memory and traffic of every strategy, without running it", f"{_ROOM}.plan"),
