@@ -39,7 +39,8 @@ done
 [[ "${MAX_RESTARTS:-0}" == 0 || -n "${RUN_ID:-}" ]] || refuse "RUN_ID is not set; MAX_RESTARTS needs it, see the top of this file"
 ((NPROC_PER_NODE > 0)) || refuse "NPROC_PER_NODE is 0; it must be at least 1"
 
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # as torchrun would; ranks set their threads by the settings
+# As torchrun would, but without its warning; the second variable says that nobody asked for 1 thread.
+[[ -n "${OMP_NUM_THREADS:-}" ]] || export OMP_NUM_THREADS=1 DPP_DEFAULT_THREADS=1
 exec "${PYTHON:-python}" -m torch.distributed.run \
     --nnodes "$NNODES" \
     --node-rank "$NODE_RANK" \

@@ -18,7 +18,8 @@ refuse() {
 [[ -n "${NPROC_PER_NODE:-}" ]] || refuse "NPROC_PER_NODE is not set; set it to the number of stages"
 [[ "$NPROC_PER_NODE" =~ ^[1-9][0-9]*$ ]] || refuse "NPROC_PER_NODE is '$NPROC_PER_NODE'; it must be a whole number, at least 1"
 
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # as torchrun would; ranks set their threads by the settings
+# As torchrun would, but without its warning; the second variable says that nobody asked for 1 thread.
+[[ -n "${OMP_NUM_THREADS:-}" ]] || export OMP_NUM_THREADS=1 DPP_DEFAULT_THREADS=1
 exec "${PYTHON:-python}" -m torch.distributed.run \
     --standalone \
     --nproc-per-node "$NPROC_PER_NODE" \

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from decoupled_pp.models.splitting.traced import split_traced
     from decoupled_pp.models.transformers_export import save_transformers
     from decoupled_pp.run.checkpoints.shards import write_shards
+    from decoupled_pp.run.saved import load
     from decoupled_pp.training.partition import partition
     from decoupled_pp.training.trainer import Trainer
 
@@ -42,6 +43,7 @@ __all__ = [
     "View",
     "cut_after",
     "flatten",
+    "load",
     "partition",
     "save_transformers",
     "split_blocks",
@@ -70,6 +72,7 @@ _HOMES = {
     "View": "core.objective",
     "cut_after": "models.splitting",
     "flatten": "models.splitting",
+    "load": "run.saved",
     "partition": "training.partition",
     "save_transformers": "models.transformers_export",
     "split_blocks": "models.splitting",

@@ -71,17 +71,58 @@ def test_bad_command_lines(words):
     assert str(caught.value).endswith(" --help")
 
 
-@pytest.mark.parametrize("words", [[], ["train"], ["evaluate"], ["export"], ["plan"], ["bench"], ["bench", "schedule"]])
-def test_help_imports_no_torch(words):
+def without_torch(*words):
+    """Run a command that ends before it needs torch, in a process of its own; its exit code and both outputs."""
     script = f"""
 import sys
 from decoupled_pp.commands.main import main
 try:
-    main([*{words}, "--help"])
-except SystemExit:
+    main({list(map(str, words))})
+except SystemExit as ended:
     assert "torch" not in sys.modules, "imported"
+    raise
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("words", [[], *([row.name] for row in SUBCOMMANDS), ["bench", "schedule"]])
+def test_help_imports_no_torch(words):
+    code, told, error = without_torch(*words, "--help")
+    assert code == 0, error
     if not words:
-        assert all(row.help.split(",")[0] in done.stdout for row in SUBCOMMANDS)
+        assert all(row.help.split(",")[0] in told for row in SUBCOMMANDS)
+
+
+MLP = """
+name: run
+model: {kind: mlp}
+data: {kind: digits}
+training: {steps: 3}
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "added", "told"),
+    [
+        (["train"], "trainning: {steps: 3}", "did you mean 'training'?"),
+        (["train", "--set", "model.widht=3"], "", "did you mean 'width'?"),
+        (["train", "--ranks", 3], "", "2 stages need 2 ranks"),
+        (["train", "--strategy", "1f1b"], "", "give --ranks 2"),
+        (["compare"], "seed: -1", "`seed`"),
+        (["plan"], "seed: -1", "`seed`"),
+    ],
+)
+def test_a_wrong_setting_is_found_before_torch_is_imported(words, added, told, tmp_path):
+    (tmp_path / "run.yaml").write_text(MLP + added)
+    code, _, error = without_torch(words[0], tmp_path / "run.yaml", *words[1:])
+    assert (code, error.count("\n")) == (2, 1) and told in error
+
+
+def test_a_sweep_finds_a_wrong_setting_before_torch_is_imported(tmp_path):
+    (tmp_path / "run.yaml").write_text(MLP)
+    variants = "variants: {good: {seed: 1}, bad: {model.widht: 3}}"
+    (tmp_path / "sweep.yaml").write_text(f"config: {tmp_path / 'run.yaml'}\n{variants}\n")
+    code, _, error = without_torch("sweep", tmp_path / "sweep.yaml", "--output", tmp_path / "out")
+    assert (code, error.count("\n")) == (2, 1) and "did you mean 'width'?" in error
+    assert not (tmp_path / "out").exists()

@@ -263,18 +263,27 @@ def test_what_is_no_run_folder_is_refused(command, capsys):
 @pytest.mark.parametrize("command", [["evaluate"], ["export", "-o", "weights"]])
 def test_a_run_without_a_checkpoint_is_refused(command, run, capsys):
     shutil.rmtree(run / "checkpoints")
+    (run / "model.safetensors").unlink()
     capsys.readouterr()
     assert launched.dpp(command[0], run, *command[1:]) == 2
     _line(capsys, str(run), "no checkpoint yet")
     assert not Path("weights").exists()
 
 
-@pytest.mark.parametrize("output", ["/dev/null/weights", "run.yaml/weights", "runs"])
-def test_an_output_that_cannot_be_written_is_refused(output, run, capsys):
+@pytest.mark.parametrize(
+    ("output", "code"),
+    [
+        ("/dev/null/weights", "folder-not-writable"),
+        ("run.yaml/weights", "folder-not-writable"),
+        ("run.yaml/weights.safetensors", "file-not-writable"),
+        ("runs", "not-an-output-folder"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused(output, code, run, capsys):
     before = launched.fingerprint(Path())
     capsys.readouterr()
     assert launched.dpp("export", run, "-o", output) == 2
-    check_said(capsys.readouterr().err, "file-not-writable", f"cannot write {output}")
+    check_said(capsys.readouterr().err, code, output)
     assert launched.fingerprint(Path()) == before
 
 

@@ -1,5 +1,7 @@
 """The public Trainer: what it refuses, in one line each."""
 
+import shutil
+
 import pytest
 import torch
 from torch import nn
@@ -7,9 +9,10 @@ from torch import nn
 from decoupled_pp import Trainer, partition
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.settings.run import ScheduleSettings
-from kit import ignore, refused
+from kit import differences, ignore, refused, states, vector_batches
+from ranks import launch, values
 
-BATCHES = [(torch.randn(4, 3), torch.randint(2, (4,)))]
+BATCHES = vector_batches(count=1, size=4, width=3, classes=2)
 
 
 def trainer(**options):
@@ -122,3 +125,53 @@ def _of(critic):
 def test_rates_for_other_stages_are_refused():
     with refused("one-rate-per-stage"):
         trainer(optimizer={"kind": "SGD", "lr_per_stage": [1, 1, 1]})
+
+
+def three_layers(stages, seed, folder):
+    torch.manual_seed(seed)
+    layers = [nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)]
+    plan = partition(layers, stages, "uniform", BATCHES[0][0], device="cpu")
+    return Trainer(plan, critic="head", checkpoints=folder, device="cpu", observer=ignore)
+
+
+def evaluated(stages, folder):
+    """Scores of the checkpoint by a trainer with other weights, and the weights that it exports then."""
+    fresh = three_layers(stages, 1, folder)
+    scores = fresh.evaluate(BATCHES, resume=True)
+    return [one.val_loss for one in scores], fresh.export().state_dict()
+
+
+@pytest.fixture
+def finished(tmp_path):
+    one = three_layers(2, 0, tmp_path)
+    one.fit(BATCHES, 5)
+    return [exit.val_loss for exit in one.evaluate(BATCHES)], one.export().state_dict()
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_a_checkpoint_is_evaluated_and_exported_without_training_on(stages, finished, tmp_path):
+    scores, weights = evaluated(stages, tmp_path)
+    assert scores[-1] == finished[0][-1] and (stages != 2 or scores == finished[0])
+    assert differences(weights, finished[1]) == []
+
+
+def test_ranks_evaluate_and_export_a_checkpoint_too(finished, tmp_path):
+    for scores, weights in values(launch(evaluated, 2, tmp_path, size=2, folder=tmp_path / "ranks")):
+        assert scores == finished[0]
+        assert differences(weights, finished[1]) == []
+
+
+def test_training_goes_on_from_an_evaluated_checkpoint(finished, tmp_path):
+    went_on, resumed = three_layers(2, 1, tmp_path), three_layers(2, 2, tmp_path / "copy")
+    shutil.copytree(tmp_path, tmp_path / "copy", ignore=shutil.ignore_patterns("copy"))
+    went_on.evaluate(BATCHES, resume=True)
+    went_on.fit(BATCHES, 3)
+    resumed.fit(BATCHES, 8, resume=True)
+    assert differences(states(went_on), states(resumed)) == []
+
+
+def test_a_folder_without_a_checkpoint_has_nothing_to_evaluate(tmp_path):
+    with refused("no-checkpoint"):
+        three_layers(2, 0, tmp_path).evaluate(BATCHES, resume=True)
+    with refused("no-checkpoint-folder"):
+        trainer().evaluate(BATCHES, resume=True)

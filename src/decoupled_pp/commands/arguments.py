@@ -48,7 +48,7 @@ def check_at_least(chosen: argparse.Namespace, **least: float) -> None:
     """Raises UsageError if an option is below its bound: `check_at_least(chosen, micro_batches=1)`."""
     for name, bound in least.items():
         value = getattr(chosen, name)
-        if value < bound:
+        if not value >= bound:  # so that NaN is refused, too
             raise UsageError(f"{flag(name)} {value:g} must be at least {bound:g}", code="option-out-of-range")
 
 

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--output",
         required=True,
-        help="file to write; of a transformers model a folder, unless it ends in .safetensors",
+        help="file to write, if it ends in .safetensors, else a folder that dpp.load (or from_pretrained) loads",
     )
     parser.add_argument("--exit", type=int, help="a smaller network: the stages up to this one, and its critic")
     parser.add_argument(
@@ -27,17 +27,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_command(chosen: argparse.Namespace) -> int:
     """Writes the whole network, or one that ends at an exit."""
-    from decoupled_pp.commands.evaluate.finished_run import exit_module, export_folder
+    from decoupled_pp.commands.evaluate.finished_run import exit_module
+    from decoupled_pp.commands.exported import export_run
     from decoupled_pp.run.checkpoints.parts import export_safetensors
 
     if chosen.exit is not None and chosen.tied:
         raise UsageError(
             "--tied goes with the whole network, not with --exit; leave one of the two out", code="options-contradict"
         )
-    output = Path(chosen.output)
+    run = Path(chosen.folder).expanduser()
+    output = Path(chosen.output).expanduser()
+    lines: list[str] = []
     if chosen.exit is not None:
-        export_safetensors(exit_module(chosen.folder, chosen.exit), output)
+        export_safetensors(exit_module(run, chosen.exit), output)
     else:
-        export_folder(Path(chosen.folder), output, tied=chosen.tied)
-    sys.stdout.write(f"{chosen.output}\n")
+        lines = export_run(run, output, tied=chosen.tied)
+    sys.stdout.write("\n".join([chosen.output, *lines]) + "\n")
     return 0

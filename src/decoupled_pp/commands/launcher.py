@@ -31,10 +31,8 @@ def launch(arguments: list[str], ranks: int, *, max_restarts: int, grace_seconds
         The exit code: 0, or that of the rank that failed first, or 128 + the signal.
     """
     logging.disable(logging.ERROR)  # torch's own reports are pages long; the ranks say in one line what is wrong
-    environment.set_defaults({
-        "OMP_NUM_THREADS": "1",  # as torchrun does, so that ranks do not fight for cores before they set their threads
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # a warning of torch's C++ brings its call stack along
-    })  # fmt: skip
+    environment.set_default_threads()  # so that ranks do not fight for cores before they choose their threads
+    environment.set_defaults({"TORCH_CPP_LOG_LEVEL": "ERROR"})  # a warning of torch's C++ brings its call stack along
     try:
         return _attempts(_config(ranks, grace_seconds), arguments, max_restarts)
     except SignalException as error:

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from decoupled_pp import __version__
 from decoupled_pp.commands.subcommands import Parser, Subcommand
 from decoupled_pp.commands.terminal import FAILED, INTERRUPTED, TERMINATED, USAGE, say
-from decoupled_pp.core import environment
+from decoupled_pp.core import environment, threads
 from decoupled_pp.core.errors import PeerError, ReportedError, UsageError
 
 _ROOM = "decoupled_pp.commands"
@@ -17,6 +17,7 @@ SUBCOMMANDS = (
     Subcommand("train", "train a network through a decoupled pipeline", f"{_ROOM}.train"),
     Subcommand("evaluate", "held-out loss and accuracy of every exit of a run", f"{_ROOM}.evaluate.command"),
     Subcommand("export", "write a run's network as plain safetensors", f"{_ROOM}.export"),
+    Subcommand("sample", "continue a text with a run's language model", f"{_ROOM}.sample"),
     Subcommand("compare", "train by several strategies and report on all", f"{_ROOM}.compare.command"),
     Subcommand("sweep", "variants of one configuration over seeds, in one table", f"{_ROOM}.sweep.command"),
     Subcommand("plan", "predict time, memory and traffic of every strategy, without running it", f"{_ROOM}.plan"),
@@ -39,6 +40,8 @@ def build_parser(words: Collection[str] | None = None) -> Parser:
 
 def _run(words: Sequence[str]) -> int:
     """Runs the command and returns its exit code; a fault that the user cannot mend keeps its traceback."""
+    if "torch" not in sys.modules:  # else a script called us, and may have told its torch how many threads to take
+        threads.own_process.set()
     with ExitStack() as signals:
         try:
             chosen = build_parser(words).parse_args(words)  # --help ends here, before torch is imported

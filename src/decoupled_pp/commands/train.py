@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from decoupled_pp.commands.arguments import add_overrides, check_at_least, flag
-from decoupled_pp.commands.terminal import INTERRUPTED, USAGE, say
+from decoupled_pp.commands.terminal import INTERRUPTED, USAGE, phases_shown, say
 from decoupled_pp.core import environment
 from decoupled_pp.core.errors import LAUNCHER_GONE, PeerError, TrainingError, UsageError
 
 if TYPE_CHECKING:
     from decoupled_pp.settings.run import Settings
+
+
+logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_command(chosen: argparse.Namespace) -> int:
     """Trains in this process, or starts ranks that train; returns the exit code."""
     from decoupled_pp.settings.load import load_settings
-    from decoupled_pp.training.job import check_ranks
+    from decoupled_pp.training.ranks import check_ranks
 
     if chosen.strategy is not None:
         chosen.set.append(f"strategy={chosen.strategy}")
@@ -52,13 +56,15 @@ def run_command(chosen: argparse.Namespace) -> int:
             "or give it to torchrun",
             code="option-without-effect",
         )
-    if chosen.ranks is not None and chosen.ranks > 1:
-        return _launch(chosen, settings)
-    return _train(chosen, settings)
+    with phases_shown():
+        if chosen.ranks is not None and chosen.ranks > 1:
+            return _launch(chosen, settings)
+        return _train(chosen, settings)
 
 
 def _train(chosen: argparse.Namespace, settings: Settings) -> int:
     """Trains as the rank that this process is."""
+    logger.info("loading PyTorch")
     from decoupled_pp.commands.tables import print_outcome
     from decoupled_pp.training.job import run_rank
 
@@ -82,6 +88,7 @@ def _launch(chosen: argparse.Namespace, settings: Settings) -> int:
 
     # The ranks check this too, but only once they have started, which takes seconds.
     run_folder.check(settings.folder, resume=chosen.resume, overwrite=chosen.overwrite)
+    logger.info("starting %d ranks", chosen.ranks)
     arguments = ["train", chosen.config, *(f"--set={override}" for override in chosen.set)]
     arguments += [flag(name) for name in ("resume", "overwrite") if getattr(chosen, name)]
     grace_seconds = settings.links.timeout_seconds

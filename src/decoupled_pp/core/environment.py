@@ -1,4 +1,4 @@
-"""Reads and changes the process's environment (nothing else does): rank, world size, restarts, cores."""
+"""Reads and changes the process's environment (nothing else does): rank, world size, restarts, threads."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 DPP_RUN = "dpp-"
 """Prefix of the run id of a launch by `dpp train --ranks`."""
+DEFAULT_THREADS = "DPP_DEFAULT_THREADS"
+"""Variable that is set where OMP_NUM_THREADS is a launcher's default and not the user's choice."""
 
 
 def under_torchrun() -> bool:
@@ -57,11 +60,32 @@ def job() -> str:
     return run_id if run_id != "none" else f"{socket.gethostname()} {os.getppid()}"
 
 
-def cores() -> int:
-    """Return the number of CPU cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # Linux: containers and `taskset` leave a process fewer than there are
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def told_threads() -> tuple[str, int] | None:
+    """Return the variable by which the user bounds the threads of a process, and its number; None if there is none."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        value = os.environ.get(name, "").split(",")[0].strip()  # OpenMP takes a list, a number per level of nesting
+        if value.isdigit() and int(value) > 0 and not (name == "OMP_NUM_THREADS" and _is_launchers(value)):
+            return name, int(value)
+    return None
+
+
+def set_default_threads() -> None:
+    """Let ranks begin with one thread, as torchrun does, unless the user has set another number."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        os.environ[DEFAULT_THREADS] = "1"
+
+
+def _is_launchers(value: str) -> bool:
+    """Return whether a launcher set OMP_NUM_THREADS, not the user: torchrun sets 1 if it is to start several ranks."""
+    if DEFAULT_THREADS in os.environ:
+        return True
+    if value != "1" or "TORCHELASTIC_RUN_ID" not in os.environ or local_world_size() == 1:
+        return False
+    try:  # the environment that the launcher itself was started with
+        return b"OMP_NUM_THREADS=1" not in Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return True
 
 
 def set_defaults(values: Mapping[str, str]) -> None:

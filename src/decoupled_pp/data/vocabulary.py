@@ -31,6 +31,7 @@ class Vocabulary:
     is_bytes: bool = False  # ids are the bytes of the text, so that files need no encoding at all
     mask: int | None = None  # id that stands for a masked token
     pad: int | None = None  # id that fills up short sentences
+    definition: str | None = None  # content of a tokenizer.json that gives this vocabulary; bytes need none
 
     def tokens(self, texts: Iterable[str]) -> Tensor:
         """Return all ids of the texts in a row, (N,): uint8 for bytes, else int32; a batch is cast when it is taken."""
@@ -160,4 +161,4 @@ def _as_vocabulary(tokenizer: Any, mask: int | None = None, pad: int | None = No
     if pad is None:
         pad = padding.get("pad_id", known("[PAD]", "<pad>"))
     size = max(tokenizer.get_vocab().values()) + 1
-    return Vocabulary(size, encode, decode, sentences, mask=mask, pad=pad)
+    return Vocabulary(size, encode, decode, sentences, mask=mask, pad=pad, definition=definition)

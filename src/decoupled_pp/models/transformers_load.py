@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,6 +61,23 @@ def load_transformers(settings: HuggingFaceModel, info: DataInfo, *, weights: bo
         raise _unusable(settings, f"cannot be loaded as {head}", error) from None
     _check_vocabulary(model, info)
     loaded: PreTrainedModel = model
+    return loaded
+
+
+def load_exported(folder: Path) -> PreTrainedModel:
+    """Load a folder that `save_pretrained` has written, as the class that its config names."""
+    transformers = import_extra("transformers", "model.kind", "huggingface")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        (name,) = config.architectures or (None,)
+        if not isinstance(name, str) or not hasattr(transformers, name):
+            raise ValueError(f"its config.json names no model of the library, but {name!r}")
+        loaded: PreTrainedModel = getattr(transformers, name).from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UsageError(
+            f"{folder} is no usable folder of transformers: {first_line(error)}; export it again",
+            code="export-not-loadable",
+        ) from error
     return loaded
 
 

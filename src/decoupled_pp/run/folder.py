@@ -36,25 +36,26 @@ WEIGHTS_FILE = "model.safetensors"
 JOB_FILE = ".job"
 
 
-def load_weights(source: Path, module: nn.Module) -> None:
-    """Load a finished run's exported weights, or a safetensors file, into a network."""
+def load_weights(source: Path, module: nn.Module, key: str | None = "start_from") -> None:
+    """Load a finished run's weights, or a safetensors file, which the setting `key` names, into a network."""
+    where = f"`{key}` " if key is not None else ""
     file = source / WEIGHTS_FILE if source.is_dir() else source
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise UsageError(
-            f"`start_from` {source}: cannot read {file}: {str(error).splitlines()[0]}; give the folder of a finished "
+            f"{where}{source}: cannot read {file}: {str(error).splitlines()[0]}; give the folder of a finished "
             "run (dpp train) or a safetensors file (dpp export)",
             code="weights-not-readable",
-            key="start_from",
+            key=key,
         ) from error
     faults = list(_differences(tensors, module.state_dict()))
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise UsageError(
-            f"`start_from` {file} {faults[0]}{more}; give the `model` settings that it was trained with",
+            f"{where}{file} {faults[0]}{more}; give the `model` settings that it was trained with",
             code="weights-of-another-network",
-            key="start_from",
+            key=key,
         )
     module.load_state_dict(tensors)
 

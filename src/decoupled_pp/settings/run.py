@@ -207,7 +207,8 @@ class Settings(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: one GPU per rank and NCCL where there are GPUs, else the CPU and gloo."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads per rank inside torch operators; default: cores of the machine divided by its ranks."""
+    """CPU threads per rank inside torch operators; default: `OMP_NUM_THREADS` if you have set it, else the cores that
+    are free when the run starts, divided by the ranks that share them. `--resume` keeps the number."""
     strategy: Strategy = "decoupled"
     """How to train: decoupled, or by backpropagation as a baseline (pipelines with `training.accumulate` micro-batches
     per flush: torch's gpipe, 1f1b, interleaved_1f1b, zero_bubble and zbv, DeepSpeed's; data_parallel; or all in one

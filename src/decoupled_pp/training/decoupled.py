@@ -83,10 +83,25 @@ class DecoupledTrainer(BaseTrainer):
                 self._notes += [NoteRecord(stage=stage.index, text=note) for note in notes]
         self._loaded = resume
 
-    def evaluate(self, batches: Batches | BatchSource, *, resume: Checkpoint | None = None) -> tuple[Exit, ...]:
-        """Score every exit on held-out micro-batches; every rank calls this and gets the same scores."""
-        step = resume.step if resume is not None else self._steps_done()
-        return self._session(None, as_source(batches), Itinerary(step, step), resume, range(0)).exits
+    def evaluate(self, batches: Batches | BatchSource, *, resume: bool | Checkpoint | None = None) -> tuple[Exit, ...]:
+        """Score every exit on held-out micro-batches; every rank calls this and gets the same scores.
+
+        Args:
+            batches: Held-out micro-batches (input, target).
+            resume: Score the newest checkpoint of the trainer's folder, or this one, whatever stages it was saved by;
+                `export` returns its weights then, and `fit` goes on from it.
+
+        Raises:
+            UsageError: There is no checkpoint, or it is of another network.
+        """
+        found = self._newest() if resume is True else resume or None
+        if resume and found is None:  # fit would begin anew, but nobody wants the scores of untrained weights
+            raise UsageError(
+                "resume=True: the trainer's folder has no checkpoint to evaluate yet; call fit first, or leave it out",
+                code="no-checkpoint",
+            )
+        step = found.step if found is not None else self._steps_done()
+        return self._session(None, as_source(batches), Itinerary(step, step), found, range(0)).exits
 
     def export(self) -> nn.Module:
         """Return the user's own module, trained; under torchrun every rank calls this and gets all weights.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import socket
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -15,7 +17,7 @@ from decoupled_pp.core.datasets import Data, DataInfo
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.core.reports import Report
-from decoupled_pp.core.topology import Topology
+from decoupled_pp.core.threads import choose_threads, cpus
 from decoupled_pp.links import LocalControl, join_world
 from decoupled_pp.models import build_model
 from decoupled_pp.models.generation import generate
@@ -26,12 +28,14 @@ from decoupled_pp.run.log import RunLog
 from decoupled_pp.run.observer import RunObserver
 from decoupled_pp.settings.run import STAGES_ALONE, Settings
 from decoupled_pp.training.base import BaseTrainer
-from decoupled_pp.training.baselines import refuse_ranks
 from decoupled_pp.training.baselines.trainer import BaselineTrainer
 from decoupled_pp.training.decoupled import DecoupledTrainer
 from decoupled_pp.training.prepare import check_loss, prepare
+from decoupled_pp.training.ranks import check_ranks
 from decoupled_pp.training.recipe import recipe_of
 from decoupled_pp.training.watch import sigint_stops, sigterm_kills, told_to_all
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,13 +73,17 @@ class _Beginning:
 def run_rank(settings: Settings, *, resume: bool = False, overwrite: bool = False) -> Outcome:
     """Train one rank (or all stages, in a single process) as the settings say, and leave a run folder."""
     topology = check_ranks(settings, environment.world_size())
+    if environment.world_size() > 1:
+        logger.info("joining %d ranks", environment.world_size())
     with sigterm_kills():
         world = join_world(settings.links.timeout_seconds) if environment.world_size() > 1 else None
-    torch.set_num_threads(settings.threads or max(1, environment.cores() // environment.local_world_size()))
     control = world.channel() if world is not None else LocalControl()
     with told_to_all(control, environment.rank(), topology):
         start = _start(settings, control, resume=resume, overwrite=overwrite)
     trainer = start.trainer
+    packets = min(settings.logging.every, settings.training.steps * settings.training.accumulate)
+    compiling = "compiling and training" if settings.training.compile else "training"
+    logger.info("%s: the first figures come after %d packets", compiling, packets)
     resumed_step = start.checkpoint.step if start.checkpoint is not None else None
     with RunObserver(settings, start.log, resumed_step) as observer, sigint_stops(trainer.interrupted):
         trainer.observe(observer)
@@ -118,12 +126,14 @@ def _start(settings: Settings, control: Control, *, resume: bool, overwrite: boo
     checkpoint = None
     if beginning.newest is not None:
         checkpoint = open_checkpoint(folder / run_folder.CHECKPOINTS / beginning.newest)
+    _take_threads(settings, control, checkpoint)
     wanted = settings
     if checkpoint is not None:  # its weights replace those to start from, which may be gone by now
         wanted = settings.model_copy(update={"start_from": None})
     data, info, plan = prepare(wanted, control)
     control.from_rank_0("loss", lambda: check_loss(plan, find_loss(settings.loss), data), timeout_seconds)
     trainer = make_trainer(settings, plan)
+    logger.info("building the stages and their critics")
     trainer.build(checkpoint)
     if checkpoint is not None and checkpoint.step >= settings.training.steps and not beginning.restarted:
         raise UsageError(
@@ -144,6 +154,23 @@ def _start(settings: Settings, control: Control, *, resume: bool, overwrite: boo
     return _Start(data, info, trainer, checkpoint, log[0] if log else None)
 
 
+def _take_threads(settings: Settings, control: Control, checkpoint: Checkpoint | None) -> None:
+    """Give torch its threads: as many on every rank of a machine, because sums round by how they are split."""
+    timeout_seconds = settings.links.timeout_seconds
+    mine = cpus()
+    machine = socket.gethostname()
+    # A scheduler may have given each rank cores of its own; only those that share some divide them.
+    places = control.gather("cores", [machine, sorted(mine)], timeout_seconds)
+    sharing = [rank for rank, (other, theirs) in enumerate(places) if other == machine and mine & {*theirs}]
+    kept = checkpoint.parts[0].get("threads") if checkpoint is not None else None  # version 0.1.0 wrote none
+    threads = choose_threads(settings.threads, len(sharing), kept)
+    found = control.gather("threads", [machine, threads.count], timeout_seconds)
+    count = min(count for other, count in found if other == machine)
+    torch.set_num_threads(count)
+    per_rank = " per rank" if environment.world_size() > 1 else ""
+    logger.info("CPU threads%s: %d (%s)", per_rank, count, threads.reason)
+
+
 def _begin(folder: Path, *, resume: bool, overwrite: bool) -> _Beginning:
     """Decide how a run begins, from what was asked for and from what the folder holds; only looks."""
     restarted = environment.restart_count() > 0 and run_folder.claimed_by(folder, environment.job())
@@ -155,22 +182,6 @@ def _begin(folder: Path, *, resume: bool, overwrite: bool) -> _Beginning:
         overwrite = not found
     run_folder.check(folder, resume=resume, overwrite=overwrite)
     return _Beginning(resume, overwrite, found[-1].name if resume else None, restarted)
-
-
-def check_ranks(settings: Settings, ranks: int) -> Topology | None:
-    """Return which rank holds which stage; None for a baseline, whose ranks are its own affair."""
-    kind = settings.strategy
-    stages = settings.stages
-    if kind == "decoupled":
-        return Topology(stages, ranks)
-    refuse_ranks(kind, ranks)
-    if kind != "backprop" and (ranks != stages or ranks == 1):
-        raise UsageError(
-            f"`strategy` {kind} needs one rank per stage, at least 2: give --ranks {max(stages, 2)}",
-            code="ranks-do-not-fit-strategy",
-            key="strategy",
-        )
-    return None
 
 
 def make_decoupled(settings: Settings, plan: Plan) -> DecoupledTrainer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,15 @@ from decoupled_pp.settings.run import Settings
 from decoupled_pp.training.baselines import stages_needed
 from decoupled_pp.training.partition import partition
 
+logger = logging.getLogger(__name__)
+
 
 def prepare(settings: Settings, control: Control | None = None) -> tuple[Data | None, DataInfo, Plan]:
     """Return the data (rank 0 only), their description, and the cut network with seeded weights."""
     if ":" not in settings.optimizer.kind:
         find_optimizer(settings.optimizer.kind)
     opened: list[Data] = []
+    logger.info("opening the data (%s)", settings.data.kind)
 
     def describe_data() -> dict[str, Any]:
         opened.append(open_data(settings.data, settings.seed))
@@ -53,6 +57,7 @@ def prepare(settings: Settings, control: Control | None = None) -> tuple[Data | 
     if not opened and baseline:  # every rank of a baseline reads the data
         opened.append(open_data(settings.data, settings.seed))
     info = opened[0].info if opened else DataInfo.of(described["info"])
+    logger.info("building the network (%s)", settings.model.kind)
     with seeded(settings.seed):
         module = build_model(settings.model, info)
     if settings.start_from is not None:
@@ -60,10 +65,16 @@ def prepare(settings: Settings, control: Control | None = None) -> tuple[Data | 
     stages = settings.stages
     if baseline:
         stages = stages_needed(settings.strategy, settings.stages) or 1
+    cut = _cut(settings, stages)
+    if stages > 1:
+        by = f"by {cut}" if isinstance(cut, str) else f"of {cut} layers"
+        logger.info(
+            "cutting its %d layers into %d stages %s", len(module), stages, by.replace("by time", "by measured time")
+        )
     plan = partition(
         module,
         stages,
-        _cut(settings, stages),
+        cut,
         _zeros(described["sample"]),
         critic=None if baseline else build_critic(settings.critic, settings.critic_overlap),
         critic_target=settings.critic_target,

@@ -8,11 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from decoupled_pp.core.channels import Control
 from decoupled_pp.core.errors import Fault, LinkError, PeerError, TrainingError, UsageError
 from decoupled_pp.core.reports import Record
 from decoupled_pp.core.topology import Topology
+
+if TYPE_CHECKING:
+    from decoupled_pp.core.channels import Control  # imports torch, which the front end does without
 
 _GRACE_SECONDS = 1.0
 _GRACE_PER_STAGE_SECONDS = 0.25

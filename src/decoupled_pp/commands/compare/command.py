@@ -10,11 +10,9 @@ from pathlib import Path
 from decoupled_pp.commands.arguments import add_overrides, check_at_least, claim_output, strategies_of
 from decoupled_pp.commands.child import say
 from decoupled_pp.commands.compare.contenders import STRATEGIES, contenders, with_own_settings
-from decoupled_pp.commands.compare.pages import Comparison, Setup, write_pages
-from decoupled_pp.commands.compare.runs import run_all
 from decoupled_pp.core import environment
 from decoupled_pp.core.errors import TrainingError, UsageError
-from decoupled_pp.run.folder import CONFIG_FILE, write_config
+from decoupled_pp.core.threads import choose_threads
 from decoupled_pp.settings.load import load_settings
 
 
@@ -54,6 +52,10 @@ def run_command(chosen: argparse.Namespace) -> int:
     entries = with_own_settings(contenders(settings, kinds, chosen.ranks, micro_batches), chosen.set_for)
     for entry in entries:
         load_settings(chosen.config, (*chosen.set, *entry.own))  # a wrong one is refused before anybody runs
+    from decoupled_pp.commands.compare.pages import Comparison, Setup, write_pages
+    from decoupled_pp.commands.compare.runs import run_all
+    from decoupled_pp.run.folder import CONFIG_FILE, write_config
+
     folder = Path(chosen.output) if chosen.output else Path(settings.runs) / f"{settings.name}-compare"
     advice = "--overwrite starts anew, or give another --output"
     claim_output(folder, "folder of a comparison", CONFIG_FILE, advice, overwrite=chosen.overwrite)
@@ -65,7 +67,7 @@ def run_command(chosen: argparse.Namespace) -> int:
         micro_batches=micro_batches,
         batch_size=settings.data.batch_size,
         tokens_per_sample=getattr(settings.data, "context", None),
-        threads=settings.threads or max(1, environment.cores() // chosen.ranks),
+        threads=choose_threads(settings.threads, chosen.ranks).count,
     )
     seeds = range(settings.seed, settings.seed + chosen.repeats)
     runs, failures = run_all(entries, folder, chosen.config, chosen.set, seeds, threads=setup.threads)

@@ -23,8 +23,8 @@ from decoupled_pp.commands.compare.figures import (
 )
 from decoupled_pp.commands.compare.runs import Run
 from decoupled_pp.commands.spread import Column
-from decoupled_pp.core import environment
 from decoupled_pp.core.records import JsonRecord, write_json
+from decoupled_pp.core.threads import cores
 from decoupled_pp.run.plots import STYLE
 
 
@@ -122,7 +122,7 @@ def _content(comparison: Comparison, rows: Mapping[str, ContenderFigures]) -> di
         "setup": setup,
         "contenders": comparison.contenders,
         "failures": comparison.failures,
-        "machine": f"{environment.cores()} CPU cores, torch {torch.__version__}, Python {platform.python_version()}",
+        "machine": f"{cores()} CPU cores, torch {torch.__version__}, Python {platform.python_version()}",
         "speed": _table(measured, [*tokens, *SPEED]),
         "quality": _table(rows, [*QUALITY, to_target, Column("reached", lambda row: row.reached_target)]),
         "updates": _table({one.name: one for one in comparison.contenders}, updates),

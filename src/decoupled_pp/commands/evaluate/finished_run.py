@@ -1,9 +1,9 @@
-"""Reads the folder of a finished run: scores its exits, exports its network."""
+"""Reads the folder of a finished run: scores its exits, builds the network of one."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -13,19 +13,14 @@ from torch import nn
 from decoupled_pp.commands.evaluate.exits import Evaluation, ensemble, exit_costs, progressive
 from decoupled_pp.commands.evaluate.gradient_probe import gradient_cosines
 from decoupled_pp.commands.terminal import say
-from decoupled_pp.core import environment
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.plans import Layers
 from decoupled_pp.core.reports import NoteRecord, Record
-from decoupled_pp.models import build_model
-from decoupled_pp.models.transformers_export import export_transformers
+from decoupled_pp.core.threads import choose_threads
 from decoupled_pp.run import folder as run_folder
-from decoupled_pp.run.checkpoints.parts import Checkpoint, export_safetensors, latest_checkpoint
-from decoupled_pp.run.checkpoints.resume import load_model
-from decoupled_pp.run.checkpoints.shards import write_shards
+from decoupled_pp.run.checkpoints.parts import Checkpoint, latest_checkpoint
 from decoupled_pp.settings.load import load_settings
 from decoupled_pp.settings.run import STAGES_ALONE, Settings
-from decoupled_pp.settings.sections import HuggingFaceModel
 from decoupled_pp.training.job import make_decoupled
 from decoupled_pp.training.prepare import prepare
 
@@ -69,7 +64,7 @@ def evaluate_run(
     gradients on this many training micro-batches.
     """
     settings, checkpoint = open_run(folder, overrides)
-    torch.set_num_threads(settings.threads or environment.cores())
+    torch.set_num_threads(choose_threads(settings.threads, 1).count)
     data, _, plan = prepare(settings)
     if data is None:
         raise UsageError(
@@ -96,40 +91,6 @@ def _say_notes(records: Sequence[Record]) -> None:
     for record in records:
         if isinstance(record, NoteRecord):
             say(record.text)
-
-
-def export_folder(folder: Path, output: Path, *, tied: bool = False) -> None:
-    """Writes the newest checkpoint of a run as plain safetensors; the data need not be there any more.
-
-    A `transformers` model becomes a folder for `from_pretrained`, unless `output` is called `*.safetensors`; `tied`
-    makes its weights that were tied one again.
-    """
-    settings, checkpoint = open_run(folder)
-    info = run_folder.read_info(folder)
-
-    def load(module: nn.Module) -> None:
-        if checkpoint is None:
-            run_folder.load_weights(folder, module)
-            return
-        if any(parameter.is_meta for parameter in module.parameters()):
-            module.to_empty(device="cpu")
-        load_model(checkpoint, module)
-
-    def write(target: Path, names: Mapping[str, str], instead: Mapping[str, str]) -> object:
-        return write_shards(checkpoint or folder / run_folder.CHECKPOINTS, target, names, instead)
-
-    if isinstance(settings.model, HuggingFaceModel) and output.suffix != ".safetensors":
-        tokenizer = getattr(settings.data, "tokenizer", None)
-        export_transformers(settings.model, info, load, write, output, tied=tied, tokenizer=tokenizer)
-        return
-    if tied:
-        raise UsageError(
-            "--tied works only where a transformers model is exported as a folder; leave it out",
-            code="tied-needs-transformers-folder",
-        )
-    module = build_model(settings.model, info)
-    load(module)
-    export_safetensors(module, output)
 
 
 def exit_module(folder: str | Path, exit: int) -> nn.Sequential:

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from decoupled_pp.commands.plan.costs import Piece, Profile
-from decoupled_pp.core import environment
 from decoupled_pp.core.device import choose_device, cuda_devices
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import CriticBuilder, CriticContext
 from decoupled_pp.core.packets import Loss, Payload, as_tuple, map_payload, payload_bytes
+from decoupled_pp.core.threads import choose_threads
 from decoupled_pp.critics import build_critic
 from decoupled_pp.models.cutting import measure_passes, stand_in_objective, trace
 from decoupled_pp.models.cutting.layers import LAYER_FAULTS, critic_context, misfit, zeros_if_meta
@@ -88,7 +88,7 @@ def measure_profile(
 
 def measure_configured(settings: Settings, ranks: int, name: str) -> tuple[Profile, nn.Sequential]:
     """Returns the profile and the network of a settings file, as one of `ranks` ranks on this machine would run it."""
-    torch.set_num_threads(settings.threads or max(1, environment.cores() // ranks))
+    torch.set_num_threads(choose_threads(settings.threads, ranks).count)
     # One stage: the cut is what is to be found, and a cut by time would measure everything once more.
     uncut = {"stages": 1, "cut": "uniform", "balance": BalanceSettings()}
     _, _, plan = prepare(settings.model_copy(update=uncut))

@@ -13,13 +13,11 @@ from pydantic import Field, ValidationError
 
 from decoupled_pp.commands.arguments import add_overrides, check_at_least, claim_output
 from decoupled_pp.commands.child import Trial, say
-from decoupled_pp.commands.sweep.figures import figures, table
-from decoupled_pp.commands.sweep.picture import draw
-from decoupled_pp.commands.sweep.runs import run_trials
 from decoupled_pp.core import environment
 from decoupled_pp.core.errors import TrainingError, UsageError
 from decoupled_pp.core.records import write_json
 from decoupled_pp.core.suggestions import did_you_mean
+from decoupled_pp.core.threads import choose_threads
 from decoupled_pp.settings.load import load_settings
 from decoupled_pp.settings.sections import Section
 from decoupled_pp.settings.yaml_text import read_yaml
@@ -76,6 +74,10 @@ def run_command(chosen: argparse.Namespace) -> int:
     advice = "--resume goes on, --overwrite starts anew, or give another --output"
     claim_output(folder, "folder of a sweep", MARKER, advice, resume=chosen.resume, overwrite=chosen.overwrite)
     (folder / MARKER).write_text(text, encoding="utf-8")
+    from decoupled_pp.commands.sweep.figures import figures, table
+    from decoupled_pp.commands.sweep.picture import draw
+    from decoupled_pp.commands.sweep.runs import run_trials
+
     outcomes = run_trials(trials, also, jobs=chosen.jobs, resume=chosen.resume)
     if all(outcome.failure for outcome in outcomes):
         raise TrainingError(f"none of the runs ended well: {outcomes[0].failure}", code="nothing-ran")
@@ -92,7 +94,7 @@ def _trials(sweep: SweepSettings, folder: Path, common: list[str], jobs: int) ->
     """Returns all runs of a sweep, one seed after the other, once the settings of all have been checked."""
     variants = {name: [*common, *_overrides(changes)] for name, changes in sweep.variants.items()}
     settings = {name: load_settings(sweep.config, tuple(overrides)) for name, overrides in variants.items()}
-    share = max(1, environment.cores() // jobs)
+    share = choose_threads(None, jobs).count
     return [
         Trial(
             entry=name,

@@ -86,6 +86,7 @@ def save_stage(folder: Path, stage: Stage, plan: Plan, packet: int, *, keep: Kee
         "samples": stage.samples,
         "scalars": scalars,
         "accumulate": stage.update.accumulate,
+        "threads": torch.get_num_threads(),
         "owners": {key: type(optimizer).__name__ for key, optimizer in trained_by.items()},
         "checksums": {file.name: checksum(file) for file in sorted(part.iterdir())},
     }

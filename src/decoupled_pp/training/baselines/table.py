@@ -10,6 +10,7 @@ from decoupled_pp.training.baselines.deepspeed_pipeline import DeepSpeedPipeline
 from decoupled_pp.training.baselines.strategy import Strategy, Training
 from decoupled_pp.training.baselines.torch_pipeline import SCHEDULES, TorchPipeline
 from decoupled_pp.training.baselines.whole import Backprop, DataParallel
+from decoupled_pp.training.ranks import refuse_ranks
 
 BASELINES = ("backprop", *SCHEDULES, "deepspeed", "data_parallel")
 """Names of all baselines."""
@@ -20,24 +21,6 @@ def stages_needed(kind: str, ranks: int) -> int | None:
     if kind == "deepspeed":
         return ranks
     return ranks * SCHEDULES[kind].stages_per_rank if kind in SCHEDULES else None
-
-
-def refuse_ranks(kind: str, ranks: int) -> None:
-    """Raise UsageError if a baseline cannot have so many ranks."""
-    if kind == "backprop" and ranks > 1:
-        raise UsageError(
-            f"`strategy` backprop is the whole network in one process, not {ranks}: start one rank, or set `strategy` "
-            "to data_parallel",
-            code="ranks-do-not-fit-strategy",
-            key="strategy",
-        )
-    if kind == "deepspeed" and ranks < 2:
-        raise UsageError(
-            f"`strategy` deepspeed is a pipeline over at least 2 ranks, not {ranks}: start more, or set `strategy` to "
-            "backprop",
-            code="ranks-do-not-fit-strategy",
-            key="strategy",
-        )
 
 
 def build_baseline(
