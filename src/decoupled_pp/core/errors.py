@@ -23,8 +23,8 @@ class ReportedError(Exception):
     """
 
     def __init__(self, text: str, *, code: str, key: str | None = None) -> None:
-        super().__init__(text)
-        self.text = text
+        self.text = one_line(text)
+        super().__init__(self.text)
         self.code = code
         self.key = key
         self._names: Mapping[str, str] = {}
@@ -47,6 +47,23 @@ class TrainingError(ReportedError, RuntimeError):
 
 class LinkError(TrainingError):
     """A link broke, or a bounded wait on it expired; the text says who waited for whom, for what, how long."""
+
+
+def one_line(text: str) -> str:
+    """Returns a text on one line; what a terminal would obey in place of showing it is written out."""
+    line = " ".join(text.split())
+    return line if line.isprintable() else "".join(
+        sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in line
+    )
+
+
+def shown(value: object, longest: int = 120) -> str:
+    """Returns a value as Python writes it, cut to a length that a line can hold."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # more digits than Python prints; too deep
+        text = f"a {type(value).__name__} too large to show"
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 def first_line(error: BaseException) -> str:

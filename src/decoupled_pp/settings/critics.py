@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from decoupled_pp.settings.sections import Factory, Section
+from decoupled_pp.settings.sections import Factory, Few, Scale, Section, Size, Weight
 
 
 class AutoCritic(Section):
@@ -27,9 +27,9 @@ class ConvCritic(Section):
     """The critic of local critic training (Lee & Lee 2019): 3x3 convolutions and a linear layer; images."""
 
     kind: Literal["conv"]
-    convolutions: int = Field(1, ge=1)
+    convolutions: Few = 1
     """3x3 convolutions, each with a ReLU (paper: 1; 3 to 5 were tried)."""
-    channels: int = Field(128, ge=1)
+    channels: Size = 128
     """Channels of each (paper: 128)."""
 
 
@@ -37,9 +37,9 @@ class MlpSrCritic(Section):
     """Spatially reduced MLP head of decoupled greedy learning (Belilovsky et al. 2020); images and vectors."""
 
     kind: Literal["mlp_sr"]
-    convolutions: int = Field(3, ge=0)
+    convolutions: int = Field(3, ge=0, le=10_000)
     """1x1 convolutions after the spatial reduction (paper: 3)."""
-    linears: int = Field(3, ge=0)
+    linears: int = Field(3, ge=0, le=10_000)
     """Hidden linear layers before the output layer (paper: 3)."""
 
 
@@ -47,11 +47,11 @@ class AuglocalCritic(Section):
     """A fresh copy of layers sampled uniformly from those above the stage, then the head (AugLocal, Ma et al. 2024)."""
 
     kind: Literal["auglocal"]
-    depth: int = Field(2, ge=1)
+    depth: Few = 2
     """Sampled layers of the critic of the first stage (d)."""
     pyramid: float = Field(0.5, ge=0, le=1)
     """Share of `depth` taken off linearly towards the last critic (c in the paper)."""
-    resolution: int | None = Field(None, ge=1)
+    resolution: Size | None = None
     """Images are average-pooled to at most this height and width first; default: they are not."""
     width: float = Field(1.0, gt=0, le=1)
     """Share of the channels (tokens: of the width) that the copies have, after a projection; paper: all."""
@@ -65,7 +65,7 @@ class PredsimCritic(Section):
     kind: Literal["predsim"]
     similarity: float = Field(0.99, ge=0, le=1)
     """Share of the similarity loss (b in the paper: 0.99)."""
-    features: int = Field(2048, ge=1)
+    features: Size = 2048
     """Largest number of features, after average pooling, that the linear prediction is given (paper: 2048 or 4096)."""
 
 
@@ -73,13 +73,13 @@ class InfoproCritic(Section):
     """Information propagation (Wang et al. 2021): also rebuild the input image, which travels in the packet."""
 
     kind: Literal["infopro"]
-    reconstruction: list[float] = Field([5.0, 0.5], min_length=2, max_length=2)
+    reconstruction: list[Weight] = Field([5.0, 0.5], min_length=2, max_length=2)
     """Weight of the reconstruction loss at the first and at the last critic, linear in between."""
-    prediction: list[float] = Field([0.5, 0.5], min_length=2, max_length=2)
+    prediction: list[Weight] = Field([0.5, 0.5], min_length=2, max_length=2)
     """Weight of the run's loss at the first and at the last critic, linear in between."""
-    width: int = Field(12, ge=1)
+    width: Size = 12
     """Channels inside the decoder (paper: 12)."""
-    features: int = Field(128, ge=1)
+    features: Size = 128
     """Hidden units of the classifier (paper: 128)."""
 
 
@@ -87,9 +87,9 @@ class LlsCritic(Section):
     """Layer-wise learning with fixed sinusoids (Apolinario & Roy 2025): no trained parameters; one label each."""
 
     kind: Literal["lls"]
-    pooled: int = Field(4, ge=1)
+    pooled: Few = 4
     """Images are pooled to this height and width; vectors are taken as they are."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: Scale = 1.0
     """T, by which the logits are divided."""
 
 
@@ -97,13 +97,13 @@ class NeuronGroupsCritic(Section):
     """Groups of channels with a critic each, made to differ (Patel et al. 2023, GN-DGL); one label each."""
 
     kind: Literal["neuron_groups"]
-    groups: int = Field(2, ge=2)
+    groups: int = Field(2, ge=2, le=10_000)
     """Groups, G; the channels of a stage's output must divide by it."""
     base: Literal["head", "mlp_sr"] = "head"
     """The critic of every group; it sees the other groups' channels too, without a gradient into them."""
-    diversity: float = Field(0.5, ge=0)
+    diversity: Weight = 0.5
     """Weight of the mean pairwise cosine between the groups' softened wrong-class distributions (paper: 0.5)."""
-    temperature: float = Field(3.0, gt=0)
+    temperature: Scale = 3.0
     """Temperature that softens them (paper: 3)."""
 
 
@@ -111,13 +111,13 @@ class CollaborativeCritic(Section):
     """Several heads that also learn from each other's consensus (Song & Chai 2018); their gradient is rescaled."""
 
     kind: Literal["collaborative"]
-    heads: int = Field(2, ge=2)
+    heads: int = Field(2, ge=2, le=10_000)
     """Heads, H; the gradient into the stage is that of all heads divided by H."""
     base: Literal["head", "mlp_sr"] = "head"
     """Kind of every head."""
     label_share: float = Field(0.5, ge=0, le=1)
     """Share of the labels' loss; the rest is that of the others' consensus (beta in the paper)."""
-    temperature: float = Field(2.0, gt=0)
+    temperature: Scale = 2.0
     """Temperature that softens the consensus (T in the paper)."""
 
 
@@ -127,7 +127,7 @@ class SgrCritic(Section):
     kind: Literal["sgr"]
     base: Literal["head", "mlp_sr"] = "head"
     """Kind of head that makes the logits of a stage."""
-    weight: float = Field(0.1, ge=0)
+    weight: Weight = 0.1
     """Weight of the distance between this stage's gradient for its input and the previous stage's delta (lambda)."""
     distance: Literal["cosine", "l2"] = "cosine"
     """Per sample: 1 - cosine, or the squared difference over the delta's own square."""
@@ -140,7 +140,7 @@ class ReconstructCritic(Section):
     """
 
     kind: Literal["reconstruct"]
-    weight: float = Field(10.0, gt=0)
+    weight: Scale = 10.0
     """Weight of the mean squared error (lambda; LoPT: 10)."""
 
 
@@ -150,13 +150,13 @@ class VocabularyCritic(Section):
     kind: Literal["vocabulary"]
     tokens: float = Field(1.0, gt=0, le=1)
     """Share of a micro-batch's positions that the loss is computed on, drawn anew for every packet."""
-    rank: int | None = Field(None, ge=1)
+    rank: Size | None = None
     """Rank of the projection to the vocabulary; default: full."""
-    classes: int | None = Field(None, ge=1)
+    classes: Size | None = None
     """Sampled softmax: so many classes, drawn anew for every packet, stand for all that are not the target."""
-    buckets: int | None = Field(None, ge=2)
+    buckets: int | None = Field(None, ge=2, le=10**6)
     """Hashed softmax: `hashes` random hash functions map the classes to so many buckets, which are predicted."""
-    hashes: int = Field(2, ge=1)
+    hashes: Few = 2
     """Hash functions, with `buckets`."""
 
     @model_validator(mode="after")

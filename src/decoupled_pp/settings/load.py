@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -9,24 +10,25 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.errors import UsageError, shown
+from decoupled_pp.core.paths import expanded
 from decoupled_pp.core.suggestions import did_you_mean
 from decoupled_pp.settings.run import Settings
 from decoupled_pp.settings.sections import Section, kinds_of, section_types
-from decoupled_pp.settings.yaml_text import read_yaml
+from decoupled_pp.settings.yaml_text import LONGEST, read_yaml
 
 
 def load_settings(path: str | Path, overrides: tuple[str, ...] = ()) -> Settings:
     """Read a YAML file, apply `key.sub=value` overrides (values are YAML) and check everything, or raise UsageError."""
-    path = Path(path)
+    path = Path(expanded(path))
     try:
-        raw = read_yaml(path.read_text(encoding="utf-8"))
+        raw = read_yaml(_read(path))
     except OSError as error:
         raise UsageError(
             f"cannot read the configuration {path}: {error.strerror}; give the path of a YAML file",
             code="configuration-unreadable",
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise UsageError(
             f"{path} is not YAML: {' '.join(str(error).split())}; correct it there", code="configuration-is-no-yaml"
         ) from None
@@ -38,6 +40,13 @@ def load_settings(path: str | Path, overrides: tuple[str, ...] = ()) -> Settings
     for override in overrides:  # before the check, so that a value and its override are checked as one
         _apply(raw, override)
     return check_settings(raw, str(path), overrides)
+
+
+def _read(path: Path) -> bytes:
+    """Return the content of a file or pipe: no more of it than settings may have, and none of a pipe that nobody fills."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:  # noqa: PTH123 - Path.open takes no flags
+        os.set_blocking(stream.fileno(), True)
+        return stream.read(LONGEST + 1)
 
 
 def check_settings(raw: dict[str, Any], source: str = "settings", overrides: tuple[str, ...] = ()) -> Settings:
@@ -65,7 +74,7 @@ def _source(fault: UsageError, path: str, overrides: tuple[str, ...]) -> str:
 
 def _apply(raw: dict[str, Any], override: str) -> None:
     def unreadable(remedy: str) -> UsageError:
-        return UsageError(f"override {override!r} {remedy}", code="override-unreadable")
+        return UsageError(f"override {shown(override)} {remedy}", code="override-unreadable")
 
     key, equals, value = override.partition("=")
     if not equals or not all(key.split(".")):
@@ -100,7 +109,7 @@ def usage_error(error: ValidationError, section: str | None = None, checked: typ
 
 def _place(fault: Any, section: str | None) -> tuple[str, list[str]]:
     """Return the key of a fault as a user writes it, and the keys that could stand beside it."""
-    path = [*([section] if section else []), *map(str, fault["loc"])]
+    path = [*([section] if section else []), *(str(part)[:80] for part in fault["loc"])]
     if fault["type"] == "yes_no":  # a check of the whole section found it
         path.append(fault["ctx"]["field"])
     shown: list[str] = []
@@ -133,7 +142,7 @@ def _explained(fault: Any, key: str, known: list[str]) -> UsageError:
         remedy = did_you_mean(last, known) or f"; use one of {', '.join(known)}"
         if section == "optimizer":
             remedy += "; arguments of its class go under `optimizer.arguments`"
-        return UsageError(f"`{key}`: unknown key, given {value!r}{remedy}", code="unknown-setting", key=key)
+        return UsageError(f"`{key}`: unknown key, given {shown(value)}{remedy}", code="unknown-setting", key=key)
     if kind == "missing":
         return UsageError(f"`{key}`: required key is missing; give it a value", code="missing-setting", key=key)
     # A union takes its kind from `kind`; it is the kind that is wrong, not the whole section.
@@ -147,29 +156,30 @@ def _explained(fault: Any, key: str, known: list[str]) -> UsageError:
         remedy = did_you_mean(str(value), choices)
         if key == "cut":
             remedy += "; or give the layers per stage, e.g. [3, 2]"
-        return UsageError(f"`{key}`: {message}, not {value!r}{remedy}", code="not-one-of-the-choices", key=key)
-    return UsageError(f"`{key}`: {message}, not {value!r}", code="unusable-value", key=key)
+        return UsageError(f"`{key}`: {message}, not {shown(value)}{remedy}", code="not-one-of-the-choices", key=key)
+    return UsageError(f"`{key}`: {message}, not {shown(value)}", code="unusable-value", key=key)
 
 
 def _explained_check(fault: Any, key: str) -> UsageError:
     """Return the error of a fault that a validator of ours raised."""
     cause = fault.get("ctx", {}).get("error")
-    if isinstance(cause, UsageError):  # it has a code of its own, which stays
+    if isinstance(cause, UsageError) and cause.key is not None:  # it says all itself
         return UsageError(cause.text, code=cause.code, key=cause.key)
     message = fault["msg"].removeprefix("Value error, ")
     text = f"`{key}`: {message}" if key else message
-    return UsageError(text, code="contradictory-settings", key=key or None)
+    code = cause.code if isinstance(cause, UsageError) else "contradictory-settings"
+    return UsageError(text, code=code, key=key or None)
 
 
 def _explained_kind(fault: Any, key: str) -> UsageError:
     value = fault.get("input")
     section = key.removesuffix(".kind")
     if isinstance(value, str):
-        text = f"`{section}` is a section, not {value!r}; write {section}: {{kind: {value}}}"
+        text = f"`{section}` is a section, not {shown(value)}; write {section}: {{kind: {shown(value)[1:-1]}}}"
         return UsageError(text, code="section-expected", key=section)
     expected = fault.get("ctx", {}).get("expected_tags", "")
     kinds = [tag.strip("' ") for tag in expected.split(",") if tag]
     given = value.get("kind") if isinstance(value, dict) else value
     remedy = f"one of {', '.join(kinds)}" if kinds else "give a section with a `kind`"
-    text = f"`{key}`: {given!r} is not known{did_you_mean(str(given), kinds)}; {remedy}"
+    text = f"`{key}`: {shown(given)} is not known{did_you_mean(str(given), kinds)}; {remedy}"
     return UsageError(text, code="unknown-kind", key=key)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from typing import Any, Literal, get_args, get_origin
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -60,7 +60,7 @@ def _table(section: type[Section], *, without_kind: bool = False) -> str:
 
 
 def _row(name: str, field: FieldInfo) -> str:
-    value = ", ".join([_type_name(field.annotation), *_constraints(field)])
+    value = ", ".join([_type_name(field.annotation), *_constraints(field.metadata)])
     cells = (f"`{name}`", value, _default(field), _joined(field.description))
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -69,6 +69,9 @@ def _type_name(annotation: Any) -> str:
     """Return the name of a type in the terms of YAML."""
     origin = get_origin(annotation)
     arguments = get_args(annotation)
+    if origin is Annotated:
+        bounds = [bound for part in arguments[1:] for bound in _constraints(getattr(part, "metadata", []))]
+        return ", ".join([_type_name(arguments[0]), *bounds])
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in arguments)
     if origin is list:
@@ -82,11 +85,11 @@ def _type_name(annotation: Any) -> str:
     return _PLAIN[annotation]
 
 
-def _constraints(field: FieldInfo) -> Iterator[str]:
-    for constraint in field.metadata:
+def _constraints(metadata: Iterable[Any]) -> Iterator[str]:
+    for constraint in metadata:
         for name, sign in _SIGNS.items():
             if hasattr(constraint, name):
-                yield f"{sign} {getattr(constraint, name)}"
+                yield f"{sign} {getattr(constraint, name):,.10g}"
         if getattr(constraint, "max_length", None):
             yield f"{constraint.max_length} of them"
         elif getattr(constraint, "min_length", None):

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.settings.sections import Section, kinds_of, section_types
+from decoupled_pp.settings.sections import Count, Section, kinds_of, section_types
 
 
 class RuleSettings(Section):
@@ -38,11 +38,11 @@ class CascadeTarget(RuleSettings):
     needs_every_packet = True
 
     kind: Literal["cascade"]
-    lag: int = Field(8, ge=2)
+    lag: int = Field(8, ge=2, le=10**6)
     """Packets after which a critic learns from a packet; above `links.capacity`, so that no stage waits for losses."""
     optimizer: str = "Adam"
     """The critics' own optimizer, by its name in `torch.optim`; its rate is constant (paper: Adam)."""
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(1e-4, gt=0, le=1e6)
     """Its learning rate (paper: 1e-4)."""
 
     @property
@@ -83,9 +83,9 @@ BUILT_IN_RULES = tuple(kind for section in section_types(CriticTargetSettings) f
 class CorrectionSettings(Section):
     """End-to-end steps now and then: true gradients flow back, as large as the activations, while every stage waits."""
 
-    every: int = Field(ge=1)
+    every: Count
     """Local optimizer steps before each round of end-to-end steps."""
-    steps: int = Field(1, ge=1)
+    steps: Count = 1
     """End-to-end optimizer steps in a round; critics do not learn in them."""
 
     def covers(self, step: int) -> bool:

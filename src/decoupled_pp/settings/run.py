@@ -10,7 +10,17 @@ from pydantic import Field, model_validator
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.settings.critics import AutoCritic, CriticSettings
 from decoupled_pp.settings.rules import CorrectionSettings, CriticTargetSettings, LabelTarget, refuse_rules
-from decoupled_pp.settings.sections import DataSettings, HuggingFaceModel, ModelSettings, Section
+from decoupled_pp.settings.sections import (
+    Count,
+    DataSettings,
+    Few,
+    HuggingFaceModel,
+    ModelSettings,
+    PathText,
+    Scale,
+    Section,
+    Weight,
+)
 
 
 class OptimizerSettings(Section):
@@ -18,9 +28,9 @@ class OptimizerSettings(Section):
 
     kind: str = "AdamW"
     """Class name in `torch.optim` (AdamW, SGD, Adam, Muon, ...), or `package.module:function` taking the parameters."""
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(1e-3, gt=0, le=1e6)
     """Learning rate."""
-    lr_per_stage: list[float] | None = None
+    lr_per_stage: list[Weight] | None = None
     """Factors of `lr`, one for every stage (decoupled only); 0: it and its critic stay as they are. Default: 1."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of the class, e.g. `{weight_decay: 0.1, betas: [0.9, 0.95]}`; `lr` has its own key."""
@@ -48,7 +58,7 @@ class OptimizerSettings(Section):
 class BalanceSettings(Section):
     """Bounds that a cut by time or by parameters has to respect (decoupled only)."""
 
-    speeds: list[float] | None = None
+    speeds: list[Scale] | None = None
     """Speeds of the stages' devices, relative to each other, e.g. `[1, 1, 0.5, 1]`; default: all alike."""
     memory: str | list[str] | None = None
     """Memory of the devices: one size, such as `20GiB`, or one for each stage; none may need more. Default: any."""
@@ -59,20 +69,20 @@ class ScheduleSettings(Section):
 
     kind: Literal["constant", "cosine", "linear", "steps"] = "constant"
     """After the warm-up: constant; cosine or linear decay to `final`; or x `factor` at every milestone."""
-    warmup: int = Field(0, ge=0)
+    warmup: int = Field(0, ge=0, le=10**9)
     """Steps of linear warm-up from 0."""
     final: float = Field(0.0, ge=0, le=1)
     """Fraction of the learning rate at the last step (cosine, linear)."""
-    milestones: list[int] = Field(default_factory=list)
+    milestones: list[Count] = Field(default_factory=list)
     """Steps at which the rate is multiplied by `factor` (steps)."""
-    factor: float = Field(0.1, gt=0)
+    factor: Scale = 0.1
     """Multiplier at each milestone (steps)."""
 
 
 class StageSettings(Section):
     """How every stage trains, for however long."""
 
-    accumulate: int = Field(1, ge=1)
+    accumulate: Count = 1
     """Packets (micro-batches) whose gradients are averaged in one optimizer step."""
     # Infinity clips nothing.
     clip_norm: float | None = Field(None, gt=0, allow_inf_nan=True)
@@ -83,9 +93,9 @@ class StageSettings(Section):
     """Recompute activations in backward instead of keeping them (each layer separately)."""
     compile: bool = False
     """`torch.compile` the stage and its critic."""
-    stagger: int = Field(0, ge=0)
+    stagger: int = Field(0, ge=0, le=10**9)
     """Optimizer steps by which each stage starts to learn after the one before it; till then it passes packets on."""
-    critic_warmup: int = Field(0, ge=0)
+    critic_warmup: int = Field(0, ge=0, le=10**9)
     """Optimizer steps at the start in which stages with a critic train that alone: for networks that are trained
     already (`start_from`), whose early layers a fresh critic would spoil."""
 
@@ -93,38 +103,38 @@ class StageSettings(Section):
 class TrainingSettings(StageSettings):
     """How every stage trains, and for how long."""
 
-    steps: int = Field(ge=1)
+    steps: Count
     """Optimizer steps per stage; each takes `accumulate` packets."""
 
 
 class LinkSettings(Section):
     """The one-way links between stages."""
 
-    capacity: int = Field(4, ge=1)
+    capacity: int = Field(4, ge=1, le=1000)
     """Packets a link may hold, so how far a stage may run ahead of the next; a full link makes its sender wait."""
-    timeout_seconds: float = Field(300.0, gt=0)
+    timeout_seconds: float = Field(300.0, ge=1e-3, le=1e6)
     """Longest wait for a packet (stage k's first: k times this), for room, or for the other ranks at start and end."""
 
 
 class ValidationSettings(Section):
     """Held-out evaluation of every exit, flowing forward between training packets."""
 
-    every: int | None = Field(None, ge=1, json_schema_extra={"in_scripts": "validate_every"})
+    every: Count | None = Field(None, json_schema_extra={"in_scripts": "validate_every"})
     """Optimizer steps between validations; default: only at the end."""
-    batches: int | None = Field(None, ge=1, json_schema_extra={"in_scripts": "validation_batches"})
+    batches: Count | None = Field(None, json_schema_extra={"in_scripts": "validation_batches"})
     """Validation micro-batches per pass; default: all."""
-    knn: int | None = Field(None, ge=1)
+    knn: Count | None = None
     """Also score every stage's output by a vote of this many nearest training samples; default: do not."""
-    knn_samples: int = Field(2000, ge=1)
+    knn_samples: Count = 2000
     """The last training samples that a stage keeps for it."""
 
 
 class CheckpointSettings(Section):
     """Saving the run."""
 
-    every: int | None = Field(None, ge=1, json_schema_extra={"in_scripts": "save_every"})
+    every: Count | None = Field(None, json_schema_extra={"in_scripts": "save_every"})
     """Optimizer steps between checkpoints; default: only at the end (and on Ctrl-C)."""
-    keep: int = Field(2, ge=1, json_schema_extra={"in_scripts": "keep_checkpoints"})
+    keep: Count = Field(2, json_schema_extra={"in_scripts": "keep_checkpoints"})
     """Checkpoints to keep."""
     refresh_tied: bool = False
     """At every checkpoint the first user of a weight that was tied (the token embedding) takes what the last one (the
@@ -134,7 +144,7 @@ class CheckpointSettings(Section):
 class MetricsSettings(Section):
     """When metrics are flushed."""
 
-    every: int = Field(50, ge=1, json_schema_extra={"in_scripts": "log_every"})
+    every: Count = Field(50, json_schema_extra={"in_scripts": "log_every"})
     """Packets between two flushes of the metrics of a stage (non-finite losses are found then too)."""
 
 
@@ -143,7 +153,7 @@ class LoggingSettings(MetricsSettings):
 
     tensorboard: bool = True
     """Write TensorBoard events."""
-    trace_packets: int = Field(100, ge=1)
+    trace_packets: Count = 100
     """Training packets per stage in `trace.json`, from the middle of the run."""
 
 
@@ -152,9 +162,9 @@ class SampleSettings(Section):
 
     prompt: str = "def "
     """Text to continue."""
-    tokens: int = Field(200, ge=1)
+    tokens: Count = 200
     """Tokens to generate."""
-    temperature: float = Field(0.8, ge=0)
+    temperature: Weight = 0.8
     """Softmax temperature; 0 takes the likeliest token."""
 
 
@@ -198,22 +208,22 @@ def refuse_rates(optimizer: OptimizerSettings, stages: int) -> None:
 class Settings(Section):
     """A run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")
     """Name of the run; its folder is `<runs>/<name>`."""
-    runs: str = "runs"
+    runs: PathText = "runs"
     """Folder of all runs."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=10**18)
     """Seed of everything: weights, critics, data order, augmentation, dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: one GPU per rank and NCCL where there are GPUs, else the CPU and gloo."""
-    threads: int | None = Field(None, ge=1)
+    threads: Few | None = None
     """CPU threads per rank inside torch operators; default: `OMP_NUM_THREADS` if you have set it, else the cores that
     are free when the run starts, divided by the ranks that share them. `--resume` keeps the number."""
     strategy: Strategy = "decoupled"
     """How to train: decoupled, or by backpropagation as a baseline (pipelines with `training.accumulate` micro-batches
     per flush: torch's gpipe, 1f1b, interleaved_1f1b, zero_bubble and zbv, DeepSpeed's; data_parallel; or all in one
     process: backprop)."""
-    stages: int = Field(2, ge=1)
+    stages: Few = 2
     """Stages the network is cut into; one per rank (decoupled: or all in one process)."""
     cut: Literal["time", "parameters", "uniform"] | list[int] = "time"
     """Balance stages by measured time, by parameters, by number of layers, or give the layers per stage."""
@@ -221,7 +231,7 @@ class Settings(Section):
     """Uneven devices, and how much memory they have."""
     model: ModelSettings
     """The network."""
-    start_from: str | None = None
+    start_from: PathText | None = None
     """Folder of a finished run, or a safetensors file, whose weights the network starts with; default: fresh ones."""
     data: DataSettings
     """The data set."""
@@ -231,7 +241,7 @@ class Settings(Section):
     """The critic of every stage before the last."""
     critic_target: CriticTargetSettings = LabelTarget()
     """Source that critics learn from: labels, or the next stage's losses."""
-    critic_overlap: int = Field(0, ge=0)
+    critic_overlap: int = Field(0, ge=0, le=10_000)
     """First layers of the next stage that every stage trains copies of, below its critic; no byte more is sent."""
     global_correction: CorrectionSettings | None = None
     """End-to-end steps between local ones; default: none."""

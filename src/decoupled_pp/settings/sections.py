@@ -4,8 +4,24 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+
+from decoupled_pp.core.paths import expanded
+
+# Bounds far above what anybody runs, and far below what overflows, or is waited for without end.
+Few = Annotated[int, Field(ge=1, le=10_000)]
+"""Layers, heads, stages."""
+Size = Annotated[int, Field(ge=1, le=10**6)]
+"""Units, channels, features, classes."""
+Count = Annotated[int, Field(ge=1, le=10**9)]
+"""Steps, packets, samples, tokens."""
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+"""A factor that may leave something out."""
+Scale = Annotated[float, Field(ge=1e-6, le=1e6)]
+"""A factor that something is multiplied with, or divided by."""
+PathText = Annotated[str, AfterValidator(expanded)]
+"""A path, or a name on a hub."""
 
 
 class Section(BaseModel):
@@ -55,11 +71,11 @@ class GptModel(Section):
     """Byte/BPE GPT: pre-norm decoder with causal attention. Layers: embedding, `depth` blocks, head."""
 
     kind: Literal["gpt"]
-    width: int = Field(128, ge=1)
+    width: Size = 128
     """Width of the residual stream; a multiple of `heads`."""
-    depth: int = Field(4, ge=1)
+    depth: Few = 4
     """Number of transformer blocks."""
-    heads: int = Field(4, ge=1)
+    heads: Few = 4
     """Attention heads per block."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout probability after embedding, attention and MLP."""
@@ -78,7 +94,7 @@ class ResnetModel(Section):
     kind: Literal["resnet"]
     depth: Literal[8, 14, 20, 26, 32, 44, 56, 110] = 20
     """Number of weighted layers, 6n+2."""
-    width: int = Field(16, ge=1)
+    width: Size = 16
     """Channels of the first of the three groups of blocks; each next group has twice as many."""
 
 
@@ -86,7 +102,7 @@ class VggModel(Section):
     """The VGG-like network of local critic training (Lee & Lee 2019): 11 3x3 convolutions in four widths and a head."""
 
     kind: Literal["vgg"]
-    width: int = Field(64, ge=1)
+    width: Size = 64
     """Channels of the first group (paper: 64); each next group has twice as many."""
 
 
@@ -94,9 +110,9 @@ class MlpModel(Section):
     """Multi-layer perceptron on the flattened input."""
 
     kind: Literal["mlp"]
-    width: int = Field(256, ge=1)
+    width: Size = 256
     """Units per hidden layer."""
-    depth: int = Field(4, ge=1)
+    depth: Few = 4
     """Number of hidden layers."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout probability after every hidden layer."""
@@ -110,7 +126,7 @@ class HuggingFaceModel(Section):
     """A Hugging Face `transformers` model (extra `hf`), split at its blocks."""
 
     kind: Literal["huggingface"]
-    path: str | None = None
+    path: PathText | None = None
     """Name on the hub, or a local folder with its `config.json`."""
     type: str | None = None
     """Instead of a path: an architecture with fresh weights, by its `model_type`, such as `llama` or `vit`."""
@@ -139,9 +155,9 @@ ModelSettings = Annotated[
 class BatchSettings(Section):
     """Base of the sections of all data sets."""
 
-    batch_size: int = Field(32, ge=1)
+    batch_size: Count = 32
     """Samples per packet (micro-batch)."""
-    validation_batch_size: int | None = Field(None, ge=1)
+    validation_batch_size: Count | None = None
     """Samples per packet in validation; default: `batch_size`."""
 
 
@@ -155,7 +171,7 @@ class ImageSettings(BatchSettings):
 class TokenSettings(BatchSettings):
     """Base of the sections of token data sets."""
 
-    context: int = Field(128, ge=1)
+    context: Count = 128
     """Tokens per sample; of sentences (a text column with a `label_column`) the most."""
     target: Literal["next_token", "masked_tokens"] = "next_token"
     """Tokens to predict: every next one, or those that are masked (needs a tokenizer that has a mask token)."""
@@ -183,9 +199,9 @@ class TextData(TokenSettings):
     """Any text files, as bytes or through a tokenizer."""
 
     kind: Literal["text"]
-    files: list[str] = Field(min_length=1)
+    files: list[PathText] = Field(min_length=1)
     """Glob patterns of the files, relative to the working directory; `**` is recursive."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """A `tokenizers` file, the folder or hub name of a model (`transformers`), or a folder with GPT-2's `encoder.json`
     and `vocab.bpe`; default: bytes."""
 
@@ -194,7 +210,7 @@ class IdxData(ImageSettings):
     """MNIST / Fashion-MNIST: the four IDX files (`train-images-idx3-ubyte` ..., plain or .gz) of one folder."""
 
     kind: Literal["idx"]
-    folder: str
+    folder: PathText
     """Folder of the four files."""
 
 
@@ -202,7 +218,7 @@ class CifarBinaryData(ImageSettings):
     """CIFAR-10: the official binary records (`data_batch_1.bin` .. `data_batch_5.bin`, `test_batch.bin`)."""
 
     kind: Literal["cifar_binary"]
-    folder: str
+    folder: PathText
     """Folder of the files."""
 
 
@@ -217,11 +233,11 @@ class HuggingFaceData(TokenSettings):
     """A Hugging Face `datasets` text or image data set (extra `hf`), streamed or loaded."""
 
     kind: Literal["huggingface"]
-    path: str
+    path: PathText
     """Name on the hub, a local folder, or a builder name such as `json`, `text`, `parquet`, `imagefolder`."""
     config: str | None = None
     """Configuration name of the data set."""
-    data_files: dict[str, str | list[str]] | None = None
+    data_files: dict[str, PathText | list[PathText]] | None = None
     """Files per split, as in `datasets.load_dataset`; a builder name needs them."""
     streaming: bool = False
     """Read on the fly instead of loading first; shuffled in a buffer."""
@@ -231,14 +247,14 @@ class HuggingFaceData(TokenSettings):
     """Split to validate on; default: hold out `validation_fraction` of the train split (not with streaming)."""
     text_column: str | None = None
     """Column with text: a token data set."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """As in `text`; default: bytes."""
     image_column: str | None = None
     """Column with images: an image data set."""
     label_column: str | None = None
     """Column with integer class labels; default for images: `label`. With a text column: every row is a sentence to
     classify, padded to the longest of its micro-batch."""
-    shuffle_buffer: int = Field(1000, ge=1)
+    shuffle_buffer: Count = 1000
     """Samples in the shuffle buffer when streaming."""
 
     @model_validator(mode="after")
