@@ -1,6 +1,7 @@
 """Private names of torch: each is still there, does what it is used for, and is used in one file only."""
 
 import ast
+import logging
 import pkgutil
 from pathlib import Path
 
@@ -95,6 +96,62 @@ def check_pytree():
     assert leaves == [1, 2, 3] and isinstance(spec, pytree.TreeSpec)
     assert pytree.tree_leaves(pytree.tree_map_only(int, str, pytree.tree_unflatten(leaves, spec))) == ["1", "2", "3"]
     assert callable(pytree.register_dataclass)
+
+
+def traced_sizes():
+    """Rows of a trace, twice the rows, and the trace's constraints."""
+
+    class Twice(nn.Module):
+        def forward(self, x):
+            return torch.cat([x, x])
+
+    program = torch.export.export(Twice(), (torch.ones(4, 3),), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    rows, twice = (node.meta["val"].shape[0] for node in program.graph.nodes if node.op != "output")
+    return rows, twice, program.range_constraints
+
+
+def check_size_symbols():
+    rows, twice, _ = traced_sizes()
+    assert torch_private.size_symbols(rows) == torch_private.size_symbols(twice) != set()
+    assert torch_private.size_symbols(3) == set()
+
+
+def check_size_value():
+    rows, twice, _ = traced_sizes()
+    (symbol,) = torch_private.size_symbols(rows)
+    assert [torch_private.size_value(size, {symbol: 5}) for size in (rows, twice, 3)] == [5, 10, 3]
+
+
+def check_is_same_size():
+    rows, twice, _ = traced_sizes()
+    assert torch_private.is_same_size(rows, rows) and torch_private.is_same_size(3, 3)
+    assert not torch_private.is_same_size(rows, twice) and not torch_private.is_same_size(rows, 4)
+
+
+def check_size_range():
+    rows, _, constraints = traced_sizes()
+    assert torch_private.size_range(rows, constraints) == (0, float("inf"))
+    assert torch_private.size_range(3, constraints) == (3, 3)
+
+
+def check_tensors_without_data():
+    with torch_private.tensors_without_data():
+        made = nn.Linear(3, 2)(torch.empty(5, 3))
+    assert made.shape == (5, 2) and made.device.type == "cpu"
+
+
+def check_is_without_data():
+    with torch_private.tensors_without_data():
+        made = torch.empty(2)
+    assert torch_private.is_without_data(made) and not torch_private.is_without_data(torch.empty(2))
+
+
+def check_quiet_tracing():
+    log = logging.getLogger("torch.export")
+    before = log.level
+    with torch_private.quiet_tracing():
+        assert log.level == logging.CRITICAL
+    assert log.level == before
 
 
 CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}

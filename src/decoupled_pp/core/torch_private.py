@@ -6,6 +6,9 @@ in any other file. All are there from torch 2.8 (the oldest that is supported) t
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -25,7 +28,6 @@ OVERRIDDEN = {
 
 BY_NAME = {
     "torch.nn.MultiheadAttention._reset_parameters": "fresh copies of layers for critics",
-    "torch.ops.aten._unsafe_view": "what some views are called in traces",
 }
 """Private names that the package compares or looks up as strings, and why."""
 
@@ -49,6 +51,60 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
 def non_persistent_buffers(module: nn.Module) -> set[str]:
     """Returns the names of the module's own buffers that `state_dict` leaves out, to read or to change."""
     return module._non_persistent_buffers_set
+
+
+def size_symbols(size: int | torch.SymInt) -> set[Any]:
+    """Returns the symbols in a size of a trace; none for a number."""
+    return set() if isinstance(size, int) else set(size.node.expr.free_symbols)
+
+
+def size_value(size: int | torch.SymInt, values: Mapping[Any, int]) -> int:
+    """Returns what a size of a trace is for these values of its symbols. `int(size)` would fix them in the trace."""
+    return size if isinstance(size, int) else int(size.node.expr.subs(dict(values)))
+
+
+def is_same_size(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
+    """Returns whether two sizes of a trace are one formula. `left == right` might make them so in the trace."""
+    formulas = [size if isinstance(size, int) else size.node.expr for size in (left, right)]
+    return bool(formulas[0] == formulas[1])
+
+
+def size_range(size: int | torch.SymInt, constraints: Mapping[Any, Any]) -> tuple[float, float]:
+    """Returns the smallest and the largest value of a size for which a trace holds, from the trace's constraints."""
+    if isinstance(size, int):
+        return size, size
+    found = constraints.get(size.node.expr)
+    # A trace takes sizes of 0 and 1 for constants, so its ranges begin at 2 although it holds for them as well.
+    least = 0.0 if found is None or found.lower <= 2 else float(found.lower)
+    return least, float("inf") if found is None or found.upper > 2**31 else float(found.upper)
+
+
+def is_without_data(tensor: Tensor) -> bool:
+    """Returns whether a tensor was made in a trace, or by `tensors_without_data`."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
+def tensors_without_data() -> AbstractContextManager[Any]:
+    """Returns a context that may be entered again, whose tensors have a shape, a dtype and a device, but no data."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def quiet_tracing() -> Iterator[None]:
+    """Silences what torch's tracer logs of errors that it raises as well."""
+    logs = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "export", "fx.experimental")]
+    before = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for log, level in zip(logs, before, strict=True):
+            log.setLevel(level)
 
 
 def storage_address(storage: torch.UntypedStorage) -> int:

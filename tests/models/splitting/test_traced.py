@@ -1,5 +1,7 @@
 """Models that are no chain in Python, cut through `torch.export`: skip connections cross the cuts."""
 
+import random
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -295,18 +297,45 @@ class LengthOfBatch(ResNet):
         return super().forward(image) / len(image)
 
 
+class PythonLayerDrop(ResNet):
+    """Leaves a layer out at random, by Python's generator."""
+
+    def forward(self, image):
+        hidden = self.bn1(self.conv1(image))
+        if not self.training or random.random() < 0.9:
+            hidden = self.layer1(hidden)
+        return self.fc(self.avgpool(self.layer2(hidden)).flatten(1))
+
+
+class TorchLayerDrop(ResNet):
+    """Leaves a layer out at random, by torch's generator, as wav2vec2."""
+
+    def forward(self, image):
+        hidden = self.bn1(self.conv1(image))
+        if not (self.training and torch.rand([]) < 0.1):
+            hidden = self.layer1(hidden)
+        return self.fc(self.avgpool(self.layer2(hidden)).flatten(1))
+
+
+class Remembers(ResNet):
+    """Keeps a tensor in a plain attribute from call to call."""
+
+    last = 0
+
+    def forward(self, image):
+        result = super().forward(image) + self.last
+        self.last = result.mean()
+        return result
+
+
 @pytest.mark.parametrize(
     ("model", "names", "code", "part"),
     [
         (ResNet, ["layer9"], "bad-cut-point", "'layer9'"),
-        (RunsTwice, ["layer1.1"], "bad-cut-point", "1 names give 3 parts"),
-        (FunctionalDropout, ["layer1"], "mode-fixed-by-trace", "aten.dropout.default"),
-        (DropPath, ["layer1"], "mode-fixed-by-trace", "the model asks whether it trains"),
-        (TwoInputs, ["layer1"], "mode-fixed-by-trace", "mixed asks"),
-        (LengthOfBatch, ["layer1"], "split-changes-output", "11 samples in evaluation"),
-        (GivenAFlag, ["layer1"], "mode-fixed-by-trace", "scale asks whether it trains and is given more"),
-        (ScaledInTraining, ["layer1"], "mode-fixed-by-trace", "the model asks whether it trains"),
-        (Idle, ["idle", "layer1"], "bad-cut-point", "nothing is computed"),
+        (RunsTwice, ["layer1.1"], "bad-cut-point", "'layer1.1' ends 2 times"),
+        (LengthOfBatch, ["layer1"], "batch-size-fixed-by-trace", "4 samples only"),
+        (PythonLayerDrop, ["layer1"], "mode-fixed-by-trace", "the code of PythonLayerDrop draws"),
+        (Remembers, ["layer1"], "state-lost-by-trace", "'last'"),
     ],
 )
 def test_what_cannot_be_traced_is_named(model, names, code, part):
@@ -314,11 +343,41 @@ def test_what_cannot_be_traced_is_named(model, names, code, part):
         dpp.split_traced(model(), IMAGES, names)
 
 
-@pytest.mark.parametrize("model", [Branching, Frozen])
-def test_what_the_tracer_refuses_is_named(model):
-    with pytest.raises(UsageError, match=model.__name__) as caught:  # the rest of the text is torch's own
-        dpp.split_traced(model(), IMAGES, ["layer1"])
+@pytest.mark.parametrize(("model", "mode"), [(Branching, "training"), (TorchLayerDrop, "training")])
+def test_what_the_tracer_refuses_is_named(model, mode):
+    with pytest.raises(UsageError, match=f"the code of {model.__name__} cannot be traced in {mode}") as caught:
+        dpp.split_traced(model(), IMAGES, ["layer1"])  # the rest of the text is torch's own
     assert caught.value.code == "not-traceable"
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        (FunctionalDropout, ["layer1"]),
+        (DropPath, ["layer1"]),
+        (TwoInputs, ["layer1"]),
+        (GivenAFlag, ["layer1"]),
+        (ScaledInTraining, ["layer1"]),
+        (Idle, ["idle", "layer1"]),
+        (Frozen, ["layer1"]),
+    ],
+)
+def test_code_around_the_cuts_follows_the_mode(model, names):
+    """Loss, gradients, random numbers and statistics are those of the model in one piece, in both modes."""
+    torch.manual_seed(0)
+    whole, parts = model(), model()
+    parts.load_state_dict(whole.state_dict())
+    found = dpp.split_traced(parts, IMAGES, names)
+    outputs = []
+    for run in (whole, found.layers):
+        torch.manual_seed(1)
+        outputs += [run.train()(IMAGES)]
+        outputs[-1].square().sum().backward()
+        torch.optim.SGD(run.parameters(), lr=0.1).step()
+        outputs += [run.eval()(IMAGES[:3])]
+    assert torch.equal(outputs[0], outputs[2])
+    assert torch.equal(outputs[1], outputs[3])
+    assert all(torch.equal(found.state_dict()[name], value) for name, value in whole.state_dict().items())
 
 
 class Tokens(nn.Module):

@@ -15,6 +15,7 @@ from decoupled_pp.core.plans import Layers
 from decoupled_pp.core.torch_private import own_buffers, own_parameters
 from decoupled_pp.models.splitting.layers import BlockLayer, EntryLayer, ExitLayer, ForwardCall
 from decoupled_pp.models.splitting.observe import Call, find_blocks, observe, parts_around
+from decoupled_pp.models.splitting.split import Split
 from decoupled_pp.models.splitting.stubs import (
     MissingPartStub,
     PassThroughStub,
@@ -24,21 +25,6 @@ from decoupled_pp.models.splitting.stubs import (
 )
 from decoupled_pp.models.splitting.tying import give_copies
 from decoupled_pp.models.splitting.wiring import Wiring, wire
-
-
-@dataclass(frozen=True)
-class Split:
-    """A model as layers.
-
-    Attributes:
-        layers: `entry`, `block0` .., `exit`; they hold the model's own parameters.
-        names: Key of `layers.state_dict()` -> key of the model's own.
-        untied: Key of the model whose parameter was another one's and has become one of its own -> key of that one.
-    """
-
-    layers: Layers
-    names: Mapping[str, str]
-    untied: Mapping[str, str]
 
 
 @dataclass(frozen=True)
