@@ -52,8 +52,10 @@ class LinkError(TrainingError):
 def one_line(text: str) -> str:
     """Returns a text on one line; what a terminal would obey in place of showing it is written out."""
     line = " ".join(text.split())
-    return line if line.isprintable() else "".join(
-        sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in line
+    return (
+        line
+        if line.isprintable()
+        else "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in line)
     )
 
 

@@ -31,7 +31,7 @@ SETTINGS = {
 def _train(folder, strategy, **sections):
     """Run `dpp train` in this process or rank; the run folder."""
     os.chdir(folder)
-    file = Path(f"{strategy}-{os.environ.get('RANK', '0')}.yaml")  # one for each rank: nobody reads while another writes
+    file = Path(f"{strategy}-{os.environ.get('RANK', '0')}.yaml")
     file.write_text(yaml.safe_dump({**SETTINGS, "name": strategy, **sections}))
     with pytest.raises(SystemExit) as ended:
         main(["train", str(file), f"--strategy={strategy}"])
