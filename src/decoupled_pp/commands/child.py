@@ -7,8 +7,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.reports import FinalScores
+
+if TYPE_CHECKING:
+    from decoupled_pp.settings.run import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +53,17 @@ class Trial:
         with log.open("a", encoding="utf-8") as output:
             code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
         return failure_in(log, code) if code else None
+
+
+def check_entry(name: str, settings: Settings) -> None:
+    """Raises UsageError, before anything is written, for settings or data with which a run would be refused."""
+    from decoupled_pp.training.job import check_run  # imports torch
+
+    say(f"checking {name}")
+    try:
+        check_run(settings.model_copy(update={"sample": None}))  # as `Trial` trains it
+    except UsageError as error:
+        raise UsageError(f"{name}: {error.text}", code=error.code, key=error.key) from error
 
 
 def failure_in(log: Path, code: int) -> str:

@@ -38,7 +38,7 @@ def check_records(path: Path) -> None:
     if not path.is_file():
         raise UsageError(
             f"`data.folder`: {path} is missing; name the folder with data_batch_1.bin .. data_batch_5.bin and "
-            "test_batch.bin",
+            "test_batch.bin (docs/data.md: where to get them)",
             code="data-file-missing",
             key="data.folder",
         )

@@ -69,7 +69,8 @@ def find_file(folder: Path, name: str) -> Path:
         if path.is_file():
             return path
     raise UsageError(
-        f"`data.folder` {folder} has neither {name} nor {name}.gz; name the folder with the four IDX files",
+        f"`data.folder` {folder} has neither {name} nor {name}.gz; name the folder with the four IDX files "
+        "(docs/data.md: where to get them)",
         code="data-file-missing",
         key="data.folder",
     )

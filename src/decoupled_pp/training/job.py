@@ -7,6 +7,7 @@ import socket
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from decoupled_pp.core import environment
 from decoupled_pp.core.channels import Control
 from decoupled_pp.core.datasets import Data, DataInfo
+from decoupled_pp.core.device import choose_device, on_meta
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.core.reports import Report
@@ -26,12 +28,12 @@ from decoupled_pp.run import folder as run_folder
 from decoupled_pp.run.checkpoints.parts import Checkpoint, export_safetensors, list_checkpoints, open_checkpoint
 from decoupled_pp.run.log import RunLog
 from decoupled_pp.run.observer import RunObserver
-from decoupled_pp.settings.run import STAGES_ALONE, Settings
+from decoupled_pp.settings.run import STAGES_ALONE, BalanceSettings, Settings
 from decoupled_pp.training.base import BaseTrainer
 from decoupled_pp.training.baselines.trainer import BaselineTrainer
 from decoupled_pp.training.decoupled import DecoupledTrainer
 from decoupled_pp.training.prepare import check_loss, prepare
-from decoupled_pp.training.ranks import check_ranks
+from decoupled_pp.training.ranks import ONE_PROCESS, check_ranks
 from decoupled_pp.training.recipe import recipe_of
 from decoupled_pp.training.watch import sigint_stops, sigterm_kills, told_to_all
 
@@ -152,6 +154,19 @@ def _start(settings: Settings, control: Control, *, resume: bool, overwrite: boo
 
     control.from_rank_0("run folder", claim, timeout_seconds)
     return _Start(data, info, trainer, checkpoint, log[0] if log else None)
+
+
+def check_run(settings: Settings) -> None:
+    """Raise UsageError for what a run would be refused for, as far as one process sees it on the CPU; only looks."""
+    choose_device(settings.device, 0, 1)
+    changes: dict[str, Any] = {"device": "cpu"}
+    if settings.cut == "time" and settings.balance == BalanceSettings():  # any cut will do, and that one takes time
+        changes["cut"] = "uniform"
+    settings = settings.model_copy(update=changes)
+    data, _, plan = prepare(settings)
+    check_loss(plan, find_loss(settings.loss), data)
+    if settings.strategy in ONE_PROCESS and not on_meta(plan.module):
+        make_trainer(settings, plan).build()
 
 
 def _take_threads(settings: Settings, control: Control, checkpoint: Checkpoint | None) -> None:

@@ -6,6 +6,9 @@ from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.topology import Topology
 from decoupled_pp.settings.run import Settings
 
+ONE_PROCESS = ("decoupled", "backprop")
+"""Strategies that one process can build."""
+
 
 def check_ranks(settings: Settings, ranks: int) -> Topology | None:
     """Return which rank holds which stage; None for a baseline, whose ranks are its own affair.

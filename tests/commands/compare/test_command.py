@@ -97,6 +97,9 @@ def test_the_report_opens_in_a_browser_without_a_network(folder, tmp_path):
         (["--repeats=0"], "--repeats 0"),
         (["--set=naem=x"], "naem"),
         (["--micro-batches=2", "--set-for", "backprop", "optimizer.rl=1"], "optimizer.rl"),
+        (["--micro-batches=2", "--set=data={kind: idx, folder: nowhere}"], "nowhere"),
+        (["--micro-batches=2", "--strategies=gpipe", "--set=data={kind: idx, folder: nowhere}"], "nowhere"),
+        (["--micro-batches=2", "--set-for", "decoupled", "critic.kind=conv"], "conv"),
     ],
 )
 def test_bad_input(arguments, part, tmp_path, monkeypatch, capsys):

@@ -136,3 +136,30 @@ def test_a_seed_without_the_reference_has_no_difference():
     runs = [outcome("a", 0, 1.0, None), outcome("b", 1, 2.0, None)]
     row = figures(runs, "a").variants["b"]
     assert row.loss_change is None and row.accuracy_change is None and row.accuracy is None
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"data": {"kind": "idx", "folder": "nowhere"}}, "nowhere"),
+        ({"data.kind": "text", "data.files": ["no*.txt"]}, "data.files"),
+        ({"optimizer.arguments": {"momentun": 0.9}}, "momentun"),
+        ({"stages": 9, "critic.kind": "head"}, "9"),
+        ({"start_from": "no-run"}, "no-run"),
+        ({"loss": "package:function"}, "package"),
+    ],
+)
+def test_every_variant_is_tried_before_anything_is_written(change, part, here, capsys):
+    """The first would run; none does, and no folder is made."""
+    variants = {"good": {}, "bad": change}
+    (here / "few.yaml").write_text(json.dumps({"config": "tiny.yaml", "seeds": [3], "variants": variants}))
+    assert sweep() == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("dpp: ") and part in said
+    assert not (here / "runs").exists()
+
+
+def test_other_held_out_data_are_tried_too(here, capsys):
+    (here / "few.yaml").write_text(SWEEP.replace("data.validation_fraction: 0.5", "data: {kind: idx, folder: none}"))
+    assert sweep() == 2
+    assert "none" in capsys.readouterr().err and not (here / "runs").exists()

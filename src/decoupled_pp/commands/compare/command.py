@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 from decoupled_pp.commands.arguments import add_overrides, check_at_least, claim_output, strategies_of
-from decoupled_pp.commands.child import say
+from decoupled_pp.commands.child import check_entry, say
 from decoupled_pp.commands.compare.contenders import STRATEGIES, contenders, with_own_settings
 from decoupled_pp.core import environment
 from decoupled_pp.core.errors import TrainingError, UsageError
 from decoupled_pp.core.threads import choose_threads
 from decoupled_pp.settings.load import load_settings
+from decoupled_pp.training.ranks import ONE_PROCESS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,8 +51,11 @@ def run_command(chosen: argparse.Namespace) -> int:
     micro_batches = chosen.micro_batches if chosen.micro_batches is not None else 2 * chosen.ranks
     kinds = strategies_of(chosen.strategies, STRATEGIES)
     entries = with_own_settings(contenders(settings, kinds, chosen.ranks, micro_batches), chosen.set_for)
-    for entry in entries:
-        load_settings(chosen.config, (*chosen.set, *entry.own))  # a wrong one is refused before anybody runs
+    each = {one.name: load_settings(chosen.config, (*chosen.set, *one.own, *one.overrides)) for one in entries}
+    # Data and network are those of all. A pipeline that cannot run does not stop the others.
+    alone = [name for name, own in each.items() if own.strategy in ONE_PROCESS]
+    for name in alone or [entries[0].name]:
+        check_entry(name, each[name])
     from decoupled_pp.commands.compare.pages import Comparison, Setup, write_pages
     from decoupled_pp.commands.compare.runs import run_all
     from decoupled_pp.run.folder import CONFIG_FILE, write_config

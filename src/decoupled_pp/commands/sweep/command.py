@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from decoupled_pp.commands.arguments import add_overrides, check_at_least, claim_output
-from decoupled_pp.commands.child import Trial, say
+from decoupled_pp.commands.child import Trial, check_entry, say
 from decoupled_pp.core import environment
 from decoupled_pp.core.errors import TrainingError, UsageError
 from decoupled_pp.core.records import write_json
@@ -68,8 +68,8 @@ def run_command(chosen: argparse.Namespace) -> int:
     folder = Path(chosen.output or f"runs/{file.stem}")
     also = {name: _overrides(changes) for name, changes in sweep.also.items()}
     trials = _trials(sweep, folder, chosen.set, chosen.jobs)
-    for own in also.values():
-        load_settings(sweep.config, (*chosen.set, *own))
+    others = {name: [*chosen.set, *own] for name, own in also.items()}
+    _try_all(sweep.config, others | {trial.entry: trial.overrides for trial in _to_do(trials, chosen.resume)})
     text = file.read_text(encoding="utf-8")  # it may lie in the folder that is cleared
     advice = "--resume goes on, --overwrite starts anew, or give another --output"
     claim_output(folder, "folder of a sweep", MARKER, advice, resume=chosen.resume, overwrite=chosen.overwrite)
@@ -108,6 +108,19 @@ def _trials(sweep: SweepSettings, folder: Path, common: list[str], jobs: int) ->
         for seed in sweep.seeds
         for name, overrides in variants.items()
     ]
+
+
+def _to_do(trials: Sequence[Trial], resume: bool) -> list[Trial]:
+    from decoupled_pp.run.folder import SUMMARY_FILE  # imports torch
+
+    return [trial for trial in trials if not (resume and (trial.run / SUMMARY_FILE).is_file())]
+
+
+def _try_all(config: str, entries: Mapping[str, Sequence[str]]) -> None:
+    """Raises UsageError unless all would run: all settings first, because that is quick, then data and networks."""
+    settings = {name: load_settings(config, tuple(overrides)) for name, overrides in entries.items()}
+    for name, own in settings.items():
+        check_entry(name, own)
 
 
 def _overrides(changes: Mapping[str, Any]) -> list[str]:
