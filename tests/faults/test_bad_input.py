@@ -236,6 +236,11 @@ def test_overwrite_starts_anew(tmp_path, monkeypatch):
     assert not (launched.FOLDER / "old").exists() and launched.checkpoint_steps() == [2]
 
 
+def _said(results):
+    """What all ranks said of the fault; their outputs hold the phases of the start as well."""
+    return "".join(f"{line}\n" for result in results for line in launched.said(result.output))
+
+
 @pytest.mark.parametrize("case", FOUND_IN_DIFFERENT_PLACES)
 def test_ranks_say_it_once_and_touch_nothing(case, here, tmp_path):
     before = launched.fingerprint(here)
@@ -244,7 +249,7 @@ def test_ranks_say_it_once_and_touch_nothing(case, here, tmp_path):
     results = ranks.launch(launched.dpp_in_rank, str(here), *arguments, size=size, folder=tmp_path)
     assert ranks.values(results) == [2] * size
     _, code, parts = CASES[case]
-    check_said("".join(result.output for result in results), code, *parts)
+    check_said(_said(results), code, *parts)
     assert launched.fingerprint(here) == before
 
 
@@ -259,15 +264,14 @@ def test_a_fault_of_the_middle_rank_alone_is_said_once(here, tmp_path):
     arguments = ["train", "run.yaml", *overrides, "--overwrite"]
     results = ranks.launch(launched.dpp_in_rank, str(here), *arguments, size=3, folder=tmp_path)
     assert ranks.values(results) == [2, 2, 2]
-    said = "".join(result.output for result in results)
-    check_said(said, "critic-fails", "stage 1", "(16, 64)", "65x10")
+    check_said(_said(results), "critic-fails", "stage 1", "(16, 64)", "65x10")
     assert launched.fingerprint(here) == before
 
 
 def test_other_ranks_than_stages_under_a_launcher(here, tmp_path):
     results = ranks.launch(launched.dpp_in_rank, str(here), "train", "run.yaml", "--overwrite", size=3, folder=tmp_path)
     assert ranks.values(results) == [2, 2, 2]
-    check_said("".join(result.output for result in results), "ranks-do-not-fit-stages", "2 stages", "not 3")
+    check_said(_said(results), "ranks-do-not-fit-stages", "2 stages", "not 3")
 
 
 @pytest.mark.slow
