@@ -1,6 +1,7 @@
 """The public Trainer: what it refuses, in one line each."""
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -175,3 +176,6 @@ def test_a_folder_without_a_checkpoint_has_nothing_to_evaluate(tmp_path):
         three_layers(2, 0, tmp_path).evaluate(BATCHES, resume=True)
     with refused("no-checkpoint-folder"):
         trainer().evaluate(BATCHES, resume=True)
+    for resumed in (trainer().evaluate, partial(trainer().fit, steps=1)):
+        with refused("no-checkpoint-folder", UsageError, "resume='somewhere'"):
+            resumed(BATCHES, resume="somewhere")

@@ -101,7 +101,7 @@ class BaseTrainer(ABC):
         checkpoint = _with(self.recipe.checkpoint, "checkpoint", every=save_every)
         self._refuse_unused(validation if validate is None else None, checkpoint)
         done = self._steps_done()
-        found = self._newest() if resume is True else resume or None
+        found = self._checkpoint(resume)
         itinerary = Itinerary(
             steps=steps if resume else done + steps,
             start=found.step if found is not None else done,
@@ -150,7 +150,17 @@ class BaseTrainer(ABC):
                     self._world.broadcast(tensor, rank)
         return self.plan.module
 
-    def _newest(self) -> Checkpoint | None:
+    def _checkpoint(self, resume: bool | Checkpoint | None) -> Checkpoint | None:
+        """Return the checkpoint that `resume` asks for: the newest, this one, or none."""
+        if isinstance(resume, Checkpoint):
+            return resume
+        if resume not in (True, False, None):
+            raise UsageError(
+                f"resume={resume!r} is no checkpoint; give the trainer checkpoints=FOLDER, and resume=True",
+                code="no-checkpoint-folder",
+            )
+        if not resume:
+            return None
         if self._checkpoints is None:
             raise UsageError("resume=True needs a trainer with checkpoints=FOLDER", code="no-checkpoint-folder")
         return self._checkpoints.newest(self._channel())

@@ -94,7 +94,7 @@ class DecoupledTrainer(BaseTrainer):
         Raises:
             UsageError: There is no checkpoint, or it is of another network.
         """
-        found = self._newest() if resume is True else resume or None
+        found = self._checkpoint(resume)
         if resume and found is None:  # fit would begin anew, but nobody wants the scores of untrained weights
             raise UsageError(
                 "resume=True: the trainer's folder has no checkpoint to evaluate yet; call fit first, or leave it out",
