@@ -37,11 +37,14 @@ def give_copies(groups: Sequence[Mapping[str, nn.Module]]) -> dict[str, str]:
     # Parameters are told apart by identity: equal values do not make two parameters one.
     seen: dict[int, str] = {}
     copies: dict[str, str] = {}
+    done: set[nn.Module] = set()
     for group in groups:
         new: dict[int, str] = {}
         own: dict[int, nn.Parameter] = {}
         for name, module, key, parameter in parameter_places(group):
             identity = id(parameter)
+            if module in done:  # one layer used twice, not two with one parameter
+                continue
             if identity not in seen:
                 new.setdefault(identity, name)
                 continue
@@ -50,6 +53,7 @@ def give_copies(groups: Sequence[Mapping[str, nn.Module]]) -> dict[str, str]:
             own_parameters(module)[key] = own[identity]
             copies[name] = seen[identity]
         seen |= new  # only now: within a group parameters may be shared
+        done.update(module for part in group.values() for module in part.modules())
     return copies
 
 
