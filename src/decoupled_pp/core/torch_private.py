@@ -109,7 +109,10 @@ def causal_masks_asked_by(asks: Callable[..., Any]) -> Iterator[None]:
 @contextmanager
 def quiet_tracing() -> Iterator[None]:
     """Silences what torch's tracer logs of errors that it raises as well."""
-    logs = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "export", "fx.experimental")]
+    logs = [
+        logging.getLogger(f"torch.{name}")
+        for name in ("_subclasses.fake_tensor", "_export", "export", "fx.experimental")
+    ]
     before = [log.level for log in logs]
     for log in logs:
         log.setLevel(logging.CRITICAL)

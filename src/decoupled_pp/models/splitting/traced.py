@@ -58,7 +58,7 @@ def split_traced(
         parts[0].sizes = checked_sizes(layers, whole, traces)
     names = {key: key.split(".part.model.", 1)[1] for key in layers.state_dict()}
     aliases = _aliases(model, layers, names)
-    layers.tied = give_copies([{f"part{index}": part} for index, part in enumerate(parts)])
+    layers.tied = give_copies([{f"part{index}": part} for index, part in enumerate(parts)], names)
     for part in layers.modules():  # the model's own modules keep their modes, those of the trace get the model's
         part.training = modes.get(id(part), model.training)
     return Split(layers, names, {names[copy]: names[first] for copy, first in layers.tied.items()}, aliases)
