@@ -58,6 +58,8 @@ def split_traced(
         parts[0].sizes = checked_sizes(layers, whole, traces)
     names = {key: key.split(".part.model.", 1)[1] for key in layers.state_dict()}
     aliases = _aliases(model, layers, names)
+    layers.own_names = {own: key for key, own in names.items()}
+    layers.own_names |= {alias: layers.own_names[own] for alias, own in aliases.items()}
     layers.tied = give_copies([{f"part{index}": part} for index, part in enumerate(parts)], names)
     for part in layers.modules():  # the model's own modules keep their modes, those of the trace get the model's
         part.training = modes.get(id(part), model.training)
