@@ -146,6 +146,14 @@ def check_is_without_data():
     assert torch_private.is_without_data(made) and not torch_private.is_without_data(torch.empty(2))
 
 
+def check_causal_masks_asked_by():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 4, batch_first=True), 1)
+    asked = []
+    with torch_private.causal_masks_asked_by(lambda *_: asked.append(True) or True):
+        encoder(torch.ones(1, 3, 4), nn.Transformer.generate_square_subsequent_mask(3))
+    assert asked == [True]
+
+
 def check_quiet_tracing():
     log = logging.getLogger("torch.export")
     before = log.level

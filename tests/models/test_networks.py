@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import decoupled_pp as dpp
 from decoupled_pp.core.datasets import DataInfo
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.plans import count_parameters
@@ -122,10 +123,12 @@ def test_refuses_data_that_do_not_fit(settings, info, code):
 
 def make_network(info, width, form="list"):
     layers = [nn.Linear(info.shape[0], width), nn.Linear(width, info.outputs)]
+    if form == "split":
+        return dpp.split_traced(nn.Sequential(*layers), torch.randn(2, *info.shape), ["0"])
     return {"list": layers, "sequential": nn.Sequential(*layers), "number": 3, "empty": []}[form]
 
 
-@pytest.mark.parametrize("form", ["list", "sequential"])
+@pytest.mark.parametrize("form", ["list", "sequential", "split"])
 def test_factory(form):
     settings = FactoryModel(kind="factory", factory=f"{__name__}:make_network", arguments={"width": 5, "form": form})
     network = build_model(settings, VECTORS)

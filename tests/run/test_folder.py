@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+import decoupled_pp as dpp
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.run import folder
+from decoupled_pp.run.checkpoints.parts import export_safetensors
 from kit import refused
 
 
@@ -21,6 +23,29 @@ def test_weights_come_back(tmp_path):
     save_file(one.state_dict(), tmp_path / folder.WEIGHTS_FILE)
     folder.load_weights(tmp_path, other)
     assert torch.equal(one.weight, other.weight)
+
+
+class TwoNames(nn.Module):
+    """A layer that runs twice, under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle, self.out = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+        self.again = self.first
+
+    def forward(self, x):
+        return self.out(self.again(self.middle(self.first(x))))
+
+
+def test_weights_of_a_split_model_are_under_its_own_names(tmp_path):
+    """In the file, for the model itself; and they come back into layers."""
+    x = torch.randn(4, 3)
+    model, other = TwoNames(), TwoNames()
+    layers, fresh = (dpp.split_traced(one, x, ["middle"]).layers for one in (model, other))
+    export_safetensors(layers, tmp_path / folder.WEIGHTS_FILE)
+    TwoNames().load_state_dict(load_file(tmp_path / folder.WEIGHTS_FILE))
+    folder.load_weights(tmp_path, fresh)
+    assert torch.equal(fresh(x), model(x))
 
 
 @pytest.mark.parametrize(

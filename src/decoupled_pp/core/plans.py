@@ -30,11 +30,13 @@ class Layers(nn.Sequential):
         places: Boundaries where the network may be cut (`cut_after`); None: anywhere.
         weights: Fills layers that are on the meta device, stage by stage; None: they have their weights.
         tied: Key of a parameter that was tied before the network was split -> key of the one it was tied to.
+        own_names: Key in the model that the layers were made of -> key here; exports use the former. Empty: alike.
     """
 
     places: tuple[int, ...] | None = None
     weights: Weights | None = None
     tied: Mapping[str, str] = MappingProxyType({})
+    own_names: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, named: Iterable[tuple[str, nn.Module]] = ()) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ in any other file. All are there from torch 2.8 (the oldest that is supported) t
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
@@ -94,9 +94,25 @@ def tensors_without_data() -> AbstractContextManager[Any]:
 
 
 @contextmanager
+def causal_masks_asked_by(asks: Callable[..., Any]) -> Iterator[None]:
+    """Makes torch's transformers ask this function whether a mask is causal; their own looks at values."""
+    from torch.nn.modules import transformer
+
+    own = transformer._detect_is_causal_mask
+    transformer._detect_is_causal_mask = asks
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = own
+
+
+@contextmanager
 def quiet_tracing() -> Iterator[None]:
     """Silences what torch's tracer logs of errors that it raises as well."""
-    logs = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "export", "fx.experimental")]
+    logs = [
+        logging.getLogger(f"torch.{name}")
+        for name in ("_subclasses.fake_tensor", "_export", "export", "fx.experimental")
+    ]
     before = [log.level for log in logs]
     for log in logs:
         log.setLevel(logging.CRITICAL)

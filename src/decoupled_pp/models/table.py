@@ -14,13 +14,16 @@ from decoupled_pp.models.gpt import build_gpt
 from decoupled_pp.models.huggingface import build_from_transformers
 from decoupled_pp.models.mlp import build_mlp
 from decoupled_pp.models.resnet import build_resnet
+from decoupled_pp.models.splitting import Split
 from decoupled_pp.models.vgg import build_vgg
 from decoupled_pp.settings.sections import FactoryModel, ModelSettings
 
 
 def build_from_factory(settings: FactoryModel, info: DataInfo) -> nn.Sequential:
-    """Call `factory(info, **arguments)`; it returns an `nn.Sequential`, or a list of modules to make one of."""
+    """Call `factory(info, **arguments)`; it returns an `nn.Sequential`, a list of modules, or a split model."""
     network = call_factory(settings.factory, "model.factory", info, **settings.arguments)
+    if isinstance(network, Split):
+        network = network.layers
     if isinstance(network, nn.Sequential):
         return network
     if isinstance(network, list | tuple) and network and all(isinstance(layer, nn.Module) for layer in network):

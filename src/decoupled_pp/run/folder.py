@@ -49,6 +49,11 @@ def load_weights(source: Path, module: nn.Module, key: str | None = "start_from"
             code="weights-not-readable",
             key=key,
         ) from error
+    own_names = getattr(module, "own_names", {})
+    if own_names and own_names.keys() == tensors.keys():
+        state = module.state_dict(keep_vars=True)
+        owns = {id(state[name]): own for own, name in own_names.items()}  # a layer used twice has two keys here
+        tensors = {name: tensors[owns[id(tensor)]] for name, tensor in state.items()}
     faults = list(_differences(tensors, module.state_dict()))
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""

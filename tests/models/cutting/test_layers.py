@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.models.cutting import as_sequential, trace
+from decoupled_pp.models.cutting import as_sequential, cut_network, trace
 from kit import refused
 
 
@@ -141,3 +141,21 @@ def test_bad_returns():
     for value in (torch.zeros(2, dtype=torch.int64), (torch.zeros(2), torch.zeros(2))):
         with refused("output-not-a-tensor"):
             trace(nn.Sequential(Returns(value)), torch.randn(2, 3))
+
+
+def test_lazy_layers_get_their_weights_from_the_sample():
+    """The same weights as by a first run of one's own; statistics stay as they are."""
+
+    def make():
+        return [nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.ReLU()), nn.LazyLinear(3)]
+
+    x = torch.randn(5, 2)
+    torch.manual_seed(0)
+    own = nn.Sequential(*make()).eval()
+    own(x)
+    torch.manual_seed(0)
+    cut = cut_network(make(), 2, "uniform", x, None).module
+    assert all(torch.equal(value, own.state_dict()[key]) for key, value in cut.state_dict().items())
+    assert cut.training
+    with refused("plan-without-sample", UsageError, "'0.0.weight'"):
+        cut_network(make(), 2, "uniform", None, None)

@@ -7,8 +7,9 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from decoupled_pp.core.device import untouched
+from decoupled_pp.core.device import kept_modes, untouched
 from decoupled_pp.core.errors import UsageError, first_line
 from decoupled_pp.core.objective import CriticContext
 from decoupled_pp.core.packets import Payload, as_tuple, check_payload, map_payload
@@ -93,25 +94,43 @@ def trace(module: nn.Sequential, sample: Payload) -> tuple[list[Payload], Tensor
 
     Train/eval flags, buffers and random generators are as before afterwards.
     """
-    hiddens: list[Payload] = []
-    current = check_payload(sample, "the sample")
     with untouched(module, as_tuple(sample)[0].device):
-        module.eval()
-        for name, layer in module.named_children():
-            hiddens.append(current)
-            try:
-                result = layer(_copy_for(layer, current))
-            except UsageError:
-                raise
-            except LAYER_FAULTS as error:
-                raise misfit(f"layer {name!r}", layer, current, error) from error
-            current = check_payload(result, f"layer {name!r} ({type(layer).__name__})")
+        *hiddens, current = _run(module.eval(), sample)
     if not isinstance(current, Tensor) or not current.is_floating_point():
         raise UsageError(
             f"the network returned {describe(current)}; its last layer must return one floating tensor",
             code="output-not-a-tensor",
         )
     return hiddens, current
+
+
+@torch.no_grad()
+def make_lazy_weights(module: nn.Sequential, sample: Payload | None) -> None:
+    """Give the layers the weights that they make when they first see data (`nn.LazyLinear`)."""
+    lazy = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if is_lazy(tensor)]
+    if not lazy:
+        return
+    if sample is None:
+        raise UsageError(
+            f"{lazy[0]!r} has no shape before its layer has seen data; pass a sample, or run the network once",
+            code="plan-without-sample",
+        )
+    with kept_modes(module):
+        _run(module.eval(), sample)
+
+
+def _run(module: nn.Sequential, sample: Payload) -> list[Payload]:
+    """Return the input of every layer, and the result of the last."""
+    values = [check_payload(sample, "the sample")]
+    for name, layer in module.named_children():
+        try:
+            result = layer(_copy_for(layer, values[-1]))
+        except UsageError:
+            raise
+        except LAYER_FAULTS as error:
+            raise misfit(f"layer {name!r}", layer, values[-1], error) from error
+        values.append(check_payload(result, f"layer {name!r} ({type(layer).__name__})"))
+    return values
 
 
 def _copy_for(layer: nn.Module, payload: Payload) -> Payload:

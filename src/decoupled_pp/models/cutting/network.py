@@ -15,7 +15,7 @@ from decoupled_pp.core.objective import CriticBuilder, CriticContext
 from decoupled_pp.core.packets import Loss, Payload
 from decoupled_pp.core.plans import Plan, count_parameters
 from decoupled_pp.models.cutting.cut import Fits, listed_cut, minmax_cut, uniform_cut
-from decoupled_pp.models.cutting.layers import as_sequential, critic_context, trace, zeros_if_meta
+from decoupled_pp.models.cutting.layers import as_sequential, critic_context, make_lazy_weights, trace, zeros_if_meta
 from decoupled_pp.models.cutting.measure import measure_critics, measure_layers
 from decoupled_pp.models.cutting.objective import stand_in_objective
 from decoupled_pp.models.cutting.shared import refuse_shared
@@ -44,6 +44,7 @@ def cut_network(  # noqa: PLR0917 - the plain facts, as `dpp.partition` takes th
 ) -> Plan:
     """Cut a network into stages; where `cut_after` marked it, only there (but by a list anywhere)."""
     module = as_sequential(layers)
+    make_lazy_weights(module, sample)
     traced = trace(module, sample) if sample is not None else None
     cutter = _Cutter(module, stages, critic, traced, getattr(module, "places", None), speeds, fits)
     if isinstance(by, str):

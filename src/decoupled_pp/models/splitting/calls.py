@@ -6,7 +6,7 @@ They stay the user's own, whatever their code does, and follow `train()` and `ev
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +15,8 @@ import numpy
 import torch
 from torch import Tensor, fx, nn
 
-from decoupled_pp.core.torch_private import pytree
-from decoupled_pp.models.splitting.kept import Call
+from decoupled_pp.core.torch_private import own_buffers, pytree
+from decoupled_pp.models.splitting.kept import Call, Flag
 from decoupled_pp.models.splitting.shapes import ShapeRules
 
 _LIBRARY = torch.library.Library("decoupled_pp", "DEF")
@@ -27,6 +27,7 @@ END = torch.ops.decoupled_pp.end.default
 for _operator in (CALL, END):
     fx.has_side_effect(_operator)  # or the trace would leave out a call whose result is not used
 
+_GIVEN = (Tensor, Flag, torch.SymInt)  # what is given anew in every call
 _PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
@@ -85,8 +86,10 @@ class Recorder:
 
     def _watched(self, kind: type[nn.Module], name: str) -> type[nn.Module]:
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            run = self._open if name in self.opened else self._keep
-            result = run(name, lambda: kind.__call__(module, *args, **kwargs), args, kwargs)
+            if name in self.opened:
+                result = self._open(name, module, lambda: kind.__call__(module, *args, **kwargs))
+            else:
+                result = self._keep(name, args, kwargs)
             if name in self.ends:
                 END(name)
             return result
@@ -95,8 +98,9 @@ class Recorder:
         watched: type[nn.Module] = metaclass(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
         return watched
 
-    def _open(self, name: str, run: Any, *_: Any) -> Any:
+    def _open(self, name: str, module: nn.Module, run: Callable[[], Any]) -> Any:
         before = _python_generators()
+        buffers = dict(own_buffers(module))
         try:
             result = run()
         except Exception:
@@ -104,13 +108,17 @@ class Recorder:
             raise
         if self.drew_in is None and _python_generators() != before:
             self.drew_in = name
+        for key, buffer in buffers.items():
+            assigned = own_buffers(module)[key]
+            if buffer is not None and assigned is not None and assigned is not buffer:
+                own_buffers(module)[key] = buffer.copy_(assigned)  # a trace would lose the assignment
         return result
 
-    def _keep(self, name: str, _: Any, args: Any, kwargs: Any) -> Any:
+    def _keep(self, name: str, args: Any, kwargs: Any) -> Any:
         leaves, form = pytree.tree_flatten((args, dict(kwargs)))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        tensors = [getattr(leaf, "value", leaf) for leaf in leaves if isinstance(leaf, Tensor | Flag)]
         sizes = [leaf for leaf in leaves if isinstance(leaf, torch.SymInt)]
-        if not all(isinstance(leaf, (Tensor, torch.SymInt, *_PLAIN)) for leaf in leaves):
+        if not all(isinstance(leaf, (*_GIVEN, *_PLAIN)) for leaf in leaves):
             raise CannotKeep(name)
         number = len(self.calls)
         self.calls.append(Call(name, tuple(map(_placed, leaves)), form))
@@ -133,10 +141,7 @@ torch.library.register_fake(END, lambda module: None, lib=_LIBRARY)
 
 
 def _placed(leaf: Any) -> Any:
-    for kind in (Tensor, torch.SymInt):
-        if isinstance(leaf, kind):
-            return kind
-    return leaf
+    return next((kind for kind in _GIVEN if isinstance(leaf, kind)), leaf)
 
 
 def _python_generators() -> tuple[Any, ...]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -23,15 +23,15 @@ class CannotCut(Exception):
     """Raised when a trace holds what cannot be cut into parts; the text says what."""
 
 
-def enter_autocast(device: torch.device, *settings: Any) -> torch.autocast:
-    """Enter `torch.autocast` on the device that a part runs on."""
-    context = torch.autocast(device.type, *settings)
+def enter_region(kind: str, device: torch.device, *settings: Any) -> AbstractContextManager[Any]:
+    """Enter `autocast`, on the device that a part runs on, or `grad`: `no_grad` or `enable_grad`."""
+    context = torch.autocast(device.type, *settings) if kind == "autocast" else torch.set_grad_enabled(*settings)
     context.__enter__()
     return context
 
 
-def exit_autocast(context: torch.autocast) -> None:
-    """Leave what `enter_autocast` has entered."""
+def exit_region(context: AbstractContextManager[Any]) -> None:
+    """Leave what `enter_region` has entered."""
     context.__exit__(None, None, None)
 
 
@@ -60,7 +60,8 @@ class FlatTrace:
         self.ends: list[str] = []
         self.part: dict[fx.Node, int] = {}
         self._now = 0
-        self._cuttable = True
+        self._regions: list[tuple[Any, ...]] = []  # those that are open, outer ones first
+        self._entered: list[fx.Node] = []
         given = [
             self._input(program, spec.kind, spec.target, spec.arg.name) for spec in program.graph_signature.input_specs
         ]
@@ -103,18 +104,14 @@ class FlatTrace:
         if name.startswith(_CHECKS):
             return None
         if node.target is END:
-            self.ends.append(args[0])
-            self._now += 1
-            if not self._cuttable:
-                raise CannotCut(f"no_grad or autocast around {args[0]!r}")
-            return None
+            return self._cut(args[0])
         if node.target is operator.getitem and isinstance(args[0], list):  # results of a region that is inlined
             return args[0][args[1]]
         if name == "wrap_with_set_grad_enabled":
-            with self._region(*self._grad(args[0])):
+            with self._region("grad", args[0]):
                 return self._inline(args[1].graph, args[2:])
         if name == "wrap_with_autocast":
-            with self._region(*self._autocast(*args[1:4])):
+            with self._region("autocast", *args[1:4]):
                 return self._inline(args[4].graph, args[5:])
         if any(isinstance(argument, torch.nn.Module) for argument in args):
             raise CannotCut(f"torch's {name}")
@@ -129,22 +126,20 @@ class FlatTrace:
             self.part[node] = self.part[node.args[1]]  # type: ignore[index]
         return node
 
+    def _cut(self, name: str) -> None:
+        self.ends.append(name)
+        for entered in reversed(self._entered):
+            self._place(self.graph.call_function(exit_region, (entered,)))
+        self._now += 1
+        self._entered = [self._enter(*region) for region in self._regions]
+
     @contextmanager
-    def _region(self, begin: fx.Node, end: Callable[[fx.Node], fx.Node]) -> Iterator[None]:
-        outer = self._cuttable
-        self._cuttable = False
-        self._place(begin)
-        try:
-            yield
-        finally:
-            self._place(end(begin))
-            self._cuttable = outer
+    def _region(self, *region: Any) -> Iterator[None]:
+        self._regions.append(region)
+        self._entered.append(self._enter(*region))
+        yield
+        self._regions.pop()
+        self._place(self.graph.call_function(exit_region, (self._entered.pop(),)))
 
-    def _grad(self, enabled: bool) -> tuple[fx.Node, Callable[[fx.Node], fx.Node]]:
-        before = self._place(self.graph.call_function(torch.is_grad_enabled))
-        begin = self.graph.call_function(torch.set_grad_enabled, (enabled,))
-        return begin, lambda _: self.graph.call_function(torch.set_grad_enabled, (before,))
-
-    def _autocast(self, *settings: Any) -> tuple[fx.Node, Callable[[fx.Node], fx.Node]]:
-        begin = self.graph.call_function(enter_autocast, (self.device, *settings))
-        return begin, lambda begin: self.graph.call_function(exit_autocast, (begin,))
+    def _enter(self, kind: str, *settings: Any) -> fx.Node:
+        return self._place(self.graph.call_function(enter_region, (kind, self.device, *settings)))

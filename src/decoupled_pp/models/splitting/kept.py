@@ -9,7 +9,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from decoupled_pp.core.torch_private import pytree
+from decoupled_pp.core.torch_private import is_without_data, pytree
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A truth about values, in the place of a bool among the arguments of a module: known only when the model runs.
+
+    Attributes:
+        value: A tensor of one bool.
+    """
+
+    value: Tensor
+
+    def __bool__(self) -> bool:
+        return bool(self.value)
+
+
+def is_causal(mask: Tensor | None, known: bool | None = None, size: int | None = None) -> bool | Flag:
+    """Return whether an attention mask is causal, as `nn.TransformerEncoder` and its like ask before their layers run.
+
+    Args:
+        mask: The mask.
+        known: What the caller says; None: look.
+        size: Its rows and columns; None: as it has.
+    """
+    if known is not None or mask is None:
+        return known is True
+    rows = mask.size(-2) if size is None else size
+    causal = nn.Transformer.generate_square_subsequent_mask(rows, device=mask.device, dtype=mask.dtype)
+    return Flag((mask == causal).all()) if mask.size() == causal.size() else False
 
 
 @dataclass(frozen=True)
@@ -18,7 +47,7 @@ class Call:
 
     Attributes:
         name: The module's.
-        leaves: Leaves of its arguments; those that are tensors or sizes are given anew in every call.
+        leaves: Leaves of its arguments; those given anew in every call (tensors, flags, sizes) by their class.
         form: How the leaves make (args, kwargs).
     """
 
@@ -34,6 +63,9 @@ class Call:
         for leaf in self.leaves:
             if leaf is Tensor:
                 leaves.append(next(tensors_left))
+            elif leaf is Flag:
+                flag = next(tensors_left)
+                leaves.append(not is_without_data(flag) and bool(flag))
             elif leaf is torch.SymInt:
                 leaves.append(next(sizes_left))
             elif isinstance(leaf, torch.device) and tensors:

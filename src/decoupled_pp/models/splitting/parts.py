@@ -124,7 +124,8 @@ class _Builder:
             return self._keep(node, self._size(node))
         self.part.takes.append(node)
         with self.part.graph.inserting_after(self._last_argument):
-            self._last_argument = self.part.graph.placeholder(node.name)
+            # A name of its own: the code gives other values names of the trace.
+            self._last_argument = self.part.graph.placeholder(f"given{len(self.part.takes)}")
         return self._keep(node, self._last_argument)
 
     def _size(self, node: fx.Node) -> fx.Node:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain, combinations
@@ -63,7 +63,7 @@ class ShapeRules:
         Raises:
             SizeFixed: They follow a size by no formula.
         """
-        given = chain(sizes, *(tensor.shape for tensor in tensors))
+        given = [*sizes, *(size for tensor in tensors for size in tensor.shape)]
         free = sorted({symbol for size in given for symbol in size_symbols(size)}, key=str)
         values = {symbol: self._sizes[symbol][1] for symbol in free}
         leaves, form = self._run(call, tensors, sizes, values)
@@ -71,8 +71,19 @@ class ShapeRules:
         def shapes(changed: Mapping[Any, int]) -> _Shapes:
             return _shapes(self._run(call, tensors, sizes, {**values, **changed})[0])
 
-        formulas = iter(_formulas(shapes, values, {symbol: self._sizes[symbol][0] for symbol in free}))
-        return [_empty(leaf, next(formulas)) if isinstance(leaf, Tensor) else leaf for leaf in leaves], form
+        formula = _Formula(shapes, values)
+        alone = [symbol for symbol in free if not formula.holds([symbol])]
+        same = next((group for group in _of_one_value(alone, values) if formula.holds_together(group)), None)
+        if same:
+            for symbol in same[1:]:
+                # To ask whether two sizes are equal makes them one symbol in the trace, as an operator would.
+                bool(self._sizes[same[0]][0] == self._sizes[symbol][0])
+            return self.results(call, tensors, sizes)
+        if alone or not formula.holds(free):
+            raise SizeFixed(alone or free)
+        steps = {symbol: self._sizes[symbol][0] - value for symbol, value in values.items()}
+        made = iter(formula.after(steps))
+        return [_empty(leaf, next(made)) if isinstance(leaf, Tensor) else leaf for leaf in leaves], form
 
     def _run(self, call: Call, tensors: Sequence[Tensor], sizes: Sequence[Any], values: Mapping[Any, int]) -> _Results:
         shapes = [[size_value(size, values) for size in tensor.shape] for tensor in tensors]
@@ -98,48 +109,65 @@ class ShapeRules:
             with self._without_data:
                 return run(torch.empty)
         except Exception:  # its code looks at values, or calls an operator that has no rule for shapes
-            return run(torch.zeros)
+            try:
+                return run(torch.zeros)
+            except Exception:  # such as lengths, of which none may be 0
+                return run(torch.ones)
 
 
-def _formulas(
-    shapes: Callable[[Mapping[Any, int]], _Shapes], values: Mapping[Any, int], symbols: Mapping[Any, Any]
-) -> list[list[Any]]:
-    """Return the sizes of all results as sums of products of the symbols."""
-    near = {symbol: value - 1 if value > 3 else value + 1 for symbol, value in values.items()}
-    far = {symbol: value // 2 if value > 3 else 2 * value + 1 for symbol, value in values.items()}
+class _Formula:
+    """Shapes of results as sums of products of sizes, from calls with each combination of sizes changed by one."""
 
-    corners: dict[tuple[Any, ...], _Shapes] = {}
+    def __init__(self, shapes: Callable[[Mapping[Any, int]], _Shapes], values: Mapping[Any, int]) -> None:
+        """Take what tells the results' shapes for other sizes, and the sizes of the sample."""
+        self._shapes = shapes
+        self._values = values
+        # Smaller ones, where there are: a table of positions may end at the sample's length.
+        self._near = {symbol: value - 1 if value > 3 else value + 1 for symbol, value in values.items()}
+        self._far = {symbol: value // 2 if value > 3 else 2 * value + 1 for symbol, value in values.items()}
+        self._corners: dict[tuple[Any, ...], _Shapes] = {}
 
-    def holds(changed: Collection[Any]) -> bool:
-        """Return whether the formula in these symbols holds far from where it was found."""
+    def holds(self, changed: Sequence[Any]) -> bool:
+        """Return whether the formula in these sizes holds far from where it was found."""
         try:
             for subset in _subsets(changed):
-                corners.setdefault(subset, shapes({symbol: near[symbol] for symbol in subset}))
-            there = shapes({symbol: far[symbol] for symbol in changed})
+                if subset not in self._corners:
+                    self._corners[subset] = self._shapes({symbol: self._near[symbol] for symbol in subset})
+            there = self._shapes({symbol: self._far[symbol] for symbol in changed})
         except Exception:  # the module takes no other size
             return False
-        steps = {symbol: (far[symbol] - values[symbol]) * (near[symbol] - values[symbol]) for symbol in changed}
-        return _apply(corners, steps) == [list(shape) for shape in there]
+        steps = {symbol: self._far[symbol] - self._values[symbol] for symbol in changed}
+        return self.after(steps) == [list(shape) for shape in there]
 
-    fixed = [symbol for symbol in symbols if not holds([symbol])]
-    if fixed or not holds(list(symbols)):
-        raise SizeFixed(fixed or symbols)
-    steps = {symbol: (size - values[symbol]) * (near[symbol] - values[symbol]) for symbol, size in symbols.items()}
-    return _apply(corners, steps)
+    def holds_together(self, group: Sequence[Any]) -> bool:
+        """Return whether there is a formula in one size, which all of the group are."""
+        one = _Formula(
+            lambda changed: self._shapes({symbol: value for value in changed.values() for symbol in group}),
+            {group[0]: self._values[group[0]]},
+        )
+        return one.holds(group[:1])
+
+    def after(self, steps: Mapping[Any, Any]) -> list[list[Any]]:
+        """Return the shapes when sizes are so much larger than in the sample."""
+        result: list[list[Any]] = [[0] * len(shape) for shape in self._corners[()]]
+        for subset in _subsets(steps):
+            factor = prod(steps[symbol] * (self._near[symbol] - self._values[symbol]) for symbol in subset)
+            for index, shape in enumerate(result):
+                for place in range(len(shape)):
+                    weight = sum(
+                        (-1) ** (len(subset) - len(part)) * self._corners[part][index][place]
+                        for part in _subsets(subset)
+                    )
+                    if weight:
+                        shape[place] = shape[place] + weight * factor
+        return result
 
 
-def _apply(corners: Mapping[tuple[Any, ...], _Shapes], steps: Mapping[Any, Any]) -> list[list[Any]]:
-    """Return the shapes so many steps away, from those one step away in some of the directions."""
-    result = [[0] * len(shape) for shape in corners[()]]
-    for subset in _subsets(steps):
-        factor = prod(steps[symbol] for symbol in subset)
-        for index, shape in enumerate(corners[()]):
-            for place in range(len(shape)):
-                signed = ((-1) ** (len(subset) - len(part)) * corners[part][index][place] for part in _subsets(subset))
-                weight = sum(signed)
-                if weight:
-                    result[index][place] = result[index][place] + weight * factor
-    return result
+def _of_one_value(symbols: Sequence[Any], values: Mapping[Any, int]) -> Iterator[tuple[Any, ...]]:
+    """Yield groups of two or more sizes that have one value in the sample, small groups first."""
+    for group in _subsets(symbols):
+        if len(group) > 1 and len({values[symbol] for symbol in group}) == 1:
+            yield group
 
 
 def _subsets(symbols: Iterable[Any]) -> Iterator[tuple[Any, ...]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,18 @@ class Split:
         layers: They hold the model's own parameters.
         names: Key of `layers.state_dict()` -> key of the model's own.
         untied: Key of the model whose parameter was another one's and has become one of its own -> key of that one.
+        aliases: Further key of the model for a tensor -> the key among `names`.
     """
 
     layers: Layers
     names: Mapping[str, str]
     untied: Mapping[str, str]
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the weights under the model's own names, for `load_state_dict` of another model of its class."""
-        return {self.names[key]: tensor for key, tensor in self.layers.state_dict().items()}
+        state = {self.names[key]: tensor for key, tensor in self.layers.state_dict().items()}
+        return state | {alias: state[name] for alias, name in self.aliases.items()}
 
     def load_into(self, model: nn.Module) -> None:
         """Load the weights into another model of the class that was split.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,11 +16,18 @@ from torch.export import Dim, export
 from torch.nn.parameter import is_lazy
 
 from decoupled_pp.core.errors import UsageError, first_line
-from decoupled_pp.core.torch_private import is_without_data, pytree, quiet_tracing, size_range, size_symbols
+from decoupled_pp.core.torch_private import (
+    causal_masks_asked_by,
+    is_without_data,
+    pytree,
+    quiet_tracing,
+    size_range,
+    size_symbols,
+)
 from decoupled_pp.models.splitting.blocks import picked
 from decoupled_pp.models.splitting.calls import CannotKeep, Recorder
 from decoupled_pp.models.splitting.flat import FlatTrace
-from decoupled_pp.models.splitting.kept import Call
+from decoupled_pp.models.splitting.kept import Call, is_causal
 from decoupled_pp.models.splitting.shapes import ShapeRules, SizeFixed
 from decoupled_pp.models.splitting.stubs import copy_replacing
 
@@ -95,18 +103,19 @@ class Tracer:
 
     def __init__(self, whole: Whole, cut_after: Sequence[str]) -> None:
         """Take the model; only the modules that hold a cut are traced through."""
-        known = dict(whole.model.named_modules())
+        known = dict(whole.named_modules(remove_duplicate=False))
         for name in cut_after:
-            if name not in known or not name:
+            if f"model.{name}" not in known or not name:
                 raise bad_cut(
                     f"{name!r} is no module of {type(whole.model).__name__}; name modules as named_modules() does"
                 )
         self._whole = whole
-        self._ends = frozenset(f"model.{name}" for name in cut_after)
-        self._opened = {
-            "",
-            *(end.rsplit(".", count)[0] for end in self._ends for count in range(1, end.count(".") + 1)),
-        }
+        first_names = {module: name for name, module in whole.named_modules()}
+        self._ends = frozenset(first_names[known[f"model.{name}"]] for name in cut_after)
+        # A module may have several names, and each of them leads through other modules.
+        paths = [name for name, module in known.items() if first_names[module] in self._ends]
+        above = [path.rsplit(".", count)[0] for path in paths for count in range(1, path.count(".") + 1)]
+        self._opened = {"", *(first_names[known[name]] for name in above)}
         self._fixed: set[tuple[int, int]] = set()
         self._rules = ShapeRules(_copy(whole))
 
@@ -144,7 +153,8 @@ class Tracer:
     def _trace(self, training: bool) -> Trace:
         recorder = Recorder(frozenset(self._opened), self._ends, self._rules)
         self._whole.train(training)
-        copied = _copy(self._whole)
+        scripted = [module for module in self._whole.modules() if isinstance(module, torch.jit.ScriptModule)]
+        copied = _copy(self._whole, {module: nn.Module() for module in scripted})  # only their calls matter
         free = tuple(
             tuple(Dim.STATIC if (index, place) in self._fixed else Dim.AUTO for place in range(tensor.dim()))
             for index, tensor in enumerate(self._whole.inputs)
@@ -160,7 +170,7 @@ class Tracer:
 
         copied.register_forward_pre_hook(start)
         try:
-            with _quiet(), recorder.watching(copied):
+            with _quiet(), slow_attention(), causal_masks_asked_by(is_causal), recorder.watching(copied):
                 program = export(copied, self._whole.inputs, dynamic_shapes=(free,), strict=False)
             flat = FlatTrace(program)
         except Exception as error:
@@ -177,7 +187,10 @@ class Tracer:
             if isinstance(cause, UsageError | SizeFixed | CannotKeep):
                 return cause
             cause = cause.__cause__ or cause.__context__
-        return _CannotTrace(self._fault(recorder.failed_in, training, first_line(error)))
+        reason = first_line(error)
+        if "data-dependent" in reason:
+            reason = "it decides by values of tensors, such as a random number that leaves a layer out (layerdrop)"
+        return _CannotTrace(self._fault(recorder.failed_in, training, reason))
 
     def _fault(self, place: str | None, training: bool, reason: str) -> UsageError:
         return UsageError(
@@ -227,13 +240,13 @@ def _module(whole: Whole, name: str | None) -> str:
     return repr(plain) if plain else f"the code of {type(whole.model).__name__}"
 
 
-def _copy(whole: Whole) -> Whole:
+def _copy(whole: Whole, replacements: Mapping[Any, Any] = MappingProxyType({})) -> Whole:
     """Return a copy that shares all tensors: modules remember things while they are traced."""
-    shared = [*whole.parameters(), *whole.buffers()]
+    shared = [*whole.parameters(), *whole.buffers(), *whole.inputs]
     for module in whole.modules():  # plain attributes may have a gradient function, and such tensors cannot be copied
         shared += [value for value in vars(module).values() if isinstance(value, Tensor)]
     try:
-        return copy_replacing(whole, {tensor: tensor for tensor in shared})  # type: ignore[return-value]
+        return copy_replacing(whole, {**{tensor: tensor for tensor in shared}, **replacements})  # type: ignore[return-value]
     except Exception as error:
         raise UsageError(
             f"{type(whole.model).__name__} cannot be copied, and tracing needs a copy: {first_line(error)}; pass its "
@@ -250,7 +263,7 @@ def mode_name(training: bool) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence `torch.export`, which prints what it does and warns of its own internals."""
-    with redirect_stdout(StringIO()), warnings.catch_warnings(), quiet_tracing(), slow_attention():
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()), warnings.catch_warnings(), quiet_tracing():
         warnings.simplefilter("ignore")
         yield
 

@@ -21,6 +21,7 @@ from decoupled_pp.models.splitting.parts import PartGraph, cut
 from decoupled_pp.models.splitting.split import Split
 from decoupled_pp.models.splitting.trace import Trace, Tracer, Whole
 from decoupled_pp.models.splitting.traced_layer import Code, Part, TracedLayer, compiled
+from decoupled_pp.models.splitting.tying import give_copies
 
 
 def split_traced(
@@ -55,10 +56,22 @@ def split_traced(
         parts = _layers(whole, traces)
         layers = Layers((f"part{index}", part) for index, part in enumerate(parts))
         parts[0].sizes = checked_sizes(layers, whole, traces)
+    names = {key: key.split(".part.model.", 1)[1] for key in layers.state_dict()}
+    aliases = _aliases(model, layers, names)
+    layers.own_names = {own: key for key, own in names.items()}
+    layers.own_names |= {alias: layers.own_names[own] for alias, own in aliases.items()}
+    layers.tied = give_copies([{f"part{index}": part} for index, part in enumerate(parts)], names)
     for part in layers.modules():  # the model's own modules keep their modes, those of the trace get the model's
         part.training = modes.get(id(part), model.training)
-    names = {key: key.split(".part.model.", 1)[1] for key in layers.state_dict()}
-    return Split(layers, names, {})
+    return Split(layers, names, {names[copy]: names[first] for copy, first in layers.tied.items()}, aliases)
+
+
+def _aliases(model: nn.Module, layers: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
+    """Return further key of the model for a tensor of the layers -> its key in `names`."""
+    own = {id(tensor): names[key] for key, tensor in layers.state_dict(keep_vars=True).items()}
+    known = set(names.values())
+    state = model.state_dict(keep_vars=True)
+    return {key: own[id(tensor)] for key, tensor in state.items() if key not in known and id(tensor) in own}
 
 
 def _layers(whole: Whole, traces: Mapping[bool, Trace]) -> list[TracedLayer]:

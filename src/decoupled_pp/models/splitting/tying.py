@@ -29,9 +29,10 @@ def untie(network: nn.Sequential | Sequence[nn.Module]) -> Layers:
     return layers
 
 
-def give_copies(groups: Sequence[Mapping[str, nn.Module]]) -> dict[str, str]:
+def give_copies(groups: Sequence[Mapping[str, nn.Module]], names: Mapping[str, str] | None = None) -> dict[str, str]:
     """Give every later group of modules its own copy of the parameters that it shares with an earlier one.
 
+    With the model's own names of parameters, one that groups share under one name stays one: it is a layer used twice.
     Returns name of the copy -> name of the parameter in the first group that has it.
     """
     # Parameters are told apart by identity: equal values do not make two parameters one.
@@ -44,6 +45,8 @@ def give_copies(groups: Sequence[Mapping[str, nn.Module]]) -> dict[str, str]:
             identity = id(parameter)
             if identity not in seen:
                 new.setdefault(identity, name)
+                continue
+            if names is not None and names.get(name) == names.get(seen[identity]):
                 continue
             if identity not in own:
                 own[identity] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)

@@ -271,9 +271,11 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def export_safetensors(module: torch.nn.Module, path: Path) -> None:
-    """Write a plain module's state as one safetensors file under its own names (atomically)."""
+    """Write a plain module's state as one safetensors file (atomically), under the names of the user's own model."""
+    state = module.state_dict()
+    own_names = getattr(module, "own_names", {}) or {name: name for name in state}
     # Clones, because the format refuses tied weights, which share memory.
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
+    tensors = {own: state[name].detach().cpu().contiguous().clone() for own, name in own_names.items()}
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
