@@ -15,8 +15,15 @@ from torch.export import Dim, export
 from torch.nn.parameter import is_lazy
 
 from decoupled_pp.core.errors import UsageError, first_line
-from decoupled_pp.core.torch_private import is_without_data, pytree, quiet_tracing, size_range, size_symbols
-from decoupled_pp.models.splitting.blocks import picked
+from decoupled_pp.core.torch_private import (
+    is_without_data,
+    pytree,
+    quiet_tracing,
+    size_range,
+    size_symbols,
+    slow_attention,
+)
+from decoupled_pp.models.splitting.call import picked
 from decoupled_pp.models.splitting.calls import CannotKeep, Recorder
 from decoupled_pp.models.splitting.flat import FlatTrace
 from decoupled_pp.models.splitting.kept import Call
@@ -253,14 +260,3 @@ def _quiet() -> Iterator[None]:
     with redirect_stdout(StringIO()), warnings.catch_warnings(), quiet_tracing(), slow_attention():
         warnings.simplefilter("ignore")
         yield
-
-
-@contextmanager
-def slow_attention() -> Iterator[None]:
-    """Run torch's attention as in training: in evaluation it has a fused kernel, which rounds otherwise."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
