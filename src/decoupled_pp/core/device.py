@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any, TypeAlias
@@ -161,6 +161,20 @@ class RandomStream:
         for generator, state in zip(self._generators, states, strict=True):
             generator.set_state(state)
         return before
+
+
+def random_position(device: torch.device) -> Callable[[], None]:
+    """Return a function that puts the default generators of the CPU and of `device` back to where they are now."""
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    states = [generator.get_state() for generator in generators]
+
+    def put_back() -> None:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+    return put_back
 
 
 @contextmanager

@@ -123,6 +123,23 @@ def quiet_tracing() -> Iterator[None]:
             log.setLevel(level)
 
 
+@contextmanager
+def slow_attention() -> Iterator[None]:
+    """Run torch's attention as in training: in evaluation it has a fused kernel, which rounds otherwise."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def nested_from_lengths(padded: Tensor, lengths: Tensor) -> Tensor:
+    """Returns the nested tensor of the first rows of each sample, as `nn.TransformerEncoder` makes it of a mask."""
+    mask = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
+    return torch._nested_tensor_from_mask(padded, mask, mask_check=False)
+
+
 def storage_address(storage: torch.UntypedStorage) -> int:
     """Returns the address of a storage object: unlike `data_ptr()`, unique also for empty and for meta tensors."""
     return cast(int, storage._cdata)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from decoupled_pp.core.device import on_meta
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.models.splitting import Split, split_blocks
 from decoupled_pp.models.splitting.layers import BlockLayer, Initialiser
-from decoupled_pp.models.splitting.stubs import Stub
+from decoupled_pp.models.splitting.stubs import MissingPartStub
 from decoupled_pp.models.splitting.weights import StoredWeights
 from decoupled_pp.models.transformers_load import load_transformers, sample_inputs
 from decoupled_pp.settings.sections import HuggingFaceModel
@@ -42,13 +43,13 @@ def split_of_run(settings: HuggingFaceModel, model: PreTrainedModel, info: DataI
 
 
 def split_transformers(
-    model: PreTrainedModel, sample: Mapping[str, Tensor], weights: str | Path | None = None
+    model: nn.Module, sample: Mapping[str, Tensor], weights: str | Path | None = None
 ) -> Split:
     """Split a `transformers` model into layers, exactly: embeddings, blocks, and what comes after them.
 
     Args:
-        model: An encoder or decoder with its head; its blocks lie in an `nn.ModuleList`. Its own loss is not used.
-            It becomes part of the layers.
+        model: An encoder or decoder with its head, or a module around one (adapters); its blocks lie in an
+            `nn.ModuleList`. Its own loss is not used. It becomes part of the layers.
         sample: An input micro-batch by argument name, such as `input_ids` (B, T) and `attention_mask` (B, T).
         weights: For a model built under `torch.device("meta")`: the folder (`save_pretrained`) from which every rank
             loads its own stage when it builds it; None: fresh weights, as `transformers` makes them.
@@ -60,9 +61,12 @@ def split_transformers(
     Raises:
         UsageError: An encoder-decoder, or a model that is no chain of blocks (the text names what stands in the way).
     """
-    _refuse(model, sample)
-    found = split_blocks(model, _with_padding(sample), options=_forward_options(model), output=_logits)
-    fresh = partial(_fresh_weights, model)
+    library_model = _library_model(model)
+    _refuse(library_model, sample)
+    with _caches_off(model):
+        options = _forward_options(model, library_model)
+        found = split_blocks(model, _with_padding(sample), options=options, output=_logits)
+    fresh = partial(_fresh_weights, library_model)
     initialiser = Initialiser(fresh)
     for layer in found.layers:
         if isinstance(layer, BlockLayer):
@@ -104,9 +108,39 @@ def _refuse(model: PreTrainedModel, sample: Mapping[str, Tensor]) -> None:
             )
 
 
-def _forward_options(model: nn.Module) -> dict[str, Any]:
+def _library_model(model: nn.Module) -> PreTrainedModel:
+    """Return the model of the library: the model itself, or the outermost one inside a wrapper."""
+    from transformers import PreTrainedModel
+
+    found = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
+    if found is None:
+        raise UsageError(
+            f"{type(model).__name__} is no model of transformers, and holds none; split it with dpp.split or "
+            "dpp.split_blocks",
+            code="not-a-transformers-model",
+        )
+    return found
+
+
+@contextmanager
+def _caches_off(model: nn.Module) -> Iterator[None]:
+    """Set `use_cache` to False in all configs: a wrapper may not hand it on. The copies in the layers keep it so."""
+    configs = {id(config): config for part in model.modules() if (config := getattr(part, "config", None)) is not None}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
+    for config in caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
+
+
+def _forward_options(model: nn.Module, library_model: PreTrainedModel) -> dict[str, Any]:
     """Return arguments of `forward` that make it return logits and nothing that training does not need."""
-    takes = inspect.signature(model.forward).parameters
+    takes = set(inspect.signature(model.forward).parameters)
+    if "kwargs" in takes:  # a wrapper hands the others on
+        takes |= set(inspect.signature(library_model.forward).parameters)
     options: dict[str, Any] = {}
     if "use_cache" in takes:
         options["use_cache"] = False
@@ -131,7 +165,7 @@ def _with_padding(sample: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _logits(result: Any) -> Tensor:
-    for name in ("logits", "last_hidden_state"):
+    for name in ("logits", "image_embeds", "text_embeds", "last_hidden_state"):
         found = getattr(result, name, None)
         if isinstance(found, Tensor):
             return found
@@ -149,7 +183,7 @@ def _fresh_weights(model: PreTrainedModel, part: nn.Module) -> None:
     """
 
     def fill(module: nn.Module) -> None:
-        if not any(isinstance(one, Stub) for one in module.modules()):
+        if not any(isinstance(one, MissingPartStub) for one in module.modules()):
             model._init_weights(module)  # type: ignore[no-untyped-call]
 
     part.apply(fill)

@@ -6,17 +6,24 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from decoupled_pp.core.device import on_meta, untouched
 from decoupled_pp.core.errors import UsageError, first_line
 from decoupled_pp.core.plans import Layers
-from decoupled_pp.core.torch_private import own_buffers, own_parameters
-from decoupled_pp.models.splitting.layers import BlockLayer, EntryLayer, ExitLayer, ForwardCall
+from decoupled_pp.core.torch_private import own_buffers, own_parameters, slow_attention
+from decoupled_pp.models.splitting.call import (
+    ForwardCall,
+    forward_call,
+    network_output,
+    of_any_size,
+)
+from decoupled_pp.models.splitting.exact import make_exact
+from decoupled_pp.models.splitting.layers import BlockLayer, CarriedResult, EntryLayer, ExitLayer, Travel
 from decoupled_pp.models.splitting.observe import Call, find_blocks, observe, parts_around
 from decoupled_pp.models.splitting.split import Split
 from decoupled_pp.models.splitting.stubs import (
+    BeyondBlocksStub,
     MissingPartStub,
     PassThroughStub,
     RecordingStub,
@@ -24,7 +31,7 @@ from decoupled_pp.models.splitting.stubs import (
     nan_like,
 )
 from decoupled_pp.models.splitting.tying import give_copies
-from decoupled_pp.models.splitting.wiring import Wiring, wire
+from decoupled_pp.models.splitting.wiring import TENSOR, Wiring, wire
 
 
 @dataclass(frozen=True)
@@ -32,14 +39,15 @@ class _Source:
     """A model to be split."""
 
     model: nn.Module
-    blocks: Mapping[str, nn.Module]  # its repeated blocks by name, in order
+    blocks: Mapping[str, nn.Module]  # its repeated blocks by name; once watched, with what runs between them, in order
     parts: Mapping[str, nn.Module]  # its outermost parts around the blocks, by name
     call: ForwardCall
+    inputs: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class _Ends:
-    """Parts with a state that are called before the blocks (or never: somebody has to hold them), and after them."""
+    """Parts that are called before the blocks (or hold a state and are never called), and after them."""
 
     entry: dict[str, nn.Module]
     exit: dict[str, nn.Module]
@@ -47,73 +55,59 @@ class _Ends:
 
 def split_blocks(
     model: nn.Module,
-    sample: Mapping[str, Tensor],
+    sample: Any,
     *,
     options: Mapping[str, Any] | None = None,
-    output: Callable[[Any], Tensor],
+    output: Callable[[Any], Tensor] = network_output,
 ) -> Split:
-    """Split a model whose repeated blocks lie in an `nn.ModuleList` into layers, exactly.
+    """Split a model whose repeated blocks lie in an `nn.ModuleList` or `nn.Sequential` into layers, exactly.
 
     The model's own `forward` is watched once on the sample. What its blocks are given besides the hidden state (masks,
-    position embeddings) travels with it. The parts before and after the blocks run in copies of the model with stubs
-    for all that is elsewhere. With dropout, the last layer draws other random numbers than the model in one piece.
+    position embeddings) travels with it, and so do results of earlier parts that the end needs (a condition). The parts
+    before and after the blocks run in copies of the model with stubs for all that is elsewhere. Dropout draws the same
+    numbers as in one piece. The output is compared bit for bit, in evaluation and in training.
 
-    A model on the meta device is split by its shapes; nothing can be checked then.
+    A model that without targets gives the logits of the last token only, and of all tokens with them, is split as if it
+    were given targets. A model on the meta device is split by its shapes; nothing can be checked then.
 
     Args:
         model: Its blocks and other parts become part of the layers; where two of them share a parameter, the later
             one gets its own copy.
-        sample: An input micro-batch by argument name, one that shows all that may occur (padding, too).
-        options: Further arguments of its `forward`.
-        output: Picks the network's output from its result.
+        sample: An input micro-batch: a tensor or tuple (positional arguments), or a dictionary by argument name; one
+            that shows all that may occur (padding, too).
+        options: Further arguments of its `forward`. Tensors among them that look like an input and whose values do not
+            matter follow the size of the micro-batch.
+        output: Picks the network's output from its result; by default `logits` or its like, or the first tensor.
 
     Raises:
         UsageError: The model is not built that way (the text names what stands in the way), or the layers do not give
             the same output.
     """
-    list_name, block_list = find_blocks(model)
-    blocks: dict[str, nn.Module] = {f"{list_name}.{index}": block for index, block in enumerate(block_list)}
-    call = ForwardCall(sample, dict(options or {}), output)
-    source = _Source(model, blocks, parts_around(model, block_list), call)
+    blocks = find_blocks(model)
+    call, inputs = forward_call(model, sample, options or {}, output)
+    source = _Source(model, blocks, parts_around(model, blocks.values()), call, inputs)
     modes = {name: part.training for name, part in model.named_modules()}
-    # Watched in eval mode: dropout would draw random numbers, and the check below compares bit for bit.
-    with untouched(model, next(iter(sample.values())).device):
+    # Watched in eval mode: dropout would draw random numbers.
+    with untouched(model, inputs[0].device):
         model.eval()
-        expected, calls = _watch(source)
-        block_calls = _calls_of_blocks(blocks, calls)
-        wiring = wire(block_calls, list(blocks))
+        source, calls = _watch(source)
+        block_calls = [one for one in calls if one.module in set(source.blocks.values())]
+        wiring = wire(block_calls, list(source.blocks))
         ends = _find_ends(source.parts, calls, block_calls)
         # Blocks come second: where an embedding and a head share a weight, the head gets the copy.
-        untied = give_copies([ends.entry, blocks, ends.exit])
+        untied = give_copies([ends.entry, source.blocks, ends.exit])
         layers = _build(source, wiring, ends)
         if not on_meta(model):
-            _choose_travelling_inputs(layers, sample, expected)
+            make_exact(model, layers, source.call, inputs, _carriable(ends.entry, calls, block_calls))
     _set_modes(layers, modes)
-    names = _model_names(layers, list(blocks))
+    names = _model_names(layers, list(source.blocks))
     keys = {name: key for key, name in names.items()}
     layers.tied = {keys[copy]: keys[first] for copy, first in untied.items()}
     return Split(layers, names, untied)
 
 
-def picked(output: Callable[[Any], Tensor], result: Any) -> Tensor:
-    """Return what `output` picks from a model's result: no scalar, which would be the model's own loss."""
-    found = output(result)
-    if not isinstance(found, Tensor):
-        raise UsageError(
-            f"output: picks {type(found).__name__} of the model's result, not a tensor; give a function that picks one",
-            code="output-not-a-tensor",
-        )
-    if found.dim() == 0:
-        raise UsageError(
-            "output: picks a scalar of the model's result, such as its own loss; pick the logits and give the loss to "
-            "the trainer: every stage computes its own",
-            code="output-not-a-tensor",
-        )
-    return found
-
-
-def _watch(source: _Source) -> tuple[Tensor, list[Call]]:
-    """Run the model once and return its output and the calls of its blocks and parts, in order."""
+def _watch(source: _Source) -> tuple[_Source, list[Call]]:
+    """Run the model once; return it with its blocks in order, and the calls of its blocks and parts."""
     running = source.model
     call = source.call
     watched: dict[nn.Module, nn.Module] = {part: part for part in (*source.blocks.values(), *source.parts.values())}
@@ -124,54 +118,79 @@ def _watch(source: _Source) -> tuple[Tensor, list[Call]]:
         running = copy_replacing(source.model, stubs)
         watched = {stub: part for part, stub in stubs.items()}
         how = " by its shapes alone (it is on the meta device)"
+
     try:
-        return observe(lambda: picked(call.output, running(**call.sample, **call.options)), watched)
+        with slow_attention():  # or the padding mask of nn.TransformerEncoder would not be seen
+            if running is source.model:
+                call = of_any_size(call, running, source.inputs)
+            _, calls = observe(lambda: call.picked(call.run(running, source.inputs)), watched)
     except UsageError:
         raise
     except Exception as error:
-        given = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in call.sample.items())
+        shown = zip(call.names, source.inputs, strict=True)
+        given = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in shown)
         raise UsageError(
             f"{type(source.model).__name__} fails on {given}{how}: {first_line(error)}; give other inputs (such as a "
             "smaller `data.context`), or change its config",
             code="model-fails-on-sample",
         ) from error
+    return _in_order(source, call, calls), calls
 
 
-def _calls_of_blocks(blocks: Mapping[str, nn.Module], calls: Sequence[Call]) -> list[Call]:
-    """Return the call of every block, if they are called once each, in order."""
-    names = {block: name for name, block in blocks.items()}
-    found = [call for call in calls if call.module in names]
-    order = [names[call.module] for call in found]
-    if order != list(blocks):
+def _in_order(source: _Source, call: ForwardCall, calls: Sequence[Call]) -> _Source:
+    """Return the source with its blocks in the order of their calls, and as blocks what is called once between them."""
+    names = {part: name for name, part in (*source.blocks.items(), *source.parts.items())}
+    blocks = set(source.blocks.values())
+    order = [names[one.module] for one in calls if one.module in blocks]
+    if sorted(order) != sorted(source.blocks):
         raise UsageError(
-            f"the blocks are called as {', '.join(order) or 'none of them'}, and not once each in order; pass the "
-            "layers as a list, or trace the model",
+            f"the blocks are called as {', '.join(order) or 'none of them'}, and not once each",
             code="blocks-out-of-order",
         )
-    return found
+    start = next(one.begin for one in calls if one.module in blocks)
+    end = max(one.end for one in calls if one.module in blocks)
+    times = [one.module for one in calls]
+    between = {one.module for one in calls if start < one.begin < end and times.count(one.module) == 1}
+    chain = [one.module for one in calls if one.module in blocks or one.module in between]
+    parts = {name: part for name, part in source.parts.items() if part not in between}
+    return _Source(source.model, {names[part]: part for part in chain}, parts, call, source.inputs)
 
 
 def _find_ends(parts: Mapping[str, nn.Module], calls: Sequence[Call], blocks: Sequence[Call]) -> _Ends:
-    """Tell which parts with parameters or buffers belong before the blocks, and which after them."""
+    """Tell which parts belong before the blocks, and which after them. Those without a state may be in both copies."""
     start = blocks[0].begin
     end = blocks[-1].end
     ends = _Ends({}, {})
     for name, part in parts.items():
-        if next(part.parameters(), None) is None and next(part.buffers(), None) is None:
-            continue  # a part without a state is copied to both ends
+        has_state = next(part.parameters(), None) is not None or next(part.buffers(), None) is not None
         times = [call.begin for call in calls if call.module is part]
         early = any(time < start for time in times)
         late = any(time > end for time in times)
-        if (early and late) or any(start < time < end for time in times):
+        if has_state and ((early and late) or any(start < time < end for time in times)):
             where = "before and after" if early and late else "between"
             raise UsageError(
-                f"{name!r} is called {where} the blocks, so it would belong to several stages; pass the layers as a "
-                "list, or trace the model",
+                f"{name!r} is called {where} the blocks, so it would belong to several stages; make it one module for "
+                "each place (they may share weights)",
                 code="part-in-several-stages",
             )
-        side = ends.exit if late else ends.entry
-        side[name] = part
+        if has_state or early != late:
+            side = ends.exit if late else ends.entry
+            side[name] = part
     return ends
+
+
+def _carriable(
+    entry: Mapping[str, nn.Module], calls: Sequence[Call], blocks: Sequence[Call]
+) -> tuple[CarriedResult, ...]:
+    """Return the results of the parts before the blocks, in order."""
+    names = {part: name for name, part in entry.items()}
+    found: list[CarriedResult] = []
+    for call in calls:
+        if call.module in names and call.begin < blocks[0].begin and any(isinstance(leaf, Tensor) for leaf in call.made):
+            name = names[call.module]
+            leaves = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in call.made)
+            found.append(CarriedResult(name, sum(one.part == name for one in found), leaves, call.made_form))
+    return tuple(found)
 
 
 def _build(source: _Source, wiring: Wiring, ends: _Ends) -> Layers:
@@ -189,7 +208,7 @@ def _build(source: _Source, wiring: Wiring, ends: _Ends) -> Layers:
     # Tensors of the model itself, in none of its parts, stay in the entry; the exit has NaNs in their places.
     loose = list(_loose_tensors(model, [*blocks, *at_entry, *at_exit]))
     stay_at_entry = {part: part for part in at_entry} | {tensor: tensor for _, _, tensor in loose}
-    first = copy_replacing(model, recording | stay_at_entry | {part: nn.Identity() for part in at_exit})
+    first = copy_replacing(model, recording | stay_at_entry | {part: BeyondBlocksStub(part) for part in at_exit})
     last = copy_replacing(model, passing | stay_at_exit | {part: MissingPartStub(part) for part in at_entry})
     for name, key, tensor in loose:
         holder = last.get_submodule(name)
@@ -208,7 +227,7 @@ def _build(source: _Source, wiring: Wiring, ends: _Ends) -> Layers:
     layers: dict[str, nn.Module] = {}
     layers["entry"] = EntryLayer(first, entry_shapes, source.call, list(recording.values()), wiring)
     for index, block in enumerate(blocks):
-        layers[f"block{index}"] = BlockLayer(block, wiring, index)
+        layers[f"block{index}"] = BlockLayer(block, wiring, index, Travel((True,) * len(source.inputs)))
     layers["exit"] = ExitLayer(last, exit_shapes, source.call, passing[blocks[-1]])
     return Layers(layers.items())
 
@@ -220,50 +239,6 @@ def _loose_tensors(model: nn.Module, parts: Iterable[nn.Module]) -> Iterable[tup
         for key, tensor in (*own_parameters(module).items(), *own_buffers(module).items()):
             if tensor is not None and id(tensor) not in held:
                 yield name, key, tensor
-
-
-def _choose_travelling_inputs(layers: nn.Sequential, sample: Mapping[str, Tensor], expected: Tensor) -> None:
-    """Check the layers against the model, and find out which floating inputs (images) need not travel to the exit."""
-    ends = layers.get_submodule("entry"), layers.get_submodule("exit")
-    inputs = tuple(sample.values())
-    given = inputs[0] if len(inputs) == 1 else inputs
-
-    def is_exact(travels: tuple[bool, ...]) -> bool:
-        for end in ends:
-            end.travels = travels  # type: ignore[assignment]
-        layers.eval()
-        with torch.no_grad():
-            return torch.equal(layers(given), expected)
-
-    remedy = "pass its layers as a list, or trace it"
-    chosen = (True,) * len(inputs)
-    try:
-        exact = is_exact(chosen)
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(
-            f"split into layers, the model fails ({type(error).__name__}: {error}): its code around the blocks needs "
-            f"more of them than their shapes; {remedy}",
-            code="split-changes-output",
-        ) from error
-    if not exact:
-        raise UsageError(
-            "split into layers, the model gives another output than in one piece: something passes from its beginning "
-            f"to its end beside the blocks; {remedy}",
-            code="split-changes-output",
-        )
-    # Try without each floating input in turn: its NaNs would show in the output if the exit used its values.
-    for place, tensor in enumerate(inputs):
-        if not tensor.is_floating_point():  # tokens and masks are small, and an end may look for padding in them
-            continue
-        fewer = tuple(travels and index != place for index, travels in enumerate(chosen))
-        try:
-            if is_exact(fewer):
-                chosen = fewer
-        except Exception:  # the exit needs the values of this input
-            continue
-    is_exact(chosen)
 
 
 def _set_modes(layers: Layers, modes: Mapping[str, bool]) -> None:

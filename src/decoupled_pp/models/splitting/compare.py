@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from decoupled_pp.core.device import untouched
 from decoupled_pp.core.errors import UsageError, first_line
-from decoupled_pp.core.torch_private import is_same_size
-from decoupled_pp.models.splitting.trace import Trace, Whole, mode_name, slow_attention
+from decoupled_pp.core.torch_private import is_same_size, slow_attention
+from decoupled_pp.models.splitting.trace import Trace, Whole, mode_name
 from decoupled_pp.models.splitting.traced_layer import InputSizes
 
 _Place = tuple[int, int]  # (input, dimension)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.core.torch_private import child_modules, pytree
+from decoupled_pp.core.torch_private import pytree
 from decoupled_pp.models.splitting.wiring import TENSOR, BlockWiring
 
 
@@ -18,25 +18,80 @@ class AllBlocksCalled(Exception):
     """Raised when the last block is called: what the model does after it does not matter to the entry."""
 
 
-class Stub(nn.Module):
-    """Stands for a module that is elsewhere."""
+class MissingPartStub(nn.Module):
+    """Placeholder for a submodule that lives on another stage.
+
+    Returns NaNs of the right shape, so that accidental use shows in the output. The shapes come from a copy of the
+    submodule on the meta device, so they are right for inputs of any size. Its attributes are the submodule's: code
+    around it may read a flag, ask whether a part is there, or look at a weight.
+
+    Attributes:
+        results: What to return instead from its first calls: results that have travelled.
+        weights_read: Names of the weights that were read from it.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        # nn.Module would register the copy as a submodule, and its parameters would appear in state_dict().
+        object.__setattr__(self, "_shapes", _meta_copy(module))
+        self.training = module.training
+        self.results: list[Any] = []
+        self.weights_read: set[str] = set()
+
+    def train(self, mode: bool = True) -> MissingPartStub:
+        """Set the mode, also of the parts that the stub shows."""
+        self._like.train(mode)
+        super().train(mode)
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return a result that has travelled, or NaNs on the device of the first tensor given."""
+        if self.results:
+            return self.results.pop(0)
+        given = pytree.tree_leaves((args, kwargs))
+        device = next((leaf.device for leaf in given if isinstance(leaf, Tensor)), torch.device("cpu"))
+        # On the meta device only shapes are computed, whatever the submodule would cost.
+        args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+        with torch.no_grad():
+            result = self._like(*args, **kwargs)
+        return pytree.tree_map_only(Tensor, lambda tensor: nan_like(tensor, device), result)
+
+    @property
+    def _like(self) -> nn.Module:
+        found: nn.Module = self.__dict__["_shapes"]
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the submodule; NaNs in place of a tensor."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__"):  # of the copy protocol, which must see the stub
+                raise
+            value = getattr(object.__getattribute__(self, "_shapes"), name)
+        if isinstance(value, Tensor):
+            self.weights_read.add(name)
+            return nan_like(value, torch.get_default_device()).requires_grad_(value.requires_grad)
+        return value
 
 
-class _BlockStub(Stub):
-    """Looks like a block to the code that calls it: has its plain attributes and the names of its parts."""
+class BeyondBlocksStub(MissingPartStub):
+    """Placeholder for a part that is called after the blocks."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise: all blocks have been called, or left out."""
+        raise AllBlocksCalled
+
+
+class BlockStub(MissingPartStub):
+    """Looks like a block to the code that calls it."""
 
     def __init__(self, block: nn.Module, wiring: BlockWiring) -> None:
-        super().__init__()
-        # The model may read a flag of its block (an attention type, a layer index) before it calls it.
-        for name, value in vars(block).items():
-            if not name.startswith("_") and not hasattr(self, name) and not _holds_tensors(value):
-                setattr(self, name, value)
-        for name, part in child_modules(block).items():  # code around the blocks may ask whether a part is there
-            self.register_module(name, None if part is None else nn.Identity())
+        super().__init__(block)
         self.wiring = wiring
 
 
-class RecordingStub(_BlockStub):
+class RecordingStub(BlockStub):
     """Records what the block is given (the leaves, in `given`), and returns its hidden state unchanged."""
 
     def __init__(self, block: nn.Module, wiring: BlockWiring, name: str, *, last: bool) -> None:
@@ -67,46 +122,23 @@ class RecordingStub(_BlockStub):
         return self.wiring.result(leaves[self.wiring.hidden_in])
 
 
-class PassThroughStub(_BlockStub):
-    """Returns the hidden state it is given, or the one in `hidden`."""
+class PassThroughStub(BlockStub):
+    """Returns the hidden state it is given, or the one in `hidden`.
+
+    Attributes:
+        hidden: What to return.
+        called: Called before it returns.
+    """
 
     hidden: Tensor | None = None
+    called: Callable[[], None] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the block would return, its other tensors empty."""
         given: Tensor = pytree.tree_leaves((args, kwargs))[self.wiring.hidden_in]
+        if self.called is not None:
+            self.called()
         return self.wiring.result(given if self.hidden is None else self.hidden)
-
-
-class MissingPartStub(Stub):
-    """Placeholder for a submodule that lives on another stage.
-
-    Returns NaNs of the right shape, so that accidental use shows in the output. The shapes come from a copy of the
-    submodule on the meta device, so they are right for inputs of any size.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        # nn.Module would register the copy as a submodule, and its parameters would appear in state_dict().
-        object.__setattr__(self, "_shapes", _meta_copy(module))
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return NaNs, on the device of the first tensor given."""
-        given = pytree.tree_leaves((args, kwargs))
-        device = next((leaf.device for leaf in given if isinstance(leaf, Tensor)), torch.device("cpu"))
-        # On the meta device only shapes are computed, whatever the submodule would cost.
-        args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
-        with torch.no_grad():
-            result = self._shapes(*args, **kwargs)
-        return pytree.tree_map_only(Tensor, lambda tensor: nan_like(tensor, device), result)
-
-    def __getattr__(self, name: str) -> Any:
-        """Return an attribute of the submodule: code around it may read its config, or a weight."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            value = getattr(object.__getattribute__(self, "_shapes"), name)
-        return nan_like(value, torch.get_default_device()) if isinstance(value, Tensor) else value
 
 
 def nan_like(tensor: Tensor, device: torch.device | None = None) -> Tensor:
@@ -129,11 +161,6 @@ def _meta_copy(module: nn.Module) -> nn.Module:
         is_parameter = isinstance(tensor, nn.Parameter)
         replacements[tensor] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
     return copy_replacing(module, replacements)
-
-
-def _holds_tensors(value: object) -> bool:
-    """Return whether a value is or holds a tensor or a module."""
-    return any(isinstance(leaf, Tensor | nn.Module) for leaf in pytree.tree_leaves(value))
 
 
 def _same(left: object, right: object) -> bool:

@@ -23,8 +23,9 @@ from decoupled_pp.core.torch_private import (
     quiet_tracing,
     size_range,
     size_symbols,
+    slow_attention,
 )
-from decoupled_pp.models.splitting.blocks import picked
+from decoupled_pp.models.splitting.call import picked
 from decoupled_pp.models.splitting.calls import CannotKeep, Recorder
 from decoupled_pp.models.splitting.flat import FlatTrace
 from decoupled_pp.models.splitting.kept import Call, is_causal
@@ -266,14 +267,3 @@ def _quiet() -> Iterator[None]:
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()), warnings.catch_warnings(), quiet_tracing():
         warnings.simplefilter("ignore")
         yield
-
-
-@contextmanager
-def slow_attention() -> Iterator[None]:
-    """Run torch's attention as in training: in evaluation it has a fused kernel, which rounds otherwise."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)

@@ -59,8 +59,12 @@ class Side:
 
     slot: int
     maker: int  # the block that makes it; -1: the model does, before its blocks
-    origin: tuple[int, int]  # (block, place) where it is given first
-    last: int  # the last block that is given it
+    places: list[tuple[int, int]]  # (block, place) of each block that is given it
+
+    @property
+    def last(self) -> int:
+        """The last block that is given it."""
+        return self.places[-1][0]
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,8 @@ def wire(calls: Sequence[Call], names: Sequence[str]) -> Wiring:
     for block, call in enumerate(calls):
         for place, key in _tensors(call.given):
             if place != hidden_in[block]:
-                side = Side(len(sides), makers.get(key, -1), (block, place), block)
-                sides.setdefault(key, side).last = block
+                side = sides.setdefault(key, Side(len(sides), makers.get(key, -1), []))
+                side.places.append((block, place))
         for _, key in _tensors(call.made):
             makers.setdefault(key, block)
     blocks = []
