@@ -10,7 +10,7 @@ from decoupled_pp import __version__
 from decoupled_pp.commands.subcommands import Parser, Subcommand
 from decoupled_pp.commands.terminal import FAILED, INTERRUPTED, TERMINATED, USAGE, say
 from decoupled_pp.core import environment
-from decoupled_pp.core.errors import PeerError, ReportedError, UsageError
+from decoupled_pp.core.errors import PeerError, ReportedError, UsageError, text_of
 
 _ROOM = "decoupled_pp.commands"
 SUBCOMMANDS = (
@@ -26,7 +26,12 @@ SUBCOMMANDS = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; exits with 0, 1 (training failed), 2 (bad input), 130 (Ctrl-C) or 143 (SIGTERM)."""
-    sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
+    code = _run(sys.argv[1:] if arguments is None else arguments)
+    if code and environment.world_size() > 1:
+        from decoupled_pp.links import end_at_once
+
+        end_at_once(code)
+    sys.exit(code)
 
 
 def build_parser(words: Collection[str] | None = None) -> Parser:
@@ -57,7 +62,7 @@ def _run(words: Sequence[str]) -> int:
         except Exception as error:
             # Mostly an error of the user's own code: its traceback follows, this line says where in the run it was.
             if notes := getattr(error, "__notes__", []):
-                say(f"{'; '.join(notes)}: {type(error).__name__}: {error}; its traceback follows")
+                say(f"{'; '.join(notes)}: {type(error).__name__}: {text_of(error)}; its traceback follows")
             raise
 
 
@@ -87,6 +92,8 @@ def _report_peer(error: PeerError) -> int:
         return USAGE
     fault, _, _ = str(error).partition("; ")
     say(f"rank {environment.rank()}: ended because of rank {error.fault.rank}: {fault}")
+    if error.fault.code == "interrupted":
+        return INTERRUPTED
     return TERMINATED if is_termination(error.fault) else FAILED
 
 
