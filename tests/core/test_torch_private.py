@@ -16,7 +16,7 @@ from decoupled_pp.core import torch_private
 SOURCE = Path(decoupled_pp.__file__).parent
 OTHER_LIBRARIES = {"training/baselines/deepspeed_pipeline.py", "models/huggingface.py"}
 """Files that use private names of DeepSpeed and of transformers."""
-STANDARD = {"_make", "_replace", "_ActionsContainer"}
+STANDARD = {"_make", "_replace", "_ActionsContainer", "_exit"}
 """Names of the standard library that are public in spite of their underscore, or have no public one."""
 
 

@@ -1,11 +1,14 @@
 """The header: what a packet is, announced in one message of fixed size."""
 
+import re
+from contextlib import contextmanager, suppress
+
 import pytest
 import torch
 
 from decoupled_pp.core.errors import LinkError, UsageError
 from decoupled_pp.core.packets import Packet, PacketKind, as_tuple
-from decoupled_pp.links import header
+from decoupled_pp.links import header, returns
 from kit import refused
 
 TENSORS = {
@@ -109,3 +112,68 @@ def test_a_message_of_a_new_size():
     message = header.encode_resize(2048, 4096)
     assert message.shape == (2048,)
     assert header.new_size(message) == 4096
+
+
+def hostile(*words, size=4096):
+    """A message of these words, as a peer might send it."""
+    message = torch.zeros(size, dtype=torch.uint8)
+    message[: 8 * len(words)].view(torch.int64).copy_(torch.tensor(words))
+    return message
+
+
+@contextmanager
+def no_packet(part):
+    """The block refuses a message. Their texts are as many as the words: one alone is in the golden file."""
+    with pytest.raises(LinkError, match=re.escape(part)) as caught:
+        yield
+    assert caught.value.code == "message-is-no-packet"
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        ((77, 0, -1, 0, 0, 0, 1, 5), "kind 77"),
+        ((-1, 0, -1, 0, 0, 0, 1, 5), "kind -1"),
+        ((0, -3, -1, 0, 0, 0, 1, 5), "number -3"),
+        ((0, 0, -7, 0, 0), "(-7, 0, 0) tensors"),
+        ((0, 0, 1 << 60, 0, 0, 0, -2), "tensors"),
+        ((0, 0, -1, 0, 0, 0, -2), "-2 dimensions"),
+        ((0, 0, -1, 0, 0, 0, 1 << 40), "dimensions"),
+        ((0, 0, -1, 0, 0, -3, 1, 5), "dtype -3"),
+        ((0, 0, -1, 0, 0, 99, 1, 5), "dtype 99"),
+        ((0, 0, -1, 0, 0, 0, 1, -5), "shape (-5,)"),
+        ((0, 0, -1, 0, 0, 0, 2, -5, -5), "shape (-5, -5)"),
+        ((0, 0, -1, 0, 0, 0, 1, 769), "shape (769,), which 4096 bytes cannot hold"),
+        ((0, 0, 2, 0, 0, 0, 1, 700, 0, 1, 700), "shape (700,), which 4096 bytes cannot hold"),
+        ((0, 0, -1, 0, 0, 0, 1, 1 << 62), "cannot hold"),
+        ((0, 0, -1, 0, 0, 0, 3, 0, 1 << 62, 1 << 62), "cannot hold"),
+        ((0, 0, 128, 0, 0), "with 0 dimensions"),
+    ],
+)
+def test_nothing_that_a_peer_says_is_believed_unchecked(words, part):
+    """Neither memory beyond the message nor any amount of it is taken."""
+    with no_packet(part):
+        header.unpack(hostile(header._MAGIC, *words))
+
+
+@pytest.mark.parametrize("size", [-5, 0, header.HEADER_BYTES - 1, 1 << 50])
+def test_a_new_size_that_no_message_can_have_is_refused(size):
+    with no_packet(f"a new size of {size} bytes"):
+        header.new_size(hostile(header._RESIZE, size))
+
+
+@pytest.mark.parametrize("count", [-1, 6, 1 << 60])
+def test_floats_that_come_back_fit_their_message(count):
+    message = hostile(returns.FLOATS, 3, count, size=returns.backward_bytes(5))
+    with no_packet(f"{count} floats in 44 bytes"):
+        returns.floats_in(message)
+
+
+def test_seeded_noise_is_refused_or_a_packet_within_its_message():
+    generator = torch.Generator().manual_seed(0)
+    small = torch.tensor([-2, -1, 0, 1, 2, 3, 17, 1 << 20, 1 << 62])
+    for _ in range(2000):
+        message = hostile(header._MAGIC, *small[torch.randint(len(small), (127,), generator=generator)].tolist())
+        with suppress(LinkError):
+            packet = header.unpack(message)
+            assert all(tensor.untyped_storage().nbytes() == 4096 for tensor in as_tuple(packet.payload))

@@ -11,7 +11,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from decoupled_pp.commands.terminal import USAGE, say
+from decoupled_pp.commands.terminal import INTERRUPTED, USAGE, say
 from decoupled_pp.core import environment
 
 _SIGNAL = 128
@@ -24,7 +24,8 @@ def launch(arguments: list[str], ranks: int, *, max_restarts: int, grace_seconds
     Args:
         arguments: Command line of every rank.
         ranks: Number of ranks.
-        max_restarts: How often a failed run is started again; one that ends for bad input would only repeat it.
+        max_restarts: How often a failed run is started again; one that ends for bad input would only repeat it, and one
+            that a user or a cluster has interrupted is saved and to end.
         grace_seconds: How long ranks may take to end after a signal (Ctrl-C: to save).
 
     Returns:
@@ -59,12 +60,12 @@ def _config(ranks: int, grace_seconds: float) -> LaunchConfig:
 
 
 def _attempts(config: LaunchConfig, arguments: list[str], max_restarts: int) -> int:
-    """Starts the ranks until they end well, or for bad input, or too often; returns the last exit code."""
+    """Starts the ranks until they end well, by bad input or an interrupt, or too often; returns the last exit code."""
     code = 0
     for attempt in range(max_restarts + 1):
         environment.begin_attempt(attempt)
         code = _attempt(config, arguments)
-        if code in (0, USAGE):
+        if code in (0, USAGE, INTERRUPTED):
             break
     return code
 

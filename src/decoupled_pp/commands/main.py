@@ -10,7 +10,8 @@ from decoupled_pp import __version__
 from decoupled_pp.commands.subcommands import Parser, Subcommand
 from decoupled_pp.commands.terminal import FAILED, INTERRUPTED, TERMINATED, USAGE, say
 from decoupled_pp.core import environment, threads
-from decoupled_pp.core.errors import PeerError, ReportedError, UsageError
+from decoupled_pp.core.errors import PeerError, ReportedError, UsageError, text_of
+from decoupled_pp.core.waiting import end_at_once
 
 _ROOM = "decoupled_pp.commands"
 SUBCOMMANDS = (
@@ -27,7 +28,10 @@ SUBCOMMANDS = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; exits with 0, 1 (training failed), 2 (bad input), 130 (Ctrl-C) or 143 (SIGTERM)."""
-    sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
+    code = _run(sys.argv[1:] if arguments is None else arguments)
+    if code and environment.world_size() > 1:
+        end_at_once(code)
+    sys.exit(code)
 
 
 def build_parser(words: Collection[str] | None = None) -> Parser:
@@ -60,7 +64,7 @@ def _run(words: Sequence[str]) -> int:
         except Exception as error:
             # Mostly an error of the user's own code: its traceback follows, this line says where in the run it was.
             if notes := getattr(error, "__notes__", []):
-                say(f"{'; '.join(notes)}: {type(error).__name__}: {error}; its traceback follows")
+                say(f"{'; '.join(notes)}: {type(error).__name__}: {text_of(error)}; its traceback follows")
             raise
 
 
@@ -90,6 +94,8 @@ def _report_peer(error: PeerError) -> int:
         return USAGE
     fault, _, _ = str(error).partition("; ")
     say(f"rank {environment.rank()}: ended because of rank {error.fault.rank}: {fault}")
+    if error.fault.code == "interrupted":
+        return INTERRUPTED
     return TERMINATED if is_termination(error.fault) else FAILED
 
 

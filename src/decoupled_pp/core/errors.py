@@ -68,9 +68,17 @@ def shown(value: object, longest: int = 120) -> str:
     return text if len(text) <= longest else f"{text[:longest]}..."
 
 
+def text_of(error: BaseException) -> str:
+    """Returns an exception's message, whatever it takes: user code may raise errors that cannot be printed."""
+    try:
+        return str(error)
+    except Exception as unprintable:
+        return f"(its text cannot be shown: {type(unprintable).__name__} in __str__)"
+
+
 def first_line(error: BaseException) -> str:
     """Returns the first line of an exception's message, or the name of its class if the message is empty."""
-    return (str(error).strip() or type(error).__name__).split("\n", 1)[0]
+    return (text_of(error).strip() or type(error).__name__).split("\n", 1)[0]
 
 
 def waited_too_long(who: str, what: str, waited: float, bound: float) -> LinkError:
@@ -86,6 +94,9 @@ def waited_too_long(who: str, what: str, waited: float, bound: float) -> LinkErr
 LAUNCHER_GONE = "the launcher is gone: its store does not answer"
 """Text of the fault on a rank whose launcher was killed: nobody else can say how to go on."""
 
+STORE_SILENT = "the launcher cannot be reached: its host or the network to it is gone"
+"""Text of the fault on a rank that gets no answer from the launcher's store, not even that it is gone."""
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -97,11 +108,13 @@ class Fault:
     code: str
 
     @staticmethod
-    def of(error: Exception, rank: int) -> Fault:
+    def of(error: BaseException, rank: int) -> Fault:
         """Return the fault that an error of a rank is to all others; its text is in the words of no front end."""
         if isinstance(error, ReportedError):
             return Fault(error.text, rank, isinstance(error, UsageError), error.code)
-        return Fault(f"rank {rank}: {type(error).__name__}: {error}", rank, False, "unexpected-error")
+        if isinstance(error, KeyboardInterrupt):
+            return Fault(f"rank {rank} was interrupted", rank, False, "interrupted")
+        return Fault(f"rank {rank}: {type(error).__name__}: {text_of(error)}", rank, False, "unexpected-error")
 
 
 class PeerError(TrainingError):

@@ -13,9 +13,13 @@ from typing import Any
 import torch.distributed as dist
 
 from decoupled_pp.core.channels import Control
-from decoupled_pp.core.errors import LAUNCHER_GONE, Fault, LinkError, PeerError, waited_too_long
+from decoupled_pp.core.errors import LAUNCHER_GONE, STORE_SILENT, Fault, LinkError, PeerError, waited_too_long
 from decoupled_pp.core.records import write_message
 from decoupled_pp.core.reports import Record, read_record
+from decoupled_pp.core.waiting import wait_for
+
+_LEAST_BOUND_SECONDS = 5.0
+"""Shorter bounds of links do not hold for the store: on a busy machine a good one may take seconds to answer."""
 
 
 class LocalControl(Control):
@@ -70,17 +74,19 @@ class LocalControl(Control):
 class StoreControl(Control):
     """One rank's access to the store that torchrun (or any launcher) gave the process group.
 
-    If the store is gone (its host, the launcher, died), records vanish and faults stay unknown, and the run is to stop.
-    Packets need no store, so the run can still save and end in order. Only `gather` and `from_rank_0` raise.
+    If the store is gone (its host, the launcher, died, or the cable to it is cut), records vanish and faults
+    stay unknown, and the run is to stop. Packets need no store, so the run can still save and end in order. Only
+    `gather` and `from_rank_0` raise.
     """
 
-    # Only non-blocking calls of the store are used: a blocking one, such as `wait`, would hold the store's one
-    # connection, and all other threads of this process would wait with it.
+    # Only calls that the store answers at once are used: `wait` would hold the store's one connection, and all other
+    # threads of this process would wait with it. Each has a bound all the same: behind a cut cable none is answered.
 
-    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout_seconds: float) -> None:
         self._store = store
         self._rank = rank
         self._size = size
+        self._bound = max(timeout_seconds, _LEAST_BOUND_SECONDS)
         self._posted = 0
         self._collected = [0] * size
         self._lock = threading.Lock()
@@ -203,10 +209,12 @@ class StoreControl(Control):
         if self._lost is not None:  # each further call would make torch print a trace of its own
             return None
         try:
-            return call()
+            return wait_for(call, self._bound)
+        except TimeoutError as error:
+            self._lost = f"{STORE_SILENT}: {error}"
         except (RuntimeError, OSError):  # DistStoreError and its kin, all RuntimeErrors: the store's host is gone
             self._lost = LAUNCHER_GONE
-            return None
+        return None
 
 
 def _text(value: bytes | str) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import struct
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from decoupled_pp.core.device import host_memory
 from decoupled_pp.core.errors import LinkError, UsageError
 from decoupled_pp.core.packets import Packet, PacketKind, Payload, as_tuple
 
@@ -40,6 +42,8 @@ _DTYPES = (
 )
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 _SINGLE = -1  # see Forms
+_KINDS = frozenset(int(kind) for kind in PacketKind)
+_MOST_BYTES = 1 << 48  # of a packet; far more than any machine holds, and no stride overflows
 
 Spec = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of one tensor."""
@@ -95,9 +99,13 @@ def encode_resize(size: int, new_size: int) -> Tensor:
 
 
 def new_size(message: Tensor) -> int | None:
-    """Return the new size if this is a resize message, else None."""
-    words = message[:16].view(torch.int64).tolist()
-    return words[1] if words[0] == _RESIZE else None
+    """Return the new size if this is a resize message, else None; LinkError if no message can have it."""
+    kind, size = message[:16].view(torch.int64).tolist()
+    if kind != _RESIZE:
+        return None
+    if not HEADER_BYTES <= size <= host_memory():
+        raise not_of_a_packet(f"a new size of {size} bytes")
+    return int(size)
 
 
 def pack(content: Parcel, size: int) -> Tensor:
@@ -115,7 +123,7 @@ def pack(content: Parcel, size: int) -> Tensor:
 
 def unpack(message: Tensor) -> Packet:
     """Return the packet of a message made by `pack`; its tensors share the message's memory."""
-    kind, number, forms, specs = decode(message)
+    kind, number, forms, specs = decode(message, message.numel())
     storage = message.untyped_storage()
     at = HEADER_BYTES
     tensors = []
@@ -129,22 +137,54 @@ def unpack(message: Tensor) -> Packet:
     return assemble(kind, number, forms, tensors)
 
 
-def decode(header: Tensor) -> tuple[PacketKind, int, Forms, list[Spec]]:
-    """Return kind, number, the forms of payload, target and rider, and the specs of all their tensors in order."""
+def decode(header: Tensor, size: int = _MOST_BYTES) -> tuple[PacketKind, int, Forms, list[Spec]]:
+    """Return kind, number, the forms of payload, target and rider, and the specs of all their tensors in order.
+
+    Args:
+        header: The message, uint8, or its first HEADER_BYTES.
+        size: Bytes of the message that holds header and tensors; if they do not come in one: what no packet exceeds.
+
+    Raises:
+        LinkError: The words are not those of a packet. Nothing that a peer says is believed unchecked.
+    """
     words: list[int] = header[:HEADER_BYTES].view(torch.int64).tolist()
     if words[0] != _MAGIC:
-        raise LinkError(
-            f"got a message that is no packet header (first word {words[0]:#x}); run one version on all ranks",
-            code="message-is-no-packet",
-        )
+        raise not_of_a_packet(f"first word {words[0]:#x}")
+    if words[1] not in _KINDS or words[2] < 0:
+        raise not_of_a_packet(f"kind {words[1]}, number {words[2]}")
     forms = (words[3], words[4], words[5])
+    if min(forms) < _SINGLE or max(forms) > HEADER_WORDS:
+        raise not_of_a_packet(f"{forms} tensors")
     specs = []
     at = 6
     for _ in range(sum(map(_count, forms))):
-        dims = words[at + 1]
-        specs.append((tuple(words[at + 2 : at + 2 + dims]), _DTYPES[words[at]]))
-        at += 2 + dims
+        code, dims = words[at : at + 2] if at + 2 <= HEADER_WORDS else (-1, 0)
+        end = at + 2 + dims
+        if not (0 <= code < len(_DTYPES) and dims >= 0 and end <= HEADER_WORDS):
+            raise not_of_a_packet(f"a tensor of dtype {code} with {dims} dimensions")
+        specs.append((tuple(words[at + 2 : end]), _DTYPES[code]))
+        at = end
+    _refuse_larger(specs, size)
     return PacketKind(words[1]), words[2], forms, specs
+
+
+def not_of_a_packet(what: str) -> LinkError:
+    """Return the error of a message from a peer that no rank of this version sends."""
+    return LinkError(
+        f"got a message that is no packet ({what}); run one version on all ranks", code="message-is-no-packet"
+    )
+
+
+def _refuse_larger(specs: list[Spec], size: int) -> None:
+    """Raise LinkError unless tensors of these specs fit into a message of `size` bytes."""
+    room = size - HEADER_BYTES
+    for shape, dtype in specs:
+        if min(shape, default=0) < 0:
+            raise not_of_a_packet(f"a tensor of shape {shape}")
+        extent = dtype.itemsize * math.prod(max(dimension, 1) for dimension in shape)  # by it an empty one has strides
+        room -= 0 if 0 in shape else _aligned(extent)
+        if room < 0 or extent > _MOST_BYTES:
+            raise not_of_a_packet(f"a tensor of shape {shape}, which {size} bytes cannot hold")
 
 
 def assemble(kind: PacketKind, number: int, forms: Forms, tensors: list[Tensor]) -> Packet:

@@ -102,11 +102,11 @@ class GroupEnd(LinkEnd):
 
     def _explain(self, error: Exception) -> LinkError:
         """Return the error of the transport in words that name both ends."""
-        if isinstance(error, LinkError):
-            return error
-        text = first_line(error)
         here = self._wire.here
         there = self._wire.there
+        if isinstance(error, LinkError):  # of a message, which does not know where it comes from
+            return LinkError(f"{here} {error.text}, from {there}", code=error.code)
+        text = first_line(error)
         if any(part in text for part in _CLOSED_BY_PEER):
             return LinkError(
                 f"{there} is gone: its end of the link closed without an END packet (killed?), seen by {here}",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from decoupled_pp.core.errors import UsageError
+from decoupled_pp.links.header import not_of_a_packet
 
 # The first word of a message is its kind.
 GOODBYE = 0
@@ -51,4 +52,6 @@ def kind_of(message: Tensor) -> int:
 def floats_in(message: Tensor) -> tuple[int, Tensor]:
     """Return the number of the packet and its floats, (B,), in the message's memory."""
     number, count = message[_WORD:_HEADER].view(torch.int64).tolist()
+    if not 0 <= 4 * count <= message.numel() - _HEADER:
+        raise not_of_a_packet(f"{count} floats in {message.numel()} bytes")
     return number, message[_HEADER : _HEADER + 4 * count].view(torch.float32)

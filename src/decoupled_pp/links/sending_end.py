@@ -140,6 +140,8 @@ class SendingEnd(GroupEnd, Outlet):
                 if kind == returns.FLOATS:
                     number, floats = returns.floats_in(message)
                     self._returned[number] = floats
+                elif kind != returns.CREDIT or self._credits == self._capacity:
+                    raise headers.not_of_a_packet(f"{kind:#x} is no credit that is due")
                 else:
                     self._credits += 1
                     self._taken += 1

@@ -6,6 +6,7 @@ import atexit
 import hashlib
 import itertools
 from datetime import timedelta
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -15,9 +16,11 @@ from torch.distributed.rendezvous import rendezvous
 
 from decoupled_pp.core import environment
 from decoupled_pp.core.channels import LinkTerms
+from decoupled_pp.core.device import own_stream
 from decoupled_pp.core.errors import Fault, LinkError, UsageError, first_line
 from decoupled_pp.core.topology import Topology
 from decoupled_pp.core.torch_private import default_store
+from decoupled_pp.core.waiting import wait_for
 from decoupled_pp.links.control import StoreControl
 from decoupled_pp.links.header import HEADER_BYTES
 from decoupled_pp.links.messages import MessageReceiver, MessageSender, Way
@@ -50,10 +53,10 @@ def first_to_report(text: str, timeout_seconds: float) -> bool:
         return _world[0].control.report_fault(fault)
     # Ranks that have not joined only use the store: joining takes all of them, and they are about to end.
     try:
-        store = dist.PrefixStore("early", _store_of_launch(timeout_seconds))
-    except (RuntimeError, ValueError):  # the store's host is gone: nobody else can say it either
+        store = dist.PrefixStore("early", wait_for(lambda: _store_of_launch(timeout_seconds)))
+    except (RuntimeError, ValueError, TimeoutError):  # the store's host is gone: nobody else can say it either
         return True
-    return StoreControl(store, environment.rank(), environment.world_size()).report_fault(fault)
+    return StoreControl(store, environment.rank(), environment.world_size(), timeout_seconds).report_fault(fault)
 
 
 def _store_of_launch(timeout_seconds: float) -> dist.Store:
@@ -75,18 +78,12 @@ class World:
     def __init__(self, timeout_seconds: float) -> None:
         self.rank = environment.rank()
         self.size = environment.world_size()
+        self._timeout = timeout_seconds
         self._joined = not dist.is_initialized()
         if self._joined:
             try:
-                # It carries set-up only, on the host of any machine; every link has groups of its own.
-                dist.init_process_group(
-                    "gloo",
-                    store=_store_of_launch(timeout_seconds),
-                    rank=self.rank,
-                    world_size=self.size,
-                    timeout=timedelta(seconds=timeout_seconds),
-                )
-            except (RuntimeError, ValueError) as error:
+                wait_for(self._join)
+            except (RuntimeError, ValueError, TimeoutError) as error:
                 raise LinkError(
                     f"rank {self.rank} could not join the {self.size} ranks: {first_line(error)}; look at the "
                     "log of the rank that did not come",
@@ -97,10 +94,21 @@ class World:
         self._groups: list[dist.ProcessGroup] = []
         self.control = self.channel()
 
+    def _join(self) -> None:
+        """Meet the other ranks: a call of torch's own bound, which no signal ends."""
+        # It carries set-up only, on the host of any machine; every link has groups of its own.
+        dist.init_process_group(
+            "gloo",
+            store=_store_of_launch(self._timeout),
+            rank=self.rank,
+            world_size=self.size,
+            timeout=timedelta(seconds=self._timeout),
+        )
+
     def channel(self) -> StoreControl:
         """Return a control plane in a fresh key space of the store; every rank must call this equally often."""
         prefix = f"dpp/{next(self._channels)}"
-        return StoreControl(dist.PrefixStore(prefix, self._store), self.rank, self.size)
+        return StoreControl(dist.PrefixStore(prefix, self._store), self.rank, self.size, self._timeout)
 
     def connect(
         self, control: StoreControl, topology: Topology, device: torch.device, plan_digest: str, terms: LinkTerms
@@ -157,9 +165,9 @@ class World:
         before = (self.rank - 1) % self.size
         after = (self.rank + 1) % self.size
         if self.rank != source:  # a chain from the source on: nobody sends before it has received
-            dist.recv(host, before)
+            wait_for(lambda: dist.recv(host, before))
         if after != source:
-            dist.send(host, after)
+            wait_for(lambda: dist.send(host, after))
         if host.data_ptr() != tensor.data_ptr():  # `cpu()` and `contiguous()` copy only where they must
             tensor.detach().copy_(host)
 
@@ -179,8 +187,8 @@ class World:
         try:
             # The bound is for meeting and greeting; receives that are posted ahead are waited for with their own.
             bound = timedelta(seconds=terms.timeout_seconds)
-            group: Group = dist.new_group(list(ranks), backend=backend, timeout=bound)
-        except (RuntimeError, ValueError) as error:
+            group: Group = wait_for(lambda: dist.new_group(list(ranks), backend=backend, timeout=bound))
+        except (RuntimeError, ValueError, TimeoutError) as error:
             cause = self.control.lost() or first_line(error)  # ranks find each other through the store
             raise LinkError(
                 f"{names[0]} and {names[1]} could not be connected: {cause}, seen by rank {self.rank}; look at the "
@@ -211,12 +219,12 @@ class World:
         digest = torch.frombuffer(bytearray(hashlib.sha256(plan_digest.encode()).digest()), dtype=torch.uint8)
         theirs = torch.zeros_like(digest)
         try:
-            _exchange(host, here, digest, theirs)
+            wait_for(lambda: _exchange(host, here, digest, theirs))
             if payload is not None:
                 # NCCL builds its communicator at the first use, which takes seconds: now rather than in training.
-                _exchange(payload, here, torch.zeros(1, device=device), torch.zeros(1, device=device))
+                wait_for(partial(_exchange_on, device, payload, here))
                 payload.bytes_sent = 0
-        except RuntimeError as error:
+        except (RuntimeError, TimeoutError) as error:
             cause = first_line(error)
             raise LinkError(
                 f"{names[here]} could not connect to {names[1 - here]}: {cause}; look at that rank's log",
@@ -235,6 +243,11 @@ def _backends(device: torch.device, terms: LinkTerms) -> list[str]:
         return ["gloo"]
     # A communicator of its own for each direction: NCCL orders what one carries, and both are used at the same time.
     return ["gloo", "nccl", "nccl"] if terms.returns.per_activation else ["gloo", "nccl"]
+
+
+def _exchange_on(device: torch.device, lane: Lane, here: int) -> None:
+    with own_stream(device):  # a thread's current device is the first one, whatever that of the stage is
+        _exchange(lane, here, torch.zeros(1, device=device), torch.zeros(1, device=device))
 
 
 def _exchange(lane: Lane, here: int, sent: Tensor, received: Tensor) -> None:

@@ -42,9 +42,7 @@ def split_of_run(settings: HuggingFaceModel, model: PreTrainedModel, info: DataI
     return split_transformers(model, sample_inputs(info), stored)
 
 
-def split_transformers(
-    model: nn.Module, sample: Mapping[str, Tensor], weights: str | Path | None = None
-) -> Split:
+def split_transformers(model: nn.Module, sample: Mapping[str, Tensor], weights: str | Path | None = None) -> Split:
     """Split a `transformers` model into layers, exactly: embeddings, blocks, and what comes after them.
 
     Args:

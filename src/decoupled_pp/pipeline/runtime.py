@@ -133,7 +133,7 @@ class Worker:
             yield
         except ReportedError:  # its text says where
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             # A note, not an error of another class: the user's own type, traceback and debugger stay what they are.
             if self._packet is not None:
                 packet = self._packet

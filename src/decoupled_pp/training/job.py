@@ -35,7 +35,7 @@ from decoupled_pp.training.decoupled import DecoupledTrainer
 from decoupled_pp.training.prepare import check_loss, prepare
 from decoupled_pp.training.ranks import ONE_PROCESS, check_ranks
 from decoupled_pp.training.recipe import recipe_of
-from decoupled_pp.training.watch import sigint_stops, sigterm_kills, told_to_all
+from decoupled_pp.training.watch import sigint_stops, told_to_all
 
 logger = logging.getLogger(__name__)
 
@@ -75,10 +75,10 @@ class _Beginning:
 def run_rank(settings: Settings, *, resume: bool = False, overwrite: bool = False) -> Outcome:
     """Train one rank (or all stages, in a single process) as the settings say, and leave a run folder."""
     topology = check_ranks(settings, environment.world_size())
+    world = None
     if environment.world_size() > 1:
         logger.info("joining %d ranks", environment.world_size())
-    with sigterm_kills():
-        world = join_world(settings.links.timeout_seconds) if environment.world_size() > 1 else None
+        world = join_world(settings.links.timeout_seconds)
     control = world.channel() if world is not None else LocalControl()
     with told_to_all(control, environment.rank(), topology):
         start = _start(settings, control, resume=resume, overwrite=overwrite)

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from decoupled_pp.core.errors import Fault, LinkError, PeerError, TrainingError, UsageError
+from decoupled_pp.core.errors import Fault, LinkError, PeerError, TrainingError, UsageError, text_of
 from decoupled_pp.core.reports import Record
 from decoupled_pp.core.topology import Topology
+from decoupled_pp.core.waiting import told_to_end
 
 if TYPE_CHECKING:
     from decoupled_pp.core.channels import Control  # imports torch, which the front end does without
@@ -52,7 +53,7 @@ class Watcher:
         self._stop_reason: str | None = None
         self._period_seconds = period_seconds
         self._ending = threading.Event()
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._loop, name="dpp-watch", daemon=True)
         self._thread.start()
 
@@ -89,9 +90,9 @@ class Watcher:
             records = self._control.collect()
             if records:
                 self._observer(records)
-        except Exception as error:  # a full disk under the log must end the run, not this thread alone
+        except BaseException as error:  # a full disk under the log must end the run, not this thread alone
             self._error = error
-            self._stop_reason = f"the run log failed: {error}"
+            self._stop_reason = f"the run log failed: {text_of(error)}"
             self._control.request_stop(self._stop_reason)
 
 
@@ -142,30 +143,43 @@ def told_to_all(control: Control, rank: int, topology: Topology | None = None) -
     """Tell the other ranks what fails in here, as `explain_failure` does."""
     try:
         yield
+    except SystemExit as error:  # nothing of this package raises it in here
+        failure = _exit_of_user_code(error)
+        raise explain_failure(failure, control, rank, topology) from error
     except Exception as error:
         cause = explain_failure(error, control, rank, topology)
         if cause is error:
             raise
         raise cause from error
+    except BaseException as error:  # such as a second Ctrl-C: to the others this rank would only be gone
+        control.report_fault(Fault.of(error, rank))
+        raise
+
+
+def _exit_of_user_code(error: SystemExit) -> TrainingError:
+    """Return the error of user code that called `sys.exit`: the process would end as if all had gone well."""
+    where = "; ".join(getattr(error, "__notes__", [])) or "while the run was prepared"
+    return TrainingError(
+        f"{where}: the code of a layer, a loss or the data called sys.exit({text_of(error)}); let it raise an error",
+        code="user-code-exited",
+    )
 
 
 @contextmanager
 def sigterm_ends(rank: int) -> Iterator[None]:
-    """Make SIGTERM raise `Terminated` in the main thread, unless this process already ends because of a failure."""
+    """Make SIGTERM raise `Terminated` in the main thread, unless this process already ends because of a failure.
+
+    Either way nothing is waited for any longer than last words take: behind a cut cable no other rank answers.
+    """
 
     def terminate(_number: int, _frame: FrameType | None) -> None:
+        told_to_end(True)
         if not _failing.is_set():
             raise Terminated(f"rank {rank} got SIGTERM", code="terminated")
 
     _failing.clear()
+    told_to_end(False)
     with _handler(signal.SIGTERM, terminate):
-        yield
-
-
-@contextmanager
-def sigterm_kills() -> Iterator[None]:
-    """Make SIGTERM end the process at once: for calls that wait in C++, where Python's handlers cannot run."""
-    with _handler(signal.SIGTERM, signal.SIG_DFL):
         yield
 
 

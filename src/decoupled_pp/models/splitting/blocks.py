@@ -186,7 +186,11 @@ def _carriable(
     names = {part: name for name, part in entry.items()}
     found: list[CarriedResult] = []
     for call in calls:
-        if call.module in names and call.begin < blocks[0].begin and any(isinstance(leaf, Tensor) for leaf in call.made):
+        if (
+            call.module in names
+            and call.begin < blocks[0].begin
+            and any(isinstance(leaf, Tensor) for leaf in call.made)
+        ):
             name = names[call.module]
             leaves = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in call.made)
             found.append(CarriedResult(name, sum(one.part == name for one in found), leaves, call.made_form))

@@ -143,9 +143,7 @@ def of_any_size(call: ForwardCall, model: nn.Module, inputs: Sequence[Tensor]) -
     return _with_targets(_with_sized_options(call, model, inputs, expected), model, inputs, expected)
 
 
-def _with_sized_options(
-    call: ForwardCall, model: nn.Module, inputs: Sequence[Tensor], expected: Tensor
-) -> ForwardCall:
+def _with_sized_options(call: ForwardCall, model: nn.Module, inputs: Sequence[Tensor], expected: Tensor) -> ForwardCall:
     """Make tensor options follow the size of the micro-batch, if their values do not matter."""
     options = dict(call.options)
     for name, value in call.options.items():

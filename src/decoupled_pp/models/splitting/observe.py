@@ -76,7 +76,7 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """
     lists: list[tuple[int, str, nn.Module]] = []
     for name, part in model.named_modules():
-        if isinstance(part, nn.ModuleList) and len(part) > 1 or is_plain_sequential(part) and _repeated_class(part):
+        if (isinstance(part, nn.ModuleList) and len(part) > 1) or (is_plain_sequential(part) and _repeated_class(part)):
             lists.append((sum(parameter.numel() for parameter in part.parameters()), name, part))
     if not lists:
         raise UsageError(
@@ -99,7 +99,9 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 def _repeated_class(sequence: nn.Module) -> type[nn.Module] | None:
     """Return the most frequent class of composite children, if there are two or more of it."""
-    kinds = Counter(type(child) for child in sequence.children() if not is_plain_sequential(child) and any(child.children()))
+    kinds = Counter(
+        type(child) for child in sequence.children() if not is_plain_sequential(child) and any(child.children())
+    )
     kind, times = kinds.most_common(1)[0] if kinds else (None, 0)
     return kind if times > 1 else None
 

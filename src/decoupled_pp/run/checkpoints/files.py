@@ -8,7 +8,18 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from decoupled_pp.core.errors import UsageError
+from torch.distributed.checkpoint.api import CheckpointException
+
+from decoupled_pp.core.errors import UsageError, first_line
+
+
+def reason_of(error: BaseException) -> str:
+    """Return in one line why a file cannot be written or read, the cause alone where torch has wrapped it."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return first_line(error)
 
 
 def cannot_write(path: Path, error: OSError, kind: str) -> UsageError:

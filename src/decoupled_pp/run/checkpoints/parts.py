@@ -13,28 +13,42 @@ stages can load them (`resume.py`).
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import shutil
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from decoupled_pp.core.errors import TrainingError, UsageError
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.pipeline.optimizer_state import changed_entries, named_state, owners
 from decoupled_pp.pipeline.stage import Stage
-from decoupled_pp.run.checkpoints.files import cannot_write, checksum, checksum_of, sync, sync_folder, write_atomically
+from decoupled_pp.run.checkpoints.files import (
+    cannot_write,
+    checksum,
+    checksum_of,
+    reason_of,
+    sync,
+    sync_folder,
+    write_atomically,
+)
 
 FORMAT = 2
 _PARTIAL = ".incomplete"
+_CORRUPT = "checkpoint-corrupt"
 
 
 def name_of_critic(stage: Stage, plan: Plan) -> str:
@@ -58,6 +72,10 @@ class Keep:
         return [path for path in paths if path not in kept]
 
 
+# Copies that users keep beside them, such as `step-best` or `step-00000020.bak`, are no checkpoints of the run.
+_NAME = re.compile(r"step-(\d{8,})")
+
+
 def step_of(path: Path) -> int:
     """Return the step in a checkpoint's name."""
     return int(path.name.removeprefix("step-"))
@@ -66,7 +84,14 @@ def step_of(path: Path) -> int:
 def save_stage(folder: Path, stage: Stage, plan: Plan, packet: int, *, keep: Keep) -> bool:
     """Write a stage's part of the checkpoint after `packet` packets; return whether this part completed it."""
     _refuse_not_finite(stage, plan, packet)
-    partial = partial_path(final_path(folder, stage.updates))
+    final = final_path(folder, stage.updates)
+    with _written(final):
+        _write_part(partial_path(final), stage, plan, packet)
+        return commit(folder, stage.updates, plan.stages, keep)
+
+
+def _write_part(partial: Path, stage: Stage, plan: Plan, packet: int) -> None:
+    """Write the tensors of a stage, and then its record."""
     part = partial / f"stage-{stage.index}"
     shutil.rmtree(part, ignore_errors=True)  # of a save that was killed
     part.mkdir(parents=True, exist_ok=True)
@@ -92,7 +117,18 @@ def save_stage(folder: Path, stage: Stage, plan: Plan, packet: int, *, keep: Kee
     }
     # Written last: who sees the record of a stage may rely on its tensors.
     write_atomically(record_path(partial, stage.index), json.dumps({**record, "checksum": checksum_of(record)}))
-    return commit(folder, stage.updates, plan.stages, keep)
+
+
+@contextmanager
+def _written(final: Path) -> Iterator[None]:
+    """Turn what the file system refuses while a checkpoint is written into one line that names it."""
+    try:
+        yield
+    except (CheckpointException, OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"cannot write the checkpoint {final}: {reason_of(error)}; free or mend the disk, then resume",
+            code="checkpoint-not-written",
+        ) from error
 
 
 def _refuse_not_finite(stage: Stage, plan: Plan, packet: int) -> None:
@@ -119,13 +155,10 @@ def commit(folder: Path, step: int, stages: int, keep: Keep) -> bool:
         sync_folder(partial)
         partial.rename(final)
         sync(folder)
-    except OSError as error:
+    except OSError:
         if not partial.exists():  # another stage found all parts there at the same moment
             return False
-        raise TrainingError(
-            f"cannot commit the checkpoint {final}: {error.strerror or error}; free or mend the disk, then resume",
-            code="checkpoint-not-committed",
-        ) from error
+        raise
     for old in keep.superfluous(list_checkpoints(folder)):
         shutil.rmtree(old, ignore_errors=True)
     return True
@@ -179,12 +212,17 @@ def _names(stage: Stage, plan: Plan) -> dict[Tensor, str]:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the committed checkpoints, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if p.is_dir() and not p.name.endswith(_PARTIAL))
+    return sorted((p for p in folder.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()), key=step_of)
+
+
+def list_incomplete(folder: Path) -> list[Path]:
+    """Return the folders of parts that killed saves left behind."""
+    return [p for p in folder.glob(f"step-*{_PARTIAL}") if _NAME.fullmatch(p.name.removesuffix(_PARTIAL))]
 
 
 def remove_incomplete(folder: Path) -> None:
     """Delete the parts that killed saves left behind."""
-    for partial in folder.glob(f"*{_PARTIAL}"):
+    for partial in list_incomplete(folder):
         shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -216,7 +254,10 @@ class Checkpoint:
             # `no_dist`: every stage reads and writes alone, whatever process group there is.
             warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process.*")
             for folder, part in by_folder.items():
-                dcp.load(part, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+                try:
+                    dcp.load(part, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+                except CheckpointException as error:  # a BaseException, which nobody else expects
+                    raise _corrupt(self.path, f"{folder.name}: {reason_of(error)}") from error
 
 
 def open_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
@@ -233,6 +274,7 @@ def open_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
         for part in parts:
             if part.pop("checksum") != checksum_of(part):
                 raise _corrupt(path, f"stage-{part['stage']}.json was altered")
+        _refuse_mixed(path, parts)
         places: dict[str, tuple[Path, torch.Size, torch.dtype]] = {}
         for part in parts:
             folder = path / f"stage-{part['stage']}"
@@ -244,9 +286,23 @@ def open_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
         raise
     except json.JSONDecodeError as error:
         raise _corrupt(path, "the record of a stage is no JSON") from error
-    except (OSError, KeyError, TypeError, ValueError) as error:  # whatever a damaged JSON or safetensors file leads to
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+        # whatever a damaged JSON or safetensors file leads to
         raise _corrupt(path, f"{type(error).__name__}: {error}") from error
     return Checkpoint(path, tuple(first["boundaries"]), first["packet"], first["step"], first["samples"], parts, places)
+
+
+def _refuse_mixed(path: Path, parts: Sequence[dict[str, Any]]) -> None:
+    """Raise UsageError unless all parts are of the cut, the packet and the step that the first one is of."""
+    for number, part in enumerate(parts):
+        if part["stage"] != number:
+            raise _corrupt(path, f"stage-{number}.json is the record of stage {part['stage']}")
+        for key in ("step", "packet", "boundaries"):
+            if part[key] != parts[0][key]:
+                raise _corrupt(path, f"stage 0 was saved at {key} {parts[0][key]}, stage {number} at {part[key]}")
+    step = parts[0]["step"]
+    if _NAME.fullmatch(path.name) and step_of(path) != step:  # a copy under a name of its own may have any
+        raise _corrupt(path, f"its parts were saved at step {step}")
 
 
 def _verify(path: Path, folder: Path, checksums: dict[str, int]) -> None:
@@ -257,11 +313,38 @@ def _verify(path: Path, folder: Path, checksums: dict[str, int]) -> None:
 
 def _corrupt(path: Path, why: str) -> UsageError:
     """Return the error of a damaged checkpoint, with the checkpoint before it as the remedy."""
-    before = [other for other in list_checkpoints(path.parent) if other.name < path.name]
+    before = list_checkpoints(path.parent)
+    before = before[: before.index(path)] if path in before else []
     remedy = "it is the first: start anew (--overwrite)"
     if before:
         remedy = f"delete {path} to go on from {before[-1].name}"
-    return UsageError(f"checkpoint {path} is corrupt: {why}; {remedy}", code="checkpoint-corrupt")
+    return UsageError(f"checkpoint {path} is corrupt: {why}; {remedy}", code=_CORRUPT)
+
+
+def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[UsageError]]:
+    """Return the newest checkpoint that can be read, and why each newer one cannot; raises if there is none but those.
+
+    A checkpoint of another format is not damaged, and is refused.
+    """
+    damaged: list[UsageError] = []
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            return open_checkpoint(path), damaged
+        except UsageError as error:
+            if error.code != _CORRUPT:
+                raise
+            damaged.append(error)
+    if damaged:
+        raise damaged[0]
+    return None, []
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, so that it is none any more and its user can look at it; return the new path."""
+    names = (path.with_name(f"{path.name}.damaged{number or ''}") for number in itertools.count())
+    aside = next(name for name in names if not name.exists())
+    path.rename(aside)
+    return aside
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
