@@ -28,9 +28,9 @@ TENSORS = {
 
 def announced(packet):
     """What the receiving end makes of the header."""
-    kind, number, forms, specs = header.decode(header.announce(header.parcel(packet)))
+    start, forms, specs = header.decode(header.announce(header.parcel(packet)))
     tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in specs]
-    return header.assemble(kind, number, forms, tensors)
+    return header.assemble(start, forms, tensors)
 
 
 def form(payload):
@@ -41,9 +41,9 @@ def form(payload):
 @pytest.mark.parametrize("payload", TENSORS.values(), ids=TENSORS)
 @pytest.mark.parametrize("wrap", [lambda t: t, lambda t: (t,), lambda t: (t, torch.ones(2))])
 def test_shape_dtype_and_form_survive(payload, wrap):
-    packet = Packet(PacketKind.TRAIN, 12, wrap(payload), payload, wrap(payload))
+    packet = Packet(PacketKind.TRAIN, 12, wrap(payload), payload, wrap(payload), weight=0.1)
     arrived = announced(packet)
-    assert (arrived.kind, arrived.number) == (PacketKind.TRAIN, 12)
+    assert (arrived.kind, arrived.number, arrived.weight) == (PacketKind.TRAIN, 12, 0.1)
     assert form(arrived.payload) == form(packet.payload)
     assert form(arrived.target) == form(packet.target)
     assert form(arrived.rider) == form(packet.rider)
