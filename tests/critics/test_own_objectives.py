@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from decoupled_pp.core.criterion import IGNORED
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.core.objective import IGNORED, View, local_loss
+from decoupled_pp.core.objective import View, local_loss
 from decoupled_pp.critics import build_critic, check_critic
 from decoupled_pp.critics.lls import sinusoids
 from decoupled_pp.critics.predsim import pooling_kernel, similarities

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from decoupled_pp import Trainer, partition
+from decoupled_pp.core.criterion import IGNORED
 from decoupled_pp.core.datasets import DataInfo
 from decoupled_pp.core.device import seeded
 from decoupled_pp.models import build_model
@@ -24,12 +25,25 @@ def token_batch(number):
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
+def padded_batch(number):
+    """Another number of tokens counts in every sample, none in every fifth micro-batch."""
+    inputs, target = token_batch(number)
+    lengths = torch.randint(1, target.shape[1] + 1, (len(target), 1)) if number % 5 != 1 else 0
+    return inputs, target.masked_fill(torch.arange(target.shape[1]) >= lengths, IGNORED)
+
+
 def image_batch(number):
     return torch.randn(4, *IMAGES.shape), torch.randint(IMAGES.outputs, (4,))
 
 
 def vector_batch(number):
     return torch.randn(4, *VECTORS.shape), torch.randint(VECTORS.outputs, (4,))
+
+
+def gapped_batch(number):
+    """Not every sample counts, and of every fifth micro-batch none."""
+    inputs, target = vector_batch(number)
+    return inputs, target.masked_fill(torch.rand(len(target)) < (0.4 if number % 5 != 1 else 2), IGNORED)
 
 
 @dataclass(frozen=True)
@@ -69,8 +83,12 @@ CASES = {
     "gpt with dropout": Case(
         GptModel(kind="gpt", width=8, depth=2, heads=2, dropout=0.2), TOKENS, token_batch, {"optimizer": ADAMW}
     ),
+    "gpt with padding": Case(
+        GptModel(kind="gpt", width=8, depth=2, heads=2), TOKENS, padded_batch, {"optimizer": ADAMW}
+    ),
     "resnet": Case(ResnetModel(kind="resnet", depth=8, width=4), IMAGES, image_batch, {"optimizer": MOMENTUM}),
     "mlp": Case(MlpModel(kind="mlp", width=8, depth=3), VECTORS, vector_batch, {"optimizer": ADAMW}),
+    "mlp with gaps": Case(MlpModel(kind="mlp", width=8, depth=3), VECTORS, gapped_batch, {"optimizer": ADAMW}),
     "mlp with dropout": Case(
         MlpModel(kind="mlp", width=8, depth=3, dropout=0.3), VECTORS, vector_batch, {"optimizer": ADAMW}
     ),

@@ -199,3 +199,70 @@ def test_running_statistics_and_random_numbers(kind, tmp_path):
     assert sorted(found) == sorted(expected)
     for name, buffer in found.items():
         torch.testing.assert_close(buffer, expected[name], **TOLERANCE[torch.float32])
+
+
+UNEVEN = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 0.5, 2.0], dtype=torch.float64))
+
+
+def uneven_batches(count, dtype):
+    """In every second micro-batch fewer targets count, in the second none."""
+    made = batches(count, dtype)
+    for number, (_, target) in enumerate(made):
+        target[: (B if number == 1 else number % 2)] = -100
+    return made
+
+
+def uneven_step(kind, rank, ranks, count, nothing):
+    """Gradients, then weights after steps with momentum, decay and a schedule, of which one counts nothing."""
+    dtype = dtype_of(kind)
+    plan = partition(
+        network(False, dtype), stages_needed(kind, ranks) or 2, "uniform", batches(1, dtype)[0][0], critic=None
+    )
+    optimizer = OptimizerSettings(kind="SGD", lr=RATE, arguments={"momentum": 0.9, "weight_decay": 0.1})
+    loss = nn.CrossEntropyLoss(weight=UNEVEN.weight.to(dtype))
+    training = Training(loss, optimizer, ScheduleSettings(kind="linear"), STEPS)
+    strategy = build_baseline(kind, plan, training, CPU, rank=rank, ranks=ranks)
+    named = {name: p for part in strategy.parts.values() for name, p in part.layers.named_parameters()}
+    some = uneven_batches(count, dtype)
+    strategy.gradients(some)
+    gradients = {name: p.grad.clone() for name, p in named.items()}
+    for parameter in named.values():
+        parameter.grad = None
+    for step in range(STEPS):
+        blank = [(inputs, torch.full_like(target, -100)) for inputs, target in some]
+        strategy.step(blank if step == nothing else some)
+    return gradients, {name: p.detach() for name, p in named.items()}, []
+
+
+def uneven_rank(kind, count, nothing):
+    world = join_world(PATIENCE)
+    return uneven_step(kind, world.rank, world.size, count, nothing)
+
+
+@pytest.mark.parametrize("kind", BASELINES)
+def test_micro_batches_of_which_unequal_numbers_count(kind, tmp_path):
+    """All together they are one batch; a step in which nothing counts moves the schedule alone."""
+    count, nothing, dtype = 4, 1, dtype_of(kind)
+    model = network(False, dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=0.1)
+    inputs, targets = (torch.cat(part) for part in zip(*uneven_batches(count, dtype), strict=True))
+    gradients = None
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * (1 - step / STEPS)
+        if step == nothing:
+            continue
+        UNEVEN.to(dtype)(model(inputs), targets).backward()
+        gradients = gradients or {name: p.grad.clone() for name, p in model.named_parameters()}
+        optimizer.step()
+        optimizer.zero_grad()
+    UNEVEN.to(torch.float64)
+    if kind == "backprop":
+        parts = [uneven_step(kind, 0, 1, count, nothing)]
+    else:
+        parts = [part.value for part in launch(uneven_rank, kind, count, nothing, size=2, folder=tmp_path)]
+    for which, expected in ((0, gradients), (1, dict(model.named_parameters()))):
+        assert set(expected) == {name for part in parts for name in part[which]}
+        for part in parts:
+            for name, tensor in part[which].items():
+                torch.testing.assert_close(tensor, expected[name].detach(), **TOLERANCE[dtype])

@@ -22,6 +22,20 @@ def test_ranks_equal_one_process(case, stages, tmp_path):
     assert set(apart) == set(range(stages))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"critic_target": {"kind": "cascade", "lag": 4}}, {"global_correction": {"every": 1}}, {"critic": "sgr"}],
+    ids=["cascade", "global_correction", "sgr"],
+)
+def test_ranks_equal_one_process_whatever_counts(options, tmp_path):
+    """Another number of targets in every packet, none in some."""
+    case = "gpt with padding" if "critic" not in options else "mlp with gaps"
+    options = {"accumulate": 3, "clip_norm": 0.5, "capacity": 2, **options}
+    together = train(case, 2, 6, **options)
+    apart = merged(values(launch(_train, case, 2, options, size=2, folder=tmp_path)))
+    assert differences(together, apart) == []
+
+
 @pytest.mark.parametrize("kind", ["infopro", "sgr", "vocabulary"])
 def test_ranks_equal_one_process_whatever_rides_along_or_is_drawn(kind, tmp_path):
     """The image, a delta, random tokens and classes."""

@@ -17,6 +17,7 @@ from decoupled_pp.core.packets import as_tuple, payload_bytes
 from decoupled_pp.critics import KINDS
 from decoupled_pp.links import InProcessLink, ReceivingEnd
 from decoupled_pp.links.messages import MessageSender
+from decoupled_pp.pipeline.losses import find_loss
 from decoupled_pp.training import decoupled
 from decoupled_pp.training.build import build_stages
 from kit import differences, merged, states
@@ -38,7 +39,7 @@ def change_critic(stage):
 
 
 def change_loss(stage):
-    stage.body.loss = lambda logits, target: logits.square().mean()
+    stage.body.loss = find_loss(lambda logits, target: logits.square().mean())
 
 
 def change_learning_rate(stage):

@@ -1,5 +1,6 @@
 """The header: what a packet is, announced in one message of fixed size."""
 
+import math
 import re
 from contextlib import contextmanager, suppress
 
@@ -31,9 +32,9 @@ TENSORS = {
 
 def announced(packet):
     """What the receiving end makes of the header."""
-    kind, number, forms, specs = header.decode(header.announce(header.parcel(packet)))
+    start, forms, specs = header.decode(header.announce(header.parcel(packet)))
     tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in specs]
-    return header.assemble(kind, number, forms, tensors)
+    return header.assemble(start, forms, tensors)
 
 
 def form(payload):
@@ -44,9 +45,9 @@ def form(payload):
 @pytest.mark.parametrize("payload", TENSORS.values(), ids=TENSORS)
 @pytest.mark.parametrize("wrap", [lambda t: t, lambda t: (t,), lambda t: (t, torch.ones(2))])
 def test_shape_dtype_and_form_survive(payload, wrap):
-    packet = Packet(PacketKind.TRAIN, 12, wrap(payload), payload, wrap(payload))
+    packet = Packet(PacketKind.TRAIN, 12, wrap(payload), payload, wrap(payload), weight=0.1)
     arrived = announced(packet)
-    assert (arrived.kind, arrived.number) == (PacketKind.TRAIN, 12)
+    assert (arrived.kind, arrived.number, arrived.weight) == (PacketKind.TRAIN, 12, 0.1)
     assert form(arrived.payload) == form(packet.payload)
     assert form(arrived.target) == form(packet.target)
     assert form(arrived.rider) == form(packet.rider)
@@ -132,22 +133,24 @@ def no_packet(part):
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        ((77, 0, -1, 0, 0, 0, 1, 5), "kind 77"),
-        ((-1, 0, -1, 0, 0, 0, 1, 5), "kind -1"),
-        ((0, -3, -1, 0, 0, 0, 1, 5), "number -3"),
-        ((0, 0, -7, 0, 0), "(-7, 0, 0) tensors"),
-        ((0, 0, 1 << 60, 0, 0, 0, -2), "tensors"),
-        ((0, 0, -1, 0, 0, 0, -2), "-2 dimensions"),
-        ((0, 0, -1, 0, 0, 0, 1 << 40), "dimensions"),
-        ((0, 0, -1, 0, 0, -3, 1, 5), "dtype -3"),
-        ((0, 0, -1, 0, 0, 99, 1, 5), "dtype 99"),
-        ((0, 0, -1, 0, 0, 0, 1, -5), "shape (-5,)"),
-        ((0, 0, -1, 0, 0, 0, 2, -5, -5), "shape (-5, -5)"),
-        ((0, 0, -1, 0, 0, 0, 1, 769), "shape (769,), which 4096 bytes cannot hold"),
-        ((0, 0, 2, 0, 0, 0, 1, 700, 0, 1, 700), "shape (700,), which 4096 bytes cannot hold"),
-        ((0, 0, -1, 0, 0, 0, 1, 1 << 62), "cannot hold"),
-        ((0, 0, -1, 0, 0, 0, 3, 0, 1 << 62, 1 << 62), "cannot hold"),
-        ((0, 0, 128, 0, 0), "with 0 dimensions"),
+        ((77, 0, 0, -1, 0, 0, 0, 1, 5), "kind 77"),
+        ((-1, 0, 0, -1, 0, 0, 0, 1, 5), "kind -1"),
+        ((0, -3, 0, -1, 0, 0, 0, 1, 5), "number -3"),
+        ((0, 0, 0, -7, 0, 0), "(-7, 0, 0) tensors"),
+        ((0, 0, 0, 1 << 60, 0, 0, 0, -2), "tensors"),
+        ((0, 0, 0, -1, 0, 0, 0, -2), "-2 dimensions"),
+        ((0, 0, 0, -1, 0, 0, 0, 1 << 40), "dimensions"),
+        ((0, 0, 0, -1, 0, 0, -3, 1, 5), "dtype -3"),
+        ((0, 0, 0, -1, 0, 0, 99, 1, 5), "dtype 99"),
+        ((0, 0, 0, -1, 0, 0, 0, 1, -5), "shape (-5,)"),
+        ((0, 0, 0, -1, 0, 0, 0, 2, -5, -5), "shape (-5, -5)"),
+        ((0, 0, 0, -1, 0, 0, 0, 1, 769), "shape (769,), which 4096 bytes cannot hold"),
+        ((0, 0, 0, 2, 0, 0, 0, 1, 700, 0, 1, 700), "shape (700,), which 4096 bytes cannot hold"),
+        ((0, 0, 0, -1, 0, 0, 0, 1, 1 << 62), "cannot hold"),
+        ((0, 0, 0, -1, 0, 0, 0, 3, 0, 1 << 62, 1 << 62), "cannot hold"),
+        ((0, 0, 0, 128, 0, 0), "with 0 dimensions"),
+        ((0, 0, header._bits(-1.0), -1, 0, 0, 0, 1, 5), "weight -1.0"),
+        ((0, 0, header._bits(math.nan), -1, 0, 0, 0, 1, 5), "weight nan"),
     ],
 )
 def test_nothing_that_a_peer_says_is_believed_unchecked(words, part):

@@ -1,13 +1,14 @@
-"""Losses by name, by reference and one's own; the held-out score weighs every target alike."""
+"""Losses by name, by reference and one's own: each is torch's own value, and knows how much a micro-batch counts."""
 
-import math
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.pipeline.losses import ExitScore, cross_entropy, find_loss, mse
+from decoupled_pp.pipeline.losses import cross_entropy, find_loss, mse
 from kit import refused
 
 
@@ -32,41 +33,206 @@ def test_class_probabilities_and_tuples_of_targets():
 
 
 def test_finding_a_loss():
-    assert find_loss("cross_entropy") is cross_entropy
-    assert find_loss("torch.nn.functional:l1_loss") is functional.l1_loss
-    assert find_loss(functional.l1_loss) is functional.l1_loss
+    logits, wanted = torch.randn(4, 3), torch.randn(4, 3)
+    assert torch.equal(find_loss("cross_entropy")(logits, wanted.argmax(-1)), cross_entropy(logits, wanted.argmax(-1)))
+    for choice in ("torch.nn.functional:l1_loss", functional.l1_loss, nn.L1Loss(), nn.L1Loss, "l1"):
+        assert torch.equal(find_loss(choice)(logits, wanted), functional.l1_loss(logits, wanted))
+    assert find_loss(mse) is mse
     with refused("unknown-loss", UsageError, "'crossentropy'", "did you mean 'cross_entropy'"):
         find_loss("crossentropy")
     with refused("factory-missing", UsageError, "`loss`", "'l3_loss'"):
         find_loss("torch.nn.functional:l3_loss")
 
 
-def test_the_score_of_unequal_batches_is_that_of_all_targets_together():
-    logits, classes = torch.randn(10, 4), torch.randint(4, (10,))
-    classes[7] = -100
-    score = ExitScore()
-    for part in (slice(0, 6), slice(6, 10)):
-        score.add(cross_entropy(logits[part], classes[part]), logits[part], classes[part])
-    loss, accuracy = score.result()
-    counted = classes != -100
-    assert loss == pytest.approx(float(functional.cross_entropy(logits, classes)), rel=1e-6)
-    assert accuracy == pytest.approx(float((logits.argmax(-1) == classes)[counted].double().mean()))
+SHAPES = [(6,), (2, 5), (4, 4)]  # (4, 4): as many positions as classes
 
 
-def test_a_batch_of_ignored_targets_weighs_nothing():
-    score, logits = ExitScore(), torch.randn(2, 3)
-    for classes in (torch.tensor([-100, -100]), torch.tensor([1, 2])):
-        score.add(cross_entropy(logits, classes), logits, classes)
-    assert score.result()[0] == pytest.approx(float(cross_entropy(logits, torch.tensor([1, 2]))))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_one_hot_targets_are_class_indices(shape):
+    """Along the classes, which are last, also where the sizes alone would not say which dimension that is."""
+    logits, classes = torch.randn(*shape, 4), torch.randint(4, shape)
+    one_hot = functional.one_hot(classes, 4)
+    for target in (one_hot, one_hot.float()):
+        torch.testing.assert_close(cross_entropy(logits, target), cross_entropy(logits, classes))
+        torch.testing.assert_close(cross_entropy.per_sample(logits, target), cross_entropy.per_sample(logits, classes))
+        assert cross_entropy.hits(logits, target) == cross_entropy.hits(logits, classes)
 
 
-def test_without_class_targets_there_is_no_accuracy():
-    score, logits = ExitScore(), torch.randn(4, 3)
-    score.add(mse(logits, torch.zeros(4, 3)), logits, torch.zeros(4, 3))
-    assert score.result() == (pytest.approx(float(logits.square().mean())), None)
+@pytest.mark.parametrize("width", [7, 4])
+def test_where_the_classes_are(width):
+    """Last of up to three dimensions, second of four; as torch says for its own; elsewhere where one says."""
+    rows, images, tokens = torch.randn(2, 4, width), torch.randn(2, 4, 3, width), torch.randint(4, (2, width))
+    last = rows.transpose(1, 2).contiguous()
+    plain = functional.cross_entropy(rows, tokens)
+    torch.testing.assert_close(cross_entropy(last, tokens), plain)
+    torch.testing.assert_close(find_loss({"kind": "cross_entropy", "class_dim": 1})(rows, tokens), plain)
+    assert torch.equal(find_loss(nn.CrossEntropyLoss())(rows, tokens), plain)
+    pixels = torch.randint(4, (2, 3, width))
+    assert torch.equal(cross_entropy(images, pixels), functional.cross_entropy(images, pixels))
+    found = find_loss({"kind": "cross_entropy", "class_dim": 2})
+    time_first = rows.permute(2, 0, 1)  # (T, B, C)
+    torch.testing.assert_close(found(time_first, tokens.T), plain)
+    for loss, logits in ((cross_entropy, last), (found, time_first)):
+        target = tokens if loss is cross_entropy else tokens.T
+        assert int(loss.hits(logits, target).correct) == int((rows.argmax(1) == tokens).sum())
 
 
-def test_no_score_without_batches():
-    loss, accuracy = ExitScore().result()
-    assert math.isnan(loss)
-    assert accuracy is None
+def test_targets_that_do_not_fit_are_refused():
+    with refused("loss-does-not-fit-targets", UsageError, "(2, 4, 5)", "class_dim"):
+        cross_entropy(torch.randn(2, 4, 5), torch.randint(4, (2, 5)))
+    with refused("loss-does-not-fit-targets", UsageError, "torch.float32"):
+        cross_entropy(torch.randn(2, 4), torch.zeros(2))
+    with refused("loss-does-not-fit-targets", UsageError, "(4, 1)"):
+        mse(torch.randn(4, 1), torch.randn(4))
+
+
+def test_class_indices_of_any_whole_type():
+    logits = torch.randn(4, 2)
+    for dtype in (torch.int32, torch.uint8, torch.bool):
+        classes = torch.tensor([0, 1, 1, 0]).to(dtype)
+        assert torch.equal(cross_entropy(logits, classes), functional.cross_entropy(logits, classes.long()))
+
+
+WEIGHT = torch.tensor([1.0, 20.0, 0.5, 0.0])
+LOSSES = {
+    "cross_entropy": (nn.CrossEntropyLoss(), (8, 4), "classes"),
+    "weighted": (nn.CrossEntropyLoss(weight=WEIGHT + 1, ignore_index=2, label_smoothing=0.1), (8, 4), "classes"),
+    "images": (nn.CrossEntropyLoss(weight=WEIGHT), (8, 4, 3, 2), "classes"),
+    "sum": (nn.CrossEntropyLoss(weight=WEIGHT + 1, reduction="sum"), (8, 4), "classes"),
+    "soft": (nn.CrossEntropyLoss(weight=WEIGHT), (8, 4, 3), "shares"),
+    "nll": (nn.NLLLoss(weight=WEIGHT, ignore_index=0), (8, 4), "classes"),
+    "partial": (partial(functional.cross_entropy, ignore_index=1), (8, 4), "classes"),
+    "mse": (nn.MSELoss(), (8, 4), "shares"),
+    "huber": (nn.HuberLoss(delta=0.1), (8, 4), "shares"),
+    "bce": (nn.BCEWithLogitsLoss(pos_weight=torch.arange(4.0)), (8, 4), "shares"),
+    "kl": (nn.KLDivLoss(reduction="batchmean"), (8, 4), "shares"),
+    "margin": (nn.MultiMarginLoss(), (8, 4), "classes"),
+}
+
+
+def target_of(kind, shape):
+    if kind == "shares":
+        return torch.rand(shape).softmax(1)
+    return torch.randint(shape[1], (shape[0], *shape[2:]))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_micro_batches_of_any_size_make_the_whole(name):
+    """The value is torch's own, and sum w_i L_i / sum w_i (or the sum of sums) that of all samples at once."""
+    plain, shape, kind = LOSSES[name]
+    torch.manual_seed(1)
+    logits, target = torch.randn(shape), target_of(kind, shape)
+    loss = find_loss(plain)
+    whole = plain(logits, target)
+    assert torch.equal(loss(logits, target), whole)
+    parts = list(zip(logits.split([1, 5, 2]), target.split([1, 5, 2]), strict=True))
+    weights = [loss.weight(part) for part in parts]
+    losses = [loss(*part) if weight else torch.zeros(()) for part, weight in zip(parts, weights, strict=True)]
+    joined = sum(losses)
+    if not loss.sums:
+        joined = sum(w * one for w, one in zip(weights, losses, strict=True)) / sum(weights)
+    torch.testing.assert_close(joined, whole)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "margin"])
+def test_the_loss_of_a_sample_is_that_of_a_micro_batch_of_it_alone(name):
+    plain, shape, kind = LOSSES[name]
+    torch.manual_seed(1)
+    logits, target = torch.randn(shape), target_of(kind, shape)
+    alone = torch.stack([plain(logits[i : i + 1], target[i : i + 1]) for i in range(len(logits))])
+    found = find_loss(plain).per_sample(logits, target)
+    if name == "kl":  # torch's mean over elements, of a batch of one
+        alone = alone / shape[1]
+    torch.testing.assert_close(found, alone, equal_nan=True)
+
+
+def test_ctc_by_its_name():
+    torch.manual_seed(1)
+    logits, labels = torch.randn(3, 9, 5), torch.randint(1, 5, (3, 4))
+    target = labels, torch.tensor([9, 7, 8]), torch.tensor([4, 2, 3])
+    plain = functional.ctc_loss(logits.log_softmax(-1).transpose(0, 1), *target)
+    for loss, output in ((find_loss("ctc"), logits), (find_loss(nn.CTCLoss()), logits.log_softmax(-1).transpose(0, 1))):
+        assert torch.equal(loss(output, target), plain)
+        assert loss.weight((output, target)) == 3
+        assert loss.hits(output, target) is None
+        torch.testing.assert_close(loss.per_sample(output, target).mean(), plain)
+
+
+def test_a_function_of_ones_own_says_what_it_is():
+    logits, target = torch.randn(4, 6, 3), torch.randint(3, (4, 6))
+
+    def summed(output, target):
+        return functional.cross_entropy(output.flatten(0, 1), target.flatten(), reduction="sum")
+
+    assert not find_loss(summed).sums
+    assert find_loss(summed).weight((logits, target)) == 4
+    assert find_loss(summed).hits(logits, target) is None
+    summed.reduction = "sum"
+    summed.count = lambda target: (target != -100).sum()
+    summed.class_dim = -1
+    loss = find_loss(summed)
+    assert loss.sums
+    assert loss.weight((logits, target)) == 24
+    assert int(loss.hits(logits, target).correct) == int((logits.argmax(-1) == target).sum())
+    assert find_loss(lambda output, target: output.mean()).hits(logits[:, 0], target[:, 0]) is not None
+    assert find_loss(lambda output, target: output.mean()).hits(logits[:, 0], torch.rand(4, 3)) is None
+
+
+def test_what_is_no_loss_is_refused():
+    logits, target = torch.randn(4, 3, requires_grad=True), torch.tensor([0, 1, 2, 0])
+    for kind in (nn.CrossEntropyLoss(reduction="none"), nn.MultiMarginLoss(reduction="none")):
+        with refused("loss-is-no-scalar"):
+            find_loss(kind)
+    with refused("loss-is-no-scalar", UsageError, "float"):
+        find_loss(lambda output, target: 0.5)(logits, target)
+    with refused("loss-is-no-scalar", UsageError, "(4,)"):
+        find_loss(lambda output, target: output.sum(1))(logits, target)
+    with refused("unknown-loss", UsageError, "class GaussianNLLLike"):
+        find_loss(GaussianNLLLike)
+    with refused("unknown-loss", UsageError, "int"):
+        find_loss(3)
+    with refused("loss-has-parameters", UsageError, "Learned", "scale"):
+        find_loss(Learned())
+    with refused("loss-count-unusable", UsageError, "-1.0"):
+        find_loss(Miscounted()).weight((logits, target))
+
+
+class GaussianNLLLike(nn.Module):
+    def __init__(self, variance):
+        super().__init__()
+
+
+class Learned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+class Miscounted:
+    def __call__(self, output, target):
+        return output.mean()
+
+    def count(self, target):
+        return -1
+
+
+def detached(output, target):
+    return functional.cross_entropy(output.detach(), target)
+
+
+def as_number(output, target):
+    return torch.tensor(functional.cross_entropy(output, target).item())
+
+
+def by_argmax(output, target):
+    return (output.argmax(-1) != target).float().mean()
+
+
+@pytest.mark.parametrize("loss", [detached, as_number, by_argmax])
+def test_a_loss_without_a_gradient_is_refused_where_one_is_wanted(loss):
+    logits, target = torch.randn(4, 3, requires_grad=True), torch.tensor([0, 1, 2, 0])
+    with refused("loss-without-gradient", UsageError, loss.__name__):
+        find_loss(loss)(logits, target)
+    with torch.no_grad():
+        find_loss(loss)(logits, target)
+    find_loss(loss)(logits.detach(), target)  # nothing there is to be trained

@@ -11,9 +11,6 @@ from torch import Tensor, nn
 
 from decoupled_pp.core.packets import Loss, Payload, first_tensor
 
-IGNORED = -100
-"""Class index that counts for nothing, as in `torch.nn.functional.cross_entropy`."""
-
 
 @dataclass
 class View:

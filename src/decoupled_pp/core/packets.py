@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 from decoupled_pp.core.errors import UsageError
@@ -19,7 +18,7 @@ Batch: TypeAlias = tuple[Payload, Payload]
 """(input, target) of one micro-batch; dimension 0 of every tensor is the batch."""
 
 Loss: TypeAlias = Callable[[Tensor, Payload], Tensor]
-"""loss(logits, target) -> scalar, the mean over the micro-batch."""
+"""loss(logits, target) -> scalar, the mean over the micro-batch (or its sum, see `criterion.Criterion`)."""
 
 
 class PacketKind(IntEnum):
@@ -41,6 +40,7 @@ class Packet:
     payload: Payload = ()  # activations; dimension 0 is the batch
     target: Payload = ()  # targets of the micro-batch; they ride along to every stage
     rider: Payload = ()  # tensors that a critic sends to the next stage's critic (`Critic.rider`)
+    weight: float = 1.0  # how much it counts among micro-batches (`Criterion.weight`); 0: nothing in it counts
 
     @property
     def samples(self) -> int:
@@ -82,9 +82,3 @@ def check_payload(value: object, source: str) -> Payload:
 def payload_bytes(payload: Payload) -> int:
     """Return the bytes of all tensors of a payload."""
     return sum(tensor.numel() * tensor.element_size() for tensor in as_tuple(payload))
-
-
-def is_classification(logits: Tensor, target: Payload) -> bool:
-    """Return whether `target` holds class indices of `logits`' last dimension, so that accuracy means something."""
-    first = as_tuple(target)[0]
-    return not torch.is_floating_point(first) and first.shape == logits.shape[:-1]

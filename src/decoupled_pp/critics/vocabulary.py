@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from decoupled_pp.core.criterion import IGNORED
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.core.objective import IGNORED, Critic, CriticContext, View
+from decoupled_pp.core.objective import Critic, CriticContext, View
 from decoupled_pp.core.packets import Loss, Payload, first_tensor
 from decoupled_pp.critics.requirements import class_indices, critic_unfit, shapes_of
 from decoupled_pp.settings.critics import VocabularyCritic

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from decoupled_pp.core.criterion import IGNORED
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.core.objective import IGNORED
 from decoupled_pp.core.packets import Batch, first_tensor
 from decoupled_pp.data.batches import Augmentation
 from decoupled_pp.data.vocabulary import Vocabulary

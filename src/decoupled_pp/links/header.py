@@ -1,10 +1,11 @@
-"""Packs packets into host messages: kind, number, form, dtypes and shapes, and in CPU links the tensors too."""
+"""Packs packets into host messages: kind, number, weight, form, dtypes and shapes, and in CPU links the tensors too."""
 
 from __future__ import annotations
 
 import ctypes
 import math
 import struct
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from decoupled_pp.core.packets import Packet, PacketKind, Payload, as_tuple
 HEADER_WORDS = 128  # of int64: room for about twenty tensors of four dimensions
 HEADER_BYTES = 8 * HEADER_WORDS
 
-_MAGIC = 0x6470_7001
+_MAGIC = 0x6470_7003
 _RESIZE = 0x6470_7002
 _ALIGNMENT = 64  # bytes; torch's kernels take aligned memory faster
 # The place in this list travels: append only, or give _MAGIC another value, so that no other version is misread.
@@ -66,7 +67,7 @@ def parcel(packet: Packet) -> Parcel:
     # One plain loop: this is a CPU link's hot path, and after every wait its code is no longer in the caches.
     parts = (packet.payload, packet.target, packet.rider)
     tensors = (*as_tuple(parts[0]), *as_tuple(parts[1]), *as_tuple(parts[2]))
-    words = [_MAGIC, packet.kind, packet.number, _form(parts[0]), _form(parts[1]), _form(parts[2])]
+    words = [_MAGIC, packet.kind, packet.number, _bits(packet.weight), *map(_form, parts)]
     payload_bytes = 0
     message_bytes = HEADER_BYTES
     for tensor in tensors:
@@ -123,7 +124,7 @@ def pack(content: Parcel, size: int) -> Tensor:
 
 def unpack(message: Tensor) -> Packet:
     """Return the packet of a message made by `pack`; its tensors share the message's memory."""
-    kind, number, forms, specs = decode(message, message.numel())
+    start, forms, specs = decode(message, message.numel())
     storage = message.untyped_storage()
     at = HEADER_BYTES
     tensors = []
@@ -134,11 +135,11 @@ def unpack(message: Tensor) -> Packet:
         tensor.set_(storage, at // tensor.element_size(), shape, _strides(shape))
         tensors.append(tensor)
         at += _aligned(tensor.nbytes)
-    return assemble(kind, number, forms, tensors)
+    return assemble(start, forms, tensors)
 
 
-def decode(header: Tensor, size: int = _MOST_BYTES) -> tuple[PacketKind, int, Forms, list[Spec]]:
-    """Return kind, number, the forms of payload, target and rider, and the specs of all their tensors in order.
+def decode(header: Tensor, size: int = _MOST_BYTES) -> tuple[Packet, Forms, list[Spec]]:
+    """Return a packet without tensors, the forms of payload, target and rider, and the specs of their tensors.
 
     Args:
         header: The message, uint8, or its first HEADER_BYTES.
@@ -152,11 +153,14 @@ def decode(header: Tensor, size: int = _MOST_BYTES) -> tuple[PacketKind, int, Fo
         raise not_of_a_packet(f"first word {words[0]:#x}")
     if words[1] not in _KINDS or words[2] < 0:
         raise not_of_a_packet(f"kind {words[1]}, number {words[2]}")
-    forms = (words[3], words[4], words[5])
+    weight = _number(words[3])
+    if not 0 <= weight < math.inf:
+        raise not_of_a_packet(f"weight {weight}")
+    forms = (words[4], words[5], words[6])
     if min(forms) < _SINGLE or max(forms) > HEADER_WORDS:
         raise not_of_a_packet(f"{forms} tensors")
     specs = []
-    at = 6
+    at = 7
     for _ in range(sum(map(_count, forms))):
         code, dims = words[at : at + 2] if at + 2 <= HEADER_WORDS else (-1, 0)
         end = at + 2 + dims
@@ -165,7 +169,7 @@ def decode(header: Tensor, size: int = _MOST_BYTES) -> tuple[PacketKind, int, Fo
         specs.append((tuple(words[at + 2 : end]), _DTYPES[code]))
         at = end
     _refuse_larger(specs, size)
-    return PacketKind(words[1]), words[2], forms, specs
+    return Packet(PacketKind(words[1]), words[2], weight=weight), forms, specs
 
 
 def not_of_a_packet(what: str) -> LinkError:
@@ -187,15 +191,16 @@ def _refuse_larger(specs: list[Spec], size: int) -> None:
             raise not_of_a_packet(f"a tensor of shape {shape}, which {size} bytes cannot hold")
 
 
-def assemble(kind: PacketKind, number: int, forms: Forms, tensors: list[Tensor]) -> Packet:
-    """Return the packet of received tensors, which are in the order of their specs."""
+def assemble(start: Packet, forms: Forms, tensors: list[Tensor]) -> Packet:
+    """Return a packet with the tensors that were received, which are in the order of their specs."""
     parts: list[Payload] = []
     at = 0
     for form in forms:
         part = tensors[at : at + _count(form)]
         parts.append(part[0] if form == _SINGLE else tuple(part))
         at += len(part)
-    return Packet(kind, number, *parts)
+    payload, target, rider = parts
+    return replace(start, payload=payload, target=target, rider=rider)
 
 
 def _form(payload: Payload) -> int:
@@ -204,6 +209,15 @@ def _form(payload: Payload) -> int:
 
 def _count(form: int) -> int:
     return 1 if form == _SINGLE else form
+
+
+def _bits(number: float) -> int:
+    """Return a float as the bits of an int64, which is what a header is made of."""
+    return int(struct.unpack("=q", struct.pack("=d", number))[0])
+
+
+def _number(bits: int) -> float:
+    return float(struct.unpack("=d", struct.pack("=q", bits))[0])
 
 
 def _words(words: list[int]) -> bytes:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -57,7 +58,8 @@ class InProcessLink(Inlet, Outlet, LinkEnd):
         while len(self._taken) >= self._capacity:
             self._taken.popleft().synchronize()
         parts = (packet.payload, packet.target, packet.rider)
-        copied = Packet(packet.kind, packet.number, *(map_payload(_carried, part) for part in parts))
+        payload, target, rider = (map_payload(_carried, part) for part in parts)
+        copied = replace(packet, payload=payload, target=target, rider=rider)
         size = sum(payload_bytes(part) for part in parts)
         with self._changed:
             self._wait(lambda: len(self._packets) < self._capacity, 0, f"room to send packet {packet.number} to")

@@ -135,8 +135,8 @@ class ReceivingEnd(GroupEnd, Inlet):
         lane = self._wire.payload
         if lane is None:
             return headers.unpack(message)
-        kind, number, forms, specs = headers.decode(message)
+        start, forms, specs = headers.decode(message)
         tensors = [torch.empty(shape, dtype=dtype, device=self._wire.device) for shape, dtype in specs]
         for tensor in tensors:
             lane.receive(tensor)
-        return headers.assemble(kind, number, forms, tensors)
+        return headers.assemble(start, forms, tensors)

@@ -12,6 +12,7 @@ from decoupled_pp.core.device import RandomStream, kept_modes
 from decoupled_pp.core.objective import Critic, View, judge_of
 from decoupled_pp.core.packets import Loss, Packet, Payload, check_payload, map_payload
 from decoupled_pp.pipeline.compiled import compiled
+from decoupled_pp.pipeline.losses import find_loss
 from decoupled_pp.pipeline.recompute import checkpointed
 from decoupled_pp.settings.run import StageSettings
 
@@ -25,7 +26,7 @@ class Body:
         trunk: The layers, on `device` already.
         critic: From the trunk's output to logits; None in a last stage whose output is the logits.
         judge: The critic as a `Judge`, also where there is none.
-        loss: loss(logits, target) -> scalar mean.
+        loss: The run's loss, or that of a function.
         device: Where the stage computes.
         random: The stage's random stream.
     """
@@ -44,7 +45,7 @@ class Body:
         self.trunk = trunk
         self.critic = critic
         self.judge = judge_of(critic)
-        self.loss = loss
+        self.loss = find_loss(loss)
         self.device = device
         # It goes on alone, whoever else draws random numbers in this process: timing never changes the result (law 3).
         self.random = RandomStream(seed, device)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -39,12 +40,15 @@ class Feed(Inlet):
         itinerary: Itinerary,
         device: torch.device,
         stop_requested: Callable[[], bool] = lambda: False,
+        *,
+        weights: Mapping[PacketKind, Callable[[Batch], float]] = MappingProxyType({}),
     ) -> None:
         self._train = train  # None for an evaluation only
         self._validation = validation
         self._itinerary = itinerary
         self._device = device
         self._stop_requested = stop_requested
+        self._weights = weights  # how much a micro-batch counts, by kind; 1 where nothing is said
         self._packets = self._stream()  # a generator: nothing is read before the first `receive`
 
     def receive(self) -> Packet:
@@ -100,7 +104,9 @@ class Feed(Inlet):
 
     def _packet(self, kind: PacketKind, number: int, batch: Batch) -> Packet:
         payload, target = batch
-        return Packet(kind, number, map_payload(self._fed, payload), map_payload(self._fed, target))
+        # Here, before it is on the device, and once for all stages: nobody waits for a GPU to count.
+        weight = self._weights[kind](batch) if kind in self._weights else 1.0
+        return Packet(kind, number, map_payload(self._fed, payload), map_payload(self._fed, target), weight=weight)
 
     def _fed(self, tensor: Tensor) -> Tensor:
         # Detached: a graph behind a target would be shared by all stages, and only one backward pass can go through it.

@@ -1,122 +1,339 @@
-"""Finds losses by name or reference, and scores exits by held-out loss and accuracy."""
+"""The losses that training knows by name, and finds any other by reference; each says how much a micro-batch counts."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from decoupled_pp.core.criterion import IGNORED, Criterion, Hits, class_hits, classes_in
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.factory import import_factory
-from decoupled_pp.core.objective import IGNORED
-from decoupled_pp.core.packets import Loss, Payload, as_tuple, is_classification
+from decoupled_pp.core.packets import Loss, Payload, as_tuple
 from decoupled_pp.core.suggestions import did_you_mean
 
+_OF_ANY_OUTPUT = {
+    functional.mse_loss,
+    functional.l1_loss,
+    functional.smooth_l1_loss,
+    functional.huber_loss,
+    functional.binary_cross_entropy_with_logits,
+}
+"""Losses between shapes that are right for any real output."""
 
-def cross_entropy(logits: Tensor, target: Payload) -> Tensor:
-    """Return the mean cross-entropy over the class indices in `target` that are not IGNORED."""
-    classes = as_tuple(target)[0]
-    # Logits are (..., C), classes last, as language models make them; torch's own form has classes in dimension 1.
-    if classes.shape == logits.shape[:-1]:
-        return functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), classes.reshape(-1))
-    return functional.cross_entropy(logits, classes)
+
+class Torch(Criterion):
+    """A loss of torch: a function, its arguments, and those of them that are tensors, such as class weights."""
+
+    by_sample = True
+
+    def __init__(self, function: Callable[..., Tensor], *, reduction: str = "mean", **arguments: Any) -> None:
+        super().__init__(function, reduction=reduction)
+        self.arguments = {key: _as_given(value) for key, value in arguments.items()}
+        self.moved = self.arguments
+
+    def move(self, device: torch.device) -> None:
+        """Move class weights and the like; `arguments` keeps them on the CPU, where micro-batches are counted."""
+        self.moved = {
+            key: value.to(device) if isinstance(value, Tensor) else value for key, value in self.arguments.items()
+        }
+
+    def __repr__(self) -> str:
+        """Return a text that is equal on all ranks for equal losses."""
+        given = f"{self.arguments}, reduction={self.reduction}, class_dim={self.class_dim}"
+        return f"{type(self).__name__}({self.function.__name__}, {given})"
+
+    @property
+    def name(self) -> str:
+        """Name of the loss in the settings, or else torch's."""
+        named = [name for name, made in _NAMED.items() if self.function is made.args[0]]
+        return named[0] if named else str(self.function.__name__)
 
 
-def mse(logits: Tensor, target: Payload) -> Tensor:
-    """Return the mean squared error of the network's output against a target of the same shape."""
-    wanted = as_tuple(target)[0]
-    if wanted.shape != logits.shape:  # torch would broadcast, with a warning
+class Classification(Torch):
+    """Cross-entropy, or negative log-likelihood, of class indices or of class probabilities shaped like the logits."""
+
+    def __init__(self, function: Callable[..., Tensor], *, class_dim: int | None = None, **arguments: Any) -> None:
+        super().__init__(function, **arguments)
+        self.class_dim = class_dim
+        self.takes_logits = function is functional.cross_entropy
+        self.ignored = int(self.arguments.get("ignore_index", IGNORED))
+
+    def compute(self, logits: Tensor, target: Payload) -> Tensor:
+        """Return the loss; the classes are where `classes_in` says."""
+        classes = self._classes(logits, target)
+        dim = classes_in(logits, self.class_dim)
+        if dim == logits.dim() - 1:  # one row for every target, as language models make them
+            width = logits.shape[-1]
+            rows = classes.reshape(-1, width) if classes.dim() == logits.dim() else classes.reshape(-1)
+            return self._torch(logits.reshape(-1, width), rows, self.reduction)
+        return self._torch(*self._classes_second(logits, classes), self.reduction)
+
+    def count(self, target: Payload) -> float:
+        """Return the number of targets that count, each by the weight of its class."""
+        classes = as_tuple(target)[0]
+        if classes.is_floating_point():  # torch's mean over probabilities is over all positions, whatever they weigh
+            return classes.numel() / max(classes.shape[classes_in(classes, self.class_dim)], 1)
+        return float(self._weights(classes).sum())
+
+    def per_sample(self, logits: Tensor, target: Payload) -> Tensor:
+        """Return the mean (or sum) over the targets of each sample that count."""
+        classes = self._classes(logits, target)
+        each = self._torch(*self._classes_second(logits, classes), "none")
+        summed = each.reshape(len(each), -1).sum(dim=1)
+        weights = torch.ones_like(each) if classes.dim() == logits.dim() else self._weights(classes)
+        weight = weights.reshape(len(each), -1).sum(dim=1)
+        counted = weight > 0
+        losses = summed if self.sums else summed / torch.where(counted, weight, 1)
+        return losses.masked_fill(~counted, torch.nan)
+
+    def hits(self, logits: Tensor, target: Payload) -> Hits | None:
+        """Return how many targets are classified right; of soft targets, the likeliest class."""
+        return class_hits(logits, as_tuple(target)[0], classes_in(logits, self.class_dim), self.ignored)
+
+    def _torch(self, logits: Tensor, classes: Tensor, reduction: str) -> Tensor:
+        arguments = self.moved
+        if classes.dim() == logits.dim():  # torch refuses an index to ignore beside probabilities
+            arguments = {key: value for key, value in arguments.items() if key != "ignore_index"}
+        return cast(Tensor, cast(Any, self.function)(logits, classes, reduction=reduction, **arguments))
+
+    def _classes(self, logits: Tensor, target: Payload) -> Tensor:
+        """Return the targets as int64 class indices, or as probabilities in a floating type; refuse all others."""
+        classes = as_tuple(target)[0]
+        dim = classes_in(logits, self.class_dim)
+        if classes.shape == logits.shape and self.function is functional.cross_entropy:
+            return classes if classes.is_floating_point() else classes.to(logits.dtype)  # one-hot
+        if not classes.is_floating_point() and classes.shape == logits.shape[:dim] + logits.shape[dim + 1 :]:
+            return classes if classes.dtype == torch.int64 else classes.long()
         raise UsageError(
-            f"`loss` mse compares the network's output {tuple(logits.shape)} with a target {tuple(wanted.shape)}; give "
-            "both one shape, or set `loss` to cross_entropy",
+            f"`loss` {self.name} finds the {logits.shape[dim] if logits.dim() else 0} classes of the "
+            f"network's output {tuple(logits.shape)} in dimension {dim}, and got a target {tuple(classes.shape)} of "
+            f"{classes.dtype}; give class indices of shape {tuple(logits.shape[:dim] + logits.shape[dim + 1 :])}"
+            f"{' or probabilities shaped like the output' if self.function is functional.cross_entropy else ''}, or "
+            "say where the classes are by `loss` {kind: " + self.name + ", class_dim: ...}",
             code="loss-does-not-fit-targets",
             key="loss",
         )
-    return functional.mse_loss(logits, wanted)
+
+    def _classes_second(self, logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits and targets as torch takes them, with the classes in dimension 1."""
+        dim = classes_in(logits, self.class_dim)
+        soft = classes.dim() == logits.dim()
+        return logits.movedim(dim, 1), classes.movedim(dim, 1) if soft else classes
+
+    def _weights(self, classes: Tensor) -> Tensor:
+        """Return how much each class index counts."""
+        counted = classes != self.ignored
+        if "weight" not in self.arguments:
+            return counted
+        weight: Tensor = self.arguments["weight"].to(classes.device)
+        return weight[classes.long().clamp(0, len(weight) - 1)] * counted  # an index that is no class: torch refuses it
 
 
-def per_sample(loss: Loss) -> Callable[[Tensor, Payload], Tensor]:
-    """Return a loss in its form per sample, (logits, target) -> (B,); UsageError if it has none."""
-    if loss is cross_entropy:
-        return _cross_entropies
-    if loss is mse:
-        return lambda logits, target: (logits - as_tuple(target)[0]).square().flatten(1).mean(dim=1)
-    raise UsageError(
-        "this `critic_target` needs the loss of every sample: set `loss` to cross_entropy or mse",
-        code="loss-without-samples",
-        key="loss",
+class Elementwise(Torch):
+    """A loss between output and target of one shape, such as the squared error: its mean is over all elements."""
+
+    def __init__(self, function: Callable[..., Tensor], **arguments: Any) -> None:
+        super().__init__(function, **arguments)
+        self.takes_logits = function in _OF_ANY_OUTPUT
+
+    def compute(self, logits: Tensor, target: Payload) -> Tensor:
+        """Return the loss."""
+        return self._torch(logits, target, self.reduction)
+
+    def count(self, target: Payload) -> float:
+        """Return the number of elements; of the samples where torch's mean is over these."""
+        wanted = as_tuple(target)[0]
+        return float(len(wanted) if self.reduction == "batchmean" else wanted.numel())
+
+    def per_sample(self, logits: Tensor, target: Payload) -> Tensor:
+        """Return the mean (or sum) over the elements of each sample."""
+        each = self._torch(logits, target, "none")
+        each = each.reshape(len(each), -1)
+        return each.sum(dim=1) if self.sums else each.mean(dim=1)
+
+    def hits(self, logits: Tensor, target: Payload) -> Hits | None:
+        """Return None: there are no classes."""
+        return None
+
+    def _torch(self, logits: Tensor, target: Payload, reduction: str) -> Tensor:
+        wanted = as_tuple(target)[0]
+        if wanted.shape != logits.shape:  # torch would broadcast, with a warning
+            raise UsageError(
+                f"`loss` {self.name} compares the network's output {tuple(logits.shape)} with a target "
+                f"{tuple(wanted.shape)}; give both one shape, or set `loss` to cross_entropy",
+                code="loss-does-not-fit-targets",
+                key="loss",
+            )
+        if not wanted.is_floating_point() and not wanted.is_complex():
+            wanted = wanted.to(logits.dtype)
+        return cast(Tensor, cast(Any, self.function)(logits, wanted, reduction=reduction, **self.moved))
+
+
+class Ctc(Torch):
+    """Connectionist temporal classification: logits (B, T, C), target (labels, frames (B,), lengths (B,)).
+
+    `nn.CTCLoss` itself takes log-probabilities (T, B, C).
+    """
+
+    def __init__(self, function: Callable[..., Tensor], *, log_probabilities: bool = False, **arguments: Any) -> None:
+        super().__init__(function, **arguments)
+        self.takes_logits = not log_probabilities
+
+    def compute(self, logits: Tensor, target: Payload) -> Tensor:
+        """Return the loss, as `functional.ctc_loss` reduces it."""
+        return self._torch(logits, target, self.reduction)
+
+    def count(self, target: Payload) -> float:
+        """Return the number of samples."""
+        return float(as_tuple(target)[-1].numel())
+
+    def per_sample(self, logits: Tensor, target: Payload) -> Tensor:
+        """Return the loss of every sample by its number of labels, or its sum."""
+        each = self._torch(logits, target, "none")
+        lengths = as_tuple(target)[-1].to(each.device).clamp(min=1)
+        return each if self.sums else each / lengths
+
+    def hits(self, logits: Tensor, target: Payload) -> Hits | None:
+        """Return None: a label belongs to no frame."""
+        return None
+
+    def _torch(self, logits: Tensor, target: Payload, reduction: str) -> Tensor:
+        if logits.dim() != 3 or len(as_tuple(target)) != 3:
+            raise UsageError(
+                f"`loss` ctc takes an output (B, T, C) and a target (labels, frames, lengths), not "
+                f"{tuple(logits.shape)} and {len(as_tuple(target))} target tensors; give these",
+                code="loss-does-not-fit-targets",
+                key="loss",
+            )
+        log_probabilities = logits.log_softmax(-1).transpose(0, 1) if self.takes_logits else logits
+        return cast(Tensor, cast(Any, self.function)(log_probabilities, *target, reduction=reduction, **self.moved))
+
+
+cross_entropy = Classification(functional.cross_entropy)
+"""Mean cross-entropy over the class indices that are not IGNORED, or over probabilities shaped like the logits."""
+
+mse = Elementwise(functional.mse_loss)
+"""Mean squared error of the network's output against a target of its shape."""
+
+_NAMED: dict[str, partial[Any]] = {
+    "cross_entropy": partial(Classification, functional.cross_entropy),
+    "nll": partial(Classification, functional.nll_loss),
+    "bce_with_logits": partial(Elementwise, functional.binary_cross_entropy_with_logits),
+    "mse": partial(Elementwise, functional.mse_loss),
+    "l1": partial(Elementwise, functional.l1_loss),
+    "smooth_l1": partial(Elementwise, functional.smooth_l1_loss),
+    "huber": partial(Elementwise, functional.huber_loss),
+    "ctc": partial(Ctc, functional.ctc_loss),
+}
+"""`loss.kind` -> the loss; its arguments are those of torch's function, and `class_dim`."""
+
+# Torch's own modules and functions have the classes in dimension 1, whatever the output looks like.
+_OF_FUNCTION: dict[Any, Callable[..., Torch]] = {
+    functional.cross_entropy: partial(Classification, functional.cross_entropy, class_dim=1),
+    functional.nll_loss: partial(Classification, functional.nll_loss, class_dim=1),
+    functional.ctc_loss: partial(Ctc, functional.ctc_loss, log_probabilities=True),
+}
+_OF_FUNCTION.update(
+    (function, partial(Elementwise, function))
+    for function in (
+        functional.mse_loss,
+        functional.l1_loss,
+        functional.smooth_l1_loss,
+        functional.huber_loss,
+        functional.binary_cross_entropy,
+        functional.binary_cross_entropy_with_logits,
+        functional.soft_margin_loss,
+        functional.poisson_nll_loss,
+        functional.kl_div,
     )
+)
+
+_OF_MODULE: dict[type[nn.Module], tuple[Any, tuple[str, ...]]] = {
+    nn.CrossEntropyLoss: (functional.cross_entropy, ("weight", "ignore_index", "label_smoothing")),
+    nn.NLLLoss: (functional.nll_loss, ("weight", "ignore_index")),
+    nn.MSELoss: (functional.mse_loss, ()),
+    nn.L1Loss: (functional.l1_loss, ()),
+    nn.SmoothL1Loss: (functional.smooth_l1_loss, ("beta",)),
+    nn.HuberLoss: (functional.huber_loss, ("delta",)),
+    nn.BCELoss: (functional.binary_cross_entropy, ("weight",)),
+    nn.BCEWithLogitsLoss: (functional.binary_cross_entropy_with_logits, ("weight", "pos_weight")),
+    nn.SoftMarginLoss: (functional.soft_margin_loss, ()),
+    nn.PoissonNLLLoss: (functional.poisson_nll_loss, ("log_input", "full", "eps")),
+    nn.KLDivLoss: (functional.kl_div, ("log_target",)),
+    nn.CTCLoss: (functional.ctc_loss, ("blank", "zero_infinity")),
+}
+"""Loss module of torch -> its function, and the attributes that are arguments of it."""
 
 
-def _cross_entropies(logits: Tensor, target: Payload) -> Tensor:
-    """Return the mean over the positions of each sample that count; 0 where none does."""
-    classes = as_tuple(target)[0]
-    last = classes.shape == logits.shape[:-1]
-    each = functional.cross_entropy(logits.movedim(-1, 1) if last else logits, classes, reduction="none")
-    counted = (classes != IGNORED).reshape(len(each), -1).sum(dim=1)
-    return each.reshape(len(each), -1).sum(dim=1) / counted.clamp(min=1)
+def find_loss(choice: str | Loss | dict[str, Any]) -> Criterion:
+    """Return the criterion that a choice means; UsageError if it is unknown or no loss.
 
-
-_NAMED: dict[str, Loss] = {"cross_entropy": cross_entropy, "mse": mse}
-
-
-def find_loss(choice: str | Loss) -> Loss:
-    """Return a loss by name, by `package.module:function`, or the user's own callable; UsageError if unknown."""
-    if not isinstance(choice, str):
+    Args:
+        choice: A name, a dictionary with a kind and arguments, `package.module:function`, or any callable.
+    """
+    if isinstance(choice, Criterion):
         return choice
-    if choice in _NAMED:
-        return _NAMED[choice]
-    if ":" in choice:
-        return cast(Loss, import_factory(choice, "loss"))
-    remedy = f"{did_you_mean(choice, _NAMED)}; one of {', '.join(_NAMED)}, or package.module:function"
-    raise UsageError(f"`loss`: {choice!r} is not known{remedy}", code="unknown-loss", key="loss")
+    if isinstance(choice, str):
+        choice = {"kind": choice}
+    if isinstance(choice, dict):
+        arguments = dict(choice)
+        kind = arguments.pop("kind")
+        if kind in _NAMED:
+            found: Criterion = _NAMED[kind](**arguments)
+            return found
+        if ":" in kind:
+            return find_loss(cast(Loss, import_factory(kind, "loss")))
+        remedy = f"{did_you_mean(kind, _NAMED)}; one of {', '.join(_NAMED)}, or package.module:function"
+        raise UsageError(f"`loss`: {kind!r} is not known{remedy}", code="unknown-loss", key="loss")
+    return _of_callable(choice)
 
 
-class ExitScore:
-    """Held-out loss and accuracy of one exit, summed on the device and read once at the end."""
+def _of_callable(choice: Any) -> Criterion:
+    if isinstance(choice, type) and issubclass(choice, nn.Module):
+        choice = _instance(choice)
+    if not callable(choice):
+        raise UsageError(
+            f"`loss` is a {type(choice).__name__}; give a name, a dictionary with a kind, or a function of the "
+            "network's output and the target",
+            code="unknown-loss",
+            key="loss",
+        )
+    given: Any = choice
+    arguments: dict[str, Any] = {}
+    if isinstance(given, partial) and not given.args:
+        arguments = given.keywords
+        given = given.func
+    if given in _OF_FUNCTION:
+        return _OF_FUNCTION[given](**arguments)
+    known = _OF_MODULE.get(type(given))
+    if known is not None:
+        function, names = known
+        held = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+        return _OF_FUNCTION[function](reduction=given.reduction, **held)
+    return Criterion(choice)
 
-    def __init__(self) -> None:
-        self._loss: Tensor | float = 0.0
-        self._weight: Tensor | float = 0.0
-        self._correct: Tensor | float = 0.0
-        self._classes = True
 
-    def add(self, loss: Tensor, logits: Tensor, target: Payload) -> None:
-        """Add one micro-batch; its weight is its number of targets that count (else of samples)."""
-        classes = as_tuple(target)[0]
-        # fp64, because fp32 sums of many micro-batches would depend on their number and order in the digits shown.
-        if is_classification(logits, target):
-            counted = classes != IGNORED
-            weight = counted.sum().double()
-            self._correct = self._correct + ((logits.argmax(-1) == classes) & counted).sum().double()
-        else:
-            self._classes = False
-            weight = logits.new_full((), float(logits.shape[0]), dtype=torch.float64)
-        # A micro-batch without any counted target has loss NaN (0 / 0) and weight 0, and NaN * 0 is NaN.
-        self._loss = self._loss + torch.where(weight > 0, loss.double() * weight, 0.0)
-        self._weight = self._weight + weight
+def _instance(kind: type[nn.Module]) -> nn.Module:
+    """Return the loss of a class that was given in place of its instance."""
+    try:
+        inspect.signature(kind).bind()
+    except TypeError:
+        raise UsageError(
+            f"`loss` is the class {kind.__name__}; give an instance of it, with its arguments",
+            code="unknown-loss",
+            key="loss",
+        ) from None
+    return kind()
 
-    def sums(self) -> list[float | None]:
-        """Return the sums (loss, weight, correct or None), to be joined with others' by `of_sums`."""
-        return [float(self._loss), float(self._weight), float(self._correct) if self._classes else None]
 
-    @staticmethod
-    def of_sums(parts: list[list[Any]]) -> tuple[float, float | None]:
-        """Return the `result` of several scores, each given by its `sums`."""
-        whole = ExitScore()
-        whole._loss = sum(part[0] for part in parts)
-        whole._weight = sum(part[1] for part in parts)
-        whole._classes = all(part[2] is not None for part in parts)
-        whole._correct = sum(part[2] or 0.0 for part in parts)
-        return whole.result()
-
-    def result(self) -> tuple[float, float | None]:
-        """Return the mean loss and, for class targets, the share classified right (None otherwise)."""
-        weight = float(self._weight)
-        if not weight:
-            return float("nan"), None
-        accuracy = float(self._correct) / weight if self._classes else None
-        return float(self._loss) / weight, accuracy
+def _as_given(value: Any) -> Any:
+    """Return a list of class weights as a tensor, and tensors on the CPU without a graph."""
+    if isinstance(value, list | tuple):
+        value = torch.tensor(value)
+    return value.detach().cpu() if isinstance(value, Tensor) else value

@@ -42,6 +42,7 @@ class StageMeter:
         every: int,
         trace: range,
         updates_every: int = 1,
+        hint: str = "",
     ) -> None:
         self._stage = stage
         self._clock = clock
@@ -49,10 +50,11 @@ class StageMeter:
         self._every = every
         self._trace = trace  # numbers of the packets whose spans are posted
         self._updates_every = updates_every  # laps of phase `step` per optimizer update
+        self._hint = hint  # what else may be the cause of a loss that is NaN
         # What has gathered since the last flush. Marks are read then: on a GPU that waits for the device.
         self._marks: list[Mark] = [clock.mark()]
         self._phases: list[tuple[str, int]] = []
-        self._losses: list[tuple[int, Tensor]] = []
+        self._losses: list[tuple[int, Tensor, float]] = []  # packet, its loss, how much that counts
         self._packets_since = 0
         self._samples_since = 0
         self._packet = 0
@@ -78,10 +80,10 @@ class StageMeter:
         """Let the laps from here on belong to training packet `packet`."""
         self._packet = packet
 
-    def trained(self, packet: int, loss: Tensor | None, samples: int) -> bool:
+    def trained(self, packet: int, loss: Tensor | None, samples: int, weight: float = 1.0) -> bool:
         """Count a training packet, with its loss where this rank knows it; return True if a flush is due."""
         if loss is not None:
-            self._losses.append((packet, loss))
+            self._losses.append((packet, loss, weight))
         self._last_packet = packet
         self._packets_since += 1
         self._samples += samples
@@ -138,15 +140,17 @@ class StageMeter:
         if not self._losses:
             return None
         # The one place that reads losses from the device; in one stack, so that it is waited for once, not per loss.
-        losses: list[float] = torch.stack([loss for _, loss in self._losses]).tolist()
-        for (packet, _), loss in zip(self._losses, losses, strict=True):
+        losses: list[float] = torch.stack([loss for _, loss, _ in self._losses]).tolist()
+        for (packet, _, _), loss in zip(self._losses, losses, strict=True):
             if not math.isfinite(loss):
                 raise TrainingError(
                     f"stage {self._stage}: the loss is {loss} at packet {packet}; lower `optimizer.lr`, clip "
-                    "gradients (`training.clip_norm`), or look at the data",
+                    f"gradients (`training.clip_norm`), or look at the data{self._hint if math.isnan(loss) else ''}",
                     code="loss-not-finite",
                 )
-        return sum(losses) / len(losses)
+        unit = self._losses[0][2]  # where all weigh alike, the mean is the plain one to the last digit
+        weights = [weight / unit for _, _, weight in self._losses]
+        return sum(loss * weight for loss, weight in zip(losses, weights, strict=True)) / sum(weights)
 
     def seconds(self) -> float:
         """Return the seconds from the start to the last optimizer step."""

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 from decoupled_pp.core.channels import Ends
 from decoupled_pp.core.device import own_stream
-from decoupled_pp.core.errors import ReportedError
+from decoupled_pp.core.errors import ReportedError, UsageError
 from decoupled_pp.core.packets import Packet, PacketKind
 from decoupled_pp.core.reports import Record, ValidationRecord
 from decoupled_pp.pipeline.meter import StageMeter
@@ -99,7 +99,11 @@ class Worker:
             self.meter.lap("save")
 
     def _count(self, done: Done | None) -> None:
-        if done is not None and self.meter.trained(done.packet.number, done.loss, done.packet.samples):
+        if done is None:
+            return
+        packet = done.packet
+        weight = 1.0 if self.stage.body.loss.sums else packet.weight
+        if self.meter.trained(packet.number, done.loss, packet.samples, weight):
             self._flush()
 
     def _flush(self) -> None:
@@ -133,12 +137,27 @@ class Worker:
             yield
         except ReportedError:  # its text says where
             raise
+        except ValueError as error:
+            self._note(error)
+            # torch's words, in batch and instance normalisation; they name neither the packet nor what to do.
+            if self._packet is None or "more than 1 value per channel" not in str(error):
+                raise
+            raise UsageError(
+                f"stage {self.stage.index}, packet {self._packet.number}: batch normalisation cannot train on a "
+                f"micro-batch of {self._packet.samples} sample; leave the last, smaller one out (drop_last=True of a "
+                "DataLoader), or raise `data.batch_size`",
+                code="batch-too-small",
+                key="data.batch_size",
+            ) from error
         except (Exception, SystemExit) as error:
-            # A note, not an error of another class: the user's own type, traceback and debugger stay what they are.
-            if self._packet is not None:
-                packet = self._packet
-                error.add_note(f"stage {self.stage.index}, {packet.kind.name} packet {packet.number}")
+            self._note(error)
             raise
+
+    def _note(self, error: Exception | SystemExit) -> None:
+        # A note, not an error of another class: the user's own type, traceback and debugger stay what they are.
+        if self._packet is not None:
+            packet = self._packet
+            error.add_note(f"stage {self.stage.index}, {packet.kind.name} packet {packet.number}")
 
 
 def run(workers: Sequence[Worker]) -> None:

@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 from decoupled_pp.core.channels import Ends
 from decoupled_pp.core.packets import Packet
 from decoupled_pp.pipeline.body import Body
-from decoupled_pp.pipeline.losses import ExitScore
 from decoupled_pp.pipeline.optimizer_state import group_entries
 from decoupled_pp.pipeline.probes import ActivationProbe, Probe
 from decoupled_pp.pipeline.rules.rule import Done, Lap, Rule
+from decoupled_pp.pipeline.score import ExitScore
 from decoupled_pp.pipeline.updates.update import Update
 
 
@@ -40,7 +40,26 @@ class Stage:
             stack.enter_context(self.body.random)  # around the update too: an optimizer may draw random numbers
             for probe in self.probes:
                 stack.enter_context(probe.watching())
-            return self.rule.step(packet, ends, lap)
+            self.update.begin(packet)
+            return self.rule.step(packet, ends, lap) if packet.weight else self._pass_on(packet, ends, lap)
+
+    def _pass_on(self, packet: Packet, ends: Ends, lap: Lap) -> Done:
+        """Hand a packet on in which nothing counts: no critic runs, nothing is learnt from it, whatever the rule."""
+        if packet.samples:
+            # As in plain PyTorch, the layers see it: batch statistics move.
+            self.rule.pass_on(packet, self.body.view(packet), ends)
+        else:
+            ends.outlet.send(packet)  # few layers run on no sample
+        lap("forward")
+        self.update.count(packet)
+        lap("step")
+        self.rule.skip(packet, ends, lap)
+        return Done(packet, None)
+
+    def begin(self) -> None:
+        """Forget what a session that failed has left unfinished; called before a session begins."""
+        self.rule.begin()
+        self.update.forget()
 
     def resume(self, ends: Ends, lap: Lap) -> Done | None:
         """Finish the packet that `train` left unfinished, once the next stage has done its part."""
@@ -49,6 +68,9 @@ class Stage:
 
     def evaluate(self, packet: Packet, send: Callable[[Packet], None]) -> None:
         """Score this exit on one held-out packet and pass it on; changes nothing that trains."""
+        if not packet.weight and not packet.samples:
+            send(packet)
+            return
         # A random stream apart: training must draw the same numbers however often it is interrupted to evaluate.
         with self.body.evaluating(), self._evaluation_random:
             hidden = self.body.forward(packet.payload)
@@ -59,7 +81,7 @@ class Stage:
             if self.body.judge.exits:
                 logits = self.body.logits(hidden)
                 with self.body.autocast:
-                    self._score.add(self.body.loss(logits, packet.target), logits, packet.target)
+                    self._score.add(logits, packet.target, packet.weight)
 
     def finish_evaluation(self) -> tuple[float, float | None] | None:
         """Return held-out loss and accuracy since the last call; None if the critic makes no logits."""
@@ -112,5 +134,5 @@ class Stage:
         return named
 
     def _begin_evaluation(self) -> None:
-        self._score = ExitScore()
+        self._score = ExitScore(self.body.loss)
         self._evaluation_random = self.body.random_of_evaluation()

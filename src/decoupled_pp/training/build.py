@@ -84,7 +84,7 @@ def _build_stage(plan: Plan, recipe: Recipe, index: int, critic: nn.Module | Non
 
 def assemble_stage(index: int, stages: int, body: Body, optimizers: list[Optimizer], recipe: Recipe) -> Stage:
     """Join the parts of one stage."""
-    update = UPDATES["alone"](optimizers, recipe.training)
+    update = UPDATES["alone"](optimizers, recipe.training, sums=body.loss.sums)
     probes = _build_probes(body, recipe.validation)
     pace = Pace(recipe.training.stagger * index, recipe.training.critic_warmup)
     parts = RuleParts(index, stages, body, update, pace, probes)

@@ -11,13 +11,14 @@ from decoupled_pp.core import environment
 from decoupled_pp.core.channels import LinkTerms
 from decoupled_pp.core.datasets import BatchSource
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.core.packets import as_tuple
+from decoupled_pp.core.packets import PacketKind, as_tuple
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.core.reports import CheckpointRecord, Exit, NoteRecord, Record, Report
 from decoupled_pp.core.topology import Topology
 from decoupled_pp.data.iterables import Batches, as_source
 from decoupled_pp.links import StoreControl
 from decoupled_pp.pipeline.feed import Feed, Itinerary
+from decoupled_pp.pipeline.losses import find_loss
 from decoupled_pp.pipeline.optim import build_schedules
 from decoupled_pp.pipeline.optimizer_state import refuse_unsavable
 from decoupled_pp.pipeline.runtime import Worker, run
@@ -144,7 +145,7 @@ class DecoupledTrainer(BaseTrainer):
         try:
             with told_to_all(self._control, self.rank, self._topology):
                 self._begin(itinerary, resume, training=train is not None)
-                feed = Feed(train, held_out, itinerary, self.device, lambda: watcher.stop_requested() is not None)
+                feed = self._feed(train, held_out, itinerary, watcher)
                 workers = self._join(feed, itinerary, trace_packets)
                 run(workers)
                 for worker in workers:
@@ -174,7 +175,7 @@ class DecoupledTrainer(BaseTrainer):
         """Bring this rank's stages to where the run begins, and wait until all ranks have."""
         self.build(resume)
         for stage in self._stages:
-            stage.rule.begin()
+            stage.begin()
         if training:
             for update in (stage.update for stage in self._stages):
                 schedule = self.recipe.schedule
@@ -191,6 +192,15 @@ class DecoupledTrainer(BaseTrainer):
             self._checkpoints.prepare(self._control, self.rank, itinerary.start, itinerary.save_every)
         while self._notes:
             self._control.post(self._notes.pop(0))
+
+    def _feed(
+        self, train: BatchSource | None, held_out: BatchSource | None, itinerary: Itinerary, watcher: Watcher
+    ) -> Feed:
+        weight = find_loss(self.recipe.loss).weight
+        weights = {PacketKind.TRAIN: weight, PacketKind.EVALUATE: weight}
+        return Feed(
+            train, held_out, itinerary, self.device, lambda: watcher.stop_requested() is not None, weights=weights
+        )
 
     def _join(self, feed: Feed, itinerary: Itinerary, trace: range) -> list[Worker]:
         terms = LinkTerms(

@@ -34,6 +34,7 @@ class Session:
             every=self.log_every,
             trace=self.trace,
             updates_every=stage.update.accumulate,
+            hint=stage.body.loss.hint(),
         )
         return Worker(stage, Ends(inlet or self.feed, outlet or Nowhere()), meter, self.save, self.post)
 

@@ -27,7 +27,7 @@ from decoupled_pp.settings.run import (
 class Recipe:
     """Says how the stages of a plan are made and trained. Each part of a run is built from its own section of this."""
 
-    loss: Loss  # loss(logits, target) -> scalar, the mean over a micro-batch
+    loss: Loss  # see `losses.find_loss`
     critic: CriticBuilder
     optimizer: OptimizerSettings | OptimizerFactory
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from decoupled_pp import Trainer, partition
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.pipeline.losses import cross_entropy, mse, per_sample
+from decoupled_pp.pipeline.losses import cross_entropy, mse
 from decoupled_pp.pipeline.rules.cascade import Lesson
 from decoupled_pp.pipeline.stage import Stage
 from decoupled_pp.settings.load import check_settings
@@ -167,12 +167,12 @@ def test_losses_of_samples(shape):
     logits, target = torch.randn(*shape, 7), torch.randint(7, shape)
     if len(shape) == 2:
         target[0, 1:3] = -100
-    found = per_sample(cross_entropy)(logits, target)
+    found = cross_entropy.per_sample(logits, target)
     assert found.tolist() == pytest.approx(
         [F.cross_entropy(a, b).item() for a, b in zip(logits.reshape(5, -1, 7), target.reshape(5, -1), strict=True)]
     )
     wanted = torch.randn(5, 2, 3)
-    assert per_sample(mse)(wanted + 2, wanted).tolist() == pytest.approx([4.0] * 5)
+    assert mse.per_sample(wanted + 2, wanted).tolist() == pytest.approx([4.0] * 5)
 
 
 def test_a_lag_within_the_capacity_is_refused_in_the_words_of_its_user():

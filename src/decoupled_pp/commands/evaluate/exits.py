@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from decoupled_pp.commands.evaluate.gradient_probe import GradientCosine
 from decoupled_pp.core.device import untouched
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.core.packets import Batch, Payload, as_tuple, is_classification, map_payload
+from decoupled_pp.core.packets import Batch, Payload, as_tuple, map_payload
 from decoupled_pp.core.plans import count_parameters
 from decoupled_pp.core.reports import Exit
-from decoupled_pp.pipeline.losses import ExitScore
+from decoupled_pp.pipeline.score import ExitScore
 from decoupled_pp.pipeline.stage import Stage
 
 
@@ -137,7 +137,7 @@ def progressive(
     left = torch.zeros(len(thresholds), len(stages))
     for logits, target in exit_logits(stages, batches):
         classes = as_tuple(target)[0].cpu()
-        if logits.dim() != 3 or not is_classification(logits[0], target):
+        if logits.dim() != 3 or classes.shape != logits.shape[1:2] or classes.is_floating_point():
             raise UsageError(
                 "--progressive is for one class per sample, because a sample leaves as a whole; leave it out",
                 code="progressive-needs-classes",
@@ -161,8 +161,9 @@ def _progressive(threshold: float, correct: Tensor, left: Tensor, costs: Sequenc
 
 def ensemble(stages: Sequence[Stage], batches: Iterable[Batch]) -> Ensemble:
     """Scores the sum of all exits' logits with the run's loss."""
-    score = ExitScore()
+    criterion = stages[-1].body.loss
+    score = ExitScore(criterion)
     for logits, target in exit_logits(stages, batches):
         summed = logits.sum(dim=0)
-        score.add(stages[-1].body.loss(summed, target), summed, target)
+        score.add(summed, target, criterion.weight((summed, target)))
     return Ensemble(*score.result())

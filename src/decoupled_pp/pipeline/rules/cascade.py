@@ -10,7 +10,7 @@ after them. So no forward step waits, and what is learnt depends on the lag alon
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from decoupled_pp.core.channels import Ends, Returns
+from decoupled_pp.core.criterion import Criterion
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import Critic, View
 from decoupled_pp.core.packets import Packet, Payload, as_tuple, first_tensor, map_payload
-from decoupled_pp.pipeline.losses import per_sample
 from decoupled_pp.pipeline.optim import build_optimizers
 from decoupled_pp.pipeline.rules.local import Local
 from decoupled_pp.pipeline.rules.rule import Done, Lap, RuleParts, RuleState
@@ -36,7 +36,7 @@ class Lesson:
     number: int
     hidden: Payload  # the stage's output for it, without a graph
     target: Payload
-    losses: Tensor | None = None  # the next stage's, (B,), once they have come
+    losses: Tensor | None = None  # the next stage's, (B,) on the CPU, once they have come
 
 
 class Cascade(Local):
@@ -50,7 +50,7 @@ class Cascade(Local):
         assert isinstance(settings, CascadeTarget), "the table of rules gives each rule its own section"
         self._lag = settings.lag
         self._share = settings.share_of_labels
-        self._per_sample = per_sample(parts.body.loss)
+        self._criterion = _by_sample(parts.body.loss)
         self._losses: Tensor | None = None  # of the last packet's samples, (B,)
         self.lessons: deque[Lesson] = deque()  # oldest first, at most `lag` of them
         if parts.body.critic is not None:
@@ -61,14 +61,15 @@ class Cascade(Local):
         done = super().step(packet, ends, lap)
         if self._losses is not None:
             ends.inlet.give_back(packet.number, [self._losses])
-        # At a fixed lag, whenever the losses came: what is learnt must not depend on timing.
-        lesson = self.lessons[0] if self.lessons else None
-        if lesson is not None and lesson.number <= packet.number - self._lag:
-            self.lessons.popleft()
-            self._complete(lesson, ends)
-            self._teach(lesson)
-            lap("critic")
+        self.skip(packet, ends, lap)
         return done
+
+    def skip(self, packet: Packet, ends: Ends, lap: Lap) -> None:
+        """Learn what is due at this packet, from whichever packets counted."""
+        due = self._due(packet.number - self._lag)
+        if due:
+            self._teach(due, ends)
+            lap("critic")
 
     def begin(self) -> None:
         """Forget lessons whose losses never came: they were on the links of a session that failed."""
@@ -108,7 +109,7 @@ class Cascade(Local):
         with body.autocast:
             if not self.parts.is_first:
                 with torch.no_grad():  # the stage before learns from the numbers, not through them
-                    self._losses = self._per_sample(logits, view.target)
+                    self._losses = self._criterion.per_sample(logits, view.target)
             return body.loss(logits, view.target)
 
     def keep(self, packet: Packet, view: View) -> None:
@@ -124,28 +125,41 @@ class Cascade(Local):
             return []
         return [p for p in self.parts.body.trunk.parameters() if p.requires_grad]
 
-    def _complete(self, lesson: Lesson, ends: Ends) -> None:
+    def _complete(self, lesson: Lesson, ends: Ends) -> Tensor:
         if lesson.losses is None:
             (lesson.losses,) = ends.outlet.returned(lesson.number)
+        return lesson.losses
 
-    def _teach(self, lesson: Lesson) -> None:
-        """Lower (1 - s) mean_b |L_k,b - L_{k+1},b| + s mean_b L_k,b over a packet; L_{k+1} are the lesson's losses.
-
-        Source: Lee, Hsieh & Lee 2022 (2102.01963), equations 5 and 7, for s = 0.
-        """
-        assert lesson.losses is not None
-        body = self.parts.body
+    def _due(self, until: int) -> list[Lesson]:
+        """Take the lessons of the next optimizer step, once the last packet of that step is `until` or before it."""
+        # By numbers alone, whenever the losses came: what is learnt must not depend on timing. A whole step at a time:
+        # so no gradient is under way when a checkpoint is written. A packet in which nothing counts is no lesson.
         accumulate = self.parts.update.accumulate
-        logits = body.logits(lesson.hidden)
-        with body.autocast:
-            ours = self._per_sample(logits, lesson.target)
-        distance = (ours - lesson.losses.to(ours)).abs().mean()
-        taught = (1 - self._share) * distance + self._share * ours.mean()
-        (taught / accumulate).backward()
-        if (lesson.number + 1) % accumulate == 0:  # by the lesson's number, not by a count: resuming goes on alike
-            for optimizer in self.optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+        step = self.lessons[0].number // accumulate if self.lessons else 0
+        if (step + 1) * accumulate - 1 > until:
+            return []
+        return [self.lessons.popleft() for _ in range(sum(one.number // accumulate == step for one in self.lessons))]
+
+    def _teach(self, lessons: Sequence[Lesson], ends: Ends) -> None:
+        """Lower (1 - s) mean_b |L_k,b - L_{k+1},b| + s mean_b L_k,b; b are the samples that count of all the lessons.
+
+        L_{k+1} are the lessons' losses. Source: Lee, Hsieh & Lee 2022 (2102.01963), equations 5 and 7, for s = 0.
+        """
+        body = self.parts.body
+        theirs = [self._complete(lesson, ends) for lesson in lessons]
+        samples = sum(int(losses.isfinite().sum()) for losses in theirs)
+        for lesson, losses in zip(lessons, theirs, strict=True):
+            logits = body.logits(lesson.hidden)
+            with body.autocast:
+                ours = self._criterion.per_sample(logits, lesson.target)
+            # NaN marks a sample in which nothing counts.
+            ours = torch.where(ours.isnan(), 0.0, ours)
+            distance = (ours - losses.to(ours).nan_to_num()).abs().sum() / samples
+            taught = (1 - self._share) * distance + self._share * ours.sum() / samples
+            taught.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     def _lessons_in(self, state: Mapping[str, Any]) -> Iterator[Lesson]:
         device = self.parts.body.device
@@ -160,6 +174,18 @@ class Cascade(Local):
             hidden = map_payload(lambda t: t.to(device), part(number, "hidden"))
             target = map_payload(lambda t: t.to(device), part(number, "target"))
             yield Lesson(number, hidden, target, first_tensor(part(number, "losses")))
+
+
+def _by_sample(criterion: Criterion) -> Criterion:
+    """Return the criterion; UsageError if it does not know the loss of a sample."""
+    if not criterion.by_sample:
+        raise UsageError(
+            "this `critic_target` needs the loss of every sample, and a function gives that of a micro-batch: choose a "
+            "`loss` by its name, such as cross_entropy or mse",
+            code="loss-without-samples",
+            key="loss",
+        )
+    return criterion
 
 
 def _critic_optimizers(critic: nn.Module, index: int, settings: CascadeTarget) -> list[torch.optim.Optimizer]:

@@ -93,6 +93,10 @@ class EndToEnd(Rule):
             ends.inlet.give_back(half.packet.number, [_gradient_of(tensor) for tensor in floating(half.inputs)])
         return Done(half.packet, loss)
 
+    def skip(self, packet: Packet, ends: Ends, lap: Lap) -> None:
+        """Do what is due by the other rule."""
+        self._other.skip(packet, ends, lap)
+
     def begin(self) -> None:
         """Forget a first half whose second one never came."""
         self._half = None

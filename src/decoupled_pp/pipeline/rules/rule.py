@@ -92,6 +92,9 @@ class Rule(ABC):
         """Finish the packet that `step` left unfinished; called only if there is one."""
         raise AssertionError(f"{type(self).__name__} left no packet unfinished")
 
+    def skip(self, packet: Packet, ends: Ends, lap: Lap) -> None:  # noqa: B027 - nothing is due unless a rule says so
+        """Do what is due after a packet in which nothing counts; `step` is not called for it, on any stage."""
+
     def begin(self) -> None:  # noqa: B027 - a rule that keeps nothing between packets has nothing to forget
         """Forget what a session that failed has left unfinished; called before a session begins."""
 

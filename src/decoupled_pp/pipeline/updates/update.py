@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from decoupled_pp.core.packets import Packet
+from decoupled_pp.pipeline.updates.accumulation import Accumulation
 from decoupled_pp.settings.run import StageSettings
 
 
@@ -25,33 +27,40 @@ class Update:
         samples: Training samples done.
     """
 
-    def __init__(self, optimizers: list[Optimizer], training: StageSettings) -> None:
+    def __init__(self, optimizers: list[Optimizer], training: StageSettings, *, sums: bool = False) -> None:
+        """Take over the optimizers; with `sums` the losses of micro-batches add up, else they are means."""
         self.optimizers = optimizers
         self.schedules: Sequence[LambdaLR] = []
         self.accumulate = training.accumulate
         self.steps = 0
         self.samples = 0
         self._clip_norm = training.clip_norm
+        self._accumulation = Accumulation(training.accumulate, sums=sums)
 
     @property
     def learning_rate(self) -> float:
         """Present learning rate of the first optimizer's first group, 0 if nothing trains."""
         return float(self.optimizers[0].param_groups[0]["lr"]) if self.optimizers else 0.0
 
+    def begin(self, packet: Packet) -> None:
+        """Go on with a training packet, before its loss is computed."""
+        self._accumulation.begin(packet.weight)
+
     def backward(self, loss: Tensor, inputs: Sequence[nn.Parameter] | None = None) -> None:
-        """Add the gradients of one packet's mean loss to those of `inputs`; None: of all that it depends on."""
-        # The loss is a mean over a packet, and the step's gradient the mean over its packets (law 5). Dividing by 1
-        # would be another operation in the graph.
-        mean = loss / self.accumulate if self.accumulate > 1 else loss
-        mean.backward(inputs=inputs)
+        """Add the gradients of the present packet's loss to those of `inputs`; None: of all that it depends on."""
+        self._accumulation.part(loss).backward(inputs=inputs)
 
     def count(self, packet: Packet) -> None:
         """Count a training packet whose gradients are there; take the step if the packet completes it."""
         self.samples += packet.samples
-        if (packet.number + 1) % self.accumulate == 0:
+        if (packet.number + 1) % self.accumulate:
+            return
+        if self._accumulation.finish(self._parameters()):
             self.synchronise()
             self.clip()
             self.step()
+        else:
+            self.skip()
 
     def synchronise(self) -> None:
         """Do nothing: no other rank holds this stage."""
@@ -60,15 +69,33 @@ class Update:
         """Scale the gradients of the stage and its critic down to the largest norm allowed for all of them together."""
         if self._clip_norm is not None:
             # By the optimizers, not the modules: a critic that its rule updates is not clipped with the layers.
-            groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-            nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], self._clip_norm)
+            nn.utils.clip_grad_norm_(self._parameters(), self._clip_norm)
 
     def step(self) -> None:
         """Take one step of every optimizer, forget the gradients, and move the schedules on."""
         for optimizer in self.optimizers:
             optimizer.step()
+        self._advance()
+
+    def skip(self) -> None:
+        """Move on without a step, because nothing counted: no weight decay, no momentum, no second moment moves."""
+        with warnings.catch_warnings():  # a schedule warns if its optimizer has not taken a step yet
+            warnings.simplefilter("ignore", UserWarning)
+            self._advance()
+
+    def forget(self) -> None:
+        """Forget the gradients of a step that was begun and never taken."""
+        self._accumulation.finish([])
+        for optimizer in self.optimizers:
             # To None: the memory is free until the next backward pass, and optimizers skip what has no gradient.
             optimizer.zero_grad(set_to_none=True)
+
+    def _advance(self) -> None:
+        self.forget()
         for schedule in self.schedules:
             schedule.step()
         self.steps += 1
+
+    def _parameters(self) -> list[nn.Parameter]:
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        return [parameter for group in groups for parameter in group["params"]]

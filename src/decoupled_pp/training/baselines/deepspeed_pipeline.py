@@ -45,6 +45,7 @@ class DeepSpeedPipeline(Strategy):
         self._last = rank == ranks - 1
         self._forwards = 0
         self._backwards = 0
+        self._losses: list[Tensor] = []  # of the step's micro-batches, on the last rank
         self._shapes: object = None
         self._engine = self._build(ranks)
 
@@ -62,6 +63,7 @@ class DeepSpeedPipeline(Strategy):
     def gradients(self, batches: Sequence[Batch]) -> list[Tensor]:
         """See `Strategy`; rank 0 uses the inputs, the last rank the targets and returns the losses."""
         engine = self._engine
+        self.weigh(batches)
         if engine.micro_batches != len(batches):
             engine.set_train_batch_size(len(batches) * engine.dp_world_size)
         shapes = [[tuple(tensor.shape) for tensor in as_tuple(inputs)] for inputs, _ in batches]
@@ -71,8 +73,9 @@ class DeepSpeedPipeline(Strategy):
         self._shapes = None if engine.dynamic_shape else shapes[0]
         self._forwards = 0
         self._backwards = 0
+        self._losses.clear()
         engine.train_batch(iter(batches))
-        return list(engine.fwd_outputs) if self._last else []
+        return list(self._losses)
 
     def owner(self, stage: int) -> int | None:
         """See `Strategy`."""
@@ -81,6 +84,11 @@ class DeepSpeedPipeline(Strategy):
     def _update(self) -> None:
         """Take the engine's own step: clip, optimizer, zero the gradients, learning rate."""
         self._engine._exec_optimizer_step()
+
+    def _skip(self) -> None:
+        """Let the engine do all of its step but the optimizer's."""
+        super()._skip()
+        self._engine.global_steps += 1
 
     def _build(self, ranks: int) -> Any:
         """Build the engine of this rank's stage, with instructions that record what they do."""
@@ -133,12 +141,12 @@ class DeepSpeedPipeline(Strategy):
             self.recorder.lap("forward")
 
     def _judge(self, output: Payload, target: Payload) -> Tensor:
-        """Return the loss; the engine computes it at the end of the last stage's forward pass."""
+        """Return a micro-batch's share of the loss; the engine asks for it at the end of the last stage's forward."""
         self.recorder.lap("forward")
-        with self.training.autocast(self.device):
-            loss = self.training.loss(as_tuple(output)[0], target)
+        loss, share = self.judged_part(output, target, len(self._losses))
+        self._losses.append(loss.detach())
         self.recorder.lap("critic")
-        return loss
+        return share
 
     def _backward(self, execute: Callable[[], None], engine: Any, buffer: int) -> None:
         self._begin(self._backwards)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,9 +15,10 @@ from torch.optim import Optimizer
 
 from decoupled_pp.core.channels import LinkCounters
 from decoupled_pp.core.device import on_device
-from decoupled_pp.core.packets import Batch, Loss, Payload
+from decoupled_pp.core.packets import Batch, Loss, Payload, as_tuple
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.pipeline.activations import SavedActivations
+from decoupled_pp.pipeline.losses import find_loss
 from decoupled_pp.pipeline.optim import OptimizerFactory, build_optimizers, build_schedules
 from decoupled_pp.pipeline.recompute import checkpointed
 from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings, StageSettings
@@ -42,7 +44,7 @@ class _NoRecorder:
 class Training:
     """Says how a baseline trains, by the same sections that a decoupled run takes."""
 
-    loss: Loss  # loss(logits, target) -> scalar, the mean over a micro-batch
+    loss: Loss  # see `losses.find_loss`
     optimizer: OptimizerSettings | OptimizerFactory
     schedule: ScheduleSettings
     steps: int  # optimizer steps that the schedule spans
@@ -79,17 +81,19 @@ class Part(nn.Module):
 class Strategy(ABC):
     """One rank of a baseline.
 
-    Every rank is given the same micro-batches and uses what it needs of them. The gradients are those of the mean loss
-    over all micro-batches, as plain PyTorch computes them (law 11).
+    Every rank is given the same micro-batches and uses what it needs of them. The gradients are those of the loss of
+    all micro-batches as one batch, as plain PyTorch computes them (law 11); one in which nothing counts adds none.
     """
 
     def __init__(self, plan: Plan, stages: Sequence[int], training: Training, device: torch.device) -> None:
         """Take over some stages of a plan (their layers move to `device`)."""
         self.parts = {k: Part(plan.stage_module(k).to(device).train(), training, device) for k in stages}
         self.training = training
+        self.criterion = find_loss(training.loss)
         self.device = device
         self.recorder: Recorder = _NoRecorder()
         self.first = 0  # number of the first micro-batch of the present step
+        self.weights: list[float] = []  # how much each micro-batch of the step counts
         # Bytes that this rank has sent, by (rank that sends activations, rank that receives them).
         self.links: dict[tuple[int, int], LinkCounters] = {}
         # Most bytes that autograd held at any moment of the first step, all micro-batches in flight together.
@@ -102,7 +106,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def gradients(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """Add the gradient of the mean loss over the micro-batches to `.grad` of this rank's parameters.
+        """Weigh the micro-batches; add the gradient of their loss to `.grad` of this rank's parameters.
 
         Return the losses of the micro-batches that this rank has judged (0-dim), in order; none on most ranks.
         """
@@ -121,7 +125,10 @@ class Strategy(ABC):
         with self._probe() if is_first_step else nullcontext():
             losses = self.gradients(batches)
         self.recorder.lap("wait_in")
-        self._update()
+        if any(self.weights):
+            self._update()
+        else:
+            self._skip()
         self.recorder.lap("step")
         self.first += len(batches)
         return losses
@@ -135,6 +142,35 @@ class Strategy(ABC):
             optimizer.zero_grad(set_to_none=True)
         for schedule in self._schedules:
             schedule.step()
+
+    def _skip(self) -> None:
+        """Move on without a step, because nothing counted in it."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        with warnings.catch_warnings():  # a schedule warns if its optimizer has not taken a step yet
+            warnings.simplefilter("ignore", UserWarning)
+            for schedule in self._schedules:
+                schedule.step()
+
+    def weigh(self, batches: Sequence[Batch]) -> None:
+        """Find how much each micro-batch of the step counts; all ranks are given the same ones."""
+        self.weights = [self.criterion.weight(batch) for batch in batches]
+
+    def judged_part(self, output: Payload, target: Payload, number: int) -> tuple[Tensor, Tensor]:
+        """Return the loss of micro-batch `number`, and what it adds to a mean over the step's micro-batches.
+
+        That mean is the loss of all of them as one batch: sum_i w_i loss_i / sum_i w_i, or the sum of sums.
+        """
+        logits = as_tuple(output)[0]
+        weight = self.weights[number]
+        if not weight:  # its loss is 0 / 0, yet a pipeline waits for a gradient
+            nothing = logits.sum() * 0.0
+            return nothing, nothing
+        with self.training.autocast(self.device):
+            loss = self.criterion(logits, target)
+        count = len(self.weights)
+        factor = float(count) if self.criterion.sums else weight * count / sum(self.weights)
+        return loss, loss if factor == 1.0 else loss * factor
 
     @contextmanager
     def _probe(self) -> Iterator[None]:

@@ -137,9 +137,11 @@ class TorchPipeline(Strategy):
         self._last = plan.stages - 1 in mine
         self._schedules_by_count: dict[int, Any] = {}
         self._targets: list[Payload] = []
+        self._losses: dict[int, Tensor] = {}  # of the step, by micro-batch
 
     def gradients(self, batches: Sequence[Batch]) -> list[Tensor]:
         """See `Strategy`; rank 0 uses the inputs, the rank of the last stage the targets and returns the losses."""
+        self.weigh(batches)
         shapes = {tuple(tuple(tensor.shape) for tensor in as_tuple(inputs)) for inputs, _ in batches}
         if len(shapes) > 1:
             raise UsageError(
@@ -157,9 +159,9 @@ class TorchPipeline(Strategy):
         if self._last:
             self._targets = [map_payload(self._here, target) for _, target in batches]
             numbers = torch.arange(len(batches))
-        losses: list[Tensor] = []
-        schedule.step(*whole, target=numbers, losses=losses, return_outputs=False)
-        return [loss.detach() for loss in losses]
+        self._losses.clear()
+        schedule.step(*whole, target=numbers, return_outputs=False)
+        return [self._losses[number] for number in sorted(self._losses)]
 
     def owner(self, stage: int) -> int | None:
         """See `Strategy`."""
@@ -192,14 +194,16 @@ class TorchPipeline(Strategy):
         return self._schedules_by_count[count]
 
     def judge(self, output: Payload, number: Tensor) -> Tensor:
-        """Return the loss of a micro-batch, given by number: torch can chunk a tensor, but no tuple of targets."""
-        with self.training.autocast(self.device):
-            return self.training.loss(as_tuple(output)[0], self._targets[int(number)])
+        """Return the share of a micro-batch, given by number: torch can chunk a tensor, but no tuple of targets."""
+        place = int(number)
+        loss, share = self.judged_part(output, self._targets[place], place)
+        self._losses[place] = loss.detach()
+        return share
 
     def _loss(self, output: Payload, number: Tensor) -> Tensor:
-        loss = self.judge(output, number)
+        share = self.judge(output, number)
         self.recorder.lap("critic")
-        return loss
+        return share
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
         dist.all_reduce(value, group=self.group)

@@ -19,8 +19,8 @@ from decoupled_pp.core.packets import Batch, as_tuple, map_payload
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.core.reports import Exit, Report, ValidationRecord
 from decoupled_pp.pipeline.feed import Itinerary
-from decoupled_pp.pipeline.losses import ExitScore
 from decoupled_pp.pipeline.meter import StageMeter
+from decoupled_pp.pipeline.score import ExitScore
 from decoupled_pp.run.checkpoints.parts import Checkpoint
 from decoupled_pp.run.report import RankMeasurement, make_report, measure, summarize_link
 from decoupled_pp.training.base import BaseTrainer, Observer
@@ -135,8 +135,11 @@ class BaselineTrainer(BaseTrainer):
         share = strategy.share(len(batches))
         due = False
         for place, number in enumerate(share):
-            loss = losses[place] if self.rank == self._judge(strategy) else None
-            due |= meter.trained(strategy.first - len(batches) + number, loss, _samples(batches[number]))
+            weight = strategy.weights[number]
+            loss = losses[place] if weight and self.rank == self._judge(strategy) else None
+            packet = strategy.first - len(batches) + number
+            weight = 1.0 if strategy.criterion.sums else weight
+            due |= meter.trained(packet, loss, _samples(batches[number]), weight)
         return due
 
     def _judge(self, strategy: Strategy) -> int:
@@ -146,16 +149,19 @@ class BaselineTrainer(BaseTrainer):
     def _evaluate(self, batches: Iterator[Batch], meter: StageMeter) -> None:
         """Score the whole network: every rank a share of the micro-batches, the sums joined."""
         network = self.export().to(self.device).eval()
-        score = ExitScore()
+        criterion = self._built().criterion
+        score = ExitScore(criterion)
         with torch.no_grad(), self._random:
             for batch in islice(batches, self.rank, None, self._ranks):
+                weight = criterion.weight(batch)
+                if not weight:
+                    continue
                 inputs, target = (map_payload(lambda t: on_device(t, self.device), part) for part in batch)
                 with self.training.autocast(self.device):
-                    logits = as_tuple(network(inputs))[0]
-                    score.add(self.training.loss(logits, target), logits, target)
+                    score.add(as_tuple(network(inputs))[0], target, weight)
         network.train()
         sums = self._control.gather(f"evaluation/{self.updates}", score.sums(), self._timeout)
-        loss, accuracy = ExitScore.of_sums(sums)
+        loss, accuracy = score.join(sums)
         self._score = (loss, accuracy)
         meter.lap("evaluate")
         if self.rank == self._judge(self._built()):

@@ -42,19 +42,19 @@ class Backprop(Strategy):
 
     def gradients(self, batches: Sequence[Batch]) -> list[Tensor]:
         """See `Strategy`."""
+        self.weigh(batches)
         return [self._backward(batch, number, len(batches)) for number, batch in enumerate(batches)]
 
     def _backward(self, batch: Batch, number: int, count: int) -> Tensor:
-        """Add the gradient of micro-batch `number`'s share of the mean of `count`."""
+        """Add the gradient of micro-batch `number`'s share of the mean of `count`; return its loss."""
         self.recorder.begin(self.first + number)
         inputs, target = (map_payload(self._here, payload) for payload in batch)
         self.recorder.lap("wait_in")
         output = self._network(*as_tuple(inputs))
         self.recorder.lap("forward")
-        with self.training.autocast(self.device):
-            loss = self.training.loss(as_tuple(output)[0], target)
+        loss, share = self.judged_part(output, target, number)
         self.recorder.lap("critic")
-        (loss / count).backward()
+        (share / count).backward()
         self.recorder.lap("backward")
         return loss.detach()
 
@@ -85,6 +85,7 @@ class DataParallel(Backprop):
                 code="micro-batches-do-not-fit-strategy",
                 key="training.accumulate",
             )
+        self.weigh(batches)
         mine = self.share(len(batches))
         losses = []
         for number in mine:
