@@ -50,7 +50,6 @@ def test_every_phase_is_said_and_the_users_threads_are_taken(tmp_path):
     lines = train(tmp_path, OMP_NUM_THREADS="3")
     assert lines[:2] == ["loading PyTorch", "CPU threads: 3 (OMP_NUM_THREADS)"]
     assert lines[2:7] == ALONE
-    assert lines[7].startswith("values are listed per stage")
     assert threads_of(tmp_path) == [3, 3]
 
 
