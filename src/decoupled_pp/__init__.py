@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from decoupled_pp.core.plans import Plan
     from decoupled_pp.core.reports import Exit, Report
     from decoupled_pp.models.huggingface import split_transformers
+    from decoupled_pp.models.split import split
     from decoupled_pp.models.splitting import cut_after, flatten, split_blocks, untie
     from decoupled_pp.models.splitting.traced import split_traced
     from decoupled_pp.models.transformers_export import save_transformers
@@ -46,6 +47,7 @@ __all__ = [
     "load",
     "partition",
     "save_transformers",
+    "split",
     "split_blocks",
     "split_traced",
     "split_transformers",
@@ -75,6 +77,7 @@ _HOMES = {
     "load": "run.saved",
     "partition": "training.partition",
     "save_transformers": "models.transformers_export",
+    "split": "models.split",
     "split_blocks": "models.splitting",
     "split_traced": "models.splitting.traced",
     "split_transformers": "models.huggingface",

@@ -1,4 +1,6 @@
-"""The cheapest critic: pool + linear, or norm + vocabulary projection for tokens. Every family ends in it.
+"""The cheapest critic: pool + linear, norm + vocabulary projection for tokens, a convolution for dense outputs.
+
+Every family ends in it.
 
 Legend: B batch, T tokens, D width, C channels, H x W image, K classes, V vocabulary.
 """
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import CriticContext
@@ -41,6 +44,26 @@ class TokenHead(nn.Module):
         """Judge a stage's output."""
         logits: Tensor = self.projection(self.norm(first_tensor(hidden)))
         return logits
+
+
+class DenseHead(nn.Module):
+    """One 1x1 convolution, then linear interpolation to the size of the output: (B, C, H, W) -> (B, K, H', W').
+
+    As the head of FCN (Long et al. 2015). The size follows the input by the ratio that it has in the sample.
+    """
+
+    def __init__(self, channels: int, outputs: int, scale: tuple[float, float]) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(channels, outputs, 1)
+        self.scale = scale
+
+    def forward(self, hidden: Payload) -> Tensor:
+        """Judge a stage's output."""
+        logits: Tensor = self.convolution(first_tensor(hidden))
+        size = [round(extent * factor) for extent, factor in zip(logits.shape[2:], self.scale, strict=True)]
+        if list(logits.shape[2:]) == size:
+            return logits
+        return functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
 
 class SequenceHead(nn.Module):
@@ -92,6 +115,9 @@ def matching_head(hidden: Payload, output: Tensor, stage: int) -> nn.Module:
             head = LinearHead(first.shape[1], output.shape[1])
         case 3, 3 if first.shape[1] == output.shape[1]:
             head = TokenHead(width, output.shape[2])
+        case 4, 4:
+            (height, width), (tall, wide) = first.shape[2:], output.shape[2:]
+            head = DenseHead(first.shape[1], output.shape[1], (tall / height, wide / width))
         case 3, 2:
             head = SequenceHead(width, output.shape[1])
         case _:

@@ -30,7 +30,7 @@ def build_from_factory(settings: FactoryModel, info: DataInfo) -> nn.Sequential:
         return nn.Sequential(*network)
     raise UsageError(
         f"`model.factory` {settings.factory!r} returned {type(network).__name__}; "
-        "return an nn.Sequential or a non-empty list of nn.Module, the layers in order",
+        "return an nn.Sequential or a non-empty list of nn.Module, the layers in order, or what dpp.split returns",
         code="factory-wrong-result",
         key="model.factory",
     )

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from decoupled_pp.core import environment
 from decoupled_pp.core.channels import Control
@@ -240,7 +239,7 @@ def generate_text(settings: Settings, info: DataInfo, weights: Path) -> str | No
     if settings.sample is None or info.encode is None or info.decode is None:
         return None
     module = build_model(settings.model, info)
-    module.load_state_dict(load_file(weights))
+    run_folder.load_weights(weights, module, key=None)
     prompt = info.encode(settings.sample.prompt)
     generator = torch.Generator().manual_seed(settings.seed)
     tokens = generate(module, prompt, settings.sample.tokens, info.shape[0], settings.sample.temperature, generator)

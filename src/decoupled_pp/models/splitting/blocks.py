@@ -11,15 +11,17 @@ from torch import Tensor, nn
 from decoupled_pp.core.device import on_meta, untouched
 from decoupled_pp.core.errors import UsageError, first_line
 from decoupled_pp.core.plans import Layers
-from decoupled_pp.core.torch_private import own_buffers, own_parameters, slow_attention
+from decoupled_pp.core.torch_private import slow_attention
 from decoupled_pp.models.splitting.call import (
     ForwardCall,
     forward_call,
     network_output,
     of_any_size,
 )
-from decoupled_pp.models.splitting.exact import make_exact
+from decoupled_pp.models.splitting.exact import make_exact, refuse_other_output
+from decoupled_pp.models.splitting.groups import with_blocks_of_groups
 from decoupled_pp.models.splitting.layers import BlockLayer, CarriedResult, EntryLayer, ExitLayer, Travel
+from decoupled_pp.models.splitting.loose import LooseTensor, loose_tensors
 from decoupled_pp.models.splitting.observe import Call, find_blocks, observe, parts_around
 from decoupled_pp.models.splitting.split import Split
 from decoupled_pp.models.splitting.stubs import (
@@ -28,9 +30,8 @@ from decoupled_pp.models.splitting.stubs import (
     PassThroughStub,
     RecordingStub,
     copy_replacing,
-    nan_like,
 )
-from decoupled_pp.models.splitting.tying import give_copies
+from decoupled_pp.models.splitting.tying import give_copies, tied_again_if_it_fails
 from decoupled_pp.models.splitting.wiring import TENSOR, Wiring, wire
 
 
@@ -83,12 +84,14 @@ def split_blocks(
         UsageError: The model is not built that way (the text names what stands in the way), or the layers do not give
             the same output.
     """
-    blocks = find_blocks(model)
     call, inputs = forward_call(model, sample, options or {}, output)
+    original = model
+    model, renamed = with_blocks_of_groups(model, find_blocks(model))
+    blocks = find_blocks(model)
     source = _Source(model, blocks, parts_around(model, blocks.values()), call, inputs)
     modes = {name: part.training for name, part in model.named_modules()}
     # Watched in eval mode: dropout would draw random numbers.
-    with untouched(model, inputs[0].device):
+    with untouched(model, inputs[0].device), tied_again_if_it_fails(model):
         model.eval()
         source, calls = _watch(source)
         block_calls = [one for one in calls if one.module in set(source.blocks.values())]
@@ -96,14 +99,16 @@ def split_blocks(
         ends = _find_ends(source.parts, calls, block_calls)
         # Blocks come second: where an embedding and a head share a weight, the head gets the copy.
         untied = give_copies([ends.entry, source.blocks, ends.exit])
-        layers = _build(source, wiring, ends)
+        layers, loose = _build(source, wiring, ends)
         if not on_meta(model):
-            make_exact(model, layers, source.call, inputs, _carriable(ends.entry, calls, block_calls))
+            if renamed:
+                refuse_other_output(original, model, source.call, inputs)
+            make_exact(model, layers, source.call, inputs, _carriable(ends.entry, calls, block_calls), loose)
     _set_modes(layers, modes)
-    names = _model_names(layers, list(source.blocks))
+    names = _model_names(layers, list(source.blocks), renamed)
     keys = {name: key for key, name in names.items()}
     layers.tied = {keys[copy]: keys[first] for copy, first in untied.items()}
-    return Split(layers, names, untied)
+    return Split(layers, names, untied, way="blocks")
 
 
 def _watch(source: _Source) -> tuple[_Source, list[Call]]:
@@ -197,7 +202,7 @@ def _carriable(
     return tuple(found)
 
 
-def _build(source: _Source, wiring: Wiring, ends: _Ends) -> Layers:
+def _build(source: _Source, wiring: Wiring, ends: _Ends) -> tuple[Layers, tuple[LooseTensor, ...]]:
     model = source.model
     blocks = list(source.blocks.values())
     recording: dict[nn.Module, RecordingStub] = {}
@@ -209,22 +214,16 @@ def _build(source: _Source, wiring: Wiring, ends: _Ends) -> Layers:
     at_exit = ends.exit.values()
     stay_at_exit = {part: part for part in at_exit}
 
-    # Tensors of the model itself, in none of its parts, stay in the entry; the exit has NaNs in their places.
-    loose = list(_loose_tensors(model, [*blocks, *at_entry, *at_exit]))
-    stay_at_entry = {part: part for part in at_entry} | {tensor: tensor for _, _, tensor in loose}
-    first = copy_replacing(model, recording | stay_at_entry | {part: BeyondBlocksStub(part) for part in at_exit})
-    last = copy_replacing(model, passing | stay_at_exit | {part: MissingPartStub(part) for part in at_entry})
-    for name, key, tensor in loose:
-        holder = last.get_submodule(name)
-        # register_buffer refuses a name that is taken.
-        tensors = own_parameters(holder) if key in own_parameters(holder) else own_buffers(holder)
-        tensors.pop(key)
-        holder.register_buffer(key, nan_like(tensor), persistent=False)
+    first = copy_replacing(model, recording | {part: part for part in at_entry} | _stubs(BeyondBlocksStub, at_exit))
+    last = copy_replacing(model, passing | stay_at_exit | _stubs(MissingPartStub, at_entry))
+    loose = loose_tensors(model, [*blocks, *at_entry, *at_exit], (first, last))
+    for tensor in loose:
+        tensor.place(entry=True, exit=False)
 
     entry_shapes = None
     exit_shapes = None
     if on_meta(model):
-        stubs = {part: MissingPartStub(part) for part in source.parts.values()}
+        stubs = _stubs(MissingPartStub, source.parts.values())
         entry_shapes = copy_replacing(model, recording | stubs)
         exit_shapes = copy_replacing(model, passing | stubs | stay_at_exit)
 
@@ -233,16 +232,11 @@ def _build(source: _Source, wiring: Wiring, ends: _Ends) -> Layers:
     for index, block in enumerate(blocks):
         layers[f"block{index}"] = BlockLayer(block, wiring, index, Travel((True,) * len(source.inputs)))
     layers["exit"] = ExitLayer(last, exit_shapes, source.call, passing[blocks[-1]])
-    return Layers(layers.items())
+    return Layers(layers.items()), loose
 
 
-def _loose_tensors(model: nn.Module, parts: Iterable[nn.Module]) -> Iterable[tuple[str, str, Tensor]]:
-    """Yield parameters and buffers of the model that are in none of the parts: (name of the module, key, tensor)."""
-    held = {id(tensor) for part in parts for tensor in (*part.parameters(), *part.buffers())}
-    for name, module in model.named_modules():
-        for key, tensor in (*own_parameters(module).items(), *own_buffers(module).items()):
-            if tensor is not None and id(tensor) not in held:
-                yield name, key, tensor
+def _stubs(kind: type[MissingPartStub], parts: Iterable[nn.Module]) -> dict[nn.Module, nn.Module]:
+    return {part: kind(part) for part in parts}
 
 
 def _set_modes(layers: Layers, modes: Mapping[str, bool]) -> None:
@@ -254,7 +248,7 @@ def _set_modes(layers: Layers, modes: Mapping[str, bool]) -> None:
         part.training = modes[""]
 
 
-def _model_names(layers: nn.Sequential, blocks: Sequence[str]) -> dict[str, str]:
+def _model_names(layers: nn.Sequential, blocks: Sequence[str], renamed: Mapping[str, str]) -> dict[str, str]:
     """Return key of `layers.state_dict()` -> key of the model's own."""
     prefixes = {"entry": "", "exit": ""}
     for index, name in enumerate(blocks):
@@ -262,5 +256,7 @@ def _model_names(layers: nn.Sequential, blocks: Sequence[str]) -> dict[str, str]
     names = {}
     for key in layers.state_dict():
         layer, _, own = key.split(".", 2)  # "entry.model.x", "block0.block.x"
-        names[key] = prefixes[layer] + own
+        name = prefixes[layer] + own
+        beginning = next((one for one in renamed if name.startswith(one)), "")
+        names[key] = renamed.get(beginning, "") + name.removeprefix(beginning)
     return names

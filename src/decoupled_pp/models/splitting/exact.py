@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -17,23 +17,25 @@ from decoupled_pp.core.errors import UsageError, first_line
 from decoupled_pp.core.plans import Layers
 from decoupled_pp.models.splitting.call import ForwardCall
 from decoupled_pp.models.splitting.layers import BlockLayer, CarriedResult, Travel
+from decoupled_pp.models.splitting.loose import LooseTensor
 from decoupled_pp.models.splitting.stubs import BlockStub
 
 _Result = TypeVar("_Result")
 _DRAWS = 32  # tries to see a block left out, of models that draw random numbers before or between their blocks
 
 
-def make_exact(
+def make_exact(  # noqa: PLR0917 - the model, its layers, and what may be moved between them
     model: nn.Module,
     layers: Layers,
     call: ForwardCall,
     inputs: tuple[Tensor, ...],
     carriable: tuple[CarriedResult, ...],
+    loose: tuple[LooseTensor, ...],
 ) -> None:
-    """Let travel to the last layer what it needs and no more.
+    """Give the last layer what it needs and no more: results and inputs that travel to it, tensors of the model itself.
 
     Raises:
-        UsageError: The layers do not give the model's output whatever travels, or the model leaves out blocks.
+        UsageError: The layers do not give the model's output whatever the last one is given.
     """
     whole = _Whole(model, layers, call, inputs)
     chosen = whole.travel
@@ -41,6 +43,10 @@ def make_exact(
     if fault is not None and carriable:
         chosen = replace(chosen, carried=carriable)
         fault = whole.fault(chosen)
+    if fault is not None and loose:
+        for one in loose:
+            one.place(entry=True, exit=True)
+        fault = whole.fault(chosen) or _place(loose, whole, chosen)
     if fault is not None:
         raise fault
     for result in reversed(chosen.carried):
@@ -54,6 +60,46 @@ def make_exact(
             travels = tuple(one and index != place for index, one in enumerate(chosen.inputs))
             chosen = whole.choice(replace(chosen, inputs=travels), chosen)
     whole.use(chosen)
+
+
+def _place(loose: Sequence[LooseTensor], whole: _Whole, travel: Travel) -> UsageError | None:
+    """Give each loose tensor to the one end that uses it; return why that cannot be."""
+    for one in loose:
+        one.place(entry=True, exit=False)
+        if whole.fault(travel) is None:
+            continue
+        one.place(entry=False, exit=True)
+        if whole.fault(travel) is None:
+            continue
+        if isinstance(one.tensor, nn.Parameter):
+            return UsageError(
+                f"the parameter {one.name!r} is used before and after the blocks, so it would belong to several stages; "
+                "make it two",
+                code="part-in-several-stages",
+            )
+        one.place(entry=True, exit=True)
+    return None
+
+
+def refuse_other_output(model: nn.Module, changed: nn.Module, call: ForwardCall, inputs: tuple[Tensor, ...]) -> None:
+    """Raise UsageError if a model whose groups of modules are blocks gives another output than the user's."""
+    for training in (False, True):
+        outputs = []
+        for one in (model, changed):
+            one.train(training)
+            with torch.no_grad(), untouched(one, inputs[0].device), _seeded_everything(0, inputs[0].device):
+                outputs.append(call.picked(call.run(one, inputs)))
+        if not _is_equal(*outputs):
+            raise UsageError(
+                "the loop over groups of modules is no chain: what one round takes is not what the round before it "
+                "leaves; make each group a module with a forward of its own",
+                code="groups-not-chained",
+            )
+
+
+def _is_equal(one: Tensor, other: Tensor) -> bool:
+    """Return whether two outputs are the same bit for bit; NaNs are equal."""
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 class _Whole:
@@ -103,7 +149,7 @@ class _Whole:
                     "modules there, rather than use their weights",
                     code="split-changes-output",
                 )
-            if not torch.equal(found, expected):
+            if not _is_equal(found, expected):
                 return UsageError(
                     f"split into layers at its blocks, {self._name} gives another output in {mode} than in one piece: "
                     "something passes from its beginning to its end beside them that no module makes; let a module make "
@@ -144,7 +190,7 @@ class _Whole:
         """Note whether the model leaves out blocks at random in training, and take a seed with which it does."""
         entry = self._layers[0]
         tolerant = replace(self.travel, leaves_out=True)
-        entry.travel = tolerant
+        entry.travel = tolerant  # type: ignore[assignment]
         entry.train()
         for seed in range(_DRAWS):
             drew = False
@@ -204,5 +250,4 @@ def _seeded_everything(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def _generators() -> tuple[Any, ...]:
-    kind, keys, position, *_ = numpy.random.get_state()
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), kind, keys.tobytes(), position
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), str(numpy.random.get_state())

@@ -30,6 +30,7 @@ def flatten(network: nn.Sequential) -> Layers:
     flat = Layers(_leaves(network, ""))
     if isinstance(network, Layers):
         flat.tied = network.tied
+        flat.own_names = network.own_names
     flat.training = network.training  # not train(), which would wake layers that are in evaluation mode
     return flat
 

@@ -21,12 +21,26 @@ class Split:
         names: Key of `layers.state_dict()` -> key of the model's own.
         untied: Key of the model whose parameter was another one's and has become one of its own -> key of that one.
         aliases: Further key of the model for a tensor -> the key among `names`.
+        way: The way it was split: list, transformers, blocks or traced.
+        failed: The ways that `dpp.split` tried before -> why each failed.
     """
 
     layers: Layers
     names: Mapping[str, str]
     untied: Mapping[str, str]
     aliases: Mapping[str, str] = field(default_factory=dict)
+    way: str = ""
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Let the layers know the model's own names, under which they are exported."""
+        keys = {own: key for key, own in self.names.items()}
+        self.layers.own_names = keys | {alias: keys[own] for alias, own in self.aliases.items()}
+
+    def __str__(self) -> str:
+        """Return in one line how the model was split, and why not in another way."""
+        others = "".join(f"; not {way}: {reason}" for way, reason in self.failed.items())
+        return f"{len(self.layers)} layers, {self.way}{others}"
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the weights under the model's own names, for `load_state_dict` of another model of its class."""

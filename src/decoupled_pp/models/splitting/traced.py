@@ -58,12 +58,10 @@ def split_traced(
         parts[0].sizes = checked_sizes(layers, whole, traces)
     names = {key: key.split(".part.model.", 1)[1] for key in layers.state_dict()}
     aliases = _aliases(model, layers, names)
-    layers.own_names = {own: key for key, own in names.items()}
-    layers.own_names |= {alias: layers.own_names[own] for alias, own in aliases.items()}
     layers.tied = give_copies([{f"part{index}": part} for index, part in enumerate(parts)], names)
     for part in layers.modules():  # the model's own modules keep their modes, those of the trace get the model's
         part.training = modes.get(id(part), model.training)
-    return Split(layers, names, {names[copy]: names[first] for copy, first in layers.tied.items()}, aliases)
+    return Split(layers, names, {names[copy]: names[first] for copy, first in layers.tied.items()}, aliases, way="traced")
 
 
 def _aliases(model: nn.Module, layers: nn.Module, names: Mapping[str, str]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -24,7 +25,9 @@ def untie(network: nn.Sequential | Sequence[nn.Module]) -> Layers:
     """
     named = network.named_children() if isinstance(network, nn.Sequential) else enumerate(network)
     layers = Layers((str(name), layer) for name, layer in named)
-    layers.places = network.places if isinstance(network, Layers) else None
+    if isinstance(network, Layers):
+        layers.places = network.places
+        layers.own_names = network.own_names
     layers.tied = give_copies([{name: layer} for name, layer in layers.named_children()])
     return layers
 
@@ -54,6 +57,18 @@ def give_copies(groups: Sequence[Mapping[str, nn.Module]], names: Mapping[str, s
             copies[name] = seen[identity]
         seen |= new  # only now: within a group parameters may be shared
     return copies
+
+
+@contextmanager
+def tied_again_if_it_fails(model: nn.Module) -> Iterator[None]:
+    """Give a model back the parameters that it has now, if the body raises after `give_copies`."""
+    places = list(parameter_places({"": model}))
+    try:
+        yield
+    except Exception:
+        for _, module, key, parameter in places:
+            own_parameters(module)[key] = parameter
+        raise
 
 
 def parameter_places(group: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
