@@ -159,7 +159,7 @@ def test_a_bad_override_is_one_line(file, override, code, parts):
     [
         (b"a: [1", "configuration-is-no-yaml", "is not YAML"),
         (b"- 1\n- 2\n", "configuration-is-no-mapping", "must hold a mapping of settings, not list"),
-        (b"\xff\xfe\x00x", "configuration-is-no-yaml", "is not YAML"),
+        (b"\xff\xfa\x00x", "configuration-is-no-yaml", "is not YAML"),
         (b"a: 1\nb:\n  c: 1\n  c: 2\n", "configuration-is-no-yaml", "is not YAML: key 'c' is given on line 3"),
     ],
 )
