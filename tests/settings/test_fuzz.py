@@ -26,14 +26,14 @@ st = hypothesis.strategies
 seeded = hypothesis.settings(
     derandomize=True,
     database=None,
-    deadline=5000,
+    deadline=20_000,
     suppress_health_check=list(hypothesis.HealthCheck),
     phases=[hypothesis.Phase.generate],
 )
 
 EXTREME = [0, -1, 2**31, 2**63 - 1, 2**63, 2**64, 10**30, 10**5000, -0.0, 1e-320, 1e300, math.inf, -math.inf, math.nan]
 TEXTS = ["", " ", "~", "~/x", "~nobody/x", "$NOPE/x", "${HOME}/x", "a\0b", "\ud800", "\x1b[31m", "a\nb", "x" * 5000]
-TEXTS += ["mlp", "yes", "1e5", "2020-13-45", "=", "<<", "/dev/zero", "/", "../..", "a:b", "os:system", "９", "1_000"]
+TEXTS += ["mlp", "yes", "1e5", "2020-13-45", "=", "<<", "/dev/zero", "/", "../..", "a:b", "os:system", "1_000"]
 hostile = st.recursive(
     st.one_of(
         st.none(),
@@ -50,17 +50,20 @@ hostile = st.recursive(
 )
 
 
+CONTAINERS = {
+    Literal: st.sampled_from,
+    list: lambda parts: st.lists(plausible(parts[0]), max_size=3),
+    dict: lambda parts: st.dictionaries(st.sampled_from(["width", "betas", "eps"]), hostile, max_size=2),
+}
+
+
 def plausible(annotation, metadata=()):
     """Values that a field of this type may have, mostly."""
     kind, parts = get_origin(annotation), get_args(annotation)
     if kind is Annotated:
         return plausible(parts[0], [bound for part in parts[1:] for bound in getattr(part, "metadata", [])])
-    if kind is Literal:
-        return st.sampled_from(parts)
-    if kind is list:
-        return st.lists(plausible(parts[0]), max_size=3)
-    if kind is dict:
-        return st.dictionaries(st.sampled_from(["width", "betas", "eps"]), hostile, max_size=2)
+    if kind in CONTAINERS:
+        return CONTAINERS[kind](parts)
     if parts:
         return st.one_of([plausible(part) for part in parts])
     if isinstance(annotation, type) and issubclass(annotation, Section):
@@ -95,9 +98,35 @@ KEYS = sorted(
         for name in ["", "x", *(name for kind in section_types(field.annotation) for name in kind.model_fields)]
     }
 )
-SNIPPETS = ["\t", "a: &a [*a]", "- x", "? [a]\n: b", "!!python/object/apply:os.system [ls]", "name: !!timestamp x", "%YAML 9"]
-SNIPPETS += ["seed: !!int x", "name: !!binary x", "seed: 0x" + "f" * 5000, "seed: " + "9" * 5000, "x: " + "[" * 3000, "<<: *z"]
-SNIPPETS += ["a: &a {<<: *a}", "...", "---", "name: twice", '"a\\0b": 1', "\ufeff", "\x00", "seed: 0b_", "cut: [1, 1]]", "<<: 3"]
+SNIPPETS = [
+    "\t",
+    "a: &a [*a]",
+    "- x",
+    "? [a]\n: b",
+    "!!python/object/apply:os.system [ls]",
+    "name: !!timestamp x",
+    "%YAML 9",
+]
+SNIPPETS += [
+    "seed: !!int x",
+    "name: !!binary x",
+    "seed: 0x" + "f" * 5000,
+    "seed: " + "9" * 5000,
+    "x: " + "[" * 3000,
+    "<<: *z",
+]
+SNIPPETS += [
+    "a: &a {<<: *a}",
+    "...",
+    "---",
+    "name: twice",
+    '"a\\0b": 1',
+    "\ufeff",
+    "\x00",
+    "seed: 0b_",
+    "cut: [1, 1]]",
+    "<<: 3",
+]
 SNIPPETS += ["a0: &a0 [0]\n" + "\n".join(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, 12))]
 SNIPPETS += ["\n".join(f"m{k}: &m{k} {{<<: [{', '.join([f'*m{k - 1}'] * 9)}]}}" for k in range(1, 12))]
 
@@ -177,7 +206,7 @@ def check_answer(code, said):
         assert said[:-1].isprintable(), said
 
 
-@hypothesis.settings(seeded, max_examples=900)
+@hypothesis.settings(seeded, max_examples=650)
 @hypothesis.given(content=files)
 def test_any_file_is_settings_or_one_line(front_end, content):
     check_answer(*front_end(content))
@@ -186,7 +215,7 @@ def test_any_file_is_settings_or_one_line(front_end, content):
 GOOD = b"name: run\nmodel: {kind: mlp}\ndata: {kind: digits}\ntraining: {steps: 5}\n"
 
 
-@hypothesis.settings(seeded, max_examples=900)
+@hypothesis.settings(seeded, max_examples=650)
 @hypothesis.given(overrides=st.lists(words, min_size=1, max_size=2))
 def test_any_override_is_a_setting_or_one_line(front_end, overrides):
     check_answer(*front_end(GOOD, *overrides))
@@ -194,6 +223,7 @@ def test_any_override_is_a_setting_or_one_line(front_end, overrides):
 
 SAMPLE = torch.zeros(4, 3)
 LAYERS = [nn.Linear(3, 5), nn.Linear(5, 2)]
+PLAN = partition(LAYERS, 2, "uniform", SAMPLE, device="cpu")
 objects = hostile | st.sampled_from([SAMPLE, nn.ReLU(), len, Trainer, object(), b"x", {1}, 2j, torch.tensor(3), (1, 2)])
 OF_TRAINER = sorted({*SCRIPT_NAMES.values(), *TRAINER_SECTIONS, "loss", "critic", "critic_target", "global_correction"})
 OF_TRAINER += ["optimizer", "schedule", "device", "seed", "checkpoints", "observer"]
@@ -202,17 +232,16 @@ OF_PARTITION = ["stages", "by", "sample", "critic", "critic_target", "loss", "de
 OF_PARTITION += ["accumulate", "timeout_seconds"]
 
 
-@hypothesis.settings(seeded, max_examples=600)
+@hypothesis.settings(seeded, max_examples=450)
 @hypothesis.given(options=st.dictionaries(st.sampled_from(OF_TRAINER), objects, min_size=1, max_size=2))
 def test_any_option_of_a_trainer_is_taken_or_refused(tmp_path, monkeypatch, options):
     monkeypatch.chdir(tmp_path)
-    plan = partition(LAYERS, 2, "uniform", SAMPLE, device="cpu")
     with contextlib.suppress(UsageError):
-        Trainer(plan, **{"device": "cpu"} | options)
+        Trainer(PLAN, **{"device": "cpu"} | options)
     assert not list(tmp_path.iterdir())
 
 
-@hypothesis.settings(seeded, max_examples=300)
+@hypothesis.settings(seeded, max_examples=400)
 @hypothesis.given(options=st.dictionaries(st.sampled_from(OF_PARTITION), objects, min_size=1, max_size=2))
 def test_any_option_of_partition_is_taken_or_refused(options):
     given: dict[str, Any] = {"stages": 2, "by": "uniform", "sample": SAMPLE, "device": "cpu"} | options

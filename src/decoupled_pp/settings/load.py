@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from decoupled_pp.core.errors import UsageError, shown
+from decoupled_pp.core.errors import UsageError, shortened, shown
 from decoupled_pp.core.paths import expanded
 from decoupled_pp.core.suggestions import did_you_mean
 from decoupled_pp.settings.run import Settings
@@ -60,7 +60,7 @@ def _source(fault: UsageError, path: str, overrides: tuple[str, ...]) -> str:
         # A check of a whole section may name its field alone.
         in_section = rf"(?<![\w.]){re.escape(last)}(?!\w)"
         if re.search(named, fault.text) or (fault.key == section and re.search(in_section, fault.text)):
-            return f"--set {override}"
+            return f"--set {shortened(override)}"
     return path
 
 
@@ -101,7 +101,8 @@ def usage_error(error: ValidationError, section: str | None = None, checked: typ
 
 def _place(fault: Any, section: str | None) -> tuple[str, list[str]]:
     """Return the key of a fault as a user writes it, and the keys that could stand beside it."""
-    path = [*([section] if section else []), *(str(part)[:80] for part in fault["loc"])]
+    named = [shortened(str(part)) for part in fault["loc"] if not isinstance(part, int)]  # numbers count in lists
+    path = [*([section] if section else []), *named]
     if fault["type"] == "yes_no":  # a check of the whole section found it
         path.append(fault["ctx"]["field"])
     shown: list[str] = []

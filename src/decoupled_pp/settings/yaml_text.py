@@ -35,6 +35,12 @@ class _Loader(yaml.SafeLoader):
         self.name = "the text"  # as faults call it
         self._visited = 0
 
+    def fetch_flow_collection_start(self, kind: type) -> None:
+        """Read an opening bracket: PyYAML's time grows with the square of how many are open."""
+        if self.flow_level > _DEEPEST:
+            raise yaml.YAMLError(f"it is nested more than {_DEEPEST} levels deep")
+        super().fetch_flow_collection_start(kind)
+
     def get_single_node(self) -> yaml.Node | None:
         """Return the root, after a walk over all that it holds."""
         root = super().get_single_node()

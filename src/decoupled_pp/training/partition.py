@@ -15,14 +15,15 @@ from decoupled_pp.core.packets import Loss, Payload
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.links import join_world
 from decoupled_pp.models.cutting import By, Fits, as_sequential, cut_network
-from decoupled_pp.pipeline.losses import find_loss
 from decoupled_pp.training.choices import (
     CriticChoice,
     OptimizerChoice,
     RuleChoice,
     choose_critic,
+    choose_loss,
     choose_optimizer,
     choose_rule,
+    choose_value,
 )
 from decoupled_pp.training.memory import Room, limits_of, predict_memory, refuse_overflow
 from decoupled_pp.training.script_terms import script_terms
@@ -76,11 +77,17 @@ def partition(
     """
     builder = choose_critic(critic) if critic is not None else None
     relearned = choose_rule(critic_target).critic_passes > 1
+    loss = choose_loss(loss)
+    stages = choose_value("stages", stages)
+    by = choose_value("cut", by)
+    speeds = choose_value("balance.speeds", speeds)
+    accumulate = choose_value("training.accumulate", accumulate)
+    timeout_seconds = choose_value("links.timeout_seconds", timeout_seconds)
     place = choose_device(device, environment.local_rank(), environment.local_world_size())
 
     def cut(how: By, fits: Fits | None = None) -> Plan:
         return cut_network(
-            layers, stages, how, sample, builder, find_loss(loss), place, relearned=relearned, speeds=speeds, fits=fits
+            layers, stages, how, sample, builder, loss, place, relearned=relearned, speeds=speeds, fits=fits
         )
 
     def choose() -> Plan:
@@ -94,7 +101,7 @@ def partition(
             )
         limits = limits_of(memory, stages)
         needs: dict[str, Any] = {
-            "loss": find_loss(loss),
+            "loss": loss,
             "optimizer": choose_optimizer(optimizer),
             "accumulate": accumulate,
         }
