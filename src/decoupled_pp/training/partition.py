@@ -83,6 +83,7 @@ def partition(
     speeds = choose_value("balance.speeds", speeds)
     accumulate = choose_value("training.accumulate", accumulate)
     timeout_seconds = choose_value("links.timeout_seconds", timeout_seconds)
+    world = join_world(timeout_seconds) if environment.world_size() > 1 else None
     place = choose_device(device, environment.local_rank(), environment.local_world_size())
 
     def cut(how: By, fits: Fits | None = None) -> Plan:
@@ -109,14 +110,14 @@ def partition(
         refuse_overflow(predict_memory(plan, builder, **needs), limits)
         return plan
 
-    if environment.world_size() == 1:
+    if world is None:
         return choose()
 
     def measure() -> dict[str, Any]:
         plan = choose()
         return {"sizes": plan.sizes, "layers": plan.layer_seconds, "critics": plan.critic_seconds}
 
-    chosen = join_world(timeout_seconds).channel().from_rank_0("cut", measure, timeout_seconds)
+    chosen = world.channel().from_rank_0("cut", measure, timeout_seconds)
     return replace(
         cut(list(chosen["sizes"])),
         layer_seconds=tuple(chosen["layers"]) if chosen["layers"] is not None else None,
