@@ -1,10 +1,11 @@
 """Settings: every bad key is one line that names the file, the key, the value and the remedy."""
 
 import copy
+import os
 
 import pytest
 
-from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.errors import UsageError, shown
 from decoupled_pp.settings.load import check_settings, load_settings
 from kit import refused
 
@@ -20,6 +21,20 @@ BAD = [
     ({"naem": "x"}, "unknown-setting", "naem", ["'x'", "did you mean 'name'?"]),
     ({"name": None}, "unusable-value", "name", ["a valid string", "None"]),
     ({"name": "a/b"}, "unusable-value", "name", ["should match pattern", "'a/b'"]),
+    ({"name": "a" * 201}, "unusable-value", "name", ["should match pattern"]),
+    ({"name": 20260131}, "unusable-value", "name", ["a valid string, not 20260131; quote it"]),
+    ({"seed": 10**30}, "unusable-value", "seed", ["less than or equal to 1000000000000000000"]),
+    ({"seed": 10**5000}, "unusable-value", "seed", ["a value of type int that cannot be shown"]),
+    ({"threads": 10**6}, "unusable-value", "threads", ["not 1000000"]),
+    ({"runs": ""}, "unusable-path", "runs", ["is empty"]),
+    ({"runs": "a\0b"}, "unusable-path", "runs", ["NUL"]),
+    ({"runs": "$DPP_NOT_SET/x"}, "unusable-path", "runs", ["$DPP_NOT_SET, which is not set"]),
+    ({"start_from": "~no-such-user/x"}, "unusable-path", "start_from", ["write ./~"]),
+    ({"model": {"kind": "mlp", "width": 10**8}}, "unusable-value", "model.width", ["not 100000000"]),
+    ({"optimizer": {"lr": 1e300}}, "unusable-value", "optimizer.lr", ["not 1e+300"]),
+    ({"optimizer": {"lr_per_stage": [1, 1e300]}}, "unusable-value", "optimizer.lr_per_stage", ["not 1e+300"]),
+    ({"links": {"timeout_seconds": 1e300}}, "unusable-value", "links.timeout_seconds", ["not 1e+300"]),
+    ({"links": {"capacity": 10**9}}, "unusable-value", "links.capacity", ["not 1000000000"]),
     ({"stages": 0}, "unusable-value", "stages", ["greater than or equal to 1", "not 0"]),
     ({"stages": 2.5}, "unusable-value", "stages", ["integer", "not 2.5"]),
     ({"stages": True}, "unusable-value", "stages", ["yes/no value", "True", "quote it"]),
@@ -95,7 +110,7 @@ def test_good_settings_are_read_with_their_defaults():
     assert str(settings.folder) == "runs/run"
 
 
-@pytest.mark.parametrize(("change", "code", "key", "parts"), BAD, ids=[str(change) for change, *_ in BAD])
+@pytest.mark.parametrize(("change", "code", "key", "parts"), BAD, ids=[shown(change) for change, *_ in BAD])
 def test_a_bad_key_is_one_line(change, code, key, parts):
     named = [f"`{key}"] if key is not None else []
     with refused(code, UsageError, "run.yaml: ", *named, *parts) as caught:
@@ -130,6 +145,56 @@ def file(tmp_path):
     return path
 
 
+def test_what_a_terminal_would_obey_is_written_out():
+    with refused("unknown-setting", UsageError, r"`a \x1b[31m`: unknown key"):
+        check_settings(changed({"a\n\x1b[31m": 1}))
+
+
+def test_a_date_is_a_name(file):
+    """YAML 1.1 would make a date of it, which no setting takes, or fail."""
+    assert load_settings(file, ("name=2026-01-31",)).name == "2026-01-31"
+    assert load_settings(file, ("name=2020-13-45",)).name == "2020-13-45"
+
+
+def test_paths_are_read_as_a_shell_reads_them(file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DPP_SCRATCH", "/scratch/me")
+    settings = load_settings(file, ("runs=~/runs", "start_from=${DPP_SCRATCH}/a/../b"))
+    assert (settings.runs, settings.start_from) == ("/home/me/runs", "/scratch/me/a/../b")
+    data = {"kind": "text", "files": ["~/*.txt", "$DPP_SCRATCH/**/*.txt", "./here"], "tokenizer": "gpt2"}
+    checked = check_settings(changed({"data": data})).data
+    assert checked.files == ["/home/me/*.txt", "/scratch/me/**/*.txt", "./here"] and checked.tokenizer == "gpt2"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_settings("~/run.yaml").name == "run"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_file_of_another_editor_is_read(file, encoding):
+    file.write_bytes(YAML.encode(encoding))
+    assert load_settings(file).training.steps == 5
+
+
+def test_a_pipe_is_read_and_one_that_nobody_fills_is_not_waited_for(tmp_path):
+    reading, writing = os.pipe()
+    os.write(writing, YAML.encode())
+    os.close(writing)
+    try:
+        assert load_settings(f"/dev/fd/{reading}").name == "run"
+    finally:
+        os.close(reading)
+    os.mkfifo(tmp_path / "pipe")
+    with refused("configuration-is-no-mapping", UsageError, "pipe"):
+        load_settings(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    ("path", "code"), [("/dev/zero", "configuration-is-no-yaml"), (".", "configuration-unreadable")]
+)
+def test_what_is_no_file(path, code):
+    with refused(code, UsageError, path):
+        load_settings(path)
+
+
 def test_overrides_are_yaml(file):
     settings = load_settings(file, ("training.steps=7", "cut=[3, 2]", "training.clip_norm=0.5", "links.capacity=1"))
     assert (settings.training.steps, settings.cut) == (7, [3, 2])
@@ -154,19 +219,39 @@ def test_a_bad_override_is_one_line(file, override, code, parts):
         load_settings(file, (override,))
 
 
+BOMB = b"a0: &a0 [0]\n" + b"\n".join(
+    b"a%d: &a%d [%s]" % (k, k, b", ".join([b"*a%d" % (k - 1)] * 9)) for k in range(1, 30)
+)
+"""Nine aliases of nine aliases of ..."""
+
+
 @pytest.mark.parametrize(
     ("content", "code", "text"),
     [
         (b"a: [1", "configuration-is-no-yaml", "is not YAML"),
         (b"- 1\n- 2\n", "configuration-is-no-mapping", "must hold a mapping of settings, not list"),
-        (b"\xff\xfe\x00x", "configuration-is-no-yaml", "is not YAML"),
+        (b"\xff\xfa\x00x", "configuration-is-no-yaml", "is not YAML"),
+        (b"name: !!timestamp x", "configuration-is-no-yaml", "is not YAML: 'x' on line 1 has the tag"),
+        (b"a: !!python/name:os.system x", "configuration-is-no-yaml", "is not YAML: 'x' on line 1 has the tag"),
+        (b"a: !!float x", "configuration-is-no-yaml", "is not YAML: 'x' on line 1 is no float"),
+        (b"\na: " + b"9" * 5000, "configuration-is-no-yaml", "is not YAML: '999"),
+        (b"a: 0x" + b"f" * 5000, "configuration-is-no-yaml", "is not YAML: '0xfff"),
+        (b"a: " + b"[" * 5000, "configuration-is-no-yaml", "is not YAML: it is nested more than 50 levels deep"),
+        (b"- " * 5000, "configuration-is-no-yaml", "is not YAML: it is nested more than 50 levels deep"),
+        (b"a: &a [*a]", "configuration-is-no-yaml", "levels deep, perhaps by an alias of itself"),
+        (BOMB, "configuration-is-no-yaml", "takes the text over 20000 values"),
+        (b'a: "\\0"', "configuration-is-no-yaml", "holds a character that is none"),
+        (b'a: "\\ud800"', "configuration-is-no-yaml", "holds a character that is none"),
+        (b"a: 1\x00", "configuration-is-no-yaml", "is not YAML"),
+        (b"a:\t- 1\n\tb: 2", "configuration-is-no-yaml", "is not YAML"),
+        (b"# x\n" * 100_000, "configuration-is-no-yaml", "is longer than 262144 characters"),
         (b"a: 1\nb:\n  c: 1\n  c: 2\n", "configuration-is-no-yaml", "is not YAML: key 'c' is given on line 3"),
     ],
 )
 def test_what_is_no_settings_file(tmp_path, content, code, text):
     path = tmp_path / "broken.yaml"
     path.write_bytes(content)
-    with refused(code, UsageError, f"{path} {text}"):
+    with refused(code, UsageError, str(path), text):
         load_settings(path)
 
 

@@ -88,7 +88,7 @@ def test_what_does_not_fit_is_refused():
         ({"memory": ["1GiB"]}, "one-memory-per-stage", "`memory` has 1 sizes for 2 stages"),
         ({"memory": 0}, "unusable-value", "`memory` 0 must be above 0"),
         ({"speeds": [1]}, "bad-speeds", "`speeds` has 1 numbers for 2 stages"),
-        ({"speeds": [1, 0]}, "bad-speeds", "`speeds`"),
+        ({"speeds": [1, 0]}, "unusable-value", "`speeds`"),
         ({"memory": "1GiB", "sample": None, "critic": None}, "plan-without-sample", "`memory` needs a sample"),
     ],
 )

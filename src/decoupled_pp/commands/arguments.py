@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.paths import expanded
 from decoupled_pp.run.output_folder import OutputFolder
 
 
@@ -55,6 +57,23 @@ def check_at_least(chosen: argparse.Namespace, **least: float) -> None:
 def flag(name: str) -> str:
     """Returns an option as it is typed: `--micro-batches` of `micro_batches`."""
     return "--" + name.replace("_", "-")
+
+
+def output_file(option: str, text: str | None) -> Path | None:
+    """Returns the file that an option names; raises UsageError, before the work begins, if it cannot be written."""
+    if text is None:
+        return None
+    path = Path(expanded(text))
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(0, "is a folder; name a file in it")
+        if not path.parent.is_dir():
+            raise NotADirectoryError(0, f"there is no folder {path.parent}; make it")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise PermissionError(0, "no permission to write it; name another file")
+    except OSError as error:
+        raise UsageError(f"{option} {path}: {error.strerror}", code="no-such-folder") from None
+    return path
 
 
 def claim_output(folder: Path, noun: str, marker: str, advice: str, *, resume: bool = False, overwrite: bool) -> None:

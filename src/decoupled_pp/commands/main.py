@@ -101,7 +101,7 @@ def _report_peer(error: PeerError) -> int:
 
 def _is_first_to_find(fault: UsageError) -> bool:
     """Returns whether no other rank has reported bad input yet."""
-    if environment.world_size() == 1:
+    if fault.code == environment.HALF_A_LAUNCHER or environment.world_size() == 1:
         return True
     from decoupled_pp.links import first_to_report
     from decoupled_pp.settings.run import LinkSettings

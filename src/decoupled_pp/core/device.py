@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.errors import UsageError, shown
 from decoupled_pp.core.torch_private import own_buffers
 
 Mark: TypeAlias = "float | torch.cuda.Event"
@@ -24,7 +24,7 @@ def choose_device(setting: str, local_rank: int, local_ranks: int) -> torch.devi
     """Return the device of one rank: its own GPU, or the CPU; "auto" takes GPUs if every local rank can have one."""
     if setting not in ("auto", "cpu", "cuda"):
         raise UsageError(
-            f"`device`: {setting!r} is not known; use 'auto', 'cpu' or 'cuda' (one GPU per rank, in their order)",
+            f"`device`: {shown(setting)} is not known; use 'auto', 'cpu' or 'cuda' (one GPU per rank, in their order)",
             code="not-one-of-the-choices",
             key="device",
         )

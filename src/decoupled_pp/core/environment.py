@@ -4,14 +4,47 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from decoupled_pp.core.errors import UsageError, shortened
+
+HALF_A_LAUNCHER = "launcher-variables"
+"""Code of the fault that the variables of a launcher are there in part, so that this rank cannot reach the others."""
 DPP_RUN = "dpp-"
 """Prefix of the run id of a launch by `dpp train --ranks`."""
 DEFAULT_THREADS = "DPP_DEFAULT_THREADS"
 """Variable that is set where OMP_NUM_THREADS is a launcher's default and not the user's choice."""
+
+
+_place_on_host = [0, 1]
+"""Rank and number of ranks on this machine, as far as no variable says."""
+
+
+def _joined_group() -> Any:
+    """Return torch.distributed if this process is in a process group, which knows its ranks better than variables."""
+    distributed = sys.modules.get("torch.distributed")  # not imported to find out
+    joined = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    return distributed if joined else None
+
+
+def _refusal(fault: str) -> UsageError:
+    remedy = (
+        "start the ranks with torchrun, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; for one process unset"
+    )
+    return UsageError(f"{fault}; {remedy} RANK and WORLD_SIZE", code=HALF_A_LAUNCHER)
+
+
+def _number(name: str, default: int, least: int = 0) -> int:
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= least):
+        raise _refusal(f"the variable {name} is {shortened(text)!r}, no whole number of at least {least}")
+    return int(text)
 
 
 def under_torchrun() -> bool:
@@ -21,27 +54,64 @@ def under_torchrun() -> bool:
 
 def rank() -> int:
     """Return the global rank of this process, 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
+    if group := _joined_group():
+        return int(group.get_rank())
+    number = _number("RANK", 0)
+    if number >= (size := world_size()):
+        raise _refusal(f"the variable RANK is {number}, and WORLD_SIZE {size}; ranks count from 0")
+    return number
 
 
 def world_size() -> int:
     """Return the number of processes, 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    if group := _joined_group():
+        return int(group.get_world_size())
+    size = _number("WORLD_SIZE", 1, least=1)
+    if size > 1:
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if not os.environ.get(name):
+                raise _refusal(f"the variable WORLD_SIZE is {size}, but {name} is not set")
+    return size
 
 
 def local_rank() -> int:
     """Return the rank on this machine, 0 without a launcher."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _number("LOCAL_RANK", _place_on_host[0])
 
 
 def local_world_size() -> int:
     """Return the number of processes of this run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return _number("LOCAL_WORLD_SIZE", _place_on_host[1], least=1)
+
+
+def lacks_local_rank() -> bool:
+    """Return whether no launcher has said which of the ranks of this machine this process is."""
+    return "LOCAL_RANK" not in os.environ
+
+
+def set_place_on_host(rank: int, size: int) -> None:
+    """Say which of the ranks of this machine this process is, where no launcher does."""
+    _place_on_host[:] = [rank, size]
+
+
+def host() -> str:
+    """Return the name of this machine."""
+    return socket.gethostname()
+
+
+def master() -> tuple[str, int]:
+    """Return address and port of the store where the ranks meet."""
+    return os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0, least=1)
+
+
+def launcher_has_store() -> bool:
+    """Return whether the launcher is the store's host (torchrun is), and not rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def restart_count() -> int:
     """Return how often torchrun, or the launcher of `dpp train --ranks`, has restarted the workers."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) + int(os.environ.get("DPP_RESTART_COUNT", "0"))
+    return _number("TORCHELASTIC_RESTART_COUNT", 0) + _number("DPP_RESTART_COUNT", 0)
 
 
 def begin_attempt(number: int) -> None:
@@ -57,7 +127,7 @@ def launched_by_dpp() -> bool:
 def job() -> str:
     """Return a name of this launch that stays when torchrun restarts its workers: run id, else launcher's process."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return run_id if run_id != "none" else f"{socket.gethostname()} {os.getppid()}"
+    return run_id if run_id != "none" else f"{host()} {os.getppid()}"
 
 
 def told_threads() -> tuple[str, int] | None:

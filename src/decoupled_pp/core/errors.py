@@ -59,12 +59,8 @@ def one_line(text: str) -> str:
     )
 
 
-def shown(value: object, longest: int = 120) -> str:
-    """Returns a value as Python writes it, cut to a length that a line can hold."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # more digits than Python prints; too deep
-        text = f"a {type(value).__name__} too large to show"
+def shortened(text: str, longest: int = 120) -> str:
+    """Returns a text, cut to a length that a line can hold."""
     return text if len(text) <= longest else f"{text[:longest]}..."
 
 
@@ -74,6 +70,14 @@ def text_of(error: BaseException) -> str:
         return str(error)
     except Exception as unprintable:
         return f"(its text cannot be shown: {type(unprintable).__name__} in __str__)"
+
+
+def shown(value: object) -> str:
+    """Returns a value as Python writes it, shortened."""
+    try:
+        return shortened(repr(value))
+    except Exception:  # more digits than Python prints, too deep, or whatever a class of the user's does
+        return f"a value of type {type(value).__name__} that cannot be shown"
 
 
 def first_line(error: BaseException) -> str:

@@ -12,7 +12,6 @@ from typing import TypeAlias
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 from decoupled_pp.core import environment
 from decoupled_pp.core.channels import LinkTerms
@@ -23,6 +22,7 @@ from decoupled_pp.core.torch_private import default_store
 from decoupled_pp.core.waiting import wait_for
 from decoupled_pp.links.control import StoreControl
 from decoupled_pp.links.header import HEADER_BYTES
+from decoupled_pp.links.launch_store import close_stores, store_of_launch
 from decoupled_pp.links.messages import MessageReceiver, MessageSender, Way
 from decoupled_pp.links.receiving_end import ReceivingEnd
 from decoupled_pp.links.returns import backward_bytes
@@ -40,6 +40,8 @@ _BACK = 3
 
 def join_world(timeout_seconds: float) -> World:
     """Return the World of this process, joined at the first call, left at exit; LinkError if a rank does not come."""
+    if _world and not _world[0].is_there():  # its user has left his process group, and perhaps made another
+        _world.clear()
     if not _world:
         _world.append(World(timeout_seconds))
         atexit.register(leave_world)
@@ -53,23 +55,17 @@ def first_to_report(text: str, timeout_seconds: float) -> bool:
         return _world[0].control.report_fault(fault)
     # Ranks that have not joined only use the store: joining takes all of them, and they are about to end.
     try:
-        store = dist.PrefixStore("early", wait_for(lambda: _store_of_launch(timeout_seconds)))
+        store = dist.PrefixStore("early", wait_for(lambda: store_of_launch(timeout_seconds)))
     except (RuntimeError, ValueError, TimeoutError):  # the store's host is gone: nobody else can say it either
         return True
     return StoreControl(store, environment.rank(), environment.world_size(), timeout_seconds).report_fault(fault)
-
-
-def _store_of_launch(timeout_seconds: float) -> dist.Store:
-    """Return the launcher's store, under keys of this attempt."""
-    # torchrun's store outlives a restart of the workers, and so does what the attempt before has left in it.
-    store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
-    return dist.PrefixStore(f"dpp/attempt-{environment.restart_count()}", store)
 
 
 def leave_world() -> None:
     """Leave the process group, if this process joined it."""
     while _world:
         _world.pop().leave()
+    close_stores()
 
 
 class World:
@@ -83,6 +79,8 @@ class World:
         if self._joined:
             try:
                 wait_for(self._join)
+            except UsageError:
+                raise
             except (RuntimeError, ValueError, TimeoutError) as error:
                 raise LinkError(
                     f"rank {self.rank} could not join the {self.size} ranks: {first_line(error)}; look at the "
@@ -93,13 +91,29 @@ class World:
         self._channels = itertools.count()
         self._groups: list[dist.ProcessGroup] = []
         self.control = self.channel()
+        # A group of the user's own may not carry what lies in host memory.
+        self._host_group = None
+        if not self._joined:
+            bound = timedelta(seconds=timeout_seconds)
+            self._host_group = wait_for(lambda: dist.new_group(backend="gloo", timeout=bound))
+        if environment.lacks_local_rank():
+            self._find_place_on_host(timeout_seconds)
+
+    def is_there(self) -> bool:
+        """Return whether the process group that this rank is in is still the one that it was made for."""
+        return dist.is_initialized() and default_store() is self._store
+
+    def _find_place_on_host(self, timeout_seconds: float) -> None:
+        hosts = self.control.gather("hosts", environment.host(), timeout_seconds)
+        mine = hosts[self.rank]
+        environment.set_place_on_host(hosts[: self.rank].count(mine), hosts.count(mine))
 
     def _join(self) -> None:
         """Meet the other ranks: a call of torch's own bound, which no signal ends."""
         # It carries set-up only, on the host of any machine; every link has groups of its own.
         dist.init_process_group(
             "gloo",
-            store=_store_of_launch(self._timeout),
+            store=store_of_launch(self._timeout),
             rank=self.rank,
             world_size=self.size,
             timeout=timedelta(seconds=self._timeout),
@@ -165,9 +179,9 @@ class World:
         before = (self.rank - 1) % self.size
         after = (self.rank + 1) % self.size
         if self.rank != source:  # a chain from the source on: nobody sends before it has received
-            wait_for(lambda: dist.recv(host, before))
+            wait_for(lambda: dist.recv(host, before, group=self._host_group))
         if after != source:
-            wait_for(lambda: dist.send(host, after))
+            wait_for(lambda: dist.send(host, after, group=self._host_group))
         if host.data_ptr() != tensor.data_ptr():  # `cpu()` and `contiguous()` copy only where they must
             tensor.detach().copy_(host)
 
@@ -179,9 +193,10 @@ class World:
 
     def leave(self) -> None:
         """Give up the links' groups, and the process group if this object joined it."""
+        if not self.is_there():
+            return
         self.disconnect()
-        if self._joined and dist.is_initialized():
-            dist.destroy_process_group()
+        dist.destroy_process_group(None if self._joined else self._host_group)
 
     def _group(self, names: tuple[str, str], ranks: tuple[int, int], backend: str, terms: LinkTerms) -> Group:
         try:

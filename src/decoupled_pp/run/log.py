@@ -80,12 +80,12 @@ def _read_objects(path: Path) -> list[dict[str, Any]]:
             content = json.loads(line)
         except ValueError:
             content = None
-        if isinstance(content, dict):
+        if isinstance(content, dict) and isinstance(content.get("step") or 0, int):
             objects.append(content)
         elif number < len(lines):
             start = line[:60].decode(errors="replace")
             raise UsageError(
-                f"{path} line {number} is no JSON object: {start!r}; remove the line or the file",
+                f"{path} line {number} is no record: {start!r}; remove the line or the file",
                 code="metrics-damaged",
             )
     return objects

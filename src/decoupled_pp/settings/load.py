@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,19 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from decoupled_pp.core.errors import UsageError, shown
+from decoupled_pp.core.errors import UsageError, shortened, shown
 from decoupled_pp.core.paths import expanded
 from decoupled_pp.core.suggestions import did_you_mean
 from decoupled_pp.settings.run import Settings
 from decoupled_pp.settings.sections import Section, kinds_of, section_types
-from decoupled_pp.settings.yaml_text import LONGEST, read_yaml
+from decoupled_pp.settings.yaml_text import read_yaml, read_yaml_file
 
 
 def load_settings(path: str | Path, overrides: tuple[str, ...] = ()) -> Settings:
     """Read a YAML file, apply `key.sub=value` overrides (values are YAML) and check everything, or raise UsageError."""
     path = Path(expanded(path))
     try:
-        raw = read_yaml(_read(path))
+        raw = read_yaml_file(path)
     except OSError as error:
         raise UsageError(
             f"cannot read the configuration {path}: {error.strerror}; give the path of a YAML file",
@@ -40,13 +39,6 @@ def load_settings(path: str | Path, overrides: tuple[str, ...] = ()) -> Settings
     for override in overrides:  # before the check, so that a value and its override are checked as one
         _apply(raw, override)
     return check_settings(raw, str(path), overrides)
-
-
-def _read(path: Path) -> bytes:
-    """Return the content of a file or pipe: no more of it than settings may have, and none of a pipe that nobody fills."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:  # noqa: PTH123 - Path.open takes no flags
-        os.set_blocking(stream.fileno(), True)
-        return stream.read(LONGEST + 1)
 
 
 def check_settings(raw: dict[str, Any], source: str = "settings", overrides: tuple[str, ...] = ()) -> Settings:
@@ -68,7 +60,7 @@ def _source(fault: UsageError, path: str, overrides: tuple[str, ...]) -> str:
         # A check of a whole section may name its field alone.
         in_section = rf"(?<![\w.]){re.escape(last)}(?!\w)"
         if re.search(named, fault.text) or (fault.key == section and re.search(in_section, fault.text)):
-            return f"--set {override}"
+            return f"--set {shortened(override)}"
     return path
 
 
@@ -109,7 +101,8 @@ def usage_error(error: ValidationError, section: str | None = None, checked: typ
 
 def _place(fault: Any, section: str | None) -> tuple[str, list[str]]:
     """Return the key of a fault as a user writes it, and the keys that could stand beside it."""
-    path = [*([section] if section else []), *(str(part)[:80] for part in fault["loc"])]
+    named = [shortened(str(part)) for part in fault["loc"] if not isinstance(part, int)]  # numbers count in lists
+    path = [*([section] if section else []), *named]
     if fault["type"] == "yes_no":  # a check of the whole section found it
         path.append(fault["ctx"]["field"])
     shown: list[str] = []
@@ -157,7 +150,8 @@ def _explained(fault: Any, key: str, known: list[str]) -> UsageError:
         if key == "cut":
             remedy += "; or give the layers per stage, e.g. [3, 2]"
         return UsageError(f"`{key}`: {message}, not {shown(value)}{remedy}", code="not-one-of-the-choices", key=key)
-    return UsageError(f"`{key}`: {message}, not {shown(value)}", code="unusable-value", key=key)
+    remedy = "; quote it" if kind == "string_type" and isinstance(value, int | float) else ""
+    return UsageError(f"`{key}`: {message}, not {shown(value)}{remedy}", code="unusable-value", key=key)
 
 
 def _explained_check(fault: Any, key: str) -> UsageError:

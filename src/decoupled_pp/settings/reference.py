@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -69,20 +69,26 @@ def _type_name(annotation: Any) -> str:
     """Return the name of a type in the terms of YAML."""
     origin = get_origin(annotation)
     arguments = get_args(annotation)
-    if origin is Annotated:
-        bounds = [bound for part in arguments[1:] for bound in _constraints(getattr(part, "metadata", []))]
-        return ", ".join([_type_name(arguments[0]), *bounds])
-    if origin is Literal:
-        return ", ".join(f"`{choice}`" for choice in arguments)
-    if origin is list:
-        return f"list of {_type_name(arguments[0])}"
-    if origin is dict:
-        return "mapping" if arguments[1] is Any else f"mapping of text to {_type_name(arguments[1])}"
+    if origin in _CONTAINERS:
+        return _CONTAINERS[origin](*arguments)
     if section_types(annotation):
         return "section or null" if type(None) in arguments else "section"
     if arguments:  # a union
         return " or ".join(_type_name(part) for part in arguments)
     return _PLAIN[annotation]
+
+
+def _bounded(kind: Any, *given: Any) -> str:
+    bounds = [bound for one in given for bound in _constraints(getattr(one, "metadata", []))]
+    return ", ".join([_type_name(kind), *bounds])
+
+
+_CONTAINERS: dict[Any, Callable[..., str]] = {
+    Literal: lambda *choices: ", ".join(f"`{choice}`" for choice in choices),
+    list: lambda kind: f"list of {_type_name(kind)}",
+    dict: lambda _, kind: "mapping" if kind is Any else f"mapping of text to {_type_name(kind)}",
+    Annotated: _bounded,
+}
 
 
 def _constraints(metadata: Iterable[Any]) -> Iterator[str]:

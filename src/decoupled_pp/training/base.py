@@ -44,13 +44,14 @@ class BaseTrainer(ABC):
         """Take over the parts, and join the other ranks of the launch if there are any."""
         self.plan = plan
         self.recipe = recipe
-        self.device: torch.device = choose_device(device, environment.local_rank(), environment.local_world_size())
         self.interrupted = threading.Event()  # set by a signal handler: the run is to end in order
         self._observer = observer
         self._checkpoints = checkpoints
         self._timeout = recipe.links.timeout_seconds
         self._world: World | None = join_world(self._timeout) if environment.world_size() > 1 else None
         self._control: Control = LocalControl()
+        # After the ranks have met: by hand-started ones the place on this machine is known only then.
+        self.device: torch.device = choose_device(device, environment.local_rank(), environment.local_world_size())
 
     @property
     def rank(self) -> int:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, cast
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError, create_model
 from torch import nn
 
-from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.errors import UsageError, shown
 from decoupled_pp.core.objective import CriticBuilder, CriticContext
+from decoupled_pp.core.packets import Loss
+from decoupled_pp.core.paths import expanded
 from decoupled_pp.critics import build_critic
+from decoupled_pp.pipeline.losses import find_loss
 from decoupled_pp.pipeline.optim import OptimizerFactory
 from decoupled_pp.pipeline.rules.table import RULES
 from decoupled_pp.settings.critics import CriticSettings
 from decoupled_pp.settings.load import usage_error
 from decoupled_pp.settings.rules import BUILT_IN_RULES, CorrectionSettings, CriticTargetSettings, RuleSettings
-from decoupled_pp.settings.run import OptimizerSettings
-from decoupled_pp.settings.sections import Section
+from decoupled_pp.settings.run import OptimizerSettings, Settings
+from decoupled_pp.settings.sections import Section, section_types
 
 S = TypeVar("S", bound=Section)
 
@@ -38,9 +42,24 @@ OptimizerChoice: TypeAlias = "str | dict[str, Any] | OptimizerSettings | Optimiz
 
 def choose_section(choice: dict[str, Any] | S | None, section: type[S], key: str) -> S:
     """Return the section that a dictionary means; None means its defaults."""
-    if isinstance(choice, Section):
+    if isinstance(choice, section):
         return choice
     return cast(S, _checked(lambda: section.model_validate({} if choice is None else choice), key, section))
+
+
+def choose_value(key: str, value: Any) -> Any:
+    """Return the value of a setting that is an argument of its own in scripts, checked as in a file."""
+    section, _, field = key.rpartition(".")
+    return getattr(choose_section({field: value}, _alone(key), section), field)
+
+
+@cache
+def _alone(key: str) -> type[Section]:
+    """Return a section with one field of the settings."""
+    section, _, name = key.rpartition(".")
+    owner = section_types(Settings.model_fields[section].annotation)[0] if section else Settings
+    fields: Any = {name: (owner.model_fields[name].annotation, owner.model_fields[name])}
+    return create_model(owner.__name__, __base__=Section, **fields)
 
 
 def choose_critic(choice: CriticChoice) -> CriticBuilder:
@@ -53,18 +72,41 @@ def choose_critic(choice: CriticChoice) -> CriticBuilder:
         return partial(_copied_critic, choice)
     if isinstance(choice, list | tuple):
         return partial(_listed_critic, choice)
-    if callable(choice):
-        return choice
-    return build_critic(cast("CriticSettings", choice))
+    if isinstance(choice, Section):
+        return build_critic(choice)
+    remedy = "give a kind, a dictionary, modules or a function of a CriticContext"
+    return cast(CriticBuilder, choose_callable("critic", choice, remedy))
+
+
+def choose_loss(choice: str | Loss) -> Loss:
+    """Return the loss that a user's choice means."""
+    remedy = "give a name, or a function of logits and target"
+    return find_loss(choice if isinstance(choice, str) else choose_callable("loss", choice, remedy))
+
+
+def choose_callable(key: str, choice: Any, remedy: str) -> Any:
+    """Return what a script gives to be called later, or raise UsageError if it cannot be."""
+    if not callable(choice):
+        raise UsageError(f"`{key}` is {shown(choice)}; {remedy}", code="not-callable", key=key)
+    return choice
+
+
+def choose_folder(name: str, choice: Any) -> Path:
+    """Return the folder that an argument of a script names."""
+    if not isinstance(choice, str | Path):
+        raise UsageError(f"{name} is {shown(choice)}; give the path of a folder", code="unusable-path")
+    return Path(expanded(choice))
 
 
 def choose_rule(choice: RuleChoice) -> RuleSettings:
     """Return the section that chooses the training rule."""
     if isinstance(choice, RuleSettings):
         return choice
-    given = {"kind": choice} if isinstance(choice, str) else choice
+    given = choice if isinstance(choice, dict) else {"kind": choice}
     kind = given.get("kind")
-    if kind in RULES and kind not in BUILT_IN_RULES:  # a rule of the user's own; options need a section of its own
+    if (
+        isinstance(kind, str) and kind in RULES and kind not in BUILT_IN_RULES
+    ):  # a rule of the user's own; options need a section of its own
         return choose_section(given, RuleSettings, "critic_target")
     return cast(RuleSettings, _by_kind(given, CriticTargetSettings, "critic_target"))
 

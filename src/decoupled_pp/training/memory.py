@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from decoupled_pp.core import units
 from decoupled_pp.core.device import cuda_devices
-from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.errors import UsageError, shown
 from decoupled_pp.core.objective import CriticBuilder
 from decoupled_pp.core.packets import Loss, Payload, as_tuple, map_payload, payload_bytes
 from decoupled_pp.core.plans import Plan
@@ -194,7 +196,7 @@ def optimizer_cost(module: nn.Module, choice: OptimizerSettings | OptimizerFacto
 
 def limits_of(memory: str | int | Sequence[str | int], stages: int) -> list[int]:
     """Return the bytes that the device of every stage has, from "20GiB", a number of bytes, or a list of them."""
-    listed = [memory] * stages if isinstance(memory, str | int) else list(memory)
+    listed: list[Any] = list(memory) if isinstance(memory, list | tuple) else [memory] * stages
     if len(listed) != stages:
         raise UsageError(
             f"`balance.memory` has {len(listed)} sizes for {stages} stages; give one for all, or one for each",
@@ -203,11 +205,11 @@ def limits_of(memory: str | int | Sequence[str | int], stages: int) -> list[int]
         )
     try:
         found = [units.size(one) if isinstance(one, str) else float(one) for one in listed]
-    except ValueError as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise UsageError(f"`balance.memory`: {error}", code="unusable-value", key="balance.memory") from None
-    if any(one <= 0 for one in found):
+    if not all(0 < one < math.inf for one in found):
         raise UsageError(
-            f"`balance.memory` {memory!r} must be above 0; give the memory of a device",
+            f"`balance.memory` {shown(memory)} must be above 0; give the memory of a device",
             code="unusable-value",
             key="balance.memory",
         )

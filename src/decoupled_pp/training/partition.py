@@ -15,14 +15,15 @@ from decoupled_pp.core.packets import Loss, Payload
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.links import join_world
 from decoupled_pp.models.cutting import By, Fits, as_sequential, cut_network
-from decoupled_pp.pipeline.losses import find_loss
 from decoupled_pp.training.choices import (
     CriticChoice,
     OptimizerChoice,
     RuleChoice,
     choose_critic,
+    choose_loss,
     choose_optimizer,
     choose_rule,
+    choose_value,
 )
 from decoupled_pp.training.memory import Room, limits_of, predict_memory, refuse_overflow
 from decoupled_pp.training.script_terms import script_terms
@@ -76,11 +77,18 @@ def partition(
     """
     builder = choose_critic(critic) if critic is not None else None
     relearned = choose_rule(critic_target).critic_passes > 1
+    loss = choose_loss(loss)
+    stages = choose_value("stages", stages)
+    by = choose_value("cut", by)
+    speeds = choose_value("balance.speeds", speeds)
+    accumulate = choose_value("training.accumulate", accumulate)
+    timeout_seconds = choose_value("links.timeout_seconds", timeout_seconds)
+    world = join_world(timeout_seconds) if environment.world_size() > 1 else None
     place = choose_device(device, environment.local_rank(), environment.local_world_size())
 
     def cut(how: By, fits: Fits | None = None) -> Plan:
         return cut_network(
-            layers, stages, how, sample, builder, find_loss(loss), place, relearned=relearned, speeds=speeds, fits=fits
+            layers, stages, how, sample, builder, loss, place, relearned=relearned, speeds=speeds, fits=fits
         )
 
     def choose() -> Plan:
@@ -94,7 +102,7 @@ def partition(
             )
         limits = limits_of(memory, stages)
         needs: dict[str, Any] = {
-            "loss": find_loss(loss),
+            "loss": loss,
             "optimizer": choose_optimizer(optimizer),
             "accumulate": accumulate,
         }
@@ -102,14 +110,14 @@ def partition(
         refuse_overflow(predict_memory(plan, builder, **needs), limits)
         return plan
 
-    if environment.world_size() == 1:
+    if world is None:
         return choose()
 
     def measure() -> dict[str, Any]:
         plan = choose()
         return {"sizes": plan.sizes, "layers": plan.layer_seconds, "critics": plan.critic_seconds}
 
-    chosen = join_world(timeout_seconds).channel().from_rank_0("cut", measure, timeout_seconds)
+    chosen = world.channel().from_rank_0("cut", measure, timeout_seconds)
     return replace(
         cut(list(chosen["sizes"])),
         layer_seconds=tuple(chosen["layers"]) if chosen["layers"] is not None else None,

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.errors import UsageError, shown
 from decoupled_pp.core.packets import Loss
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.core.suggestions import did_you_mean
-from decoupled_pp.pipeline.losses import find_loss
 from decoupled_pp.settings.rules import CorrectionSettings
 from decoupled_pp.settings.run import ScheduleSettings
 from decoupled_pp.settings.script_names import SCRIPT_NAMES, TRAINER_SECTIONS
@@ -20,10 +19,14 @@ from decoupled_pp.training.choices import (
     CriticChoice,
     OptimizerChoice,
     RuleChoice,
+    choose_callable,
     choose_critic,
+    choose_folder,
+    choose_loss,
     choose_optimizer,
     choose_rule,
     choose_section,
+    choose_value,
 )
 from decoupled_pp.training.decoupled import DecoupledTrainer
 from decoupled_pp.training.recipe import Recipe
@@ -81,22 +84,35 @@ class Trainer(DecoupledTrainer):
         if global_correction is not None:
             correction = choose_section(global_correction, CorrectionSettings, "global_correction")
         recipe = Recipe(
-            loss=find_loss(loss),
+            loss=choose_loss(loss),
             critic=choose_critic(critic),
             optimizer=choose_optimizer(optimizer),
             schedule=choose_section(schedule, ScheduleSettings, "schedule"),
             target=choose_rule(critic_target),
             correction=correction,
             metrics=sections.pop("logging"),
-            seed=seed,
+            seed=choose_value("seed", seed),
             **sections,
         )
-        super().__init__(plan, recipe, device, Path(checkpoints) if checkpoints is not None else None, observer)
+        folder = None if checkpoints is None else choose_folder("checkpoints", checkpoints)
+        if observer is not None:
+            choose_callable("observer", observer, "give a function of a list of records")
+        super().__init__(plan, recipe, device, folder, observer)
 
     build = script_terms()(DecoupledTrainer.build)
     fit = script_terms()(DecoupledTrainer.fit)
     evaluate = script_terms()(DecoupledTrainer.evaluate)
     export = script_terms()(DecoupledTrainer.export)
+
+
+def _as_dictionary(name: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, Section):
+        return value.model_dump()
+    if not isinstance(value, dict):
+        raise UsageError(
+            f"`{name}` is {shown(value)}; give a dictionary of its fields", code="section-expected", key=name
+        )
+    return value
 
 
 _NAMED = ("loss", "critic", "critic_target", "global_correction", "optimizer", "schedule", "device", "checkpoints")
@@ -111,7 +127,7 @@ def _sections(options: dict[str, Any]) -> dict[str, Any]:
     options = {name: value for name, value in options.items() if value is not None}  # None: the default
     for name, value in options.items():
         if name in TRAINER_SECTIONS:
-            given[name] |= value.model_dump() if isinstance(value, Section) else value
+            given[name] |= _as_dictionary(name, value)
     for name, value in options.items():
         if name in TRAINER_SECTIONS:
             continue

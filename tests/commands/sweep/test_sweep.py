@@ -30,7 +30,7 @@ also: {more: {data.validation_fraction: 0.5}}
 variants:
   plain: {strategy: backprop}
   head: {critic: {kind: head}, optimizer.lr: 0.002}
-  broken: {optimizer.lr: 1.0e+30, optimizer.kind: SGD}
+  broken: {optimizer.lr: 1.0e+6, optimizer.kind: SGD}
 """
 
 

@@ -12,6 +12,7 @@ from decoupled_pp.commands.child import check_entry, say
 from decoupled_pp.commands.compare.contenders import STRATEGIES, contenders, with_own_settings
 from decoupled_pp.core import environment
 from decoupled_pp.core.errors import TrainingError, UsageError
+from decoupled_pp.core.paths import expanded
 from decoupled_pp.core.threads import choose_threads
 from decoupled_pp.settings.load import load_settings
 from decoupled_pp.training.ranks import ONE_PROCESS
@@ -60,7 +61,7 @@ def run_command(chosen: argparse.Namespace) -> int:
     from decoupled_pp.commands.compare.runs import run_all
     from decoupled_pp.run.folder import CONFIG_FILE, write_config
 
-    folder = Path(chosen.output) if chosen.output else Path(settings.runs) / f"{settings.name}-compare"
+    folder = Path(expanded(chosen.output)) if chosen.output else Path(settings.runs) / f"{settings.name}-compare"
     advice = "--overwrite starts anew, or give another --output"
     claim_output(folder, "folder of a comparison", CONFIG_FILE, advice, overwrite=chosen.overwrite)
     write_config(folder, settings, None)

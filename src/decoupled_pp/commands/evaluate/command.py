@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from decoupled_pp.commands.arguments import add_overrides, check_at_least, numbers_of
+from decoupled_pp.commands.arguments import add_overrides, check_at_least, numbers_of, output_file
+from decoupled_pp.core.paths import expanded
 
 if TYPE_CHECKING:
     from decoupled_pp.commands.evaluate.exits import Evaluation
@@ -45,20 +46,22 @@ def run_command(chosen: argparse.Namespace) -> int:
     from decoupled_pp.core.records import write_json
 
     check_at_least(chosen, gradient_probe=0)
+    json = output_file("--json", chosen.json)
+    picture = output_file("--picture", chosen.picture)
     found = evaluate_run(
-        Path(chosen.folder),
+        Path(expanded(chosen.folder)),
         tuple(chosen.set),
         thresholds=numbers_of("--progressive", chosen.progressive, 0, "0.8,0.9") if chosen.progressive else [],
         together=chosen.ensemble,
         gradients=chosen.gradient_probe,
     )
     print_evaluation(found)
-    if chosen.json is not None:
-        Path(chosen.json).write_text(write_json(dataclasses.asdict(found), indent=2) + "\n", encoding="utf-8")
-        sys.stdout.write(f"{chosen.json}\n")
-    if chosen.picture is not None:
-        _draw(found, Path(chosen.picture))
-        sys.stdout.write(f"{chosen.picture}\n")
+    if json is not None:
+        json.write_text(write_json(dataclasses.asdict(found), indent=2) + "\n", encoding="utf-8")
+        sys.stdout.write(f"{json}\n")
+    if picture is not None:
+        _draw(found, picture)
+        sys.stdout.write(f"{picture}\n")
     return 0
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from decoupled_pp.commands.arguments import add_overrides, check_at_least, flag, strategies_of
+from decoupled_pp.commands.arguments import add_overrides, check_at_least, flag, output_file, strategies_of
 from decoupled_pp.commands.plan.costs import Profile, read_profile, stage_costs
 from decoupled_pp.commands.plan.predict import STRATEGIES, Prediction, Setting, predict
 from decoupled_pp.commands.plan.scaling import Scale, curve
@@ -19,6 +19,7 @@ from decoupled_pp.commands.plan.text import describe_curves, describe_plan
 from decoupled_pp.commands.plan.transformer import Transformer
 from decoupled_pp.core import units
 from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.paths import expanded
 from decoupled_pp.core.records import write_json
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def run_command(chosen: argparse.Namespace) -> int:
         )
     _refuse_ignored(chosen)
     strategies = strategies_of(chosen.strategies, STRATEGIES)
-    _check_folder("--output", chosen.output)
+    output = output_file("--output", chosen.output)
+    output_file("--picture", chosen.picture)
     link = Link(
         latency=_read(chosen, "latency", units.seconds, 0.0),
         bandwidth=_read(chosen, "link", units.bandwidth, math.inf),
@@ -91,8 +93,8 @@ def run_command(chosen: argparse.Namespace) -> int:
     )
     plan = _plan_network if chosen.devices is None else _plan_devices
     text, figures = plan(chosen, strategies, link)
-    if chosen.output is not None:
-        Path(chosen.output).write_text(write_json(figures, indent=1) + "\n", encoding="utf-8")
+    if output is not None:
+        output.write_text(write_json(figures, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(text)
     return 0
 
@@ -107,12 +109,6 @@ def _refuse_ignored(chosen: argparse.Namespace) -> None:
         raise UsageError(
             "--profile reads a profile; leave out --measure and --save-profile, or --profile", code="options-contradict"
         )
-
-
-def _check_folder(option: str, path: str | None) -> None:
-    """Raises UsageError if a file cannot be written later on, for want of its folder."""
-    if path is not None and not Path(path).parent.is_dir():
-        raise UsageError(f"{option} {path}: there is no folder {Path(path).parent}; make it", code="no-such-folder")
 
 
 def _read(chosen: argparse.Namespace, name: str, read: Callable[[str], _Value], default: _Value) -> _Value:
@@ -162,7 +158,7 @@ def _plan_network(chosen: argparse.Namespace, strategies: Sequence[str], link: L
                 f"--picture is of the decoupled cut, and there is none: {refused['decoupled']}", code="nothing-to-draw"
             )
         boundaries = predictions["decoupled"].boundaries
-        plot_cut(stage_costs(profile, boundaries, critics=True, speeds=setting.speeds), Path(chosen.picture))
+        plot_cut(stage_costs(profile, boundaries, critics=True, speeds=setting.speeds), Path(expanded(chosen.picture)))
         text += f"{chosen.picture}\n"
     return text, figures
 
@@ -190,7 +186,7 @@ def _profile(chosen: argparse.Namespace, settings: Settings) -> tuple[Profile, C
 
     if chosen.profile is not None:
         try:
-            text = Path(chosen.profile).read_bytes()
+            text = Path(expanded(chosen.profile)).read_bytes()
         except OSError as error:
             raise UsageError(
                 f"--profile: cannot read {chosen.profile}: {error.strerror}; give the path of a profile",
@@ -199,10 +195,10 @@ def _profile(chosen: argparse.Namespace, settings: Settings) -> tuple[Profile, C
         return read_profile(text, f"--profile {chosen.profile}"), minmax_cut
     from decoupled_pp.commands.plan.measure import measure_configured
 
-    _check_folder("--save-profile", chosen.save_profile)
+    saved = output_file("--save-profile", chosen.save_profile)
     profile, module = measure_configured(settings, chosen.ranks, chosen.config)
-    if chosen.save_profile is not None:
-        Path(chosen.save_profile).write_text(profile.write(), encoding="utf-8")
+    if saved is not None:
+        saved.write_text(profile.write(), encoding="utf-8")
 
     def cut(*arguments: Any, **devices: Any) -> tuple[int, ...]:
         boundaries = minmax_cut(*arguments, **devices)
@@ -233,7 +229,7 @@ def _plan_devices(chosen: argparse.Namespace, strategies: Sequence[str], link: L
     if all(isinstance(one, str) for points in curves.values() for one in points):
         reason = next(iter(curves.values()))[0]
         raise UsageError(f"no strategy runs on any of {devices} devices: {reason}", code="nothing-to-predict")
-    picture = Path(chosen.picture or "scaling.png")
+    picture = Path(expanded(chosen.picture or "scaling.png"))
     title = (
         f"{model.total_parameters / 1e9:.3g} billion parameters, {model.layers} blocks, "
         f"{model.flops / 1e12:g} TFLOP/s, critics {model.critic_share:g} of a stage"

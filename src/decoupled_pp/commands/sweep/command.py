@@ -15,12 +15,13 @@ from decoupled_pp.commands.arguments import add_overrides, check_at_least, claim
 from decoupled_pp.commands.child import Trial, check_entry, say
 from decoupled_pp.core import environment
 from decoupled_pp.core.errors import TrainingError, UsageError
+from decoupled_pp.core.paths import expanded
 from decoupled_pp.core.records import write_json
 from decoupled_pp.core.suggestions import did_you_mean
 from decoupled_pp.core.threads import choose_threads
 from decoupled_pp.settings.load import load_settings
 from decoupled_pp.settings.sections import Section
-from decoupled_pp.settings.yaml_text import read_yaml
+from decoupled_pp.settings.yaml_text import read_yaml_file
 
 MARKER = "sweep.yaml"
 """The copy of the sweep file that stands in the folder of every sweep."""
@@ -57,7 +58,7 @@ def run_command(chosen: argparse.Namespace) -> int:
     if environment.world_size() > 1:
         raise UsageError("dpp sweep starts the runs itself: run it without torchrun", code="under-torchrun")
     check_at_least(chosen, jobs=1)
-    file = Path(chosen.file)
+    file = Path(expanded(chosen.file))
     sweep = load_sweep(file)
     reference = sweep.reference or next(iter(sweep.variants))
     if reference not in sweep.variants:
@@ -65,7 +66,7 @@ def run_command(chosen: argparse.Namespace) -> int:
             f"{file}: reference {reference!r} is no variant; give one of {', '.join(sweep.variants)}",
             code="unknown-reference",
         )
-    folder = Path(chosen.output or f"runs/{file.stem}")
+    folder = Path(expanded(chosen.output or f"runs/{file.stem}"))
     also = {name: _overrides(changes) for name, changes in sweep.also.items()}
     trials = _trials(sweep, folder, chosen.set, chosen.jobs)
     others = {name: [*chosen.set, *own] for name, own in also.items()}
@@ -131,7 +132,7 @@ def _overrides(changes: Mapping[str, Any]) -> list[str]:
 def load_sweep(path: Path) -> SweepSettings:
     """Returns the content of a sweep file, or raises UsageError; its variants are not looked into."""
     try:
-        return SweepSettings.model_validate(read_yaml(path.read_text(encoding="utf-8")))
+        return SweepSettings.model_validate(read_yaml_file(path))
     except OSError as error:
         raise UsageError(
             f"cannot read the sweep {path}: {error.strerror}; give the path of a YAML file", code="sweep-not-readable"

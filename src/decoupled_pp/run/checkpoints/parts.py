@@ -306,6 +306,13 @@ def _refuse_mixed(path: Path, parts: Sequence[dict[str, Any]]) -> None:
 
 
 def _verify(path: Path, folder: Path, checksums: dict[str, int]) -> None:
+    # The reader opens whatever is called so.
+    strangers = {file.name for file in folder.glob("*.safetensors")} - checksums.keys()
+    if strangers:
+        raise UsageError(
+            f"checkpoint {path} was saved without {folder.name}/{min(strangers)}; take that file away",
+            code="checkpoint-with-strange-file",
+        )
     for name, expected in checksums.items():
         if checksum(folder / name) != expected:
             raise _corrupt(path, f"{folder.name}/{name} does not match its checksum")
