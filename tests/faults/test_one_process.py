@@ -191,15 +191,28 @@ def _change_the_format(folder):
     (_newest(folder) / "stage-0.json").write_text(json.dumps({**record, "format": 99}))
 
 
-DAMAGE = [_flip_a_byte, _cut_short, _break_the_record, _lose_a_stage, _lose_a_record, _change_the_format]
+DAMAGE = [_flip_a_byte, _cut_short, _break_the_record, _lose_a_stage, _lose_a_record]
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_refused_by_every_command(damage, run, capsys):
+def _mix_two_steps(folder):
+    """Stage 1 as it was two steps before, its record too: every file is whole."""
+    before = folder / "checkpoints/step-00000004"
+    shutil.rmtree(_newest(folder) / "stage-1")
+    shutil.copytree(before / "stage-1", _newest(folder) / "stage-1")
+    shutil.copy(before / "stage-1.json", _newest(folder))
+
+
+def _rename_one_before(folder):
+    shutil.rmtree(_newest(folder))
+    (folder / "checkpoints/step-00000004").rename(_newest(folder))
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, _change_the_format, _mix_two_steps])
+def test_a_damaged_checkpoint_is_refused_by_every_reader(damage, run, capsys):
     damage(run)
     before = launched.fingerprint(Path())
     capsys.readouterr()
-    for command in (["train", "run.yaml", "--resume"], ["evaluate", run], ["export", run, "-o", "weights"]):
+    for command in (["evaluate", run], ["export", run, "-o", "weights"]):
         assert launched.dpp(*command) == 2
         said = capsys.readouterr().err
         if damage is _change_the_format:
@@ -207,6 +220,45 @@ def test_a_damaged_checkpoint_is_refused_by_every_command(damage, run, capsys):
         else:
             check_said(said, "checkpoint-corrupt", "step-00000006", "to go on from step-00000004")
         assert launched.fingerprint(Path()) == before
+
+
+def test_a_checkpoint_of_another_format_is_not_resumed(run, capsys):
+    _change_the_format(run)
+    before = launched.fingerprint(Path())
+    assert launched.dpp("train", "run.yaml", "--resume") == 2
+    check_said(capsys.readouterr().err, "checkpoint-of-another-format", "step-00000006", "format 99")
+    assert launched.fingerprint(Path()) == before
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, _mix_two_steps])
+def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_says_so(damage, run, finished, capsys):
+    damage(run)
+    capsys.readouterr()
+    assert launched.dpp("train", "run.yaml", "--resume") == 0
+    said = capsys.readouterr()
+    assert "step-00000006 is corrupt" in said.out + said.err and "kept as step-00000006.damaged" in said.out + said.err
+    assert "goes on from the checkpoint at step 4" in said.out + said.err
+    assert launched.checkpoint_steps() == [2, 4, 6] and (run / "checkpoints/step-00000006.damaged").is_dir()
+    resumed, whole = launched.weights(), launched.weights(finished)
+    assert resumed.keys() == whole.keys() and all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_none(run, capsys):
+    _rename_one_before(run)
+    assert launched.dpp("train", "run.yaml", "--resume") == 0
+    assert "its parts were saved at step 4" in "".join(capsys.readouterr())
+    assert launched.checkpoint_steps() == [2, 4, 6]
+
+
+@pytest.mark.parametrize("copy", ["step-00000002.keep", "step-00000006.bak", "step-best", "keep"])
+def test_copies_of_checkpoints_are_neither_deleted_nor_counted(copy, run, capsys):
+    shutil.copytree(_newest(run), run / "checkpoints" / copy)
+    before = launched.fingerprint(run / "checkpoints" / copy)
+    settings = ("--set=training.steps=10", "--set=checkpoint.keep=1")
+    assert launched.dpp("train", "run.yaml", "--resume", *settings) == 0
+    assert launched.checkpoint_steps() == [10]
+    assert launched.dpp("train", "run.yaml", "--overwrite") == 0
+    assert launched.fingerprint(run / "checkpoints" / copy) == before
 
 
 def test_the_only_checkpoint_has_no_one_before(run, capsys):
@@ -219,7 +271,6 @@ def test_the_only_checkpoint_has_no_one_before(run, capsys):
 
 
 def test_the_remedy_for_a_damaged_checkpoint_works(run, capsys):
-    _flip_a_byte(run)
     shutil.rmtree(_newest(run))
     assert launched.dpp("train", "run.yaml", "--resume") == 0
     assert launched.checkpoint_steps() == [2, 4, 6]
@@ -241,6 +292,30 @@ def test_a_damaged_log_is_refused(run, capsys):
     capsys.readouterr()
     assert launched.dpp("train", "run.yaml", "--resume", "--set=training.steps=8") == 2
     _line(capsys, "metrics.jsonl line 1", "JSON")
+
+
+def test_overwrite_clears_what_runs_have_written_and_nothing_else(run):
+    (run / "notes.txt").write_text("mine")
+    (run / "tensorboard").mkdir(exist_ok=True)
+    (run / "tensorboard/events.out.tfevents.1").write_text("old")
+    (run / "checkpoints/thoughts").write_text("mine as well")
+    (run / "checkpoints/step-00000009.incomplete").mkdir()
+    assert launched.dpp("train", "run.yaml", "--overwrite", "--set=training.steps=2") == 0
+    assert launched.checkpoint_steps() == [2]
+    assert (run / "notes.txt").read_text() == "mine" and (run / "checkpoints/thoughts").exists()
+    assert not (run / "tensorboard").exists() and not list(run.glob("checkpoints/*.incomplete"))
+
+
+@pytest.mark.parametrize("config", ["theme: dark\n", "", "[1, 2]", "name: x\nstages: 2\n", "\0", "a: [" * 9])
+@pytest.mark.parametrize("way", ["--overwrite", "--resume"])
+def test_a_folder_with_a_config_of_something_else_is_no_run(config, way, capsys):
+    launched.FOLDER.mkdir(parents=True)
+    (launched.FOLDER / "config.yaml").write_text(config)
+    (launched.FOLDER / "one.tex").write_text("years of work")
+    before = launched.fingerprint(Path())
+    assert launched.dpp("train", "run.yaml", way) == 2
+    check_said(capsys.readouterr().err, "not-an-output-folder", "holds no config.yaml of a run folder")
+    assert launched.fingerprint(Path()) == before
 
 
 def test_overwrite_leaves_a_run_alone_when_another_key_is_bad(run, capsys):

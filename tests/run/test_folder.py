@@ -13,7 +13,7 @@ from kit import refused
 
 
 def test_a_run_without_checkpoint_is_not_resumed(tmp_path):
-    (tmp_path / folder.CONFIG_FILE).write_text("")
+    (tmp_path / folder.JOB_FILE).write_text("a job")
     with refused("nothing-to-resume"):
         folder.check(tmp_path, resume=True, overwrite=False)
 

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.run.output_folder import OutputFolder
+from decoupled_pp.run.output_folder import OutputFolder, mapping_in
 from kit import refused
 
 
@@ -15,6 +15,8 @@ def output(tmp_path):
         path=tmp_path / "runs" / "mine",
         noun="run folder",
         marker="config.yaml",
+        is_one=lambda folder: mapping_in(folder / "config.yaml", ["stages"]),
+        written=lambda folder: [folder / "config.yaml", folder / "old", folder / "never"],
         if_it_exists="--resume goes on, --overwrite starts anew",
         elsewhere="change `runs`",
         key="runs",
@@ -24,10 +26,10 @@ def output(tmp_path):
 def fill(output, *names):
     output.path.mkdir(parents=True)
     for name in names:
-        (output.path / name).write_text(name)
+        (output.path / name).write_text("stages: 2" if name == "config.yaml" else name)
 
 
-@pytest.mark.parametrize("files", [(), ("config.yaml", "old")])
+@pytest.mark.parametrize("files", [(), ("config.yaml", "old"), ("config.yaml", "thesis.tex")])
 def test_cleared_or_kept(output, files):
     fill(output, *files)
     output.check(resume=bool(files), overwrite=False)
@@ -35,7 +37,7 @@ def test_cleared_or_kept(output, files):
     assert {path.name for path in output.path.iterdir()} == set(files)
     output.check(resume=False, overwrite=True)
     output.make(empty=True)
-    assert not list(output.path.iterdir())
+    assert {path.name for path in output.path.iterdir()} == {*files} & {"thesis.tex"}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.paths import expanded
-from decoupled_pp.run.output_folder import OutputFolder
 
 
 def add_overrides(parser: argparse._ActionsContainer, help: str = "override a setting") -> None:
@@ -74,10 +73,3 @@ def output_file(option: str, text: str | None) -> Path | None:
     except OSError as error:
         raise UsageError(f"{option} {path}: {error.strerror}", code="no-such-folder") from None
     return path
-
-
-def claim_output(folder: Path, noun: str, marker: str, advice: str, *, resume: bool = False, overwrite: bool) -> None:
-    """Makes the folder that `--output` names, or takes over an earlier one; raises UsageError if it may not."""
-    output = OutputFolder(path=folder, noun=noun, marker=marker, if_it_exists=advice, elsewhere="give another --output")
-    output.check(resume=resume, overwrite=overwrite)
-    output.make(empty=not resume)

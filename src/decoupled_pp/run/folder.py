@@ -17,9 +17,10 @@ from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.records import write_json
 from decoupled_pp.core.reports import Report, Span
 from decoupled_pp.run.checkpoints.files import write_atomically
-from decoupled_pp.run.checkpoints.parts import list_checkpoints, remove_incomplete
-from decoupled_pp.run.log import METRICS_FILE, read_records
-from decoupled_pp.run.output_folder import OutputFolder
+from decoupled_pp.run.checkpoints.parts import list_checkpoints, list_incomplete, remove_incomplete, set_aside
+from decoupled_pp.run.in_progress import RunLock, running
+from decoupled_pp.run.log import METRICS_FILE, TENSORBOARD_FOLDER, read_records
+from decoupled_pp.run.output_folder import OutputFolder, mapping_in
 from decoupled_pp.run.plots import plot_losses, plot_timeline
 from decoupled_pp.run.trace import write_trace
 from decoupled_pp.settings.run import Settings
@@ -31,9 +32,26 @@ CONFIG_FILE = "config.yaml"
 INFO_FILE = "data.json"
 SUMMARY_FILE = "summary.json"
 TRACE_FILE = "trace.json"
+TIMELINE_PICTURE = "timeline.png"
+LOSS_PICTURE = "loss.png"
 CHECKPOINTS = "checkpoints"
 WEIGHTS_FILE = "model.safetensors"
 JOB_FILE = ".job"
+
+SETTINGS = ("name", "stages", "model", "data", "training")
+"""Keys by which a `config.yaml` is known to be of a run: the name of that file alone belongs to everybody."""
+
+_WRITTEN = (
+    *(CONFIG_FILE, INFO_FILE, SUMMARY_FILE, TRACE_FILE, METRICS_FILE, WEIGHTS_FILE),
+    *(f"{name}.tmp" for name in (CONFIG_FILE, INFO_FILE, METRICS_FILE, WEIGHTS_FILE)),
+    *(TIMELINE_PICTURE, LOSS_PICTURE, JOB_FILE),
+)
+_WRITTEN_IN_NUMBERS = (
+    f"{TENSORBOARD_FOLDER}/events.out.tfevents.*",
+    f"{CHECKPOINTS}/step-*.damaged*",
+    f"{CHECKPOINTS}/.shared-*",
+    "also-*.json",  # scores of a sweep
+)
 
 
 def load_weights(source: Path, module: nn.Module, key: str | None = "start_from") -> None:
@@ -83,9 +101,39 @@ def _output(folder: Path) -> OutputFolder:
         path=folder,
         noun="run folder",
         marker=CONFIG_FILE,
+        is_one=is_run,
+        written=written,
         if_it_exists="--resume goes on, --overwrite starts anew, or change `name`",
         elsewhere="change `runs`",
         key="runs",
+    )
+
+
+def is_run(folder: Path) -> bool:
+    """True if a run has been started in the folder."""
+    return (folder / JOB_FILE).is_file() or mapping_in(folder / CONFIG_FILE, SETTINGS)
+
+
+def written(folder: Path) -> list[Path]:
+    """Return all that runs have written into the folder; what else is in it is its user's."""
+    names = [name for name in _WRITTEN if (folder / name).exists()]
+    found = [folder / name for name in names]
+    for pattern in _WRITTEN_IN_NUMBERS:
+        found += folder.glob(pattern)
+    return [*found, *list_checkpoints(folder / CHECKPOINTS), *list_incomplete(folder / CHECKPOINTS)]
+
+
+def refuse_running(folder: Path) -> None:
+    """Raise UsageError if a run is in progress in the folder."""
+    if (who := running(folder)) is not None:
+        raise _in_progress(folder, who)
+
+
+def _in_progress(folder: Path, who: str) -> UsageError:
+    return UsageError(
+        f"a run is in progress in {folder} ({who}); end it, wait for its end, or change `name`",
+        code="run-in-progress",
+        key="name",
     )
 
 
@@ -93,6 +141,7 @@ def check(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Decide whether a run may use the folder; only looks."""
     output = _output(folder)
     output.check(resume=resume, overwrite=overwrite)
+    refuse_running(folder)
     with output.named():
         found = list_checkpoints(folder / CHECKPOINTS) if resume else []
     if resume and not found:
@@ -102,16 +151,39 @@ def check(folder: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
 
-def claim(folder: Path, job: str, *, resume: bool, overwrite: bool) -> None:
-    """Make the run folder or take over an existing one, which may cost what is in it; nothing is refused after this."""
+def claim(
+    lock: RunLock, job: str, *, resume: bool, overwrite: bool, damaged: Mapping[str, str] | None = None
+) -> list[str]:
+    """Make the run folder or take over an existing one, which may cost what is in it; nothing is refused after this.
+
+    Args:
+        lock: The lock of the folder; it is held from now on.
+        job: Name of this launch, by which a restart of its ranks knows the folder.
+        resume: Go on from what is there.
+        overwrite: Delete what runs have written there.
+        damaged: Names of checkpoints that are set aside, and what is wrong with them.
+
+    Returns:
+        What was set aside and why, for the user.
+    """
+    folder = lock.folder
     check(folder, resume=resume, overwrite=overwrite)
     output = _output(folder)
-    output.make(empty=not resume)
     with output.named():
+        folder.mkdir(parents=True, exist_ok=True)
+        if not lock.take():  # another one was faster
+            raise _in_progress(folder, running(folder) or "it has just begun")
+    output.make(empty=not resume)
+    notes = []
+    with output.named():
+        for name, why in (damaged or {}).items():
+            aside = set_aside(folder / CHECKPOINTS / name)
+            notes.append(f"{why}; it is kept as {aside.name}")
         if resume:
             remove_incomplete(folder / CHECKPOINTS)
         (folder / CHECKPOINTS).mkdir(exist_ok=True)
         (folder / JOB_FILE).write_text(job, encoding="utf-8")
+    return notes
 
 
 def claimed_by(folder: Path, job: str) -> bool:
@@ -146,7 +218,7 @@ def write_results(
     summary = {**about, "ranks": environment.world_size(), **report}
     (folder / SUMMARY_FILE).write_text(write_json(summary, indent=2) + "\n", encoding="utf-8")
     write_trace(folder / TRACE_FILE, spans)
-    timeline, losses = folder / "timeline.png", folder / "loss.png"
+    timeline, losses = folder / TIMELINE_PICTURE, folder / LOSS_PICTURE
     plot_timeline(spans, timeline)
     plot_losses(read_records(folder / METRICS_FILE), losses, unit)
     return [timeline, losses]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.errors import TrainingError, UsageError
 from decoupled_pp.core.records import write_json
 from decoupled_pp.core.reports import RECORDS, Record, SpansRecord, TrainRecord, ValidationRecord, read_record
 from decoupled_pp.run.checkpoints.files import write_atomically
@@ -24,33 +25,60 @@ class RunLog:
 
     `metrics.jsonl` holds every record but the spans (those belong to the trace), one JSON object a line. JSON has no
     NaN or infinity: such a number is written as `null`. A run that goes on from `resume_step` will write later steps
-    again, so their records are cut from `metrics.jsonl` and hidden in TensorBoard; None keeps all.
+    again, so their records are cut from `metrics.jsonl` and hidden in TensorBoard; None keeps all. That is done with
+    the first record: a run that is refused before it trains has cut nothing.
     """
 
     def __init__(self, folder: Path, tensorboard: bool, resume_step: int | None) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / METRICS_FILE
-        if path.exists():
-            _truncate(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
-        self._events = _open_events(folder / TENSORBOARD_FOLDER, resume_step) if tensorboard else None
+        """Check what is there; nothing is written yet."""
+        self._folder = folder
+        self._path = folder / METRICS_FILE
+        self._tensorboard = tensorboard
+        self._resume_step = resume_step
+        self._file: TextIO | None = None
+        self._events: SummaryWriter | None = None
+        if self._path.exists():
+            _read_objects(self._path)
 
     def write(self, records: Iterable[Record]) -> None:
         """Append records and flush, so that a killed run keeps all that was written before."""
         kept = [record for record in records if not isinstance(record, SpansRecord)]
         if not kept:
             return
-        # One write call for all lines: a reader meets at most one half-written line, the last.
-        self._file.write("".join(map(_line, kept)))
-        self._file.flush()
-        if self._events is not None:
-            for record in kept:
-                _add_scalars(self._events, record)
-            self._events.flush()
+        with self._written():
+            # One write call for all lines: a reader meets at most one half-written line, the last.
+            file = self._file or self._open()
+            file.write("".join(map(_line, kept)))
+            file.flush()
+            if self._events is not None:
+                for record in kept:
+                    _add_scalars(self._events, record)
+                self._events.flush()
+
+    def _open(self) -> TextIO:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if self._path.exists():
+            _truncate(self._path, self._resume_step)
+        if self._tensorboard:
+            self._events = _open_events(self._folder / TENSORBOARD_FOLDER, self._resume_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        return self._file
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(
+                f"cannot write the run log {self._path}: {error.strerror or error}; free or mend the disk, then resume",
+                code="run-log-not-written",
+            ) from error
 
     def close(self) -> None:
         """Close the files and end TensorBoard's writer thread; safe to call twice."""
-        self._file.close()
+        with self._written():
+            if self._file is not None:
+                self._file.close()
         if self._events is not None:
             self._events.close()
             self._events = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 from decoupled_pp.core.reports import CheckpointRecord, NoteRecord, Record, Span, SpansRecord
 from decoupled_pp.run.live import LiveView
@@ -13,7 +14,7 @@ from decoupled_pp.settings.run import Settings
 class RunObserver:
     """Keeps and shows the records of a run on rank 0; does nothing on other ranks."""
 
-    def __init__(self, settings: Settings, log: RunLog | None, step: int | None) -> None:
+    def __init__(self, settings: Settings, log: RunLog | None, step: int | None, notes: Sequence[str] = ()) -> None:
         """Start a view if there is a log."""
         self.spans: defaultdict[int, list[Span]] = defaultdict(list)
         self._log = log
@@ -23,6 +24,8 @@ class RunObserver:
         ranks = 1 if settings.strategy == "backprop" else settings.stages
         exits = ranks if settings.strategy == "decoupled" else 1
         self._view = LiveView(ranks, settings.training.steps, exits=exits)
+        for note in notes:
+            self._view.note(note)
         if step is not None:
             self._view.note(f"goes on from the checkpoint at step {step}; times count from here")
 

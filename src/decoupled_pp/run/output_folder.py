@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from yaml import YAMLError
+
 from decoupled_pp.core.errors import UsageError
+from decoupled_pp.settings.yaml_text import read_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +21,9 @@ class OutputFolder:
 
     path: Path
     noun: str  # name of such a folder in messages: "run folder"
-    marker: str  # a file that stands in every such folder: no other folder is overwritten
+    marker: str  # a file that stands in every such folder
+    is_one: Callable[[Path], bool]  # looks into the marker: no other folder is overwritten
+    written: Callable[[Path], Iterable[Path]]  # all that such a command may have written there: nothing else is deleted
     if_it_exists: str
     elsewhere: str
     key: str | None = None  # the setting that does so, if there is one
@@ -39,18 +44,18 @@ class OutputFolder:
     def _check_content(self, resume: bool, overwrite: bool) -> None:
         if not (resume or overwrite):
             raise UsageError(f"{self.noun} {self.path} exists; {self.if_it_exists}", code="output-exists")
-        if not (self.path / self.marker).is_file():
+        if not self.is_one(self.path):
             refused = "resumed" if resume else "overwritten"
             raise UsageError(
-                f"{self.path} holds no {self.marker}, so it is no {self.noun} and is not {refused}; {self.elsewhere}",
+                f"{self.path} holds no {self.marker} of a {self.noun}, and is not {refused}; {self.elsewhere}",
                 code="not-an-output-folder",
             )
 
     def make(self, *, empty: bool) -> None:
         """Make the folder, after `check`."""
         with self.named():
-            if empty and self.path.exists():
-                shutil.rmtree(self.path)
+            if empty:
+                _delete(self.written(self.path))
             self.path.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
@@ -64,3 +69,23 @@ class OutputFolder:
     def _unwritable(self, reason: str) -> UsageError:
         text = f"cannot write the {self.noun} {self.path}: {reason}; {self.elsewhere}"
         return UsageError(text, code="output-not-writable", key=self.key)
+
+
+def _delete(paths: Iterable[Path]) -> None:
+    """Delete files and folders, and the folders around them that this leaves empty."""
+    for path in list(paths):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # a user's own files are in it
+            path.parent.rmdir()
+
+
+def mapping_in(file: Path, keys: Iterable[str]) -> bool:
+    """Return whether a YAML file holds a mapping with all these keys."""
+    try:
+        content = read_yaml(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, YAMLError, UsageError):
+        return False
+    return isinstance(content, dict) and set(keys) <= content.keys()

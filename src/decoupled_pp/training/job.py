@@ -24,7 +24,14 @@ from decoupled_pp.models import build_model
 from decoupled_pp.models.generation import generate
 from decoupled_pp.pipeline.losses import find_loss
 from decoupled_pp.run import folder as run_folder
-from decoupled_pp.run.checkpoints.parts import Checkpoint, export_safetensors, list_checkpoints, open_checkpoint
+from decoupled_pp.run.checkpoints.parts import (
+    Checkpoint,
+    export_safetensors,
+    list_checkpoints,
+    newest_whole,
+    open_checkpoint,
+)
+from decoupled_pp.run.in_progress import RunLock
 from decoupled_pp.run.log import RunLog
 from decoupled_pp.run.observer import RunObserver
 from decoupled_pp.settings.run import STAGES_ALONE, BalanceSettings, Settings
@@ -59,6 +66,7 @@ class _Start:
     trainer: BaseTrainer
     checkpoint: Checkpoint | None  # the run goes on from it; None: the run starts anew
     log: RunLog | None
+    notes: tuple[str, ...]  # what the user is to know of the checkpoints
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,8 @@ class _Beginning:
 
     resume: bool  # go on from `newest`
     overwrite: bool
-    newest: str | None  # name of the newest checkpoint, if the run goes on from it
+    newest: str | None  # name of the newest whole checkpoint, if the run goes on from it
+    damaged: dict[str, str]  # names of newer ones, which cannot be read, and why
     restarted: bool  # true if torchrun has started the workers of this run again
 
 
@@ -79,14 +88,20 @@ def run_rank(settings: Settings, *, resume: bool = False, overwrite: bool = Fals
         logger.info("joining %d ranks", environment.world_size())
         world = join_world(settings.links.timeout_seconds)
     control = world.channel() if world is not None else LocalControl()
-    with told_to_all(control, environment.rank(), topology):
-        start = _start(settings, control, resume=resume, overwrite=overwrite)
+    with RunLock(settings.folder) as lock:
+        with told_to_all(control, environment.rank(), topology):
+            start = _start(settings, control, lock, resume=resume, overwrite=overwrite)
+        return _train(settings, start)
+
+
+def _train(settings: Settings, start: _Start) -> Outcome:
+    """Train what is prepared, and leave the results in the run folder."""
     trainer = start.trainer
     packets = min(settings.logging.every, settings.training.steps * settings.training.accumulate)
     compiling = "compiling and training" if settings.training.compile else "training"
     logger.info("%s: the first figures come after %d packets", compiling, packets)
     resumed_step = start.checkpoint.step if start.checkpoint is not None else None
-    with RunObserver(settings, start.log, resumed_step) as observer, sigint_stops(trainer.interrupted):
+    with RunObserver(settings, start.log, resumed_step, start.notes) as observer, sigint_stops(trainer.interrupted):
         trainer.observe(observer)
         report = trainer.fit(
             start.data.train if start.data is not None else [],
@@ -110,7 +125,7 @@ def run_rank(settings: Settings, *, resume: bool = False, overwrite: bool = Fals
     return Outcome(report, settings.folder, pictures, text, 0)
 
 
-def _start(settings: Settings, control: Control, *, resume: bool, overwrite: bool) -> _Start:
+def _start(settings: Settings, control: Control, lock: RunLock, *, resume: bool, overwrite: bool) -> _Start:
     """Find every fault of the input on every rank; only then claim the run folder."""
     folder = settings.folder
     timeout_seconds = settings.links.timeout_seconds
@@ -144,15 +159,24 @@ def _start(settings: Settings, control: Control, *, resume: bool, overwrite: boo
         )
     control.gather("no fault found", True, timeout_seconds)
     log: list[RunLog] = []
+    notes: list[str] = []
 
     def claim() -> None:
-        run_folder.claim(folder, environment.job(), resume=beginning.resume, overwrite=beginning.overwrite)
+        notes[:] = run_folder.claim(
+            lock,
+            environment.job(),
+            resume=beginning.resume,
+            overwrite=beginning.overwrite,
+            damaged=beginning.damaged,
+        )
         log.append(RunLog(folder, settings.logging.tensorboard, checkpoint.step if checkpoint is not None else None))
         run_folder.write_config(folder, settings, trainer.plan.sizes)
         run_folder.write_info(folder, info)
 
     control.from_rank_0("run folder", claim, timeout_seconds)
-    return _Start(data, info, trainer, checkpoint, log[0] if log else None)
+    if not log:
+        lock.share()
+    return _Start(data, info, trainer, checkpoint, log[0] if log else None, tuple(notes))
 
 
 def check_run(settings: Settings) -> None:
@@ -188,14 +212,12 @@ def _take_threads(settings: Settings, control: Control, checkpoint: Checkpoint |
 def _begin(folder: Path, *, resume: bool, overwrite: bool) -> _Beginning:
     """Decide how a run begins, from what was asked for and from what the folder holds; only looks."""
     restarted = environment.restart_count() > 0 and run_folder.claimed_by(folder, environment.job())
-    found: list[Path] = []
-    if resume or restarted:
-        found = list_checkpoints(folder / run_folder.CHECKPOINTS)
     if restarted:
-        resume = bool(found)
-        overwrite = not found
+        resume = bool(list_checkpoints(folder / run_folder.CHECKPOINTS))
+        overwrite = not resume
     run_folder.check(folder, resume=resume, overwrite=overwrite)
-    return _Beginning(resume, overwrite, found[-1].name if resume else None, restarted)
+    newest, damaged = newest_whole(folder / run_folder.CHECKPOINTS) if resume else (None, {})
+    return _Beginning(resume, overwrite, newest.path.name if newest is not None else None, damaged, restarted)
 
 
 def make_decoupled(settings: Settings, plan: Plan) -> DecoupledTrainer:

@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from decoupled_pp.commands.arguments import add_overrides, check_at_least, claim_output, strategies_of
+from decoupled_pp.commands.arguments import add_overrides, check_at_least, strategies_of
 from decoupled_pp.commands.child import check_entry, say
 from decoupled_pp.commands.compare.contenders import STRATEGIES, contenders, with_own_settings
 from decoupled_pp.core import environment
@@ -59,11 +59,12 @@ def run_command(chosen: argparse.Namespace) -> int:
         check_entry(name, each[name])
     from decoupled_pp.commands.compare.pages import Comparison, Setup, write_pages
     from decoupled_pp.commands.compare.runs import run_all
-    from decoupled_pp.run.folder import CONFIG_FILE, write_config
+    from decoupled_pp.commands.results_folder import COMPARISON
+    from decoupled_pp.run.folder import write_config
 
     folder = Path(expanded(chosen.output)) if chosen.output else Path(settings.runs) / f"{settings.name}-compare"
     advice = "--overwrite starts anew, or give another --output"
-    claim_output(folder, "folder of a comparison", CONFIG_FILE, advice, overwrite=chosen.overwrite)
+    COMPARISON.claim(folder, advice, overwrite=chosen.overwrite)
     write_config(folder, settings, None)
     setup = Setup(
         config=chosen.config,

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
-from decoupled_pp.commands.arguments import add_overrides, check_at_least, claim_output
+from decoupled_pp.commands.arguments import add_overrides, check_at_least
 from decoupled_pp.commands.child import Trial, check_entry, say
 from decoupled_pp.core import environment
 from decoupled_pp.core.errors import TrainingError, UsageError
@@ -23,7 +23,6 @@ from decoupled_pp.settings.load import load_settings
 from decoupled_pp.settings.sections import Section
 from decoupled_pp.settings.yaml_text import read_yaml_file
 
-MARKER = "sweep.yaml"
 """The copy of the sweep file that stands in the folder of every sweep."""
 
 
@@ -71,10 +70,12 @@ def run_command(chosen: argparse.Namespace) -> int:
     trials = _trials(sweep, folder, chosen.set, chosen.jobs)
     others = {name: [*chosen.set, *own] for name, own in also.items()}
     _try_all(sweep.config, others | {trial.entry: trial.overrides for trial in _to_do(trials, chosen.resume)})
+    from decoupled_pp.commands.results_folder import SWEEP
+
     text = file.read_text(encoding="utf-8")  # it may lie in the folder that is cleared
     advice = "--resume goes on, --overwrite starts anew, or give another --output"
-    claim_output(folder, "folder of a sweep", MARKER, advice, resume=chosen.resume, overwrite=chosen.overwrite)
-    (folder / MARKER).write_text(text, encoding="utf-8")
+    SWEEP.claim(folder, advice, resume=chosen.resume, overwrite=chosen.overwrite)
+    (folder / SWEEP.marker).write_text(text, encoding="utf-8")
     from decoupled_pp.commands.sweep.figures import figures, table
     from decoupled_pp.commands.sweep.picture import draw
     from decoupled_pp.commands.sweep.runs import run_trials

@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,11 +32,14 @@ from decoupled_pp.run.checkpoints.parts import (
     commit,
     final_path,
     list_checkpoints,
+    newest_whole,
     open_checkpoint,
     partial_path,
     record_path,
     remove_incomplete,
     save_stage,
+    set_aside,
+    step_of,
 )
 
 _MOMENT_SECONDS = 60.0
@@ -75,14 +79,18 @@ class CheckpointFolder:
         self._keep = Keep(keep)
         self._timeout = timeout_seconds
         self._owners = _owners(tied or {})
+        self._damaged: dict[str, str] = {}  # newer than the one that the run goes on from -> why it cannot be read
         self._control: Control | None = None  # tells a stage that waits for others whether one has failed
 
     def newest(self, control: Control) -> Checkpoint | None:
-        """Return the newest checkpoint, on every rank the one that rank 0 sees; None if there is none."""
-        # Other ranks' view of a shared folder may lag behind.
-        newest = [path.name for path in list_checkpoints(self.path)[-1:]]
-        agreed = control.gather("newest checkpoint", newest, self._timeout)[0]
-        return open_checkpoint(self.path / agreed[0]) if agreed else None
+        """Return the newest whole checkpoint, on every rank the one that rank 0 sees; None if there is none."""
+        agreed = control.from_rank_0("newest checkpoint", self._newest_name, self._timeout)
+        return open_checkpoint(self.path / agreed) if agreed is not None else None
+
+    def _newest_name(self) -> str | None:
+        """Return the name of the newest whole checkpoint; newer ones that cannot be read are set aside in `prepare`."""
+        newest, self._damaged = newest_whole(self.path)
+        return newest.path.name if newest is not None else None
 
     def prepare(self, control: Control, rank: int, step: int, every: int | None) -> None:
         """Make the folder ready; every rank calls this, before anything is trained."""
@@ -172,7 +180,11 @@ class CheckpointFolder:
             checkpoint.fill({f"model.{owner}": state[key]})  # in place: it is the stage's own tensor
 
     def _make_room(self, step: int) -> None:
-        later = [path for path in list_checkpoints(self.path) if path.name > f"step-{step:08d}"]
+        for name, why in self._damaged.items():
+            aside = set_aside(self.path / name)
+            warnings.warn(f"{why}; it is kept as {aside.name}", stacklevel=2)
+        self._damaged = {}
+        later = [path for path in list_checkpoints(self.path) if step_of(path) > step]
         if later:
             raise UsageError(
                 f"{self.path} holds {later[-1].name}, and this run begins at step {step}; resume, or give another "

@@ -328,22 +328,25 @@ def _corrupt(path: Path, why: str) -> UsageError:
     return UsageError(f"checkpoint {path} is corrupt: {why}; {remedy}", code=_CORRUPT)
 
 
-def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[UsageError]]:
-    """Return the newest checkpoint that can be read, and why each newer one cannot; raises if there is none but those.
+def newest_whole(folder: Path) -> tuple[Checkpoint | None, dict[str, str]]:
+    """Return the newest checkpoint that can be read, and of each newer one the name and why it cannot.
 
-    A checkpoint of another format is not damaged, and is refused.
+    Raises:
+        UsageError: There are only damaged ones, or one of another format, which is not damaged.
     """
-    damaged: list[UsageError] = []
+    damaged: dict[str, UsageError] = {}
     for path in reversed(list_checkpoints(folder)):
         try:
-            return open_checkpoint(path), damaged
+            newest = open_checkpoint(path)
         except UsageError as error:
             if error.code != _CORRUPT:
                 raise
-            damaged.append(error)
+            damaged[path.name] = error
+        else:
+            return newest, {name: error.text.partition("; ")[0] for name, error in damaged.items()}
     if damaged:
-        raise damaged[0]
-    return None, []
+        raise next(iter(damaged.values()))
+    return None, {}
 
 
 def set_aside(path: Path) -> Path:
