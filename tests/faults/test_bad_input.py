@@ -231,9 +231,9 @@ def test_overwrite_starts_anew(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     launched.write_settings()
     assert launched.dpp("train", "run.yaml") == 0
-    (launched.FOLDER / "old").touch()
+    (launched.FOLDER / "also-old.json").touch()
     assert launched.dpp("train", "run.yaml", "--overwrite", "--set=training.steps=2") == 0
-    assert not (launched.FOLDER / "old").exists() and launched.checkpoint_steps() == [2]
+    assert not (launched.FOLDER / "also-old.json").exists() and launched.checkpoint_steps() == [2]
 
 
 def _said(results):
