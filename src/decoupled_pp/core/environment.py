@@ -71,6 +71,8 @@ def world_size() -> int:
         for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
             if not os.environ.get(name):
                 raise _refusal(f"the variable WORLD_SIZE is {size}, but {name} is not set")
+        if (port := _number("MASTER_PORT", 0)) > 65535:
+            raise _refusal(f"the variable MASTER_PORT is {port}; ports end at 65535")
     return size
 
 
