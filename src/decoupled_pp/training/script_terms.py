@@ -20,7 +20,7 @@ def script_terms() -> Iterator[None]:
         yield
     except ReportedError as error:
         error.speak(SCRIPT_NAMES)
-        if error.code != environment.HALF_A_LAUNCHER and environment.world_size() > 1:
+        if environment.reaches_others():
             _say_once()
         raise
 
