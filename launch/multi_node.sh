@@ -13,7 +13,8 @@
 #   NODE_RANK       Required. This machine's place, 0 .. NNODES-1.
 #   NPROC_PER_NODE  Required. Processes on every machine; NNODES * NPROC_PER_NODE = `stages` of the configuration.
 #   MASTER_ADDR     Required. Address of machine 0 that all machines can reach.
-#   MASTER_PORT     A free port of machine 0. Default 29400.
+#   MASTER_PORT     A free port of machine 0. Default: one that follows from RUN_ID, so that two launches do not meet at
+#                   one port; without RUN_ID 29400.
 #   MAX_RESTARTS    How often a failed run is started again, from its last checkpoint. Default 0.
 #   RUN_ID          Required with MAX_RESTARTS. A name of this launch, the same on all machines and new every time: by it
 #                   restarted ranks know the run folder of their own launch.
@@ -37,6 +38,10 @@ for name in NNODES NODE_RANK NPROC_PER_NODE; do
 done
 ((NODE_RANK < NNODES)) || refuse "NODE_RANK is $NODE_RANK; with NNODES $NNODES it must be 0 .. $((NNODES - 1))"
 [[ "${MAX_RESTARTS:-0}" == 0 || -n "${RUN_ID:-}" ]] || refuse "RUN_ID is not set; MAX_RESTARTS needs it, see the top of this file"
+if [[ -n "${RUN_ID:-}" && -z "${MASTER_PORT:-}" ]]; then
+    read -r checksum _ < <(cksum <<<"$RUN_ID")
+    MASTER_PORT=$((10000 + checksum % 20000)) # below the ports that systems hand out by themselves
+fi
 ((NPROC_PER_NODE > 0)) || refuse "NPROC_PER_NODE is 0; it must be at least 1"
 
 # As torchrun would, but without its warning; the second variable says that nobody asked for 1 thread.

@@ -292,6 +292,22 @@ LATE = "critic of a listed cut"
 
 
 @pytest.mark.slow
+def test_ranks_of_a_script_say_it_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("train.py").write_text(
+        "import torch, decoupled_pp as dpp\n"
+        "layers = [torch.nn.Linear(3, 5), torch.nn.Linear(5, 2)]\n"
+        "plan = dpp.partition(layers, 2, 'uniform', torch.zeros(4, 3), device='cpu')\n"
+        "dpp.Trainer(plan, device='cpu', clip_norm=-1)\n"
+    )
+    words = ["--nproc-per-node=2", "--standalone", "train.py"]
+    code, errors = launched.Command("torch.distributed.run", *words).wait()
+    assert code == 1  # torchrun's own
+    assert errors.partition("torch.distributed.elastic")[0].count("Traceback") <= 1
+    assert errors.count("UsageError: `clip_norm`: Input should be greater than 0, not -1") == 1
+
+
+@pytest.mark.slow
 def test_torchrun_adds_only_its_own_report(here):
     words = [
         "--nproc-per-node=2",

@@ -122,6 +122,31 @@ def _namespaces():
     return {path.name for path in folder.glob("dpp-*")} if folder.is_dir() else set()
 
 
+def _started(tmp_path, **changes):
+    """What srun would be started with in a Slurm job of one node."""
+    _executable(tmp_path / "scontrol", "echo first")
+    _executable(tmp_path / "srun", 'echo "cpus=${SRUN_CPUS_PER_TASK:-none} port=$MASTER_PORT"')
+    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "first", "SLURM_JOB_NUM_NODES": "1"}
+    variables |= {"SLURM_GPUS_ON_NODE": "4", "SLURM_SUBMIT_DIR": str(ROOT), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    return run("slurm.sbatch", "run.yaml", **variables | changes).stdout.strip()
+
+
+def test_srun_is_told_the_cores_of_a_task_and_two_jobs_have_two_ports(tmp_path):
+    assert _started(tmp_path) == "cpus=none port=10007"
+    assert _started(tmp_path, SLURM_JOB_ID="20008", SLURM_CPUS_PER_TASK="16") == "cpus=16 port=10008"
+    assert _started(tmp_path, MASTER_PORT="1234") == "cpus=none port=1234"
+
+
+def test_the_port_of_several_machines_follows_from_the_name_of_the_launch(tmp_path):
+    def port(**changes):
+        said = run("multi_node.sh", "run.yaml", PYTHON=_fake_python(tmp_path), **COMPLETE | changes).stdout
+        return int(re.search(r"--master-port (\d+)", said)[1])
+
+    assert port() == 29400
+    assert port(RUN_ID="a") == port(RUN_ID="a", NODE_RANK="1") != port(RUN_ID="b")
+    assert 10000 <= port(RUN_ID="a") < 30000 and port(RUN_ID="a", MASTER_PORT="1234") == 1234
+
+
 def _fake_python(folder):
     return _executable(folder / "python", 'echo "$@"')
 

@@ -87,11 +87,12 @@ def test_a_whole_last_line_without_newline_is_kept(tmp_path):
     assert read_records(path) == [train(1), train(2)]
 
 
-def test_a_damaged_line_in_the_middle_is_named(tmp_path):
+@pytest.mark.parametrize("line", ["rubbish", '{"kind": "train", "step": "abc"}', '{"step": 1.5}'])
+def test_a_damaged_line_in_the_middle_is_named(line, tmp_path):
     path = tmp_path / METRICS_FILE
-    path.write_text(write_json(train(1)) + "\nrubbish\n" + write_json(train(2)) + "\n")
+    path.write_text(f"{write_json(train(1))}\n{line}\n{write_json(train(2))}\n")
     before = path.read_bytes()
-    with refused("metrics-damaged", UsageError, "line 2", "rubbish"):
+    with refused("metrics-damaged", UsageError, "line 2", line[:9]):
         RunLog(tmp_path, False, 1)
     assert path.read_bytes() == before
 

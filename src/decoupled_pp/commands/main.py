@@ -29,7 +29,7 @@ SUBCOMMANDS = (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; exits with 0, 1 (training failed), 2 (bad input), 130 (Ctrl-C) or 143 (SIGTERM)."""
     code = _run(sys.argv[1:] if arguments is None else arguments)
-    if code and environment.world_size() > 1:
+    if code and environment.reaches_others():
         end_at_once(code)
     sys.exit(code)
 
@@ -101,7 +101,7 @@ def _report_peer(error: PeerError) -> int:
 
 def _is_first_to_find(fault: UsageError) -> bool:
     """Returns whether no other rank has reported bad input yet."""
-    if fault.code == environment.HALF_A_LAUNCHER or environment.world_size() == 1:
+    if not environment.reaches_others():
         return True
     from decoupled_pp.links import first_to_report
     from decoupled_pp.settings.run import LinkSettings

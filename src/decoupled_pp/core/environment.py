@@ -12,8 +12,6 @@ from typing import Any
 
 from decoupled_pp.core.errors import UsageError, shortened
 
-HALF_A_LAUNCHER = "launcher-variables"
-"""Code of the fault that the variables of a launcher are there in part, so that this rank cannot reach the others."""
 DPP_RUN = "dpp-"
 """Prefix of the run id of a launch by `dpp train --ranks`."""
 DEFAULT_THREADS = "DPP_DEFAULT_THREADS"
@@ -35,7 +33,7 @@ def _refusal(fault: str) -> UsageError:
     remedy = (
         "start the ranks with torchrun, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; for one process unset"
     )
-    return UsageError(f"{fault}; {remedy} RANK and WORLD_SIZE", code=HALF_A_LAUNCHER)
+    return UsageError(f"{fault}; {remedy} RANK and WORLD_SIZE", code="launcher-variables")
 
 
 def _number(name: str, default: int, least: int = 0) -> int:
@@ -71,7 +69,17 @@ def world_size() -> int:
         for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
             if not os.environ.get(name):
                 raise _refusal(f"the variable WORLD_SIZE is {size}, but {name} is not set")
+        if (port := _number("MASTER_PORT", 0)) > 65535:
+            raise _refusal(f"the variable MASTER_PORT is {port}; ports end at 65535")
     return size
+
+
+def reaches_others() -> bool:
+    """Return whether there are other ranks, and no variable is missing by which to reach them."""
+    try:
+        return world_size() > 1
+    except UsageError:
+        return False
 
 
 def local_rank() -> int:

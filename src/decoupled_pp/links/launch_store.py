@@ -21,28 +21,28 @@ _hosted: dict[tuple[str, int], dist.TCPStore] = {}
 def store_of_launch(timeout_seconds: float) -> dist.Store:
     """Return the launch's store, under keys of this attempt: the launcher's, or by hand that of rank 0."""
     address, port = environment.master()
+    timeout = timedelta(seconds=timeout_seconds)
     if environment.rank() == 0 and not environment.launcher_has_store():
-        store = host_store(address, port, timeout_seconds)
+        if (address, port) not in _hosted:
+            _hosted[address, port] = listening_store(address, port, timeout)
+        store = _hosted[address, port]
     else:
-        timeout = timedelta(seconds=timeout_seconds)
         store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
     # torchrun's store outlives a restart of the workers, and so does what the attempt before has left in it.
     return dist.PrefixStore(f"dpp/attempt-{environment.restart_count()}", store)
 
 
-def host_store(address: str, port: int, timeout_seconds: float) -> dist.TCPStore:
+def listening_store(address: str, port: int, timeout: timedelta = timedelta(minutes=5)) -> dist.TCPStore:
     """Return a store that other processes find at the address; port 0 is any free one."""
-    if (address, port) not in _hosted:
-        listener = _listener(address, port)
-        _hosted[address, port] = dist.TCPStore(
-            address,
-            port if listener is None else listener.getsockname()[1],
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=timeout_seconds),
-            master_listen_fd=None if listener is None else listener.detach(),
-        )
-    return _hosted[address, port]
+    listener = _listener(address, port)
+    return dist.TCPStore(
+        address,
+        port if listener is None else listener.getsockname()[1],
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timeout,
+        master_listen_fd=None if listener is None else listener.detach(),
+    )
 
 
 def close_stores() -> None:

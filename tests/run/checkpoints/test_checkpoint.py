@@ -138,6 +138,16 @@ def test_a_missing_file_is_refused_in_one_line(folder, suffix):
     _refused(folder)
 
 
+def test_a_strange_file_in_a_part_is_named(folder):
+    """Torch's reader would open it for its name, and fail for whatever is in it."""
+    newest = list_checkpoints(folder)[-1]
+    (newest / "stage-0" / "zz.safetensors").write_bytes(b"rubbish")
+    with refused("checkpoint-with-strange-file", UsageError, "stage-0/zz.safetensors", "take that file away"):
+        open_checkpoint(newest)
+    (newest / "stage-0" / "zz.safetensors").unlink()
+    assert open_checkpoint(newest).path == newest
+
+
 def test_another_format_is_refused(folder):
     record = folder / "step-00000004" / "stage-0.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"format": 99}))
