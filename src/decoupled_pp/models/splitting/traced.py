@@ -61,7 +61,9 @@ def split_traced(
     layers.tied = give_copies([{f"part{index}": part} for index, part in enumerate(parts)], names)
     for part in layers.modules():  # the model's own modules keep their modes, those of the trace get the model's
         part.training = modes.get(id(part), model.training)
-    return Split(layers, names, {names[copy]: names[first] for copy, first in layers.tied.items()}, aliases, way="traced")
+    return Split(
+        layers, names, {names[copy]: names[first] for copy, first in layers.tied.items()}, aliases, way="traced"
+    )
 
 
 def _aliases(model: nn.Module, layers: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
