@@ -112,6 +112,7 @@ class Transport:
     """A lane and a sender and receiver of messages: what is sent goes into the log; waits or fails as a peer would."""
 
     payload_bytes = control_bytes = bytes_sent = 0
+    size = header.HEADER_BYTES
 
     def __init__(self, log, name, *, fails=False):
         self.log, self.name, self.fails = log, name, fails
@@ -172,7 +173,7 @@ class Arrivals(Transport):
 
     def __init__(self, log, packets):
         super().__init__(log, "arrival")
-        self.messages = [header.announce(header.parcel(packet)) for packet in packets]
+        self.messages = [header.announce(header.parcel(packet), header.HEADER_BYTES) for packet in packets]
 
     def post(self):
         pass

@@ -3,6 +3,7 @@
 import ast
 import logging
 import pkgutil
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,57 @@ def check_quiet_tracing():
     with torch_private.quiet_tracing():
         assert log.level == logging.CRITICAL
     assert log.level == before
+
+
+def check_is_container():
+    named = namedtuple("named", "a")(1)
+    assert all(map(torch_private.is_container, ((1,), [1], {}, named, type(named))))
+    assert not any(map(torch_private.is_container, (1, "text", torch.ones(1))))
+
+
+def check_split_container():
+    assert torch_private.split_container({"a": 1, "b": 2}) == ([1, 2], ["a", "b"])
+    assert torch_private.split_container(namedtuple("named", "a")(1)) == ([1], None)
+
+
+def check_of_items():
+    assert torch_private.of_items(dict, [1, 2], ["a", "b"]) == {"a": 1, "b": 2}
+    named = namedtuple("named", "a")
+    assert torch_private.of_items(named, [1], None) == named(1)
+
+
+def check_shallow_copy():
+    made = network()
+    copied = torch_private.shallow_copy(made)
+    torch_private.own_parameters(copied)["weight"] = None
+    torch_private.child_modules(copied).pop("child")
+    assert made.weight is not None and made.child is not None and copied.bias is made.bias
+
+
+def check_version_of():
+    changed = torch.ones(2)
+    before = torch_private.version_of(changed)
+    changed.view(1, 2).add_(1)
+    assert torch_private.version_of(changed) > before
+
+
+def check_coo_parts():
+    doubled = torch.eye(2).to_sparse() + torch.eye(2).to_sparse()
+    indices, values = torch_private.coo_parts(doubled)
+    assert indices.shape[1] == len(values)
+
+
+def check_saved_tensors_hooks():
+    """They see what a plain layer saves, and are gone while torch.func differentiates."""
+    saved = []
+    plain = torch.ones(2, requires_grad=True)
+    with torch_private.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        slope = torch.func.grad(lambda x: x.square().sum())(plain)
+        counted = len(saved)
+        plain.square()
+    assert torch.equal(slope, 2 * torch.ones(2)) and len(saved) == counted + 1
+    plain.square()
+    assert len(saved) == counted + 1
 
 
 CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}

@@ -199,12 +199,12 @@ def test_tuples_with_integers_travel_and_only_what_has_a_gradient_gets_one():
 
 
 def test_what_cannot_travel_is_refused_by_name():
-    class Dictionary(nn.Module):
+    class WithSet(nn.Module):
         def forward(self, inputs):
-            return {"hidden": inputs}
+            return {"hidden": [inputs, {1, 2}]}
 
-    with refused("output-cannot-travel", UsageError, "stage 3 returned dict"):
-        step(make(nn.Sequential(Dictionary())), packet())
+    with refused("output-cannot-travel", UsageError, "stage 3 returned a set at ['hidden'][1]"):
+        step(make(nn.Sequential(WithSet())), packet())
 
 
 def test_evaluation_scores_in_eval_mode_and_trains_nothing():

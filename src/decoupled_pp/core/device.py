@@ -12,8 +12,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from decoupled_pp.core.errors import UsageError, shown
+from decoupled_pp.core.structures import write
 from decoupled_pp.core.torch_private import own_buffers
 
 Mark: TypeAlias = "float | torch.cuda.Event"
@@ -216,21 +218,34 @@ def kept_modes(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def kept_gradients(module: nn.Module) -> Iterator[None]:
+    """Restore the gradients of all parameters at the end: a layer may call `backward` inside its own forward."""
+    gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
+    for parameter, _ in gradients:
+        parameter.grad = None  # else the layer would add to them in place
+    try:
+        yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+@contextmanager
 def untouched(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Restore train/eval flags, buffers and the random generators of the CPU and `device` at the end."""
+    """Restore train/eval flags, gradients, buffers and the random generators of the CPU and `device` at the end."""
     buffers = [
         (part, name, buffer, buffer.clone())
         for part in module.modules()
         for name, buffer in own_buffers(part).items()
-        if buffer is not None
+        if buffer is not None and not is_lazy(buffer)  # the forward pass makes it, and it stays as made
     ]
-    with kept_modes(module), torch.random.fork_rng(devices=cuda_devices(device)):
+    with kept_modes(module), kept_gradients(module), torch.random.fork_rng(devices=cuda_devices(device)):
         try:
             yield
         finally:
             with torch.no_grad():
                 for part, name, buffer, content in buffers:
-                    buffer.copy_(content)
+                    write(buffer, content)
                     own_buffers(part)[name] = buffer  # forward may have put another tensor in its place
 
 

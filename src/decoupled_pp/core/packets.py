@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TypeAlias
+from typing import Any, TypeAlias, cast
 
+import torch
 from torch import Tensor
 
 from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.structures import CONSTANTS, cannot_travel, is_flat, memory_of, remember_classes
+from decoupled_pp.core.torch_private import is_container, pytree
 
-Payload: TypeAlias = Tensor | tuple[Tensor, ...]
-"""The data between layers: one tensor, or a flat tuple of tensors (of any dtypes and shapes)."""
+Payload: TypeAlias = Any
+"""The data between layers: one tensor, a flat tuple of tensors, or tensors in any nesting of containers.
+
+Containers are tuples, lists, dictionaries, named tuples and the classes that torch's pytree knows; beside tensors they
+hold None, truth values, numbers and strings. Of a payload there is always at least one tensor.
+"""
 
 Batch: TypeAlias = tuple[Payload, Payload]
-"""(input, target) of one micro-batch; dimension 0 of every tensor is the batch."""
+"""(input, target) of one micro-batch; dimension 0 of the target's first tensor is the batch."""
 
 Loss: TypeAlias = Callable[[Tensor, Payload], Tensor]
 """loss(logits, target) -> scalar, the mean over the micro-batch (or its sum, see `criterion.Criterion`)."""
@@ -37,48 +44,80 @@ class Packet:
 
     kind: PacketKind
     number: int  # sequence number of a TRAIN packet, from 0; for other kinds the count of TRAIN packets before it
-    payload: Payload = ()  # activations; dimension 0 is the batch
+    payload: Payload = ()  # activations
     target: Payload = ()  # targets of the micro-batch; they ride along to every stage
     rider: Payload = ()  # tensors that a critic sends to the next stage's critic (`Critic.rider`)
     weight: float = 1.0  # how much it counts among micro-batches (`Criterion.weight`); 0: nothing in it counts
 
     @property
     def samples(self) -> int:
-        """Size of dimension 0 of the first payload tensor, 0 in a marker."""
-        tensors = as_tuple(self.payload)
-        return tensors[0].shape[0] if tensors and tensors[0].dim() else 0
+        """Number of samples, by the target: networks may put the batch in any dimension of what travels."""
+        return batch_size(self.target)
+
+
+def batch_size(payload: Payload) -> int:
+    """Return the size of dimension 0 of the first tensor: 1 if it has no dimension, 0 if there is no tensor."""
+    tensors = as_tuple(payload)
+    if not tensors:
+        return 0
+    return tensors[0].shape[0] if tensors[0].dim() else 1
 
 
 def as_tuple(payload: Payload) -> tuple[Tensor, ...]:
-    """Return the tensors of a payload, always as a tuple."""
-    return (payload,) if isinstance(payload, Tensor) else payload
+    """Return the tensors of a payload, in order; a flat tuple is returned itself."""
+    if isinstance(payload, Tensor):
+        return (payload,)
+    if is_flat(payload):
+        return cast(tuple[Tensor, ...], payload)
+    return tuple(leaf for leaf in pytree.tree_leaves(payload) if isinstance(leaf, Tensor))
 
 
 def map_payload(function: Callable[[Tensor], Tensor], payload: Payload) -> Payload:
-    """Apply `function` to every tensor and keep the form (tensor or tuple)."""
+    """Apply `function` to every tensor and keep the structure around them."""
     if isinstance(payload, Tensor):
         return function(payload)
-    return tuple(function(tensor) for tensor in payload)
+    if is_flat(payload):
+        return tuple(function(tensor) for tensor in payload)
+    return pytree.tree_map_only(Tensor, function, payload)
 
 
 def first_tensor(payload: Payload) -> Tensor:
-    """Return the tensor a built-in critic looks at: the payload itself, or the first of its tuple."""
-    return payload if isinstance(payload, Tensor) else payload[0]
+    """Return the tensor a built-in critic looks at: the payload itself, or the first of its tensors."""
+    return payload if isinstance(payload, Tensor) else as_tuple(payload)[0]
 
 
-def check_payload(value: object, source: str) -> Payload:
-    """Return `value` if it can travel a link, else raise UsageError naming `source` (the layer that made it)."""
-    if isinstance(value, Tensor):
+def takes_gradient(tensor: Tensor) -> bool:
+    """Return whether a tensor can be a leaf that a gradient is taken for: floating or complex, and not sparse."""
+    return (tensor.is_floating_point() or tensor.is_complex()) and tensor.layout is torch.strided
+
+
+def as_payload(value: object, source: str, code: str = "output-cannot-travel") -> Payload:
+    """Return what a user gives as a payload: a list becomes a tuple (a DataLoader makes lists), a mapping a dict."""
+    if isinstance(value, list):
+        value = tuple(value)
+    elif isinstance(value, Mapping) and not is_container(value):
+        value = dict(value)
+    return check_payload(value, source, code)
+
+
+def check_payload(value: object, source: str, code: str = "output-cannot-travel") -> Payload:
+    """Return `value` if it is a payload, else raise UsageError; `source` begins its text, as "layer 'a' returned"."""
+    if isinstance(value, Tensor) or (value != () and is_flat(value)):
         return value
-    if isinstance(value, tuple) and value and all(isinstance(item, Tensor) for item in value):
-        return value
-    raise UsageError(
-        f"{source} returned {type(value).__name__}: between layers only a tensor or a flat, non-empty tuple of "
-        "tensors can travel; return one of these",
-        code="output-cannot-travel",
-    )
+    leaves, _ = pytree.tree_flatten_with_path(value)
+    for path, leaf in leaves:
+        if not isinstance(leaf, Tensor) and type(leaf) not in CONSTANTS:
+            raise cannot_travel(source, leaf, pytree.keystr(path), code)
+    if not any(isinstance(leaf, Tensor) for _, leaf in leaves):
+        raise UsageError(f"{source} a {type(value).__name__} without a tensor; there must be at least one", code=code)
+    remember_classes(value)
+    return value
 
 
 def payload_bytes(payload: Payload) -> int:
-    """Return the bytes of all tensors of a payload."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in as_tuple(payload))
+    """Return the bytes of all tensors of a payload; of a sparse one, those of its parts."""
+    total = 0
+    for tensor in as_tuple(payload):
+        parts = (tensor,) if tensor.layout is torch.strided else memory_of(tensor).values()
+        total += sum(part.numel() * part.element_size() for part in parts)
+    return total

@@ -6,15 +6,18 @@ in any other file. All are there from torch 2.8 (the oldest that is supported) t
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree
+
+M = TypeVar("M", bound=nn.Module)
 
 pytree = _pytree
 """Functions for nested containers of tensors; torch has no public module of them."""
@@ -32,10 +35,49 @@ BY_NAME = {
 """Private names that the package compares or looks up as strings, and why."""
 
 
+def is_container(value: Any) -> bool:
+    """Returns whether torch looks into a value, or into values of a class, instead of taking it as a leaf."""
+    kind = value if isinstance(value, type) else type(value)
+    return kind in pytree.SUPPORTED_NODES or pytree.is_namedtuple_class(kind)
+
+
+def split_container(value: Any) -> tuple[list[Any], Any]:
+    """Returns the items of a container, and what it keeps beside them (the keys of a dictionary); see `of_items`."""
+    if pytree.is_namedtuple_class(type(value)):
+        return list(value), None  # torch keeps the class
+    items, context = pytree.SUPPORTED_NODES[type(value)].flatten_fn(value)
+    return list(items), context
+
+
+def of_items(kind: type, items: list[Any], context: Any) -> Any:
+    """Returns a container of this class."""
+    if pytree.is_namedtuple_class(kind):
+        return kind(*items)
+    return pytree.SUPPORTED_NODES[kind].unflatten_fn(items, context)
+
+
+def coo_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns indices and values of a sparse tensor, in its memory; the public ones refuse what is not coalesced."""
+    return tensor._indices(), tensor._values()
+
+
 def child_modules(module: nn.Module) -> dict[str, nn.Module | None]:
     """Returns the children by name, to read or to change."""
     # `named_children()` leaves out `None` and a module that comes twice, and `add_module` refuses names with dots.
     return module._modules
+
+
+def shallow_copy(module: M) -> M:
+    """Returns a copy with tables of its own for children, parameters and buffers, which still hold the same ones."""
+    copied = copy.copy(module)
+    for table in ("_modules", "_parameters", "_buffers"):
+        vars(copied)[table] = dict(vars(module)[table])
+    return copied
+
+
+def version_of(tensor: Tensor) -> int:
+    """Returns a number that grows whenever the memory of a tensor is changed in place."""
+    return tensor._version
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
@@ -143,6 +185,30 @@ def nested_from_lengths(padded: Tensor, lengths: Tensor) -> Tensor:
 def storage_address(storage: torch.UntypedStorage) -> int:
     """Returns the address of a storage object: unlike `data_ptr()`, unique also for empty and for meta tensors."""
     return cast(int, storage._cdata)
+
+
+@contextmanager
+def saved_tensors_hooks(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> Iterator[None]:
+    """Runs with hooks for saved tensors that step aside while torch.func, which refuses any, differentiates."""
+    graph = torch.autograd.graph
+    refuse_hooks = graph.disable_saved_tensors_hooks  # torch.func looks it up there whenever it begins
+    hooks = graph.saved_tensors_hooks(pack, unpack)
+
+    @contextmanager
+    def aside(error_message: str) -> Iterator[None]:
+        hooks.__exit__()
+        try:
+            with refuse_hooks(error_message):
+                yield
+        finally:
+            hooks.__enter__()
+
+    graph.disable_saved_tensors_hooks = aside
+    try:
+        with hooks:
+            yield
+    finally:
+        graph.disable_saved_tensors_hooks = refuse_hooks
 
 
 def default_store() -> dist.Store:

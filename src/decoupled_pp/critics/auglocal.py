@@ -181,7 +181,7 @@ def _run(module: nn.Module, current: Payload, name: str) -> Payload:
     """Run a part of the critic on a sample, in eval mode: training mode would change statistics and draw dropout."""
     module.eval()
     try:
-        return check_payload(module(map_payload(torch.clone, current)), name)
+        return check_payload(module(map_payload(torch.clone, current)), f"{name} returned")
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise UsageError(
             f"{name} fails on shape {_shapes(current)[0]}: {first_line(error)}; "

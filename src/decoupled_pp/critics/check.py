@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from decoupled_pp.core.device import kept_modes
 from decoupled_pp.core.errors import UsageError, first_line
+from decoupled_pp.core.gradients import WithoutGradients
 from decoupled_pp.core.objective import CriticContext, has_exit
 from decoupled_pp.core.packets import Payload, as_tuple, first_tensor, map_payload
+from decoupled_pp.core.structures import as_bytes, memory_of
 
 
 @torch.no_grad()
@@ -29,7 +31,7 @@ def check_critic(critic: nn.Module, context: CriticContext) -> None:
     with kept_modes(critic):
         critic.eval()
         try:
-            result = critic(sample)
+            result = WithoutGradients()(critic, sample)
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             raise UsageError(
                 f"{where} fails on a stage output of shape {given}: {first_line(error)}; it must return logits of "
@@ -52,11 +54,16 @@ def check_critic(critic: nn.Module, context: CriticContext) -> None:
 def _refuse_changed(where: str, before: Payload, after: Payload) -> None:
     """Raise UsageError if the critic changed its input, which is on its way to the next stage while the critic runs."""
     pairs = zip(as_tuple(before), as_tuple(after), strict=True)
-    # Not torch.equal, to which a NaN differs from itself.
-    if not all(torch.allclose(old, new, rtol=0, atol=0, equal_nan=True) for old, new in pairs):
+    if not all(_is_same(old, new) for old, new in pairs):
         raise UsageError(
             f"{where} changes the stage's output in place, while it is being sent to the next stage; "
             "use operations that return a new tensor (inplace=False)",
             code="critic-changes-input",
             key="critic",
         )
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors have the same bits; a NaN is the same as itself."""
+    pairs = zip(memory_of(one).values(), memory_of(other).values(), strict=True)
+    return all(torch.equal(as_bytes(a), as_bytes(b)) for a, b in pairs)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from decoupled_pp.core.objective import Critic, CriticContext, View
-from decoupled_pp.core.packets import Loss, Payload, map_payload
+from decoupled_pp.core.packets import Loss, Payload, map_payload, takes_gradient
 from decoupled_pp.critics.several import build_bases
 from decoupled_pp.settings.critics import CollaborativeCritic
 
@@ -55,7 +55,7 @@ class Collaborative(Critic):
 
 def _with_scaled_gradient(tensor: Tensor, factor: float) -> Tensor:
     """Return the tensor's values; its gradient is multiplied by `factor`."""
-    if not tensor.is_floating_point():
+    if not takes_gradient(tensor):
         return tensor
     return tensor.detach() + factor * (tensor - tensor.detach())
 

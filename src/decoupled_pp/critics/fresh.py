@@ -6,19 +6,18 @@ layer itself or on any module inside it, this method wins over looking further i
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from decoupled_pp.core.copies import copy_of
 from decoupled_pp.core.device import on_meta
 from decoupled_pp.core.errors import UsageError
 
 
 def fresh_copy(layer: nn.Module, name: str) -> nn.Module:
     """Return a deep copy of `layer` with new weights; `layer` stays as it is. See `make_fresh`."""
-    copied = copy.deepcopy(layer)
+    copied = copy_of(layer)
     if on_meta(copied):
         copied = copied.to_empty(device="cpu")
     return make_fresh(copied, name)
@@ -43,7 +42,7 @@ def trainable_copy(layer: nn.Module) -> nn.Module:
             code="weights-on-meta",
             key="model.meta",
         )
-    return _made_trainable(copy.deepcopy(layer))
+    return _made_trainable(copy_of(layer))
 
 
 def _reset(module: nn.Module, name: str, root: str) -> None:

@@ -13,9 +13,17 @@ from torch.nn import functional
 
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import CriticContext
-from decoupled_pp.core.packets import Payload, as_tuple, first_tensor
+from decoupled_pp.core.packets import Payload, as_tuple, first_tensor, takes_gradient
 from decoupled_pp.critics.fresh import trainable_copy
 from decoupled_pp.settings.critics import HeadCritic
+
+
+def features_of(hidden: Payload) -> Tensor:
+    """Return the tensor that a head judges; of a complex one real and imaginary parts, side by side as features."""
+    first = first_tensor(hidden)
+    if not first.is_complex():
+        return first
+    return torch.cat([first.real, first.imag], dim=1 if first.dim() == 4 else -1)
 
 
 class LinearHead(nn.Module):
@@ -27,7 +35,7 @@ class LinearHead(nn.Module):
 
     def forward(self, hidden: Payload) -> Tensor:
         """Judge a stage's output."""
-        features = first_tensor(hidden)
+        features = features_of(hidden)
         logits: Tensor = self.linear(features.mean(dim=(2, 3)) if features.dim() == 4 else features)
         return logits
 
@@ -42,7 +50,7 @@ class TokenHead(nn.Module):
 
     def forward(self, hidden: Payload) -> Tensor:
         """Judge a stage's output."""
-        logits: Tensor = self.projection(self.norm(first_tensor(hidden)))
+        logits: Tensor = self.projection(self.norm(features_of(hidden)))
         return logits
 
 
@@ -79,7 +87,7 @@ class SequenceHead(nn.Module):
 
     def forward(self, hidden: Payload) -> Tensor:
         """Judge a stage's output."""
-        rows: Tensor = self.norm(first_tensor(hidden))
+        rows: Tensor = self.norm(features_of(hidden))
         mask = padding_mask(hidden)
         if mask is None:
             mean = rows.mean(dim=1)
@@ -101,13 +109,15 @@ def padding_mask(payload: Payload) -> Tensor | None:
 def matching_head(hidden: Payload, output: Tensor, stage: int) -> nn.Module:
     """Build a fresh head from samples like `hidden`, in its dtype and on its device, to logits shaped like `output`."""
     first = first_tensor(hidden)
-    if not first.is_floating_point():
+    if not takes_gradient(first):
+        kind = first.dtype if first.layout is torch.strided else first.layout
         raise UsageError(
-            f"stage {stage}: its output is {first.dtype}, which no critic can judge; `cut` elsewhere, or "
+            f"stage {stage}: its output is {kind}, which no critic can judge; `cut` elsewhere, or "
             "return a floating tensor first",
             code="critic-unfit",
             key="cut",
         )
+    first = features_of(first)
     head: nn.Module
     width = first.shape[-1] if first.dim() else 0
     match first.dim(), output.dim():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from decoupled_pp.core.datasets import BatchSource
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.core.packets import Batch, Payload
+from decoupled_pp.core.packets import Batch, as_payload
 
 Batches: TypeAlias = Iterable[Any] | Callable[[], Iterable[Any]]
 """An iterable of (input, target) pairs, or a function without arguments that returns a fresh one."""
@@ -97,15 +97,7 @@ def as_batch(value: object) -> Batch:
         raise UsageError(
             f"a batch is of type {type(value).__name__}{size}, not a pair; yield (input, target)", code="bad-batch"
         )
-    return _as_payload(value[0], "input"), _as_payload(value[1], "target")
-
-
-def _as_payload(value: object, name: str) -> Payload:
-    if isinstance(value, Tensor):
-        return value
-    if isinstance(value, tuple | list) and value and all(isinstance(item, Tensor) for item in value):
-        return tuple(value)
-    raise UsageError(
-        f"the {name} of a batch is of type {type(value).__name__}; give a tensor or a tuple of tensors",
-        code="bad-batch",
+    inputs, target = value
+    return as_payload(inputs, "the input of a batch has", "bad-batch"), as_payload(
+        target, "the target of a batch has", "bad-batch"
     )

@@ -1,11 +1,12 @@
-"""Packs packets into host messages: kind, number, weight, form, dtypes and shapes, and in CPU links the tensors too."""
+"""Packs packets into host messages: kind, number, weight, structure, specs, and in CPU links the tensors too."""
 
 from __future__ import annotations
 
 import ctypes
+import json
 import math
 import struct
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,12 +14,12 @@ from torch import Tensor
 
 from decoupled_pp.core.device import host_memory
 from decoupled_pp.core.errors import LinkError, UsageError
-from decoupled_pp.core.packets import Packet, PacketKind, Payload, as_tuple
+from decoupled_pp.core.packets import Packet, PacketKind, Payload
+from decoupled_pp.core.structures import assemble, dismantle
 
-HEADER_WORDS = 128  # of int64: room for about twenty tensors of four dimensions
-HEADER_BYTES = 8 * HEADER_WORDS
+HEADER_BYTES = 1024  # of most headers: room for about twenty tensors of four dimensions; those of more are larger
 
-_MAGIC = 0x6470_7003
+_MAGIC = 0x6470_7004
 _RESIZE = 0x6470_7002
 _ALIGNMENT = 64  # bytes; torch's kernels take aligned memory faster
 # The place in this list travels: append only, or give _MAGIC another value, so that no other version is misread.
@@ -40,9 +41,14 @@ _DTYPES = (
     torch.uint16,
     torch.uint32,
     torch.uint64,
+    torch.complex32,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
 )
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
+_FIRST = 8  # word of the first tensor's spec
 _SINGLE = -1  # see Forms
+_NESTED = -2
 _KINDS = frozenset(int(kind) for kind in PacketKind)
 _MOST_BYTES = 1 << 48  # of a packet; far more than any machine holds, and no stride overflows
 
@@ -50,26 +56,44 @@ Spec = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of one tensor."""
 
 Forms = tuple[int, int, int]
-"""Forms of payload, target and rider: -1 is one tensor, n >= 0 a tuple of n tensors."""
+"""Forms of payload, target and rider: -1 is one tensor, n >= 0 a tuple of n, -2 - n a structure with n tensors."""
+
+
+class Announced(NamedTuple):
+    """The content of a header."""
+
+    kind: PacketKind
+    number: int
+    weight: float
+    forms: Forms
+    specs: list[Spec]  # of all tensors, in order
+    structures: Sequence[str]  # the texts of those parts whose form is a structure
+    size: int  # of the header, in bytes
 
 
 class Parcel(NamedTuple):
     """A packet made ready to travel."""
 
-    header: bytes  # what `decode` reads; at most HEADER_BYTES
+    header: bytes  # what `decode` reads, without padding
+    header_bytes: int  # with padding
     tensors: tuple[Tensor, ...]  # activations, then targets, then the rider
     payload_bytes: int
     message_bytes: int  # size of the smallest message that holds the header and all tensors, each aligned
 
 
 def parcel(packet: Packet) -> Parcel:
-    """Make a packet ready to travel; UsageError if a dtype cannot, or if it has too many tensors."""
+    """Make a packet ready to travel; UsageError if something in it cannot."""
     # One plain loop: this is a CPU link's hot path, and after every wait its code is no longer in the caches.
-    parts = (packet.payload, packet.target, packet.rider)
-    tensors = (*as_tuple(parts[0]), *as_tuple(parts[1]), *as_tuple(parts[2]))
-    words = [_MAGIC, packet.kind, packet.number, _bits(packet.weight), *map(_form, parts)]
+    parts = [dismantle(part) for part in (packet.payload, packet.target, packet.rider)]
+    tensors = (*parts[0][1], *parts[1][1], *parts[2][1])
+    forms = (
+        _form(packet.payload, *parts[0]),
+        _form(packet.target, *parts[1]),
+        _form(packet.rider, *parts[2]),
+    )
+    words = [_MAGIC, 0, packet.kind, packet.number, _bits(packet.weight), *forms]
     payload_bytes = 0
-    message_bytes = HEADER_BYTES
+    message_bytes = 0
     for tensor in tensors:
         code = _CODES.get(tensor.dtype)
         if code is None:
@@ -80,18 +104,16 @@ def parcel(packet: Packet) -> Parcel:
         words += (code, tensor.dim(), *tensor.shape)
         payload_bytes += tensor.nbytes
         message_bytes += _aligned(tensor.nbytes)
-    if len(words) > HEADER_WORDS:
-        raise UsageError(
-            f"packet {packet.number} holds {len(tensors)} tensors, more than a link's header can announce; "
-            "cut elsewhere",
-            code="too-many-tensors-to-travel",
-        )
-    return Parcel(_words(words), tensors, payload_bytes, message_bytes)
+    if min(forms) <= _NESTED:
+        words += _text_words([text for text, _ in parts if text is not None])
+    header_bytes = max(HEADER_BYTES, _aligned(8 * len(words)))
+    words[1] = header_bytes
+    return Parcel(_words(words), header_bytes, tensors, payload_bytes, header_bytes + message_bytes)
 
 
-def announce(content: Parcel) -> Tensor:
-    """Return a message of the header alone, uint8 (HEADER_BYTES,)."""
-    return _message(content.header, HEADER_BYTES)
+def announce(content: Parcel, size: int) -> Tensor:
+    """Return a message of `size` bytes that holds the header alone; at least `header_bytes`."""
+    return _message(content.header, size)
 
 
 def encode_resize(size: int, new_size: int) -> Tensor:
@@ -112,7 +134,7 @@ def new_size(message: Tensor) -> int | None:
 def pack(content: Parcel, size: int) -> Tensor:
     """Put header and tensors into one message of `size` bytes, at least `message_bytes`; the rest is padding."""
     message = _message(content.header, size)
-    at = message.data_ptr() + HEADER_BYTES
+    at = message.data_ptr() + content.header_bytes
     for tensor in content.tensors:
         # Conjugation and negation may be pending: bits of the tensor, not in its memory yet.
         plain = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
@@ -124,25 +146,25 @@ def pack(content: Parcel, size: int) -> Tensor:
 
 def unpack(message: Tensor) -> Packet:
     """Return the packet of a message made by `pack`; its tensors share the message's memory."""
-    start, forms, specs = decode(message, message.numel())
+    announced = decode(message, message.numel())
     storage = message.untyped_storage()
-    at = HEADER_BYTES
+    at = announced.size
     tensors = []
-    for shape, dtype in specs:
+    for shape, dtype in announced.specs:
         # Not a view of the message: views share one version counter, and so an in-place change of one would make
         # autograd refuse all others.
         tensor = torch.empty(0, dtype=dtype)
         tensor.set_(storage, at // tensor.element_size(), shape, _strides(shape))
         tensors.append(tensor)
         at += _aligned(tensor.nbytes)
-    return assemble(start, forms, tensors)
+    return packet_of(announced, tensors)
 
 
-def decode(header: Tensor, size: int = _MOST_BYTES) -> tuple[Packet, Forms, list[Spec]]:
-    """Return a packet without tensors, the forms of payload, target and rider, and the specs of their tensors.
+def decode(header: Tensor, size: int = _MOST_BYTES) -> Announced:
+    """Return the content of a header.
 
     Args:
-        header: The message, uint8, or its first HEADER_BYTES.
+        header: The message, uint8, or its first bytes.
         size: Bytes of the message that holds header and tensors; if they do not come in one: what no packet exceeds.
 
     Raises:
@@ -151,25 +173,49 @@ def decode(header: Tensor, size: int = _MOST_BYTES) -> tuple[Packet, Forms, list
     words: list[int] = header[:HEADER_BYTES].view(torch.int64).tolist()
     if words[0] != _MAGIC:
         raise not_of_a_packet(f"first word {words[0]:#x}")
-    if words[1] not in _KINDS or words[2] < 0:
-        raise not_of_a_packet(f"kind {words[1]}, number {words[2]}")
-    weight = _number(words[3])
+    own_size = words[1]
+    if not HEADER_BYTES <= own_size <= header.numel() or own_size % _ALIGNMENT:
+        raise not_of_a_packet(f"a header of {own_size} bytes")
+    if own_size > HEADER_BYTES:
+        words = header[:own_size].view(torch.int64).tolist()
+    if words[2] not in _KINDS or words[3] < 0:
+        raise not_of_a_packet(f"kind {words[2]}, number {words[3]}")
+    weight = _number(words[4])
     if not 0 <= weight < math.inf:
         raise not_of_a_packet(f"weight {weight}")
-    forms = (words[4], words[5], words[6])
-    if min(forms) < _SINGLE or max(forms) > HEADER_WORDS:
-        raise not_of_a_packet(f"{forms} tensors")
-    specs = []
-    at = 7
-    for _ in range(sum(map(_count, forms))):
-        code, dims = words[at : at + 2] if at + 2 <= HEADER_WORDS else (-1, 0)
+    forms = (words[5], words[6], words[7])
+    specs, end = _specs(words, sum(map(_count, forms)))
+    _refuse_larger(specs, size, own_size)
+    structures = _structures(words, end) if min(forms) <= _NESTED else ()
+    return Announced(PacketKind(words[2]), words[3], weight, forms, specs, structures, own_size)
+
+
+def _specs(words: list[int], count: int) -> tuple[list[Spec], int]:
+    """Return the specs of so many tensors, and the word behind them."""
+    specs: list[Spec] = []
+    at = _FIRST
+    for _ in range(count):
+        code, dims = words[at : at + 2] if at + 2 <= len(words) else (-1, 0)
         end = at + 2 + dims
-        if not (0 <= code < len(_DTYPES) and dims >= 0 and end <= HEADER_WORDS):
+        if not (0 <= code < len(_DTYPES) and dims >= 0 and end <= len(words)):
             raise not_of_a_packet(f"a tensor of dtype {code} with {dims} dimensions")
         specs.append((tuple(words[at + 2 : end]), _DTYPES[code]))
         at = end
-    _refuse_larger(specs, size)
-    return Packet(PacketKind(words[1]), words[2], weight=weight), forms, specs
+    return specs, at
+
+
+def _structures(words: list[int], at: int) -> list[str]:
+    """Return the structures that the words from `at` on spell."""
+    count = words[at] if at < len(words) else -1
+    if not 0 <= count < len(words) - at:
+        raise not_of_a_packet(f"a text of {count} words")
+    try:
+        found = json.loads(struct.pack(f"={count}q", *words[at + 1 : at + 1 + count]))
+    except (ValueError, RecursionError):
+        raise not_of_a_packet("a text that is no JSON") from None
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise not_of_a_packet("a text that lists no structures")
+    return found
 
 
 def not_of_a_packet(what: str) -> LinkError:
@@ -179,9 +225,9 @@ def not_of_a_packet(what: str) -> LinkError:
     )
 
 
-def _refuse_larger(specs: list[Spec], size: int) -> None:
-    """Raise LinkError unless tensors of these specs fit into a message of `size` bytes."""
-    room = size - HEADER_BYTES
+def _refuse_larger(specs: list[Spec], size: int, header_size: int) -> None:
+    """Raise LinkError unless tensors of these specs fit into a message of `size` bytes, behind the header."""
+    room = size - header_size
     for shape, dtype in specs:
         if min(shape, default=0) < 0:
             raise not_of_a_packet(f"a tensor of shape {shape}")
@@ -191,24 +237,49 @@ def _refuse_larger(specs: list[Spec], size: int) -> None:
             raise not_of_a_packet(f"a tensor of shape {shape}, which {size} bytes cannot hold")
 
 
-def assemble(start: Packet, forms: Forms, tensors: list[Tensor]) -> Packet:
-    """Return a packet with the tensors that were received, which are in the order of their specs."""
+def packet_of(announced: Announced, tensors: list[Tensor]) -> Packet:
+    """Return the packet of received tensors, which are in the order of their specs."""
     parts: list[Payload] = []
+    structures = iter(announced.structures)
     at = 0
-    for form in forms:
+    for form in announced.forms:
         part = tensors[at : at + _count(form)]
-        parts.append(part[0] if form == _SINGLE else tuple(part))
         at += len(part)
+        if form <= _NESTED:
+            parts.append(_assembled(next(structures, ""), part))
+        else:
+            parts.append(part[0] if form == _SINGLE else tuple(part))
     payload, target, rider = parts
-    return replace(start, payload=payload, target=target, rider=rider)
+    return Packet(announced.kind, announced.number, payload, target, rider, announced.weight)
 
 
-def _form(payload: Payload) -> int:
-    return _SINGLE if isinstance(payload, Tensor) else len(payload)
+def _assembled(text: str, tensors: list[Tensor]) -> Payload:
+    try:
+        return assemble(text, tensors)
+    except ValueError as error:
+        raise LinkError(
+            f"{error}; return a dictionary, or a class that this rank has at the top of a module",
+            code="structure-not-known",
+        ) from error
+
+
+def _form(payload: Payload, text: str | None, tensors: tuple[Tensor, ...]) -> int:
+    if text is not None:
+        return _NESTED - len(tensors)
+    return _SINGLE if isinstance(payload, Tensor) else len(tensors)
 
 
 def _count(form: int) -> int:
+    if form <= _NESTED:
+        return _NESTED - form
     return 1 if form == _SINGLE else form
+
+
+def _text_words(structures: list[str]) -> tuple[int, ...]:
+    """Return the structures as words, the first of which says how many follow; spaces fill the last one."""
+    text = json.dumps(structures).encode()
+    count = -(-len(text) // 8)
+    return count, *struct.unpack(f"={count}q", text.ljust(8 * count))
 
 
 def _bits(number: float) -> int:

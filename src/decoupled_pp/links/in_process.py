@@ -15,12 +15,18 @@ from decoupled_pp.core.channels import Inlet, LinkCounters, LinkEnd, LinkTerms, 
 from decoupled_pp.core.device import Fence
 from decoupled_pp.core.errors import LinkError, waited_too_long
 from decoupled_pp.core.packets import Packet, PacketKind, as_tuple, map_payload, payload_bytes
+from decoupled_pp.core.structures import assemble, dismantle, is_plain
 
 
 def _carried(tensor: Tensor) -> Tensor:
     """Return a copy as a wire would make it: no graph comes along, and the tensor is contiguous."""
     # Kernels sum in an order that depends on strides, so with others the two kinds of links would train differently.
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
+    if is_plain(tensor):
+        return tensor.detach().clone(memory_format=torch.contiguous_format)
+    form, tensors = dismantle(tensor.detach())
+    copies = [part.clone(memory_format=torch.contiguous_format) for part in tensors]
+    carried: Tensor = copies[0] if form is None else assemble(form, copies)
+    return carried
 
 
 class InProcessLink(Inlet, Outlet, LinkEnd):

@@ -100,8 +100,9 @@ class ReceivingEnd(GroupEnd, Inlet):
             self._wire.out.send(self._goodbye, control_bytes=size)
 
     def _send_floats(self, number: int, floats: Tensor) -> None:
-        message = returns.floats_message(self._wire.out.size, number, floats.detach())
-        self._wire.out.send(message, control_bytes=message.numel() - 4 * floats.numel())
+        for message in returns.floats_messages(self._wire.out.size, number, floats.detach()):
+            carried = returns.floats_in(message)[1].nbytes
+            self._wire.out.send(message, control_bytes=message.numel() - carried)
 
     def _return_loop(self) -> None:
         """Send credits and losses back between GPUs, each once the device has come to its fence."""
@@ -135,8 +136,8 @@ class ReceivingEnd(GroupEnd, Inlet):
         lane = self._wire.payload
         if lane is None:
             return headers.unpack(message)
-        start, forms, specs = headers.decode(message)
-        tensors = [torch.empty(shape, dtype=dtype, device=self._wire.device) for shape, dtype in specs]
+        announced = headers.decode(message)
+        tensors = [torch.empty(shape, dtype=dtype, device=self._wire.device) for shape, dtype in announced.specs]
         for tensor in tensors:
             lane.receive(tensor)
-        return headers.assemble(start, forms, tensors)
+        return headers.packet_of(announced, tensors)

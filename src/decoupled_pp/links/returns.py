@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from decoupled_pp.core.errors import UsageError
 from decoupled_pp.links.header import not_of_a_packet
 
 # The first word of a message is its kind.
 GOODBYE = 0
 FLOATS = 2
+MORE_FLOATS = 3  # the rest is in the messages that follow
 CREDIT = 0x0101_0101_0101_0101
 
 _WORD = 8
@@ -29,18 +29,16 @@ def word(size: int, kind: int) -> Tensor:
     return message
 
 
-def floats_message(size: int, number: int, floats: Tensor) -> Tensor:
-    """Return a message of `size` bytes with the floats of packet `number`; UsageError if there are too many."""
-    end = _HEADER + 4 * floats.numel()
-    if end > size:
-        raise UsageError(
-            f"packet {number} has {floats.numel()} samples, more than the plan's sample, which sets the size of what "
-            "comes back (`critic_target`); give partition a sample as large as the largest micro-batch",
-            code="packet-larger-than-sample",
-        )
-    message = word(size, FLOATS)
+def floats_messages(size: int, number: int, floats: Tensor) -> list[Tensor]:
+    """Return messages of `size` bytes with the floats of packet `number`, (B,), as many to each as it has room for."""
+    parts = floats.float().split((size - _HEADER) // 4)
+    return [_floats_message(size, number, part, last=part is parts[-1]) for part in parts]
+
+
+def _floats_message(size: int, number: int, floats: Tensor, *, last: bool) -> Tensor:
+    message = word(size, FLOATS if last else MORE_FLOATS)
     message[_WORD:_HEADER].view(torch.int64).copy_(torch.tensor([number, floats.numel()]))
-    message[_HEADER:end].view(torch.float32).copy_(floats.float())
+    message[_HEADER : _HEADER + 4 * floats.numel()].view(torch.float32).copy_(floats)
     return message
 
 

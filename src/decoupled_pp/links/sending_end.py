@@ -50,6 +50,7 @@ class SendingEnd(GroupEnd, Outlet):
             self._training_bytes += parcel.payload_bytes
         self._ended = packet.kind is PacketKind.END
         if self._wire.payload is not None:
+            self._make_room(packet, parcel.header_bytes)
             self._outbox.put((parcel, Fence(self._wire.device)))
             return
         self._make_room(packet, parcel.message_bytes)
@@ -117,7 +118,7 @@ class SendingEnd(GroupEnd, Outlet):
             # Announce it only now, because the receiver posts its receive at once: an NCCL kernel that waits for its
             # peer keeps multiprocessors from computing, and hangs the device if the peer dies before it sends.
             computed.synchronize()
-            header = headers.announce(parcel)
+            header = headers.announce(parcel, self._wire.out.size)
             self._wire.out.send(header, control_bytes=header.numel())
             for tensor in parcel.tensors:
                 lane.send(tensor)
@@ -129,6 +130,7 @@ class SendingEnd(GroupEnd, Outlet):
 
     def _credit_loop(self) -> None:
         """Listen to what comes back on the host: credits and losses, until the goodbye."""
+        parts: list[Tensor] = []  # of floats that came in several messages
         while True:
             message = self._wire.into.receive()
             kind = returns.kind_of(message)
@@ -137,9 +139,12 @@ class SendingEnd(GroupEnd, Outlet):
             # Before it is counted: the packet that a credit lets out earns another one, which needs a posted receive.
             self._wire.into.post()
             with self._changed:
-                if kind == returns.FLOATS:
+                if kind in {returns.FLOATS, returns.MORE_FLOATS}:
                     number, floats = returns.floats_in(message)
-                    self._returned[number] = floats
+                    parts.append(floats)
+                    if kind == returns.FLOATS:
+                        self._returned[number] = torch.cat(parts)
+                        parts = []
                 elif kind != returns.CREDIT or self._credits == self._capacity:
                     raise headers.not_of_a_packet(f"{kind:#x} is no credit that is due")
                 else:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from decoupled_pp.core.errors import LinkError
+from decoupled_pp.core.structures import as_bytes
 from decoupled_pp.links.messages import MessageReceiver, MessageSender
 
 
@@ -25,14 +26,14 @@ class Lane:
 
     def send(self, tensor: Tensor) -> None:
         """Send one tensor. gloo: returns when the transport has taken it. NCCL: when it is on the current stream."""
-        flat = _as_bytes(tensor)
+        flat = as_bytes(tensor)
         if flat.numel():
             self.bytes_sent += flat.numel()
             self._group.send([flat], self._peer, self._tag).wait()
 
     def receive(self, tensor: Tensor) -> None:
         """Receive into a contiguous tensor; waits as `send` does."""
-        flat = _as_bytes(tensor)
+        flat = as_bytes(tensor)
         if flat.numel():
             self._group.recv([flat], self._peer, self._tag).wait()
 
@@ -40,13 +41,6 @@ class Lane:
         """End NCCL kernels that wait for the peer, and with them whoever waits for the device."""
         with suppress(RuntimeError):
             self._group.abort()
-
-
-def _as_bytes(tensor: Tensor) -> Tensor:
-    """Return a flat uint8 view, because not every transport knows every dtype; a copy only if not contiguous."""
-    if not tensor.numel():  # torch cannot view some empty tensors as another dtype
-        return tensor.new_empty(0, dtype=torch.uint8)
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from decoupled_pp.core import environment
 from decoupled_pp.core.channels import LinkTerms
 from decoupled_pp.core.device import own_stream
 from decoupled_pp.core.errors import Fault, LinkError, UsageError, first_line
+from decoupled_pp.core.structures import as_bytes, write
 from decoupled_pp.core.topology import Topology
 from decoupled_pp.core.torch_private import default_store
 from decoupled_pp.core.waiting import wait_for
@@ -173,17 +174,18 @@ class World:
         # Once around the ring, through host memory: ranks may hold it on different kinds of devices.
         # Not by `dist.broadcast`: a gloo collective lets go of its tensors in a thread of its own, some time later, and
         # if the interpreter is ending by then the process aborts.
-        host = tensor.detach().cpu().contiguous()
+        host = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
         if not host.numel():
             return
         before = (self.rank - 1) % self.size
         after = (self.rank + 1) % self.size
+        content = as_bytes(host)  # in the same memory; gloo knows few dtypes
         if self.rank != source:  # a chain from the source on: nobody sends before it has received
-            wait_for(lambda: dist.recv(host, before, group=self._host_group))
+            wait_for(lambda: dist.recv(content, before, group=self._host_group))
         if after != source:
-            wait_for(lambda: dist.send(host, after, group=self._host_group))
+            wait_for(lambda: dist.send(content, after, group=self._host_group))
         if host.data_ptr() != tensor.data_ptr():  # `cpu()` and `contiguous()` copy only where they must
-            tensor.detach().copy_(host)
+            write(tensor.detach(), host)
 
     def disconnect(self) -> None:
         """Give up the groups of all links; their ends must be closed."""

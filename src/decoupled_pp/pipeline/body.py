@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from decoupled_pp.core.device import RandomStream, kept_modes
+from decoupled_pp.core.device import RandomStream, kept_gradients, kept_modes
 from decoupled_pp.core.objective import Critic, View, judge_of
-from decoupled_pp.core.packets import Loss, Packet, Payload, check_payload, map_payload
+from decoupled_pp.core.packets import Loss, Packet, Payload, check_payload, map_payload, takes_gradient
 from decoupled_pp.pipeline.compiled import compiled
 from decoupled_pp.pipeline.losses import find_loss
 from decoupled_pp.pipeline.recompute import checkpointed
@@ -72,7 +72,7 @@ class Body:
     def forward(self, payload: Payload) -> Payload:
         """Return the output of the layers for a payload; UsageError if it cannot travel."""
         with self.autocast:
-            return check_payload(self._run_trunk(payload), f"stage {self._index}")
+            return check_payload(self._run_trunk(payload), f"stage {self._index} returned")
 
     def view(self, packet: Packet) -> View:
         """Run the layers on a training packet. Return the view of it that the critic gets, with the graph."""
@@ -80,15 +80,18 @@ class Body:
         if self.judge.follows_input:
             # Leaves: the critic differentiates with respect to them, and no gradient goes on to the stage before.
             inputs = map_payload(as_leaf, inputs)
+        given = inputs
+        if self.judge.follows_input or isinstance(self.critic, Critic):
+            given = map_payload(torch.clone, inputs)  # a layer may work in place on what the critic is to see
         if not self.judge.needs_first:
-            return View(inputs, self.forward(inputs), packet.target, packet.rider)
+            return View(inputs, self.forward(given), packet.target, packet.rider)
         first: list[Payload] = []
         # Detached: the critic is to use this output, not to train the first layer past all others.
         hook = next(self.trunk.children()).register_forward_hook(
-            lambda _module, _inputs, output: first.append(map_payload(torch.detach, output))
+            lambda _module, _inputs, output: first.append(map_payload(lambda tensor: tensor.detach().clone(), output))
         )
         with hook:
-            hidden = self.forward(inputs)
+            hidden = self.forward(given)
         return View(inputs, hidden, packet.target, packet.rider, *first)
 
     def local_loss(self, view: View) -> Tensor:
@@ -105,7 +108,8 @@ class Body:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Compute in evaluation mode, without gradients; then every submodule goes back to its own mode."""
-        with kept_modes(nn.ModuleList(self.modules)), torch.no_grad():
+        everything = nn.ModuleList(self.modules)
+        with kept_modes(everything), kept_gradients(everything), torch.no_grad():
             for module in self.modules:
                 module.eval()
             yield
@@ -129,5 +133,5 @@ class Body:
 
 
 def as_leaf(tensor: Tensor) -> Tensor:
-    """Return a floating-point tensor as a leaf that takes a gradient; any other (token ids, masks) as it is."""
-    return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
+    """Return a tensor as a leaf that takes a gradient; one that cannot take any (token ids, masks) as it is."""
+    return tensor.detach().requires_grad_() if takes_gradient(tensor) else tensor

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from decoupled_pp.core.channels import Ends
+from decoupled_pp.core.gradients import WithoutGradients
 from decoupled_pp.core.packets import Packet
 from decoupled_pp.pipeline.body import Body
 from decoupled_pp.pipeline.optimizer_state import group_entries
@@ -30,6 +31,8 @@ class Stage:
         self.update = update
         self.rule = rule
         self.probes = probes
+        self._evaluate_layers = WithoutGradients()
+        self._evaluate_critic = WithoutGradients()
         # A copy: optimizers that adapt (schedule-free, Prodigy) write state into their own groups; checkpoints compare.
         self.first_groups = group_entries(self.all_optimizers)
         self._begin_evaluation()
@@ -73,13 +76,13 @@ class Stage:
             return
         # A random stream apart: training must draw the same numbers however often it is interrupted to evaluate.
         with self.body.evaluating(), self._evaluation_random:
-            hidden = self.body.forward(packet.payload)
+            hidden = self._evaluate_layers(self.body.forward, packet.payload)
             send(replace(packet, payload=hidden))  # before the critic runs, so that the next stage need not wait for it
             with self.body.autocast:
                 for probe in self.probes:
                     probe.evaluated(hidden, packet.target)
             if self.body.judge.exits:
-                logits = self.body.logits(hidden)
+                logits = self._evaluate_critic(self.body.logits, hidden)
                 with self.body.autocast:
                     self._score.add(logits, packet.target, packet.weight)
 

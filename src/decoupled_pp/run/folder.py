@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from decoupled_pp.core.datasets import DataInfo
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.records import write_json
 from decoupled_pp.core.reports import Report, Span
+from decoupled_pp.core.structures import stored
 from decoupled_pp.run.checkpoints.files import write_atomically
 from decoupled_pp.run.checkpoints.parts import list_checkpoints, list_incomplete, remove_incomplete, set_aside
 from decoupled_pp.run.in_progress import RunLock, running
@@ -72,7 +74,9 @@ def load_weights(source: Path, module: nn.Module, key: str | None = "start_from"
         state = module.state_dict(keep_vars=True)
         owns = {id(state[name]): own for own, name in own_names.items()}  # a layer used twice has two keys here
         tensors = {name: tensors[owns[id(tensor)]] for name, tensor in state.items()}
-    faults = list(_differences(tensors, module.state_dict()))
+    own = module.state_dict()
+    parts = stored(own)
+    faults = list(_differences(tensors, parts))
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise UsageError(
@@ -80,7 +84,10 @@ def load_weights(source: Path, module: nn.Module, key: str | None = "start_from"
             code="weights-of-another-network",
             key=key,
         )
-    module.load_state_dict(tensors)
+    with torch.no_grad():
+        for name in parts.keys() - own.keys():  # of sparse tensors, which `load_state_dict` is then given as they are
+            parts[name].copy_(tensors[name])
+    module.load_state_dict({name: tensors.get(name, tensor) for name, tensor in own.items()})
 
 
 def _differences(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Iterator[str]:

@@ -17,6 +17,7 @@ from decoupled_pp.core.device import choose_device
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.core.reports import Record, Report
+from decoupled_pp.core.structures import stored
 from decoupled_pp.data.iterables import Batches, as_source
 from decoupled_pp.links import LocalControl, World, join_world
 from decoupled_pp.pipeline.feed import Itinerary
@@ -147,7 +148,7 @@ class BaseTrainer(ABC):
         for stage in range(self.plan.stages):
             rank = rank_of(stage)
             if self._world is not None and rank is not None:
-                for tensor in self.plan.stage_module(stage).state_dict().values():
+                for tensor in stored(self.plan.stage_module(stage).state_dict()).values():
                     self._world.broadcast(tensor, rank)
         return self.plan.module
 

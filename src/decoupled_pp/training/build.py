@@ -111,13 +111,13 @@ def plan_digest(plan: Plan, recipe: Recipe, itinerary: Itinerary) -> str:
 def _build_critic(builder: CriticBuilder, context: CriticContext, seed: int) -> nn.Module:
     with seeded(seed):
         critic = builder(context)
-    if not isinstance(critic, nn.Module):
-        raise UsageError(
-            f"`critic`: the builder returned {type(critic).__name__}; it must return an nn.Module",
-            code="critic-is-no-module",
-            key="critic",
-        )
-    check_critic(critic, context)
+        if not isinstance(critic, nn.Module):
+            raise UsageError(
+                f"`critic`: the builder returned {type(critic).__name__}; it must return an nn.Module",
+                code="critic-is-no-module",
+                key="critic",
+            )
+        check_critic(critic, context)  # with the same seed: a lazy critic draws its weights here
     return critic
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 from pydantic import TypeAdapter, ValidationError, create_model
 from torch import nn
 
+from decoupled_pp.core.copies import copy_of
 from decoupled_pp.core.errors import UsageError, shown
 from decoupled_pp.core.objective import CriticBuilder, CriticContext
 from decoupled_pp.core.packets import Loss
@@ -139,7 +139,7 @@ def _checked(validate: Callable[[], Any], key: str, section: type[Section] | Non
 
 
 def _copied_critic(critic: nn.Module, _context: CriticContext) -> nn.Module:
-    return copy.deepcopy(critic)
+    return copy_of(critic)
 
 
 def _listed_critic(critics: Sequence[nn.Module], context: CriticContext) -> nn.Module:
@@ -149,4 +149,4 @@ def _listed_critic(critics: Sequence[nn.Module], context: CriticContext) -> nn.M
             code="one-critic-per-stage",
             key="critic",
         )
-    return copy.deepcopy(critics[context.stage])
+    return copy_of(critics[context.stage])

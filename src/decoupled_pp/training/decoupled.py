@@ -11,7 +11,7 @@ from decoupled_pp.core import environment
 from decoupled_pp.core.channels import LinkTerms
 from decoupled_pp.core.datasets import BatchSource
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.core.packets import PacketKind, as_tuple
+from decoupled_pp.core.packets import PacketKind, as_tuple, batch_size
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.core.reports import CheckpointRecord, Exit, NoteRecord, Record, Report
 from decoupled_pp.core.topology import Topology
@@ -24,7 +24,7 @@ from decoupled_pp.pipeline.optimizer_state import refuse_unsavable
 from decoupled_pp.pipeline.runtime import Worker, run
 from decoupled_pp.pipeline.stage import Stage
 from decoupled_pp.run.checkpoints.folder import CheckpointFolder, tied_weights
-from decoupled_pp.run.checkpoints.parts import Checkpoint, latest_checkpoint
+from decoupled_pp.run.checkpoints.parts import Checkpoint, latest_checkpoint, refuse_unsavable_tensors
 from decoupled_pp.run.checkpoints.resume import load_model, load_stage, refuse_other_network, with_cut_of
 from decoupled_pp.run.live import LiveView
 from decoupled_pp.run.report import RankMeasurement, link_summaries, make_report, measure_stage
@@ -78,6 +78,7 @@ class DecoupledTrainer(BaseTrainer):
             if self._checkpoints is not None:
                 for stage in self._stages:
                     refuse_unsavable(stage.first_groups)
+                    refuse_unsavable_tensors(stage, self.plan)
         if resume is not None and resume is not self._loaded:
             for stage in self._stages:
                 notes = load_stage(resume, stage, self.plan)
@@ -207,7 +208,7 @@ class DecoupledTrainer(BaseTrainer):
             self.recipe.links.capacity,
             self._timeout,
             self._stages[0].rule.returns,
-            samples=as_tuple(self.plan.sample)[0].shape[0],
+            samples=batch_size(self.plan.sample),
         )
         session = Session(feed, self._save, self._control.post, self.recipe.metrics.every, trace, terms)
         if self._world is None or not isinstance(self._control, StoreControl):

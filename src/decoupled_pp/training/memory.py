@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 import time
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from decoupled_pp.core import units
+from decoupled_pp.core.copies import copy_of
 from decoupled_pp.core.device import cuda_devices
 from decoupled_pp.core.errors import UsageError, shown
 from decoupled_pp.core.objective import CriticBuilder
@@ -87,7 +87,7 @@ def _measure(
     objective: Objective | None = None,
 ) -> StageMemory:
     """Return the memory of layers, by one forward pass with their local loss and a few steps of the optimizer."""
-    trunk = copy.deepcopy(module).train()
+    trunk = copy_of(module).train()
     is_meta = any(parameter.is_meta for parameter in trunk.parameters())
     place = torch.device("meta") if is_meta else as_tuple(given)[0].device
     whole = nn.ModuleList([trunk] if judge is None else [trunk, judge]).to(place)

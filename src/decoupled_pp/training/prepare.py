@@ -15,6 +15,7 @@ from decoupled_pp.core.device import seeded
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.packets import Loss, Payload, as_tuple, map_payload
 from decoupled_pp.core.plans import Plan
+from decoupled_pp.core.structures import form_of, of_form
 from decoupled_pp.critics import build_critic
 from decoupled_pp.data import open_data
 from decoupled_pp.links import LocalControl
@@ -99,16 +100,14 @@ def _cut(settings: Settings, stages: int) -> By:
 
 
 def _spec(payload: Payload) -> list[Any]:
-    """Return shapes and dtypes of a payload for JSON; the list of a tuple has a leading null."""
-    if isinstance(payload, tuple):
-        return [None, *(_spec(tensor) for tensor in payload)]
-    return [list(payload.shape), str(payload.dtype).removeprefix("torch.")]
+    """Return form, shapes and dtypes of a payload for JSON."""
+    form, tensors = form_of(payload)
+    return [form, *([list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for tensor in tensors)]
 
 
 def _zeros(spec: list[Any]) -> Payload:
-    if spec[0] is None:
-        return tuple(torch.zeros(shape, dtype=getattr(torch, dtype)) for shape, dtype in spec[1:])
-    return torch.zeros(spec[0], dtype=getattr(torch, spec[1]))
+    form, *tensors = spec
+    return of_form(form, [torch.zeros(shape, dtype=getattr(torch, dtype)) for shape, dtype in tensors])
 
 
 def check_loss(plan: Plan, loss: Loss, data: Data | None) -> None:

@@ -136,8 +136,9 @@ def test_bad_returns():
         def forward(self, hidden):
             return self.value
 
-    with pytest.raises(UsageError, match=r"layer '0' \(Returns\) returned dict"):
-        trace(nn.Sequential(Returns({})), torch.randn(2, 3))
+    for value, named in (({}, "a dict without a tensor"), ({"a": [nn.ReLU()]}, "a ReLU at ['a'][0]")):
+        with refused("output-cannot-travel", UsageError, f"layer '0' (Returns) returned {named}"):
+            trace(nn.Sequential(Returns(value)), torch.randn(2, 3))
     for value in (torch.zeros(2, dtype=torch.int64), (torch.zeros(2), torch.zeros(2))):
         with refused("output-not-a-tensor"):
             trace(nn.Sequential(Returns(value)), torch.randn(2, 3))

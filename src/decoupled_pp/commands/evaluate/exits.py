@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from decoupled_pp.commands.evaluate.gradient_probe import GradientCosine
+from decoupled_pp.core.copies import copy_of
 from decoupled_pp.core.device import untouched
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.core.packets import Batch, Payload, as_tuple, map_payload
+from decoupled_pp.core.packets import Batch, Payload, as_tuple, batch_size, map_payload
 from decoupled_pp.core.plans import count_parameters
 from decoupled_pp.core.reports import Exit
 from decoupled_pp.pipeline.score import ExitScore
@@ -64,21 +64,21 @@ class Evaluation:
 def exit_costs(stages: Sequence[Stage], sample: Payload) -> tuple[ExitCost, ...]:
     """Counts the cost of every exit on a sample micro-batch."""
     hidden = map_payload(lambda tensor: tensor.to(stages[0].body.device), sample)
-    samples = as_tuple(sample)[0].shape[0]
+    samples = batch_size(sample)
     trunk_flops = 0
     trunk_parameters = 0
     earlier_critic_flops = 0
     costs = []
     for stage in stages:
         # Copies: counting must not change the modules' modes, nor the statistics of batch normalisation.
-        trunk = copy.deepcopy(stage.trunk).eval()
+        trunk = copy_of(stage.trunk).eval()
         hidden, flops = _counted(trunk, hidden)
         trunk_flops += flops
         trunk_parameters += count_parameters(trunk)
         critic_flops = 0
         critic_parameters = 0
         if stage.critic is not None and stage.body.judge.exits:
-            _, critic_flops = _counted(copy.deepcopy(stage.critic).eval(), hidden)
+            _, critic_flops = _counted(copy_of(stage.critic).eval(), hidden)
             critic_parameters = count_parameters(stage.critic)
         earlier_critic_flops += critic_flops
         costs.append(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import platform
 import time
 from dataclasses import asdict, dataclass
@@ -12,10 +11,11 @@ import torch
 from torch import nn
 
 from decoupled_pp.commands.plan.costs import Piece, Profile
+from decoupled_pp.core.copies import copy_of
 from decoupled_pp.core.device import choose_device, cuda_devices
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import CriticBuilder, CriticContext
-from decoupled_pp.core.packets import Loss, Payload, as_tuple, map_payload, payload_bytes
+from decoupled_pp.core.packets import Loss, Payload, as_tuple, batch_size, map_payload, payload_bytes, takes_gradient
 from decoupled_pp.core.threads import choose_threads
 from decoupled_pp.critics import build_critic
 from decoupled_pp.models.cutting import measure_passes, stand_in_objective, trace
@@ -65,7 +65,7 @@ def measure_profile(
     with torch.random.fork_rng(devices=cuda_devices(device)):
         for index, (name, layer) in enumerate(module.named_children()):
             last = index == len(module) - 1
-            floating = [tensor for tensor in as_tuple(outputs[index]) if tensor.is_floating_point()]
+            floating = [tensor for tensor in as_tuple(outputs[index]) if takes_gradient(tensor)]
             costs = _costs(name, layer, hiddens[index], method, objective if last else None)
             sizes = {"output_bytes": payload_bytes(outputs[index]), "gradient_bytes": payload_bytes(tuple(floating))}
             layers.append(Piece(name, **costs, **saved[index], **sizes))
@@ -78,7 +78,7 @@ def measure_profile(
     machine = f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}"
     return Profile(
         source=f"{source}; {machine}; {time.strftime('%Y-%m-%d')}",
-        samples=as_tuple(sample)[0].shape[0],
+        samples=batch_size(sample),
         target_bytes=as_tuple(output)[0][..., 0].numel() * 8,  # int64 class indices; for others see docs/planner.md
         layers=tuple(layers),
         critics=tuple(critics),
@@ -132,14 +132,14 @@ def _saved(module: nn.Sequential, sample: Payload, device: torch.device, objecti
     """Returns the bytes that autograd keeps for every layer alone, and beside what the layers before it keep."""
     if any(parameter.is_meta for parameter in module.parameters()):  # it may be too large; shapes are enough here
         device = torch.device("meta")
-    copied = copy.deepcopy(module).to(device).train()
+    copied = copy_of(module).to(device).train()
     owned = [*copied.parameters(), *copied.buffers()]
     saved: list[dict[str, int]] = []
     with torch.enable_grad(), torch.random.fork_rng(devices=cuda_devices(device)), SavedActivations(owned) as chain:
         current = map_payload(lambda tensor: tensor.to(device), sample)
         for index, layer in enumerate(copied):
             last = index == len(copied) - 1
-            alone = _kept(copy.deepcopy(layer), map_payload(torch.detach, current), objective if last else None)
+            alone = _kept(copy_of(layer), map_payload(torch.detach, current), objective if last else None)
             before = chain.peak
             current = layer(current)
             if last:
@@ -152,9 +152,9 @@ def _kept(module: nn.Module, given: Payload, objective: Objective | None = None)
     """Returns the bytes that autograd keeps after a forward pass on a tensor that takes a gradient."""
     with SavedActivations([*module.parameters(), *module.buffers()]) as saved:
         inputs = map_payload(
-            lambda tensor: tensor.clone().requires_grad_() if tensor.is_floating_point() else tensor, given
+            lambda tensor: tensor.clone().requires_grad_() if takes_gradient(tensor) else tensor, given
         )
-        result = module(map_payload(lambda tensor: tensor.view_as(tensor), inputs))
+        result = module(map_payload(torch.clone, inputs))  # a module may work in place, which no leaf allows
         if objective is not None:
             objective(result)
     return saved.peak

@@ -11,8 +11,9 @@ from torch.nn.parameter import is_lazy
 
 from decoupled_pp.core.device import kept_modes, untouched
 from decoupled_pp.core.errors import UsageError, first_line
+from decoupled_pp.core.gradients import WithoutGradients
 from decoupled_pp.core.objective import CriticContext
-from decoupled_pp.core.packets import Payload, as_tuple, check_payload, map_payload
+from decoupled_pp.core.packets import Payload, as_payload, as_tuple, check_payload, first_tensor, map_payload
 from decoupled_pp.core.torch_private import child_modules
 
 # What a layer raises when its input does not fit.
@@ -74,6 +75,11 @@ def _refuse_duplicates(module: nn.Sequential) -> None:
         seen[id(layer)] = name
 
 
+def describe_layer(name: str, layer: nn.Module) -> str:
+    """Return how errors call a layer."""
+    return f"layer {name!r} ({type(layer).__name__})"
+
+
 def describe(payload: Payload) -> str:
     """Return shapes and dtypes of a payload, for an error text."""
     return ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in as_tuple(payload))
@@ -88,13 +94,12 @@ def misfit(name: str, module: nn.Module, given: Payload, error: Exception) -> Us
     )
 
 
-@torch.no_grad()
 def trace(module: nn.Sequential, sample: Payload) -> tuple[list[Payload], Tensor]:
     """Return the input of every layer and the network's output, for a sample, in eval mode and without gradients.
 
     Train/eval flags, buffers and random generators are as before afterwards.
     """
-    with untouched(module, as_tuple(sample)[0].device):
+    with untouched(module, first_tensor(sample).device):
         *hiddens, current = _run(module.eval(), sample)
     if not isinstance(current, Tensor) or not current.is_floating_point():
         raise UsageError(
@@ -104,7 +109,6 @@ def trace(module: nn.Sequential, sample: Payload) -> tuple[list[Payload], Tensor
     return hiddens, current
 
 
-@torch.no_grad()
 def make_lazy_weights(module: nn.Sequential, sample: Payload | None) -> None:
     """Give the layers the weights that they make when they first see data (`nn.LazyLinear`)."""
     lazy = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if is_lazy(tensor)]
@@ -121,15 +125,15 @@ def make_lazy_weights(module: nn.Sequential, sample: Payload | None) -> None:
 
 def _run(module: nn.Sequential, sample: Payload) -> list[Payload]:
     """Return the input of every layer, and the result of the last."""
-    values = [check_payload(sample, "the sample")]
+    values = [as_payload(sample, "the sample has")]
     for name, layer in module.named_children():
         try:
-            result = layer(_copy_for(layer, values[-1]))
+            result = WithoutGradients()(layer, _copy_for(layer, values[-1]))
         except UsageError:
             raise
         except LAYER_FAULTS as error:
             raise misfit(f"layer {name!r}", layer, values[-1], error) from error
-        values.append(check_payload(result, f"layer {name!r} ({type(layer).__name__})"))
+        values.append(check_payload(result, f"{describe_layer(name, layer)} returned"))
     return values
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,10 +11,11 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from decoupled_pp.core.copies import copy_of
 from decoupled_pp.core.device import cuda_devices, on_meta
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import CriticBuilder, CriticContext
-from decoupled_pp.core.packets import Payload, as_tuple, map_payload
+from decoupled_pp.core.packets import Payload, as_tuple, map_payload, takes_gradient
 from decoupled_pp.models.cutting.layers import LAYER_FAULTS, misfit, zeros_if_meta
 from decoupled_pp.models.cutting.objective import CriticWithLoss, Objective
 
@@ -53,7 +53,7 @@ def measure_layers(
     objective: Objective | None = None,
     repeats: int = 5,
 ) -> tuple[float, ...]:
-    """Return seconds of forward + backward of every layer, on deep copies: module and generators stay as they are.
+    """Return seconds of forward + backward of every layer, on copies: module and generators stay as they are.
 
     The backward pass includes the gradient for the layer's input, which the first layer of a stage will not need.
     """
@@ -110,8 +110,8 @@ def critic_signature(critic: nn.Module) -> str:
 
 
 def runnable_copy(module: nn.Module, device: torch.device) -> nn.Module:
-    """Return a deep copy on a device; a copy of a module on the meta device gets storage and small random weights."""
-    copied = copy.deepcopy(module)
+    """Return a copy on a device; a copy of a module on the meta device gets storage and small random weights."""
+    copied = copy_of(module)
     if on_meta(copied):
         # to_empty leaves whatever was in the memory, NaNs and denormals included, which can slow arithmetic down.
         copied.to_empty(device=device)
@@ -164,7 +164,7 @@ def _seconds(  # noqa: PLR0917 - what to run, where, how far and how often
 def _leaf(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a copy on the device that takes a gradient if its dtype can have one."""
     moved = zeros_if_meta(tensor).detach().to(device, copy=True)
-    return moved.requires_grad_(moved.is_floating_point() or moved.is_complex())
+    return moved.requires_grad_(takes_gradient(moved))
 
 
 def _one_pass(module: nn.Module, given: Payload, objective: Objective | None, reach: Reach = "all") -> None:

@@ -14,8 +14,16 @@ from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import CriticBuilder, CriticContext
 from decoupled_pp.core.packets import Loss, Payload
 from decoupled_pp.core.plans import Plan, count_parameters
+from decoupled_pp.core.structures import dismantle
 from decoupled_pp.models.cutting.cut import Fits, listed_cut, minmax_cut, uniform_cut
-from decoupled_pp.models.cutting.layers import as_sequential, critic_context, make_lazy_weights, trace, zeros_if_meta
+from decoupled_pp.models.cutting.layers import (
+    as_sequential,
+    critic_context,
+    describe_layer,
+    make_lazy_weights,
+    trace,
+    zeros_if_meta,
+)
 from decoupled_pp.models.cutting.measure import measure_critics, measure_layers
 from decoupled_pp.models.cutting.objective import stand_in_objective
 from decoupled_pp.models.cutting.shared import refuse_shared
@@ -66,7 +74,16 @@ def cut_network(  # noqa: PLR0917 - the plain facts, as `dpp.partition` takes th
             key="cut",
         )
     refuse_shared(module, boundaries)
-    return Plan(module, boundaries, () if sample is None else sample, layer_seconds, critic_seconds)
+    if traced is not None:
+        _refuse_untravelling(module, boundaries, traced[0])
+    return Plan(module, boundaries, () if traced is None else traced[0][0], layer_seconds, critic_seconds)
+
+
+def _refuse_untravelling(module: nn.Sequential, boundaries: tuple[int, ...], hiddens: list[Payload]) -> None:
+    """Raise UsageError if something that a stage returns cannot travel: so it is in one process and on ranks alike."""
+    layers = list(module.named_children())
+    for boundary in boundaries[1:-1]:
+        dismantle(hiddens[boundary], f"{describe_layer(*layers[boundary - 1])} returned")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from decoupled_pp.core.channels import Ends, Returns
 from decoupled_pp.core.criterion import Criterion
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import Critic, View
-from decoupled_pp.core.packets import Packet, Payload, as_tuple, first_tensor, map_payload
+from decoupled_pp.core.packets import Packet, Payload, first_tensor, map_payload
+from decoupled_pp.core.structures import form_of, of_form
 from decoupled_pp.pipeline.optim import build_optimizers
 from decoupled_pp.pipeline.rules.local import Local
 from decoupled_pp.pipeline.rules.rule import Done, Lap, RuleParts, RuleState
@@ -82,15 +83,15 @@ class Cascade(Local):
 
     def state(self) -> RuleState:
         """Return the lessons."""
-        # `lesson.<packet>.<part>` is true if the part is one tensor; `lesson.<packet>.<part>.<i>` are its tensors.
+        # `lesson.<packet>.<part>` is the form of the part (`form_of`); `lesson.<packet>.<part>.<i>` are its tensors.
         state: RuleState = {}
         for lesson in self.lessons:
             parts = {"hidden": lesson.hidden, "target": lesson.target, "losses": lesson.losses}
             for name, payload in parts.items():
                 assert payload is not None, "lessons are complete before they are saved"
                 key = f"lesson.{lesson.number}.{name}"
-                state[key] = isinstance(payload, Tensor)
-                state |= {f"{key}.{i}": tensor for i, tensor in enumerate(as_tuple(payload))}
+                state[key], tensors = form_of(payload)
+                state |= {f"{key}.{i}": tensor for i, tensor in enumerate(tensors)}
         return state
 
     def load(self, state: Mapping[str, Any]) -> str | None:
@@ -168,7 +169,7 @@ class Cascade(Local):
             key = f"lesson.{number}.{name}"
             count = sum(k.startswith(f"{key}.") for k in state)
             tensors = [state[f"{key}.{i}"] for i in range(count)]
-            return tensors[0] if state[key] else tuple(tensors)
+            return of_form(state[key], tensors)
 
         for number in sorted({int(key.split(".")[1]) for key in state if key.startswith("lesson.")}):
             hidden = map_payload(lambda t: t.to(device), part(number, "hidden"))

@@ -17,7 +17,7 @@ from torch import Tensor
 from decoupled_pp.core.channels import Ends, Returns
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import View
-from decoupled_pp.core.packets import Packet, Payload, as_tuple, map_payload
+from decoupled_pp.core.packets import Packet, Payload, as_tuple, map_payload, takes_gradient
 from decoupled_pp.pipeline.body import as_leaf
 from decoupled_pp.pipeline.rules.rule import Done, Lap, Rule, RuleState
 from decoupled_pp.settings.rules import CorrectionSettings
@@ -63,7 +63,10 @@ class EndToEnd(Rule):
         inputs = packet.payload
         if not self.parts.is_first:
             inputs = map_payload(as_leaf, inputs)
-        hidden = self.parts.body.forward(inputs)
+        # Clones: layers may work in place on what they are given, and autograd allows no leaf to be changed.
+        given = inputs if self.parts.is_first else map_payload(torch.clone, inputs)
+        hidden = self.parts.body.forward(given)
+        self._refuse_sparse(hidden)
         lap("forward")
         ends.outlet.send(replace(packet, payload=map_payload(torch.detach, hidden), rider=()))
         self.show(View(inputs, hidden, packet.target))
@@ -82,7 +85,7 @@ class EndToEnd(Rule):
         if self.parts.is_last:
             loss = self._backward_from_loss(half)
         else:
-            gradient = ends.outlet.returned(half.packet.number, floating(half.hidden))
+            gradient = ends.outlet.returned(half.packet.number, differentiable(half.hidden))
             lap("wait_out")
             _backward_from(half.hidden, gradient)  # not divided by `accumulate`: the last stage's loss was
         lap("backward")
@@ -90,7 +93,7 @@ class EndToEnd(Rule):
         lap("step")
         # Clipping and the step have left these gradients alone: the inputs are no parameters.
         if not self.parts.is_first:
-            ends.inlet.give_back(half.packet.number, [_gradient_of(tensor) for tensor in floating(half.inputs)])
+            ends.inlet.give_back(half.packet.number, [_gradient_of(tensor) for tensor in differentiable(half.inputs)])
         return Done(half.packet, loss)
 
     def skip(self, packet: Packet, ends: Ends, lap: Lap) -> None:
@@ -120,6 +123,15 @@ class EndToEnd(Rule):
         step = number // self.parts.update.accumulate
         return not self.parts.pace.warms_critic(step) and self._correction.covers(step)
 
+    def _refuse_sparse(self, hidden: Payload) -> None:
+        if any(tensor.requires_grad and not takes_gradient(tensor) for tensor in as_tuple(hidden)):
+            raise UsageError(
+                f"`global_correction`: stage {self.parts.index} returns a sparse tensor that depends on its weights, "
+                "and a gradient for one cannot come back; return it dense, or `cut` elsewhere",
+                code="sparse-without-gradient",
+                key="global_correction",
+            )
+
     def _backward_from_loss(self, half: _Half) -> Tensor:
         body = self.parts.body
         with body.autocast:
@@ -128,14 +140,14 @@ class EndToEnd(Rule):
         return loss.detach()
 
 
-def floating(payload: Payload) -> list[Tensor]:
+def differentiable(payload: Payload) -> list[Tensor]:
     """Return the tensors of a payload that can have a gradient."""
-    return [tensor for tensor in as_tuple(payload) if tensor.is_floating_point()]
+    return [tensor for tensor in as_tuple(payload) if takes_gradient(tensor)]
 
 
 def _backward_from(hidden: Payload, gradient: Sequence[Tensor]) -> None:
     # A tensor that does not depend on a parameter has no graph, and `backward` refuses it.
-    pairs = [(t, g) for t, g in zip(floating(hidden), gradient, strict=True) if t.requires_grad]
+    pairs = [(t, g) for t, g in zip(differentiable(hidden), gradient, strict=True) if t.requires_grad]
     torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
 
 

@@ -27,13 +27,14 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
 from decoupled_pp.core.errors import TrainingError, UsageError
 from decoupled_pp.core.plans import Plan
+from decoupled_pp.core.structures import memory_of, stored, write
 from decoupled_pp.pipeline.optimizer_state import changed_entries, named_state, owners
 from decoupled_pp.pipeline.stage import Stage
 from decoupled_pp.run.checkpoints.files import (
@@ -131,10 +132,25 @@ def _written(final: Path) -> Iterator[None]:
         ) from error
 
 
+def refuse_unsavable_tensors(stage: Stage, plan: Plan) -> None:
+    """Raise UsageError if a parameter or buffer has a dtype that the files of checkpoints do not know."""
+    for key, tensor in _stage_state(stage, plan)[0].items():
+        try:
+            save({key: torch.empty(0, dtype=tensor.dtype)})
+        except KeyError:
+            raise UsageError(
+                f"stage {stage.index}: {key} is {tensor.dtype}, which no checkpoint can hold; convert it, register a "
+                "buffer with persistent=False, or train without checkpoints",
+                code="dtype-not-savable",
+                key="checkpoint",
+            ) from None
+
+
 def _refuse_not_finite(stage: Stage, plan: Plan, packet: int) -> None:
     """Raise TrainingError if a parameter is not finite: such a checkpoint is not worth keeping."""
     for name, parameter in stage.named_parameters(name_of_critic(stage, plan)).items():
-        if parameter.requires_grad and not bool(parameter.isfinite().all()):
+        values = list(memory_of(parameter).values())[-1]
+        if parameter.requires_grad and not bool(values.isfinite().all()):
             raise TrainingError(
                 f"stage {stage.index}: {name} is not finite after packet {packet - 1}; lower `optimizer.lr`, or set "
                 "`training.clip_norm`",
@@ -182,9 +198,9 @@ def record_path(checkpoint: Path, stage: int) -> Path:
 def _stage_state(stage: Stage, plan: Plan) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return everything of a stage that training changes: its tensors, and the values that fit into JSON."""
     name = name_of_critic(stage, plan)
-    state: dict[str, Any] = {f"model.{key}": t for key, t in stage.trunk.state_dict().items()}
+    state: dict[str, Any] = {f"model.{key}": t for key, t in stored(stage.trunk.state_dict()).items()}
     if stage.critic is not None:
-        state |= {f"critic.{name}.{key}": t for key, t in stage.critic.state_dict().items()}
+        state |= {f"critic.{name}.{key}": t for key, t in stored(stage.critic.state_dict()).items()}
     state[f"rng.stage{stage.index}"] = stage.body.random.state
     state |= {f"rule.stage{stage.index}.{key}": value for key, value in stage.rule.state().items()}
     for parameter, field, value in named_state(stage.all_optimizers, _names(stage, plan)):
@@ -249,7 +265,8 @@ class Checkpoint:
         """Read the tensors of these names in place; all must be in the checkpoint, in these shapes."""
         by_folder: dict[Path, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
-            by_folder.setdefault(self.places[key][0], {})[key] = tensor
+            # An expanded tensor is no place to read into, and `contiguous` copies it; else it returns it if it can.
+            by_folder.setdefault(self.places[key][0], {})[key] = tensor.detach().contiguous()
         with warnings.catch_warnings():
             # `no_dist`: every stage reads and writes alone, whatever process group there is.
             warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process.*")
@@ -258,6 +275,9 @@ class Checkpoint:
                     dcp.load(part, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
                 except CheckpointException as error:  # a BaseException, which nobody else expects
                     raise _corrupt(self.path, f"{folder.name}: {reason_of(error)}") from error
+                for key, read in part.items():
+                    if read.data_ptr() != tensors[key].data_ptr():
+                        write(tensors[key].detach(), read)
 
 
 def open_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
@@ -368,7 +388,8 @@ def export_safetensors(module: torch.nn.Module, path: Path) -> None:
     state = module.state_dict()
     own_names = getattr(module, "own_names", {}) or {name: name for name in state}
     # Clones, because the format refuses tied weights, which share memory.
-    tensors = {own: state[name].detach().cpu().contiguous().clone() for own, name in own_names.items()}
+    tensors = stored({own: state[name] for own, name in own_names.items()})
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.plans import Plan
+from decoupled_pp.core.structures import stored
 from decoupled_pp.pipeline.optimizer_state import make_state, named_state, owners, reset_entries
 from decoupled_pp.pipeline.stage import Stage
 from decoupled_pp.run.checkpoints.parts import Checkpoint, name_of_critic
@@ -22,9 +23,9 @@ def load_stage(checkpoint: Checkpoint, stage: Stage, plan: Plan) -> list[str]:
     same_cut = checkpoint.boundaries == plan.boundaries
     notes: list[str] = []
     name = name_of_critic(stage, plan)
-    wanted = {f"model.{key}": t for key, t in stage.trunk.state_dict().items()}
+    wanted = {f"model.{key}": t for key, t in stored(stage.trunk.state_dict()).items()}
     if stage.critic is not None:
-        critic = {f"critic.{name}.{key}": t for key, t in stage.critic.state_dict().items()}
+        critic = {f"critic.{name}.{key}": t for key, t in stored(stage.critic.state_dict()).items()}
         if all(key in checkpoint.places and checkpoint.places[key][1] == t.shape for key, t in critic.items()):
             wanted |= critic
         else:
@@ -176,13 +177,13 @@ def _other_optimizer(checkpoint: Checkpoint, what: str, name: str, optimizer: Op
 def load_model(checkpoint: Checkpoint, module: torch.nn.Module) -> None:
     """Fill the user's whole module with the checkpoint's weights and buffers, strictly by its own names."""
     refuse_other_network(checkpoint, module)
-    checkpoint.fill({f"model.{name}": tensor for name, tensor in module.state_dict().items()})
+    checkpoint.fill({f"model.{name}": tensor for name, tensor in stored(module.state_dict()).items()})
 
 
 def refuse_other_network(checkpoint: Checkpoint, module: torch.nn.Module) -> None:
     """Raise UsageError unless the checkpoint has exactly the weights and buffers of this network, in their shapes."""
     # A stage alone cannot tell: a weight that it lacks may be another stage's.
-    here = {f"model.{name}": tensor.shape for name, tensor in module.state_dict().items()}
+    here = {f"model.{name}": tensor.shape for name, tensor in stored(module.state_dict()).items()}
     there = {key: shape for key, (_, shape, _) in checkpoint.places.items() if key.startswith("model.")}
     for key in (*here, *there):
         if key not in there:

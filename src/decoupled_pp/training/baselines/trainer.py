@@ -15,7 +15,7 @@ from decoupled_pp.core import environment
 from decoupled_pp.core.datasets import BatchSource
 from decoupled_pp.core.device import Clock, RandomStream, on_device
 from decoupled_pp.core.errors import LinkError, UsageError, first_line
-from decoupled_pp.core.packets import Batch, as_tuple, map_payload
+from decoupled_pp.core.packets import Batch, as_tuple, batch_size, map_payload
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.core.reports import Exit, Report, ValidationRecord
 from decoupled_pp.pipeline.feed import Itinerary
@@ -199,7 +199,7 @@ class BaselineTrainer(BaseTrainer):
 
 
 def _samples(batch: Batch) -> int:
-    return as_tuple(batch[0])[0].shape[0]
+    return batch_size(batch[1])
 
 
 def _is_evaluated(step: int, itinerary: Itinerary) -> bool:

@@ -1,0 +1,47 @@
+"""Copies modules, also those that hold what Python cannot copy."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from decoupled_pp.core.torch_private import child_modules, own_buffers, own_parameters, shallow_copy
+
+M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T", bound=Tensor)
+
+
+def copy_of(module: M) -> M:
+    """Return a deep copy of a module; if it cannot be copied, one with its own tensors that shares all else.
+
+    A lock, an open file or a handle cannot be copied, and may well be shared.
+    """
+    try:
+        return copy.deepcopy(module)
+    except Exception:  # a user's module may raise anything when it is copied
+        return _with_own_tensors(module, {})
+
+
+def _with_own_tensors(module: M, memo: dict[int, Any]) -> M:
+    """Copy a module and those in it; `memo` holds the copies by the ids of what they are copies of, as in `copy`."""
+    if id(module) not in memo:
+        copied = shallow_copy(module)
+        memo[id(module)] = copied
+        _copy_tensors(own_parameters(copied), memo)
+        _copy_tensors(own_buffers(copied), memo)
+        for name, child in child_modules(copied).items():
+            if child is not None:
+                child_modules(copied)[name] = _with_own_tensors(child, memo)
+    return cast(M, memo[id(module)])
+
+
+def _copy_tensors(tensors: dict[str, T | None], memo: dict[int, Any]) -> None:
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.layout is not torch.strided and id(tensor) not in memo:  # torch cannot deep-copy some of these
+            memo[id(tensor)] = tensor.detach().clone()
+        tensors[name] = copy.deepcopy(tensor, memo)  # the memo keeps tied ones tied
