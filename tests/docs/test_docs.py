@@ -90,7 +90,7 @@ def test_settings_exist(page):
     keys = _settings()
     sections = {key.split(".")[0] for key in keys}
     named = set(re.findall(r"`([a-z_]+\.[a-z_]+)`", page.read_text(encoding="utf-8")))
-    files = {"py", "md", "json", "jsonl", "yaml", "safetensors"}
+    files = {"py", "md", "json", "jsonl", "yaml", "safetensors", "png"}
     unknown = [name for name in named - keys if name.split(".")[0] in sections and name.split(".")[1] not in files]
     assert not unknown
 

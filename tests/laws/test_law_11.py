@@ -201,6 +201,59 @@ def test_running_statistics_and_random_numbers(kind, tmp_path):
         torch.testing.assert_close(buffer, expected[name], **TOLERANCE[torch.float32])
 
 
+class Enter(nn.Module):
+    """Hands on (hidden state, mask, places): two of them take no gradient, and one is expanded memory."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH, dtype=dtype)
+
+    def forward(self, inputs):
+        return self.linear(inputs), inputs > 0, torch.arange(WIDTH).expand(len(inputs), -1)
+
+
+class Place(nn.Module):
+    def __init__(self, dtype, last=False):
+        super().__init__()
+        self.places = nn.Embedding(WIDTH, 1, dtype=dtype)
+        self.linear = nn.Linear(WIDTH, WIDTH, dtype=dtype)
+        self.last = last
+
+    def forward(self, payload):
+        hidden, mask, places = payload
+        hidden = torch.tanh(self.linear(hidden + self.places(places)[..., 0]) * mask)
+        # A mean's gradient is one number, expanded.
+        return hidden.unflatten(1, (2, 3)).mean(1) if self.last else (hidden, mask, places)
+
+
+def placed(dtype):
+    torch.manual_seed(1)
+    return nn.Sequential(Enter(dtype), *(Place(dtype, last=n == LAYERS - 2) for n in range(LAYERS - 1)))
+
+
+def placed_gradients(kind, count):
+    world = join_world(PATIENCE)
+    dtype = dtype_of(kind)
+    stages = stages_needed(kind, world.size) or 2
+    plan = partition(placed(dtype), stages, "uniform", batches(1, dtype)[0][0], critic=None)
+    training = Training(cross_entropy, OptimizerSettings(kind="SGD", lr=RATE), ScheduleSettings(), STEPS)
+    strategy = build_baseline(kind, plan, training, CPU, rank=world.rank, ranks=world.size)
+    strategy.gradients([(inputs, target % 3) for inputs, target in batches(count, dtype)])
+    return {name: p.grad for part in strategy.parts.values() for name, p in part.layers.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", PARALLEL)
+def test_masks_and_whole_numbers_between_stages(kind, tmp_path):
+    count, dtype = 4, dtype_of(kind)
+    model = placed(dtype)
+    inputs, targets = (torch.cat(part) for part in zip(*batches(count, dtype), strict=True))
+    cross_entropy(model(inputs), targets % 3).backward()
+    expected = dict(model.named_parameters())
+    for part in launch(placed_gradients, kind, count, size=2, folder=tmp_path):
+        for name, gradient in part.value.items():
+            torch.testing.assert_close(gradient, expected[name].grad, **TOLERANCE[dtype])
+
+
 UNEVEN = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 0.5, 2.0], dtype=torch.float64))
 
 

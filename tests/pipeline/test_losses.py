@@ -38,8 +38,10 @@ def test_finding_a_loss():
     for choice in ("torch.nn.functional:l1_loss", functional.l1_loss, nn.L1Loss(), nn.L1Loss, "l1"):
         assert torch.equal(find_loss(choice)(logits, wanted), functional.l1_loss(logits, wanted))
     assert find_loss(mse) is mse
-    with refused("unknown-loss", UsageError, "'crossentropy'", "did you mean 'cross_entropy'"):
+    with refused("unknown-kind", UsageError, "'crossentropy'", "did you mean 'cross_entropy'"):
         find_loss("crossentropy")
+    with refused("unknown-setting", UsageError, "`loss.label_smoting`", "label_smoothing"):
+        find_loss({"kind": "cross_entropy", "label_smoting": 0.1})
     with refused("factory-missing", UsageError, "`loss`", "'l3_loss'"):
         find_loss("torch.nn.functional:l3_loss")
 
@@ -110,6 +112,9 @@ LOSSES = {
 }
 
 
+LOSSES_OF_CLASSES = nn.CrossEntropyLoss(weight=torch.arange(1.0, 5.0), label_smoothing=0.1, ignore_index=0)
+
+
 def target_of(kind, shape):
     if kind == "shares":
         return torch.rand(shape).softmax(1)
@@ -144,6 +149,31 @@ def test_the_loss_of_a_sample_is_that_of_a_micro_batch_of_it_alone(name):
     if name == "kl":  # torch's mean over elements, of a batch of one
         alone = alone / shape[1]
     torch.testing.assert_close(found, alone, equal_nan=True)
+
+
+SECTIONS = [
+    ({"kind": "cross_entropy", "weight": [1, 2, 3, 4], "label_smoothing": 0.1, "ignore_index": 0}, LOSSES_OF_CLASSES),
+    ({"kind": "nll", "weight": WEIGHT}, lambda o, y: functional.nll_loss(o, y, WEIGHT)),
+    ({"kind": "factory", "factory": "torch.nn:MultiMarginLoss", "arguments": {"p": 2}}, nn.MultiMarginLoss(p=2)),
+    ({"kind": "factory", "factory": "torch.nn.functional:cross_entropy", "arguments": {"label_smoothing": 0.2}},
+     nn.CrossEntropyLoss(label_smoothing=0.2)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("section", "plain"), SECTIONS)
+def test_arguments_in_a_section(section, plain):
+    logits, classes = torch.randn(6, 4), torch.randint(1, 4, (6,))
+    assert torch.equal(find_loss(section)(logits, classes), plain(logits, classes))
+
+
+def test_arguments_of_losses_between_shapes():
+    logits, wanted = torch.randn(6, 4), torch.rand(6, 4)
+    weight = [1.0, 2.0, 3.0, 4.0]
+    found = find_loss({"kind": "bce_with_logits", "pos_weight": weight})(logits, wanted.round().long())
+    assert torch.equal(found, nn.BCEWithLogitsLoss(pos_weight=torch.tensor(weight))(logits, wanted.round()))
+    for kind, plain in (("huber", nn.HuberLoss(delta=0.5)), ("smooth_l1", nn.SmoothL1Loss(beta=0.5))):
+        key = "delta" if kind == "huber" else "beta"
+        assert torch.equal(find_loss({"kind": kind, key: 0.5})(logits, wanted), plain(logits, wanted))
 
 
 def test_ctc_by_its_name():
@@ -189,7 +219,7 @@ def test_what_is_no_loss_is_refused():
         find_loss(lambda output, target: output.sum(1))(logits, target)
     with refused("unknown-loss", UsageError, "class GaussianNLLLike"):
         find_loss(GaussianNLLLike)
-    with refused("unknown-loss", UsageError, "int"):
+    with refused("not-callable", UsageError, "`loss` is 3"):
         find_loss(3)
     with refused("loss-has-parameters", UsageError, "Learned", "scale"):
         find_loss(Learned())

@@ -7,8 +7,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from decoupled_pp import Trainer, partition
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.pipeline.losses import cross_entropy, find_loss, mse
 from decoupled_pp.pipeline.score import ExitScore
+from kit import ignore, refused
 
 
 def scored(criterion, *batches):
@@ -55,6 +58,26 @@ def test_a_batch_of_ignored_targets_weighs_nothing():
 def test_without_class_targets_there_is_no_accuracy():
     logits = torch.randn(4, 3)
     assert scored(mse, (logits, torch.zeros(4, 3))) == (pytest.approx(float(logits.square().mean())), None)
+
+
+def test_another_loss_for_held_out_data():
+    torch.manual_seed(0)
+    x, y = torch.randn(9, 4), torch.arange(9) % 3
+    plan = partition([nn.Linear(4, 5), nn.Linear(5, 3)], 2, "uniform", x)
+    for options in ({"validate_loss": {"kind": "cross_entropy"}}, {"validation": {"loss": "cross_entropy"}}):
+        made = Trainer(
+            plan,
+            loss={"kind": "cross_entropy", "label_smoothing": 0.5},
+            critic="head",
+            device="cpu",
+            observer=ignore,
+            **options,
+        )
+        last = made.evaluate(list(zip(x.split(5), y.split(5), strict=True)))[-1]
+        wanted = functional.cross_entropy(plan.module.eval()(x), y)
+        assert last.val_loss == pytest.approx(float(wanted), rel=1e-6)
+    with refused("unknown-kind", UsageError, "`validation.loss.kind`"):
+        Trainer(plan, validate_loss="crossentropy", device="cpu")
 
 
 def test_no_score_without_batches():

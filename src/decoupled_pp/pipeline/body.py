@@ -26,7 +26,8 @@ class Body:
         trunk: The layers, on `device` already.
         critic: From the trunk's output to logits; None in a last stage whose output is the logits.
         judge: The critic as a `Judge`, also where there is none.
-        loss: The run's loss, or that of a function.
+        loss: The run's loss.
+        held_out_loss: The loss of held-out scores, mostly the same.
         device: Where the stage computes.
         random: The stage's random stream.
     """
@@ -41,11 +42,13 @@ class Body:
         device: torch.device,
         seed: int,
         training: StageSettings,
+        held_out_loss: Loss | None = None,
     ) -> None:
         self.trunk = trunk
         self.critic = critic
         self.judge = judge_of(critic)
         self.loss = find_loss(loss)
+        self.held_out_loss = self.loss if held_out_loss is None else find_loss(held_out_loss)
         self.device = device
         # It goes on alone, whoever else draws random numbers in this process: timing never changes the result (law 3).
         self.random = RandomStream(seed, device)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional
 
 from decoupled_pp.core.criterion import IGNORED, Criterion, Hits, class_hits, classes_in
-from decoupled_pp.core.errors import UsageError
-from decoupled_pp.core.factory import import_factory
+from decoupled_pp.core.errors import UsageError, shown
+from decoupled_pp.core.factory import call_factory, import_factory
 from decoupled_pp.core.packets import Loss, Payload, as_tuple
-from decoupled_pp.core.suggestions import did_you_mean
+from decoupled_pp.settings.load import usage_error
+from decoupled_pp.settings.losses import FactoryLoss, LossSection, LossSettings
 
 _OF_ANY_OUTPUT = {
     functional.mse_loss,
@@ -271,38 +273,51 @@ _OF_MODULE: dict[type[nn.Module], tuple[Any, tuple[str, ...]]] = {
 """Loss module of torch -> its function, and the attributes that are arguments of it."""
 
 
-def find_loss(choice: str | Loss | dict[str, Any]) -> Criterion:
-    """Return the criterion that a choice means; UsageError if it is unknown or no loss.
+LossChoice: TypeAlias = "str | dict[str, Any] | LossSection | Loss"
+"""A loss by its kind, as a settings section, by `package.module:function`, or as any callable."""
 
-    Args:
-        choice: A name, a dictionary with a kind and arguments, `package.module:function`, or any callable.
-    """
+
+def find_loss(choice: LossChoice, key: str = "loss") -> Criterion:
+    """Return the criterion that a choice means; UsageError if it is unknown or no loss. `key` is its setting."""
     if isinstance(choice, Criterion):
         return choice
-    if isinstance(choice, str):
-        choice = {"kind": choice}
-    if isinstance(choice, dict):
-        arguments = dict(choice)
-        kind = arguments.pop("kind")
-        if kind in _NAMED:
-            found: Criterion = _NAMED[kind](**arguments)
-            return found
-        if ":" in kind:
-            return find_loss(cast(Loss, import_factory(kind, "loss")))
-        remedy = f"{did_you_mean(kind, _NAMED)}; one of {', '.join(_NAMED)}, or package.module:function"
-        raise UsageError(f"`loss`: {kind!r} is not known{remedy}", code="unknown-loss", key="loss")
-    return _of_callable(choice)
+    if isinstance(choice, str | dict):
+        choice = _section(choice, key)
+    if isinstance(choice, FactoryLoss):
+        return _of_callable(_made(choice, key), key)
+    if isinstance(choice, LossSection):
+        arguments = choice.model_dump(exclude={"kind"}, exclude_none=True)
+        found: Criterion = _NAMED[choice.kind](**arguments)
+        return found
+    return _of_callable(choice, key)
 
 
-def _of_callable(choice: Any) -> Criterion:
+def _section(choice: str | dict[str, Any], key: str) -> LossSection:
+    if isinstance(choice, dict):  # a script may give class weights as a tensor
+        choice = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in choice.items()}
+    try:
+        return cast(LossSection, TypeAdapter(LossSettings).validate_python(choice))
+    except ValidationError as error:
+        raise usage_error(error, key) from None
+
+
+def _made(section: FactoryLoss, key: str) -> Any:
+    """Return what a factory names, with its arguments: a class is built with them, a function called."""
+    named: Any = import_factory(section.factory, key)
+    if isinstance(named, type):
+        return call_factory(section.factory, key, **section.arguments)
+    return partial(named, **section.arguments) if section.arguments else named
+
+
+def _of_callable(choice: Any, key: str) -> Criterion:
     if isinstance(choice, type) and issubclass(choice, nn.Module):
-        choice = _instance(choice)
+        choice = _instance(choice, key)
     if not callable(choice):
         raise UsageError(
-            f"`loss` is a {type(choice).__name__}; give a name, a dictionary with a kind, or a function of the "
-            "network's output and the target",
-            code="unknown-loss",
-            key="loss",
+            f"`{key}` is {shown(choice)}; give a name, a section with a `kind`, or a function of the network's output "
+            "and the target",
+            code="not-callable",
+            key=key,
         )
     given: Any = choice
     arguments: dict[str, Any] = {}
@@ -319,15 +334,15 @@ def _of_callable(choice: Any) -> Criterion:
     return Criterion(choice)
 
 
-def _instance(kind: type[nn.Module]) -> nn.Module:
+def _instance(kind: type[nn.Module], key: str) -> nn.Module:
     """Return the loss of a class that was given in place of its instance."""
     try:
         inspect.signature(kind).bind()
     except TypeError:
         raise UsageError(
-            f"`loss` is the class {kind.__name__}; give an instance of it, with its arguments",
+            f"`{key}` is the class {kind.__name__}; give an instance of it, with its arguments",
             code="unknown-loss",
-            key="loss",
+            key=key,
         ) from None
     return kind()
 

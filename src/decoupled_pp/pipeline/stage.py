@@ -137,5 +137,5 @@ class Stage:
         return named
 
     def _begin_evaluation(self) -> None:
-        self._score = ExitScore(self.body.loss)
+        self._score = ExitScore(self.body.held_out_loss)
         self._evaluation_random = self.body.random_of_evaluation()

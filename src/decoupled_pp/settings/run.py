@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.settings.critics import AutoCritic, CriticSettings
+from decoupled_pp.settings.losses import CrossEntropyLoss, LossSettings
 from decoupled_pp.settings.rules import CorrectionSettings, CriticTargetSettings, LabelTarget, refuse_rules
 from decoupled_pp.settings.sections import (
     Count,
@@ -121,6 +122,8 @@ class ValidationSettings(Section):
 
     every: Count | None = Field(None, json_schema_extra={"in_scripts": "validate_every"})
     """Optimizer steps between validations; default: only at the end."""
+    loss: LossSettings | None = Field(None, json_schema_extra={"in_scripts": "validate_loss"})
+    """Loss of the held-out scores alone, chosen like `loss`; default: that one."""
     batches: Count | None = Field(None, json_schema_extra={"in_scripts": "validation_batches"})
     """Validation micro-batches per pass; default: all."""
     knn: Count | None = None
@@ -235,8 +238,8 @@ class Settings(Section):
     """Folder of a finished run, or a safetensors file, whose weights the network starts with; default: fresh ones."""
     data: DataSettings
     """The data set."""
-    loss: str = "cross_entropy"
-    """`cross_entropy`, `mse`, or `package.module:function` called as `function(logits, target)`."""
+    loss: LossSettings = CrossEntropyLoss()
+    """The loss: a section, the name of its kind, or `package.module:function` called as `function(output, target)`."""
     critic: CriticSettings = AutoCritic()
     """The critic of every stage before the last."""
     critic_target: CriticTargetSettings = LabelTarget()

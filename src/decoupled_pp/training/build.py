@@ -73,7 +73,16 @@ def _build_stage(plan: Plan, recipe: Recipe, index: int, critic: nn.Module | Non
     if recipe.freezes(index):
         Pace.freeze(*modules)
     seed = _mixed(recipe.seed, index, 2)
-    body = Body(index, trunk, critic, recipe.loss, device=device, seed=seed, training=recipe.training)
+    body = Body(
+        index,
+        trunk,
+        critic,
+        recipe.loss,
+        device=device,
+        seed=seed,
+        training=recipe.training,
+        held_out_loss=recipe.scored_by(),
+    )
     owned = (
         None if RULES[recipe.target.kind].owns_critic else body.critic
     )  # a critic that its rule updates is left to it

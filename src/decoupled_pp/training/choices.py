@@ -13,10 +13,8 @@ from torch import nn
 from decoupled_pp.core.copies import copy_of
 from decoupled_pp.core.errors import UsageError, shown
 from decoupled_pp.core.objective import CriticBuilder, CriticContext
-from decoupled_pp.core.packets import Loss
 from decoupled_pp.core.paths import expanded
 from decoupled_pp.critics import build_critic
-from decoupled_pp.pipeline.losses import find_loss
 from decoupled_pp.pipeline.optim import OptimizerFactory
 from decoupled_pp.pipeline.rules.table import RULES
 from decoupled_pp.settings.critics import CriticSettings
@@ -76,12 +74,6 @@ def choose_critic(choice: CriticChoice) -> CriticBuilder:
         return build_critic(choice)
     remedy = "give a kind, a dictionary, modules or a function of a CriticContext"
     return cast(CriticBuilder, choose_callable("critic", choice, remedy))
-
-
-def choose_loss(choice: str | Loss) -> Loss:
-    """Return the loss that a user's choice means."""
-    remedy = "give a name, or a function of logits and target"
-    return find_loss(choice if isinstance(choice, str) else choose_callable("loss", choice, remedy))
 
 
 def choose_callable(key: str, choice: Any, remedy: str) -> Any:

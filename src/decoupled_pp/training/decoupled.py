@@ -18,7 +18,6 @@ from decoupled_pp.core.topology import Topology
 from decoupled_pp.data.iterables import Batches, as_source
 from decoupled_pp.links import StoreControl
 from decoupled_pp.pipeline.feed import Feed, Itinerary
-from decoupled_pp.pipeline.losses import find_loss
 from decoupled_pp.pipeline.optim import build_schedules
 from decoupled_pp.pipeline.optimizer_state import refuse_unsavable
 from decoupled_pp.pipeline.runtime import Worker, run
@@ -197,8 +196,8 @@ class DecoupledTrainer(BaseTrainer):
     def _feed(
         self, train: BatchSource | None, held_out: BatchSource | None, itinerary: Itinerary, watcher: Watcher
     ) -> Feed:
-        weight = find_loss(self.recipe.loss).weight
-        weights = {PacketKind.TRAIN: weight, PacketKind.EVALUATE: weight}
+        body = self._stages[0].body
+        weights = {PacketKind.TRAIN: body.loss.weight, PacketKind.EVALUATE: body.held_out_loss.weight}
         return Feed(
             train, held_out, itinerary, self.device, lambda: watcher.stop_requested() is not None, weights=weights
         )

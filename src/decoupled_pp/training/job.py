@@ -22,7 +22,6 @@ from decoupled_pp.core.threads import choose_threads, cpus
 from decoupled_pp.links import LocalControl, join_world
 from decoupled_pp.models import build_model
 from decoupled_pp.models.generation import generate
-from decoupled_pp.pipeline.losses import find_loss
 from decoupled_pp.run import folder as run_folder
 from decoupled_pp.run.checkpoints.parts import (
     Checkpoint,
@@ -38,7 +37,7 @@ from decoupled_pp.settings.run import STAGES_ALONE, BalanceSettings, Settings
 from decoupled_pp.training.base import BaseTrainer
 from decoupled_pp.training.baselines.trainer import BaselineTrainer
 from decoupled_pp.training.decoupled import DecoupledTrainer
-from decoupled_pp.training.prepare import check_loss, prepare
+from decoupled_pp.training.prepare import check_losses, prepare
 from decoupled_pp.training.ranks import ONE_PROCESS, check_ranks
 from decoupled_pp.training.recipe import recipe_of
 from decoupled_pp.training.watch import sigint_stops, told_to_all
@@ -113,7 +112,7 @@ def _train(settings: Settings, start: _Start) -> Outcome:
     network = trainer.finished_network() if report.stopped is None else None
     if trainer.rank != 0:
         return Outcome(report, settings.folder, [], None, trainer.rank)
-    per_token = start.info.form in {"tokens", "masked_tokens"} and settings.loss == "cross_entropy"
+    per_token = start.info.form in {"tokens", "masked_tokens"} and settings.loss.kind == "cross_entropy"
     about = {"strategy": settings.strategy, "device": trainer.device.type}
     unit = "nats/token" if per_token else "loss"
     pictures = run_folder.write_results(settings.folder, report, observer.spans, about, unit)
@@ -147,7 +146,7 @@ def _start(settings: Settings, control: Control, lock: RunLock, *, resume: bool,
     if checkpoint is not None:  # its weights replace those to start from, which may be gone by now
         wanted = settings.model_copy(update={"start_from": None})
     data, info, plan = prepare(wanted, control)
-    control.from_rank_0("loss", lambda: check_loss(plan, find_loss(settings.loss), data), timeout_seconds)
+    control.from_rank_0("loss", lambda: check_losses(plan, settings, data), timeout_seconds)
     trainer = make_trainer(settings, plan)
     logger.info("building the stages and their critics")
     trainer.build(checkpoint)
@@ -187,7 +186,7 @@ def check_run(settings: Settings) -> None:
         changes["cut"] = "uniform"
     settings = settings.model_copy(update=changes)
     data, _, plan = prepare(settings)
-    check_loss(plan, find_loss(settings.loss), data)
+    check_losses(plan, settings, data)
     if settings.strategy in ONE_PROCESS and not on_meta(plan.module):
         make_trainer(settings, plan).build()
 

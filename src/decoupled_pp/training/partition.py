@@ -11,16 +11,16 @@ from torch import nn
 from decoupled_pp.core import environment
 from decoupled_pp.core.device import choose_device
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.core.packets import Loss, Payload
+from decoupled_pp.core.packets import Payload
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.links import join_world
 from decoupled_pp.models.cutting import By, Fits, as_sequential, cut_network
+from decoupled_pp.pipeline.losses import LossChoice, find_loss
 from decoupled_pp.training.choices import (
     CriticChoice,
     OptimizerChoice,
     RuleChoice,
     choose_critic,
-    choose_loss,
     choose_optimizer,
     choose_rule,
     choose_value,
@@ -38,7 +38,7 @@ def partition(
     *,
     critic: CriticChoice | None = "auto",
     critic_target: RuleChoice = "label",
-    loss: str | Loss = "cross_entropy",
+    loss: LossChoice = "cross_entropy",
     device: str = "auto",
     speeds: Sequence[float] | None = None,
     memory: str | int | Sequence[str | int] | None = None,
@@ -77,7 +77,7 @@ def partition(
     """
     builder = choose_critic(critic) if critic is not None else None
     relearned = choose_rule(critic_target).critic_passes > 1
-    loss = choose_loss(loss)
+    criterion = find_loss(loss)
     stages = choose_value("stages", stages)
     by = choose_value("cut", by)
     speeds = choose_value("balance.speeds", speeds)
@@ -88,7 +88,7 @@ def partition(
 
     def cut(how: By, fits: Fits | None = None) -> Plan:
         return cut_network(
-            layers, stages, how, sample, builder, loss, place, relearned=relearned, speeds=speeds, fits=fits
+            layers, stages, how, sample, builder, criterion, place, relearned=relearned, speeds=speeds, fits=fits
         )
 
     def choose() -> Plan:
@@ -102,7 +102,7 @@ def partition(
             )
         limits = limits_of(memory, stages)
         needs: dict[str, Any] = {
-            "loss": loss,
+            "loss": criterion,
             "optimizer": choose_optimizer(optimizer),
             "accumulate": accumulate,
         }

@@ -13,7 +13,7 @@ from decoupled_pp.core.channels import Control
 from decoupled_pp.core.datasets import Data, DataInfo
 from decoupled_pp.core.device import seeded
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.core.packets import Loss, Payload, as_tuple, map_payload
+from decoupled_pp.core.packets import Payload, as_tuple, map_payload
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.core.structures import form_of, of_form
 from decoupled_pp.critics import build_critic
@@ -22,6 +22,7 @@ from decoupled_pp.links import LocalControl
 from decoupled_pp.models import build_model
 from decoupled_pp.models.cutting import By
 from decoupled_pp.models.cutting.layers import LAYER_FAULTS, describe, trace, zeros_if_meta
+from decoupled_pp.pipeline.losses import find_loss
 from decoupled_pp.pipeline.optim import find_optimizer
 from decoupled_pp.run import folder as run_folder
 from decoupled_pp.settings.run import Settings
@@ -110,10 +111,13 @@ def _zeros(spec: list[Any]) -> Payload:
     return of_form(form, [torch.zeros(shape, dtype=getattr(torch, dtype)) for shape, dtype in tensors])
 
 
-def check_loss(plan: Plan, loss: Loss, data: Data | None) -> None:
-    """Raise UsageError unless network and loss take a batch of training and of validation data (on the CPU)."""
-    sources = {} if data is None else {"training": data.train, "validation": data.validation}
-    for name, source in sources.items():
+def check_losses(plan: Plan, settings: Settings, data: Data | None) -> None:
+    """Raise UsageError unless network and losses take a batch of training and of validation data (on the CPU)."""
+    if data is None:
+        return
+    loss = find_loss(settings.loss)
+    held_out = find_loss(settings.validation.loss or loss, "validation.loss")
+    for name, source, criterion in (("training", data.train, loss), ("validation", data.validation, held_out)):
         batch = next(source.batches(), None)
         if batch is None:
             raise UsageError(f"`data`: there is no {name} batch; give more data", code="no-batch", key="data")
@@ -122,7 +126,7 @@ def check_loss(plan: Plan, loss: Loss, data: Data | None) -> None:
         met = f"the network's output {describe(output)} and a {name} target {describe(target)}"
         try:
             with torch.enable_grad():  # as in training: a loss without a gradient is found here
-                loss(zeros_if_meta(output).detach().requires_grad_(), target)
+                criterion(zeros_if_meta(output).detach().requires_grad_(), target)
         except LAYER_FAULTS as error:
             if isinstance(error, UsageError):
                 raise

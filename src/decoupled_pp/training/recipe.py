@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from decoupled_pp.core.criterion import Criterion
 from decoupled_pp.core.objective import CriticBuilder
 from decoupled_pp.core.packets import Loss
 from decoupled_pp.critics import build_critic
@@ -38,6 +39,7 @@ class Recipe:
     validation: ValidationSettings = field(default_factory=ValidationSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
+    held_out_loss: Loss | None = None  # of held-out scores alone, before that of `validation`
     seed: int = 0
 
     def refuse_contradictions(self, stages: int) -> None:
@@ -45,6 +47,14 @@ class Recipe:
         refuse_rules(self.target, self.correction, self.training.stagger, self.links.capacity)
         if isinstance(self.optimizer, OptimizerSettings):
             refuse_rates(self.optimizer, stages)
+
+    def scored_by(self) -> Criterion:
+        """Return the loss of held-out scores: the run's, unless another one is chosen."""
+        if self.held_out_loss is not None:
+            return find_loss(self.held_out_loss, "validation.loss")
+        if self.validation.loss is not None:
+            return find_loss(self.validation.loss, "validation.loss")
+        return find_loss(self.loss)
 
     def optimizer_of(self, stage: int) -> OptimizerSettings | OptimizerFactory:
         """Return the optimizer of one stage, with its own learning rate if stages have several."""

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from decoupled_pp.core.errors import UsageError, shown
-from decoupled_pp.core.packets import Loss
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.core.suggestions import did_you_mean
+from decoupled_pp.pipeline.losses import LossChoice, find_loss
 from decoupled_pp.settings.rules import CorrectionSettings
 from decoupled_pp.settings.run import ScheduleSettings
 from decoupled_pp.settings.script_names import SCRIPT_NAMES, TRAINER_SECTIONS
@@ -22,7 +22,6 @@ from decoupled_pp.training.choices import (
     choose_callable,
     choose_critic,
     choose_folder,
-    choose_loss,
     choose_optimizer,
     choose_rule,
     choose_section,
@@ -41,7 +40,8 @@ class Trainer(DecoupledTrainer):
         self,
         plan: Plan,
         *,
-        loss: str | Loss = "cross_entropy",
+        loss: LossChoice = "cross_entropy",
+        validate_loss: LossChoice | None = None,
         critic: CriticChoice = "auto",
         critic_target: RuleChoice = "label",
         global_correction: CorrectionChoice = None,
@@ -57,7 +57,10 @@ class Trainer(DecoupledTrainer):
 
         Args:
             plan: From `partition`, with a sample.
-            loss: "cross_entropy", "mse", "package.module:function", or loss(logits, target) -> scalar mean.
+            loss: A kind ("cross_entropy", "nll", "bce_with_logits", "mse", "l1", "huber", "ctc", ...), a settings
+                dictionary like {"kind": "cross_entropy", "label_smoothing": 0.1}, "package.module:function", a module
+                of torch, or any loss(output, target) -> scalar (docs/losses.md says how micro-batches weigh).
+            validate_loss: Loss of the held-out scores alone; None: the same.
             critic: A kind ("auto", "head", "auglocal", ...), a settings dictionary, one module (copied for every
                 stage), a list of modules (one per stage but the last), or a function of a `CriticContext`.
             critic_target: Target that critics learn from: "label", "cascade" or "mix", or a settings dictionary.
@@ -84,13 +87,14 @@ class Trainer(DecoupledTrainer):
         if global_correction is not None:
             correction = choose_section(global_correction, CorrectionSettings, "global_correction")
         recipe = Recipe(
-            loss=choose_loss(loss),
+            loss=find_loss(loss),
             critic=choose_critic(critic),
             optimizer=choose_optimizer(optimizer),
             schedule=choose_section(schedule, ScheduleSettings, "schedule"),
             target=choose_rule(critic_target),
             correction=correction,
             metrics=sections.pop("logging"),
+            held_out_loss=find_loss(validate_loss, "validation.loss") if validate_loss is not None else None,
             seed=choose_value("seed", seed),
             **sections,
         )

@@ -161,7 +161,7 @@ def _progressive(threshold: float, correct: Tensor, left: Tensor, costs: Sequenc
 
 def ensemble(stages: Sequence[Stage], batches: Iterable[Batch]) -> Ensemble:
     """Scores the sum of all exits' logits with the run's loss."""
-    criterion = stages[-1].body.loss
+    criterion = stages[-1].body.held_out_loss
     score = ExitScore(criterion)
     for logits, target in exit_logits(stages, batches):
         summed = logits.sum(dim=0)

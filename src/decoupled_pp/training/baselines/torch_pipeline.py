@@ -52,7 +52,7 @@ class _RecordedStage(PipelineStage):
     """A stage of torch that records every forward and backward for its strategy, and counts what it sends."""
 
     def __init__(self, part: nn.Module, index: int, pipeline: TorchPipeline) -> None:
-        super().__init__(part, index, pipeline.plan.stages, pipeline.device, group=pipeline.group)
+        super().__init__(_Contiguous(part), index, pipeline.plan.stages, pipeline.device, group=pipeline.group)
         self._pipeline = pipeline
 
     def forward_one_chunk(self, fwd_chunk_id: int, *arguments: Any, **keywords: Any) -> Any:
@@ -68,12 +68,20 @@ class _RecordedStage(PipelineStage):
         """Let torch's trial run, which finds shapes before the first step, leave no trace."""
         # The trial computes on memory that nobody has written, so BatchNorm's running statistics would stay NaN. The
         # hooks hide the trial's saved tensors from the probe of activations: they belong to no step.
+        if not self.is_first:
+            for argument in arguments:
+                argument.data.zero_()  # whatever lies there, as an index it would be out of range
         before = [(buffer, buffer.clone()) for buffer in module.buffers()]
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
             outputs = super()._compute_outputs(*arguments, module=module, **keywords)
         for buffer, value in before:
             buffer.data.copy_(value)  # .data: the trial's backward pass, which comes next, must not see a change
         return outputs
+
+    def _compute_input_grads(self, *arguments: Any, **keywords: Any) -> Any:
+        """Let torch's trial run announce gradients as they will be sent."""
+        gradients = super()._compute_input_grads(*arguments, **keywords)
+        return tuple(gradient if gradient is None else gradient.contiguous() for gradient in gradients)
 
     def _prepare_backward_infra(self, *arguments: Any, **keywords: Any) -> Any:
         """Keep the loss of the trial run from the recorder: it is no micro-batch's."""
@@ -96,8 +104,21 @@ class _RecordedStage(PipelineStage):
         return result
 
     def _counted(self, sends: list[dist.P2POp], *, backward: bool) -> list[dist.P2POp]:
+        for op in sends:
+            op.tensor = op.tensor.contiguous()  # the gradient of a mean is one number, expanded
         self._pipeline.count([(op.peer, op.tensor.nbytes) for op in sends], backward=backward)
         return sends
+
+
+class _Contiguous(nn.Module):
+    """Makes the output of a part fit to send: gloo and NCCL take contiguous memory only."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, *payload: Tensor) -> Payload:
+        return map_payload(Tensor.contiguous, self.part(*payload))
 
 
 class TorchPipeline(Strategy):

@@ -149,7 +149,7 @@ class BaselineTrainer(BaseTrainer):
     def _evaluate(self, batches: Iterator[Batch], meter: StageMeter) -> None:
         """Score the whole network: every rank a share of the micro-batches, the sums joined."""
         network = self.export().to(self.device).eval()
-        criterion = self._built().criterion
+        criterion = self.recipe.scored_by()
         score = ExitScore(criterion)
         with torch.no_grad(), self._random:
             for batch in islice(batches, self.rank, None, self._ranks):
