@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from decoupled_pp.commands.arguments import add_overrides, check_at_least, flag
-from decoupled_pp.commands.terminal import INTERRUPTED, USAGE, phases_shown, say
+from decoupled_pp.commands.terminal import FAILED, INTERRUPTED, USAGE, phases_shown, say
 from decoupled_pp.core import environment
 from decoupled_pp.core.errors import LAUNCHER_GONE, PeerError, TrainingError, UsageError
 
@@ -66,16 +66,20 @@ def _train(chosen: argparse.Namespace, settings: Settings) -> int:
     """Trains as the rank that this process is."""
     logger.info("loading PyTorch")
     from decoupled_pp.commands.tables import print_outcome
+    from decoupled_pp.training import watch
     from decoupled_pp.training.job import run_rank
 
     with _saying_how_to_go_on(chosen, settings):
         outcome = run_rank(settings, resume=chosen.resume, overwrite=chosen.overwrite)
     report = outcome.report
     if report.stopped:
+        is_asked_for = report.stopped == watch.INTERRUPTED
         if outcome.rank == 0:
             again = _resuming_command(chosen, environment.world_size())
             say(f"{report.stopped} at step {report.steps}; saved. Go on with: {again}")
-        return INTERRUPTED
+        elif not is_asked_for:
+            say(f"rank {outcome.rank}: {report.stopped} at step {report.steps}; saved")
+        return INTERRUPTED if is_asked_for else FAILED
     if outcome.rank == 0:
         print_outcome(outcome)
     return 0
@@ -118,9 +122,11 @@ def _how_to_go_on(chosen: argparse.Namespace, settings: Settings, ranks: int) ->
     """Names the newest checkpoint of the run, and the command that goes on from it."""
     from decoupled_pp.run.checkpoints.parts import list_checkpoints, remove_incomplete, step_of
     from decoupled_pp.run.folder import CHECKPOINTS
+    from decoupled_pp.run.in_progress import running
 
     folder = settings.folder / CHECKPOINTS
-    if not environment.under_torchrun():  # under torchrun another rank may still be writing
+    # Under torchrun another rank may still be writing, and a folder that this run was refused is another run's.
+    if not environment.under_torchrun() and running(settings.folder) is None:
         remove_incomplete(folder)
     found = list_checkpoints(folder)
     if not found:

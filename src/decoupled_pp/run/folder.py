@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,11 +15,11 @@ from torch import Tensor, nn
 
 from decoupled_pp.core import environment
 from decoupled_pp.core.datasets import DataInfo
-from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.errors import TrainingError, UsageError
 from decoupled_pp.core.records import write_json
 from decoupled_pp.core.reports import Report, Span
 from decoupled_pp.core.structures import stored
-from decoupled_pp.run.checkpoints.files import write_atomically
+from decoupled_pp.run.checkpoints.files import reason_of, write_atomically
 from decoupled_pp.run.checkpoints.parts import list_checkpoints, list_incomplete, remove_incomplete, set_aside
 from decoupled_pp.run.in_progress import RunLock, running
 from decoupled_pp.run.log import METRICS_FILE, TENSORBOARD_FOLDER, read_records
@@ -43,9 +44,11 @@ JOB_FILE = ".job"
 SETTINGS = ("name", "stages", "model", "data", "training")
 """Keys by which a `config.yaml` is known to be of a run: the name of that file alone belongs to everybody."""
 
+_INTERRUPTED = "interrupted"
+
 _WRITTEN = (
     *(CONFIG_FILE, INFO_FILE, SUMMARY_FILE, TRACE_FILE, METRICS_FILE, WEIGHTS_FILE),
-    *(f"{name}.tmp" for name in (CONFIG_FILE, INFO_FILE, METRICS_FILE, WEIGHTS_FILE)),
+    *(f"{name}.tmp" for name in (CONFIG_FILE, INFO_FILE, METRICS_FILE, SUMMARY_FILE, WEIGHTS_FILE)),
     *(TIMELINE_PICTURE, LOSS_PICTURE, JOB_FILE),
 )
 _WRITTEN_IN_NUMBERS = (
@@ -195,8 +198,28 @@ def claim(
 
 def claimed_by(folder: Path, job: str) -> bool:
     """True if this job was the last to claim the folder, perhaps before torchrun started its workers again."""
+    return _job_lines(folder)[:1] == [job]
+
+
+def note_interrupt(folder: Path) -> None:
+    """Note that the job was asked to end: whoever restarts its workers all the same must not go on."""
+    with named(folder), (folder / JOB_FILE).open("a", encoding="utf-8") as file:
+        file.write(f"\n{_INTERRUPTED}")
+
+
+def was_interrupted(folder: Path) -> bool:
+    """True if the last job that claimed the folder was asked to end."""
+    return _INTERRUPTED in _job_lines(folder)[1:]
+
+
+def _job_lines(folder: Path) -> list[str]:
     file = folder / JOB_FILE
-    return file.is_file() and file.read_text(encoding="utf-8") == job
+    return file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+
+
+def named(folder: Path) -> AbstractContextManager[None]:
+    """Turn what the file system refuses inside the block into one line that names the run folder."""
+    return _output(folder).named()
 
 
 def write_config(folder: Path, settings: Settings, sizes: tuple[int, ...] | None) -> None:
@@ -221,14 +244,34 @@ def read_info(folder: Path) -> DataInfo:
 def write_results(
     folder: Path, report: Report, spans: Mapping[int, Sequence[Span]], about: Mapping[str, str], unit: str
 ) -> list[Path]:
-    """Write `summary.json`, `trace.json`, `timeline.png` and `loss.png`."""
+    """Write `trace.json`, `timeline.png`, `loss.png`, and last `summary.json`: with it, the run has its results."""
     summary = {**about, "ranks": environment.world_size(), **report}
-    (folder / SUMMARY_FILE).write_text(write_json(summary, indent=2) + "\n", encoding="utf-8")
     write_trace(folder / TRACE_FILE, spans)
     timeline, losses = folder / TIMELINE_PICTURE, folder / LOSS_PICTURE
     plot_timeline(spans, timeline)
     plot_losses(read_records(folder / METRICS_FILE), losses, unit)
+    write_atomically(folder / SUMMARY_FILE, write_json(summary, indent=2) + "\n")
     return [timeline, losses]
+
+
+@contextmanager
+def results_written(folder: Path) -> Iterator[None]:
+    """Turn what the file system refuses while results are written into one line; --resume writes them again."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"cannot write the results into {folder}: {reason_of(error)}; free or mend the disk",
+            code="results-not-written",
+        ) from error
+
+
+def has_results(folder: Path, steps: int) -> bool:
+    """True if a run of at least so many steps has left its results in the folder."""
+    try:
+        return read_summary(folder).steps >= steps
+    except UsageError:
+        return False
 
 
 def read_summary(folder: Path) -> Report:

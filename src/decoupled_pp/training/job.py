@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from decoupled_pp.core import environment
 from decoupled_pp.core.channels import Control
@@ -25,10 +26,10 @@ from decoupled_pp.models.generation import generate
 from decoupled_pp.run import folder as run_folder
 from decoupled_pp.run.checkpoints.parts import (
     Checkpoint,
-    export_safetensors,
     list_checkpoints,
     newest_whole,
     open_checkpoint,
+    write_weights,
 )
 from decoupled_pp.run.in_progress import RunLock
 from decoupled_pp.run.log import RunLog
@@ -40,7 +41,7 @@ from decoupled_pp.training.decoupled import DecoupledTrainer
 from decoupled_pp.training.prepare import check_losses, prepare
 from decoupled_pp.training.ranks import ONE_PROCESS, check_ranks
 from decoupled_pp.training.recipe import recipe_of
-from decoupled_pp.training.watch import sigint_stops, told_to_all
+from decoupled_pp.training.watch import INTERRUPTED, sigint_stops, told_to_all
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class _Beginning:
     overwrite: bool
     newest: str | None  # name of the newest whole checkpoint, if the run goes on from it
     damaged: dict[str, str]  # names of newer ones, which cannot be read, and why
-    restarted: bool  # true if torchrun has started the workers of this run again
+    is_over: bool  # its results are written, and nobody has started its workers again
 
 
 def run_rank(settings: Settings, *, resume: bool = False, overwrite: bool = False) -> Outcome:
@@ -112,15 +113,29 @@ def _train(settings: Settings, start: _Start) -> Outcome:
     network = trainer.finished_network() if report.stopped is None else None
     if trainer.rank != 0:
         return Outcome(report, settings.folder, [], None, trainer.rank)
-    per_token = start.info.form in {"tokens", "masked_tokens"} and settings.loss.kind == "cross_entropy"
-    about = {"strategy": settings.strategy, "device": trainer.device.type}
-    unit = "nats/token" if per_token else "loss"
-    pictures = run_folder.write_results(settings.folder, report, observer.spans, about, unit)
+    if report.stopped == INTERRUPTED:
+        run_folder.note_interrupt(settings.folder)
+    with run_folder.results_written(settings.folder):
+        return _leave_results(settings, start, report, network, observer)
+
+
+def _leave_results(
+    settings: Settings, start: _Start, report: Report, network: nn.Module | None, observer: RunObserver
+) -> Outcome:
+    """Write what rank 0 leaves in the run folder; the summary last."""
     text = None
     if network is not None:
         weights = settings.folder / run_folder.WEIGHTS_FILE
-        export_safetensors(network, weights)
+        write_weights(network, weights)
         text = generate_text(settings, start.info, weights)
+    # Workers that are started again after the end train nothing: what they measure must not replace the rest.
+    trained = start.checkpoint is None or report.steps > start.checkpoint.step
+    if not trained and run_folder.has_results(settings.folder, report.steps):
+        return Outcome(report, settings.folder, [], text, 0)
+    per_token = start.info.form in {"tokens", "masked_tokens"} and settings.loss.kind == "cross_entropy"
+    about = {"strategy": settings.strategy, "device": start.trainer.device.type}
+    unit = "nats/token" if per_token else "loss"
+    pictures = run_folder.write_results(settings.folder, report, observer.spans, about, unit)
     return Outcome(report, settings.folder, pictures, text, 0)
 
 
@@ -150,7 +165,7 @@ def _start(settings: Settings, control: Control, lock: RunLock, *, resume: bool,
     trainer = make_trainer(settings, plan)
     logger.info("building the stages and their critics")
     trainer.build(checkpoint)
-    if checkpoint is not None and checkpoint.step >= settings.training.steps and not beginning.restarted:
+    if checkpoint is not None and checkpoint.step >= settings.training.steps and beginning.is_over:
         raise UsageError(
             f"{folder} is at step {checkpoint.step} of {settings.training.steps}; raise `training.steps`",
             code="nothing-left-to-train",
@@ -169,8 +184,9 @@ def _start(settings: Settings, control: Control, lock: RunLock, *, resume: bool,
             damaged=beginning.damaged,
         )
         log.append(RunLog(folder, settings.logging.tensorboard, checkpoint.step if checkpoint is not None else None))
-        run_folder.write_config(folder, settings, trainer.plan.sizes)
-        run_folder.write_info(folder, info)
+        with run_folder.named(folder):
+            run_folder.write_config(folder, settings, trainer.plan.sizes)
+            run_folder.write_info(folder, info)
 
     control.from_rank_0("run folder", claim, timeout_seconds)
     if not log:
@@ -211,12 +227,15 @@ def _take_threads(settings: Settings, control: Control, checkpoint: Checkpoint |
 def _begin(folder: Path, *, resume: bool, overwrite: bool) -> _Beginning:
     """Decide how a run begins, from what was asked for and from what the folder holds; only looks."""
     restarted = environment.restart_count() > 0 and run_folder.claimed_by(folder, environment.job())
+    if restarted and run_folder.was_interrupted(folder):
+        raise KeyboardInterrupt  # by torchrun, which knows no interrupt of one rank
     if restarted:
         resume = bool(list_checkpoints(folder / run_folder.CHECKPOINTS))
         overwrite = not resume
     run_folder.check(folder, resume=resume, overwrite=overwrite)
     newest, damaged = newest_whole(folder / run_folder.CHECKPOINTS) if resume else (None, {})
-    return _Beginning(resume, overwrite, newest.path.name if newest is not None else None, damaged, restarted)
+    is_over = not restarted and newest is not None and run_folder.has_results(folder, newest.step)
+    return _Beginning(resume, overwrite, newest.path.name if newest is not None else None, damaged, is_over)
 
 
 def make_decoupled(settings: Settings, plan: Plan) -> DecoupledTrainer:

@@ -22,6 +22,9 @@ _GRACE_SECONDS = 1.0
 _GRACE_PER_STAGE_SECONDS = 0.25
 """Waits for a rank that may know more about a failure than this one."""
 
+INTERRUPTED = "interrupted"
+"""Why a run ends early if a user, or a cluster, has asked one of its ranks to (`Report.stopped`)."""
+
 _failing = threading.Event()
 """Set once this process ends because of a failure: the launcher's SIGTERM must not cut its last words short."""
 
@@ -78,8 +81,8 @@ class Watcher:
     def _pass_on_interrupt(self) -> None:
         # The signal handler only sets an event: it may run in the middle of any call of the store.
         if self._interrupted.is_set() and self._stop_reason is None:
-            self._control.request_stop("interrupted")
-            self._stop_reason = "interrupted"
+            self._control.request_stop(INTERRUPTED)
+            self._stop_reason = INTERRUPTED
 
     def _look(self) -> None:
         self._pass_on_interrupt()

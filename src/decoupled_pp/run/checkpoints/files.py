@@ -22,11 +22,9 @@ def reason_of(error: BaseException) -> str:
     return first_line(error)
 
 
-def cannot_write(path: Path, error: OSError, kind: str) -> UsageError:
+def cannot_write(path: Path, error: Exception, kind: str) -> UsageError:
     """Return the error of a file or folder (`kind`) that cannot be written."""
-    return UsageError(
-        f"cannot write {path}: {error.strerror or error}; name another {kind}", code=f"{kind}-not-writable"
-    )
+    return UsageError(f"cannot write {path}: {reason_of(error)}; name another {kind}", code=f"{kind}-not-writable")
 
 
 def sync_folder(folder: Path) -> None:

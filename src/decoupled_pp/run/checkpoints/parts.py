@@ -385,6 +385,14 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
 
 def export_safetensors(module: torch.nn.Module, path: Path) -> None:
     """Write a plain module's state as one safetensors file (atomically), under the names of the user's own model."""
+    try:
+        write_weights(module, path)
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(path, error, "file") from error
+
+
+def write_weights(module: torch.nn.Module, path: Path) -> None:
+    """Do so, and let through what the file system raises (safetensors has an error of its own for it)."""
     state = module.state_dict()
     own_names = getattr(module, "own_names", {}) or {name: name for name in state}
     # Clones, because the format refuses tied weights, which share memory.
@@ -398,7 +406,7 @@ def export_safetensors(module: torch.nn.Module, path: Path) -> None:
         save_file(tensors, temporary, metadata={"format": "pt"})
         temporary.chmod(mode)
         temporary.replace(path)
-    except OSError as error:
+    except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise cannot_write(path, error, "file") from error
+        raise

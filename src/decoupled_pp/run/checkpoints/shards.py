@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -68,7 +69,7 @@ def write_shards(
         if stages > 1:
             listed = {"metadata": {"total_size": size}, "weight_map": placed}
             (output / INDEX).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise cannot_write(output, error, "folder") from error
     return shards
 
