@@ -100,6 +100,7 @@ CASES = {
     ),
     "no validation batch": ({"data.factory": "faulty:nothing_held_out"}, "no-batch", ["validation"]),
     "loss that is no scalar": ({"loss": "faulty:no_scalar"}, "loss-is-no-scalar", ["(16, 10)"]),
+    "network larger than memory": ({"model": {"kind": "mlp", "width": 10**6}}, "network-exceeds-memory", ["narrower"]),
     "sample of no text": ({"sample": {"tokens": 9}}, "sample-needs-text", ["factory"]),
     "no such device": ({"device": "cuda"}, "too-few-gpus", ["found 0"]),
 }

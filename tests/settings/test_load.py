@@ -78,6 +78,19 @@ BAD = [
     ({"schedule": {"kind": "cosin"}}, "not-one-of-the-choices", "schedule.kind", ["did you mean 'cosine'?"]),
     ({"schedule": {"warmup": 5}}, "contradictory-settings", None, ["`schedule.warmup` 5", "`training.steps` 5"]),
     (
+        {"training": {"steps": 5, "critic_warmup": 5}},
+        "contradictory-settings",
+        None,
+        ["`training.critic_warmup` 5 leaves none"],
+    ),
+    ({"training": {"steps": 5, "stagger": 5}}, "contradictory-settings", None, ["`training.stagger` 5 leaves none"]),
+    (
+        {"schedule": {"kind": "steps", "milestones": [2, 5]}},
+        "contradictory-settings",
+        None,
+        ["`schedule.milestones` [2, 5] go beyond `training.steps` 5"],
+    ),
+    (
         {"schedule": {"milestones": [1]}},
         "contradictory-settings",
         None,

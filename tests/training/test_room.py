@@ -89,6 +89,7 @@ def test_what_does_not_fit_is_refused():
         ({"memory": 0}, "unusable-value", "`memory` 0 must be above 0"),
         ({"speeds": [1]}, "bad-speeds", "`speeds` has 1 numbers for 2 stages"),
         ({"speeds": [1, 0]}, "unusable-value", "`speeds`"),
+        ({"speeds": [1, 0.5], "by": "uniform"}, "bad-speeds", "`speeds` has no effect with `cut` uniform"),
         ({"memory": "1GiB", "sample": None, "critic": None}, "plan-without-sample", "`memory` needs a sample"),
     ],
 )

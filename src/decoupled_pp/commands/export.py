@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.paths import expanded
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +36,8 @@ def run_command(chosen: argparse.Namespace) -> int:
         raise UsageError(
             "--tied goes with the whole network, not with --exit; leave one of the two out", code="options-contradict"
         )
-    run = Path(chosen.folder).expanduser()
-    output = Path(chosen.output).expanduser()
+    run = Path(expanded(chosen.folder))
+    output = Path(expanded(chosen.output))
     lines: list[str] = []
     if chosen.exit is not None:
         export_safetensors(exit_module(run, chosen.exit), output)

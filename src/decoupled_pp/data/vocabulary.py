@@ -78,6 +78,8 @@ def open_vocabulary(tokenizer: str | None) -> Vocabulary:
             f"{tokenizer} is a folder without tokenizer.json, and without encoder.json and vocab.bpe; give the folder "
             "of a model, or of GPT-2's two files",
         )
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise _fault("tokenizer-unusable", f"{tokenizer} is neither a file nor a folder; give a tokenizer.json")
     try:
         if path.is_file():
             return _as_vocabulary(tokenizers.Tokenizer.from_file(str(path)))

@@ -64,6 +64,8 @@ def load_weights(source: Path, module: nn.Module, key: str | None = "start_from"
     where = f"`{key}` " if key is not None else ""
     file = source / WEIGHTS_FILE if source.is_dir() else source
     try:
+        if file.exists() and not file.is_file():  # a pipe would be waited for
+            raise OSError("it is no file")
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise UsageError(

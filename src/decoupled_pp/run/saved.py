@@ -10,6 +10,7 @@ from torch import nn
 from decoupled_pp.core.datasets import DataInfo
 from decoupled_pp.core.device import on_meta, seeded
 from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.paths import expanded
 from decoupled_pp.data import open_data
 from decoupled_pp.data.vocabulary import open_vocabulary
 from decoupled_pp.models import build_model
@@ -66,7 +67,7 @@ class Saved:
 
 def open_saved(folder: str | Path) -> Saved:
     """Open a run folder, or the folder of an export."""
-    path = Path(folder).expanduser()
+    path = Path(expanded(folder))
     if not (path / CONFIG_FILE).is_file():
         raise UsageError(
             f"{path} is not a run folder: it has no {CONFIG_FILE}; give one, or what dpp export RUN -o FOLDER writes",
@@ -96,7 +97,7 @@ def load(folder: str | Path) -> nn.Module:
     Raises:
         UsageError: There is no network, or its weights do not fit its settings.
     """
-    path = Path(folder).expanduser()
+    path = Path(expanded(folder))
     with seeded(0):  # fresh weights are drawn before the trained ones take their place
         module = _load(path)
     return module.eval()

@@ -98,9 +98,7 @@ def _by_name(value: Any) -> Any:
     if isinstance(value, dict | LossSection):
         return value
     if not isinstance(value, str):
-        raise ValueError(
-            f"{shown(value)} is no loss; give a name, a section with a `kind`, or package.module:function"
-        )
+        raise ValueError(f"{shown(value)} is no loss; give a name, a section with a `kind`, or package.module:function")
     return {"kind": "factory", "factory": value} if ":" in value else {"kind": value}
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.errors import UsageError, shown
 from decoupled_pp.settings.critics import AutoCritic, CriticSettings
 from decoupled_pp.settings.losses import CrossEntropyLoss, LossSettings
 from decoupled_pp.settings.rules import CorrectionSettings, CriticTargetSettings, LabelTarget, refuse_rules
@@ -208,6 +210,19 @@ def refuse_rates(optimizer: OptimizerSettings, stages: int) -> None:
         )
 
 
+def refuse_speeds(speeds: Sequence[float] | None, stages: int, cut: object) -> None:
+    """Raise UsageError unless each stage has one speed, or none has, and the cut looks at them."""
+    if speeds is None:
+        return
+    fault = None
+    if len(speeds) != stages:
+        fault = f"has {len(speeds)} numbers for {stages} stages; give one for each"
+    elif cut == "uniform" and stages > 1:
+        fault = "has no effect with `cut` uniform; leave it out, or cut by time or parameters"
+    if fault is not None:
+        raise UsageError(f"`balance.speeds` {fault}", code="bad-speeds", key="balance.speeds")
+
+
 class Settings(Section):
     """A run."""
 
@@ -281,8 +296,15 @@ class Settings(Section):
         if isinstance(self.model, HuggingFaceModel) and self.model.meta:
             self._refuse_whole_network()
         steps = f"`training.steps` {self.training.steps}"
-        if self.schedule.warmup >= self.training.steps:
-            raise ValueError(f"`schedule.warmup` {self.schedule.warmup} leaves none of {steps}; lower it")
+        last = self.training.stagger * (self.stages - 1)  # the last stage begins so late
+        before = {"schedule.warmup": self.schedule.warmup, "training.critic_warmup": self.training.critic_warmup}
+        for key, count in {**before, "training.stagger": last}.items():
+            if count >= self.training.steps:
+                raise ValueError(f"`{key}` {attrgetter(key)(self)} leaves none of {steps}; lower it")
+        if max(self.schedule.milestones, default=0) >= self.training.steps:
+            raise ValueError(
+                f"`schedule.milestones` {shown(self.schedule.milestones)} go beyond {steps}; leave those out"
+            )
         if (self.validation.every or 0) > self.training.steps:
             remedy = "lower it, or leave it out (null) to validate only at the end"
             raise ValueError(f"`validation.every` {self.validation.every} is more than {steps}; {remedy}")

@@ -16,6 +16,7 @@ from decoupled_pp.core.plans import Plan
 from decoupled_pp.links import join_world
 from decoupled_pp.models.cutting import By, Fits, as_sequential, cut_network
 from decoupled_pp.pipeline.losses import LossChoice, find_loss
+from decoupled_pp.settings.run import refuse_speeds
 from decoupled_pp.training.choices import (
     CriticChoice,
     OptimizerChoice,
@@ -81,6 +82,7 @@ def partition(
     stages = choose_value("stages", stages)
     by = choose_value("cut", by)
     speeds = choose_value("balance.speeds", speeds)
+    refuse_speeds(speeds, stages, by)
     accumulate = choose_value("training.accumulate", accumulate)
     timeout_seconds = choose_value("links.timeout_seconds", timeout_seconds)
     world = join_world(timeout_seconds) if environment.world_size() > 1 else None

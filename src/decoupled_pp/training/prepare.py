@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,7 @@ def prepare(settings: Settings, control: Control | None = None) -> tuple[Data | 
         opened.append(open_data(settings.data, settings.seed))
     info = opened[0].info if opened else DataInfo.of(described["info"])
     logger.info("building the network (%s)", settings.model.kind)
-    with seeded(settings.seed):
+    with seeded(settings.seed), _within_memory():
         module = build_model(settings.model, info)
     if settings.start_from is not None:
         run_folder.load_weights(Path(settings.start_from), module)
@@ -89,6 +91,21 @@ def prepare(settings: Settings, control: Control | None = None) -> tuple[Data | 
         timeout_seconds=settings.links.timeout_seconds,
     )
     return (opened[0] if opened else None), info, plan
+
+
+@contextmanager
+def _within_memory() -> Iterator[None]:
+    """Turn what an allocator refuses inside the block into one line; torch has no class of its own for the CPU's."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+            raise
+        raise UsageError(
+            "`model`: the network does not fit into this machine's memory; use fewer or narrower layers",
+            code="network-exceeds-memory",
+            key="model",
+        ) from error
 
 
 def _cut(settings: Settings, stages: int) -> By:
