@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -107,11 +107,9 @@ def _as_list(wanted: _Wanted) -> Split:
 
 def _as_transformers(wanted: _Wanted) -> Split:
     """Split a model of transformers at its blocks."""
-    if importlib.util.find_spec("transformers") is None:
-        raise _not_this_way("transformers is not installed")
-    from transformers import PreTrainedModel
-
-    base = next((part for part in wanted.whole.modules() if isinstance(part, PreTrainedModel)), None)
+    library = sys.modules.get("transformers.modeling_utils")  # a model of it has imported it
+    kind = None if library is None else library.PreTrainedModel
+    base = next((part for part in wanted.whole.modules() if kind and isinstance(part, kind)), None)
     if base is None or wanted.options or wanted.output:
         raise _not_this_way("it is no model of transformers" if base is None else "options and output are given")
     sample = wanted.sample

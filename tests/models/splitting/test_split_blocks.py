@@ -223,12 +223,31 @@ class BothEnds(Body):
         return {"logits": self.norm(hidden)}
 
 
+@pytest.mark.parametrize("kind", [Beside, Gated])
+def test_what_passes_beside_the_blocks_travels(kind):
+    """Also where a gate is still closed, so that it does not matter at first."""
+    model, given = kind().eval(), sample()
+    found = split(model, given)
+    assert torch.equal(found.layers.eval()(tuple(given.values())), logits(model(**given)))
+    assert [result.part for result in found.layers[0].travel.carried] == ["embedding"]
+
+
+class WeightsRead(Body):
+    """The end uses the weights of a part of the beginning."""
+
+    def forward(self, tokens, mask=None):
+        hidden = self.embedding(tokens)
+        angles = (torch.zeros(1, 1), torch.zeros(1, D))
+        for block in self.blocks:
+            hidden, _ = block(hidden, angles=angles, bias=torch.zeros(D))
+        return {"logits": hidden @ self.embedding.weight.T}
+
+
 @pytest.mark.parametrize(
     ("model", "code", "part"),
     [
         (Skipping, "blocks-not-chained", "'blocks.1'"),
-        (Beside, "split-changes-output", "beside the blocks"),
-        (Gated, "split-changes-output", "beside the blocks"),
+        (WeightsRead, "split-changes-output", "its end uses something of its beginning"),
         (Twice, "blocks-out-of-order", "blocks.0, blocks.1, blocks.2, blocks.3, blocks.0"),
         (BothEnds, "part-in-several-stages", "'norm'"),
         (lambda: nn.Sequential(nn.Linear(2, 2)), "no-block-list", "Sequential"),

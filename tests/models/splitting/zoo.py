@@ -346,26 +346,27 @@ def state(rows):
     return (torch.linspace(-1, 1, 3 * rows * D).reshape(3, rows, D), torch.zeros(3, rows, D))
 
 
+def weighted(rows):
+    return {"ids": tokens(rows), "weight": torch.linspace(1, 2, rows)[:, None]}
+
+
 ZOO = {
-    "TransformerEncoder, padded": (Tagger, lambda n: tokens(n)),
-    "TransformerEncoder, masked": (lambda: Tagger(masked=True, padded=False), lambda n: tokens(n)),
-    "TransformerEncoder, masked and padded": (lambda: Tagger(masked=True), lambda n: tokens(n)),
-    "TransformerEncoder, plain": (lambda: Tagger(padded=False), lambda n: (tokens(n),)),
-    "TransformerEncoder, norm first": (lambda: Tagger(norm_first=True), lambda n: tokens(n)),
-    "TransformerEncoder, sequence first": (SequenceFirst, lambda n: tokens(n)),
-    "TransformerDecoder": (Decoder, lambda n: (tokens(n), torch.ones(n, 5, D))),
-    "Transformer": (Translator, lambda n: {"source": tokens(n, 5), "target": tokens(n)}),
+    "TransformerEncoder, padded": (Tagger, tokens),
+    "TransformerEncoder, masked": (lambda: Tagger(masked=True, padded=False), tokens),
+    "TransformerEncoder, masked and padded": (lambda: Tagger(masked=True), tokens),
+    "TransformerEncoder, plain": (lambda: Tagger(padded=False), lambda rows: (tokens(rows),)),
+    "TransformerEncoder, norm first": (lambda: Tagger(norm_first=True), tokens),
+    "TransformerEncoder, sequence first": (SequenceFirst, tokens),
+    "TransformerDecoder": (Decoder, lambda rows: (tokens(rows), torch.ones(rows, 5, D))),
+    "Transformer": (Translator, lambda rows: {"source": tokens(rows, 5), "target": tokens(rows)}),
     "CLIP tower": (ClipTower, images),
     "ViT of pairs": (lambda: PatchClassifier(Pairs()), images),
     "ViT of dictionaries": (lambda: PatchClassifier(Dictionaries()), images),
-    "DiT": (DiT, lambda n: (images(n), torch.arange(n), torch.arange(n) % 6)),
-    "nanoGPT": (NanoGPT, lambda n: tokens(n)),
-    "LSTM with state": (Recurrent, lambda n: (tokens(n), state(n))),
-    "layerdrop": (Layerdrop, lambda n: torch.linspace(-1, 1, n * 8).reshape(n, 8)),
-    "around its blocks": (
-        Outside,
-        lambda n: {"ids": tokens(n), "weight": torch.linspace(1, 2, n * 8).reshape(n, 8)[:, :1]},
-    ),
+    "DiT": (DiT, lambda rows: (images(rows), torch.arange(rows), torch.arange(rows) % 6)),
+    "nanoGPT": (NanoGPT, tokens),
+    "LSTM with state": (Recurrent, lambda rows: (tokens(rows), state(rows))),
+    "layerdrop": (Layerdrop, lambda rows: torch.linspace(-1, 1, rows * 8).reshape(rows, 8)),
+    "around its blocks": (Outside, weighted),
     "several widths": (Wide, images),
     "segmentation": (Segmenter, images),
     "U-Net": (UNet, images),

@@ -119,7 +119,7 @@ def forward_call(
 
 
 def network_output(result: Any) -> Tensor:
-    """Return the network's output of a model's result: `logits` or its like, else the first tensor that is no scalar."""
+    """Return the network's output of a model's result: `logits` or its like, or else the first tensor with a shape."""
     if isinstance(result, Tensor):
         return result
     for name in _OUTPUTS:

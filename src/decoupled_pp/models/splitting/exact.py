@@ -73,8 +73,8 @@ def _place(loose: Sequence[LooseTensor], whole: _Whole, travel: Travel) -> Usage
             continue
         if isinstance(one.tensor, nn.Parameter):
             return UsageError(
-                f"the parameter {one.name!r} is used before and after the blocks, so it would belong to several stages; "
-                "make it two",
+                f"the parameter {one.name!r} is used before and after the blocks, so it would belong to several stages; make "
+                "it two",
                 code="part-in-several-stages",
             )
         one.place(entry=True, exit=True)
@@ -144,16 +144,16 @@ class _Whole:
                 return error
             except Exception as error:
                 return UsageError(
-                    f"split into layers at its blocks, {self._name} fails ({type(error).__name__}: {first_line(error)}): "
-                    "its code around them needs weights of other parts, or more of their results than shapes; call "
-                    "modules there, rather than use their weights",
+                    f"split into layers at its blocks, {self._name} fails ({type(error).__name__}: {first_line(error)}): its "
+                    "code around them needs weights of other parts, or more of their results than shapes; call modules "
+                    "there, rather than use their weights",
                     code="split-changes-output",
                 )
             if not _is_equal(found, expected):
                 return UsageError(
-                    f"split into layers at its blocks, {self._name} gives another output in {mode} than in one piece: "
-                    "something passes from its beginning to its end beside them that no module makes; let a module make "
-                    "it, and use its weights nowhere else",
+                    f"split into layers at its blocks, {self._name} gives another output in {mode} than in one piece: its end "
+                    "uses something of its beginning that no module makes; let a module make it, and use its weights "
+                    "nowhere else",
                     code="split-changes-output",
                 )
         return None

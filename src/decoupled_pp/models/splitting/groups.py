@@ -101,7 +101,7 @@ class Grouped(nn.Module):
 
 
 def with_blocks_of_groups(model: nn.Module, blocks: Mapping[str, nn.Module]) -> tuple[nn.Module, dict[str, str]]:
-    """Return a copy of the model, of the same modules, whose groups are blocks; and beginnings of names -> in the model.
+    """Return a copy of the model, of the same modules, whose groups are blocks; and beginnings of names -> its own.
 
     A model whose blocks are modules with a `forward` is returned as it is.
 

@@ -1,11 +1,11 @@
 """The layers that a model is split into: what comes before its blocks, each block, and what comes after them.
 
-    inputs -> entry -> (hidden, sides.., carried.., inputs..) -> block -> .. -> block -> (hidden, carried.., inputs..)
-           -> exit -> output
+    inputs -> entry -> (hidden, sides.., carried.., inputs..) -> block -> ..
+        -> block -> (hidden, carried.., inputs..) -> exit -> output
 
 Entry and exit run the model's own `forward` in copies of it in which stubs stand for all that is elsewhere. *Carried*
-are results of parts before the blocks that the exit needs (a condition, a residual). An input whose values the exit does
-not need travels as its shape.
+are results of parts before the blocks that the exit needs (a condition, a residual). An input whose values the exit
+does not need travels as its shape.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Travel:
         return self
 
     def take_runs(self, rest: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Part the tensors behind a hidden state into the one that tells which blocks run, if it travels, and others."""
+        """Part the tensors behind a hidden state into the one that says which blocks run, if there is one, and others."""
         count = int(self.leaves_out)
         return rest[:count], rest[count:]
 
@@ -123,10 +123,12 @@ class EntryLayer(_EndLayer):
         """Map inputs to (hidden state, sides, carried results, inputs)."""
         inputs = [leaf for leaf in pytree.tree_leaves(payload) if isinstance(leaf, Tensor)]
         meta = inputs[0].is_meta
-        # The last stub raises: what the model does after its blocks belongs to the exit, and is not run here.
-        with self._noting() as (carried, sizes), suppress(AllBlocksCalled):
-            self._run(_with_values(inputs))
-        given = self._given()
+        given: dict[int, list[Any]] = {}
+        while not given:  # one that leaves out all of its blocks at random is run again: there is no hidden state
+            # The last stub raises: what the model does after its blocks belongs to the exit, and is not run here.
+            with self._noting() as (carried, sizes), suppress(AllBlocksCalled):
+                self._run(_with_values(inputs))
+            given = self._given()
         hidden = given[min(given)][self._wiring.blocks[min(given)].hidden_in]
         outgoing: list[Tensor] = padded(hidden, sizes, slots=self.travel.is_ragged)
         if self.travel.leaves_out:
@@ -146,7 +148,7 @@ class EntryLayer(_EndLayer):
         for stub in self._stubs:
             stub.given = []
         missing = [stub.name for index, stub in enumerate(self._stubs) if index not in given]
-        if missing and not (given and self.travel.leaves_out):
+        if missing and not (self.travel.leaves_out and self.training):
             raise UsageError(
                 f"the model leaves out its block {missing[0]!r}, which ran when it was split; set what leaves blocks "
                 "out (layerdrop, stochastic depth of whole blocks) to 0 or less",
@@ -248,7 +250,7 @@ class ExitLayer(_EndLayer):
         self._last = last
 
     def train(self, mode: bool = True) -> ExitLayer:
-        """Set the mode; the code that calls the blocks must not leave out the last one, which takes the hidden state."""
+        """Set the mode; the code that calls the blocks must not leave out the last, which takes the hidden state."""
         super().train(mode)
         if self.travel.leaves_out:
             for module in self.model.modules():

@@ -81,7 +81,7 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     if not lists:
         raise UsageError(
             f"{type(model).__name__} has no nn.ModuleList or nn.Sequential of repeated blocks; pass its layers as a "
-            "list, or let dpp.split look for another way",
+            "list",
             code="no-block-list",
         )
     # Of equal ones max takes the first, and named_modules yields the outer before the inner.

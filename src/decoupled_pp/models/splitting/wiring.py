@@ -134,6 +134,6 @@ def _hidden_between(before: Call, after: Call, name: str) -> tuple[int, int]:
             return made[id(leaf)], place
     raise UsageError(
         f"block {name!r} is not given what the block before it returned: the model computes something between them; "
-        "let a module compute it, or let dpp.split look for another way",
+        "let a module compute it, or pass the layers as a list",
         code="blocks-not-chained",
     )
