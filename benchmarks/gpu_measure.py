@@ -23,8 +23,9 @@ from decoupled_pp.models.gpt import Block, Head
 from decoupled_pp.pipeline.body import Body
 from decoupled_pp.pipeline.losses import cross_entropy
 from decoupled_pp.pipeline.meter import BUSY, StageMeter
-from decoupled_pp.pipeline.optim import build_optimizers, build_schedules
+from decoupled_pp.pipeline.optim import build_optimizers
 from decoupled_pp.pipeline.runtime import Worker, run
+from decoupled_pp.pipeline.schedules import build_schedules
 from decoupled_pp.pipeline.stage import Stage
 from decoupled_pp.settings.critics import HeadCritic
 from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings, StageSettings

@@ -59,6 +59,42 @@ def check_non_persistent_buffers():
     assert torch_private.non_persistent_buffers(network()) == {"dropped"}
 
 
+def check_has_hooks():
+    for kind in ("forward_pre_hook", "forward_hook", "full_backward_hook", "full_backward_pre_hook"):
+        module = network()
+        assert not torch_private.has_hooks(module)
+        getattr(module, f"register_{kind}")(lambda *given: None)
+        assert torch_private.has_hooks(module)
+
+
+def check_forward_pre_hooks():
+    module = network()
+    module.register_forward_pre_hook(print)
+    assert torch_private.forward_pre_hooks(module) == [print]
+
+
+def check_compiled_module():
+    module = network()
+    assert torch_private.compiled_module(module) is None
+    assert torch_private.compiled_module(torch.compile(module, backend="eager")) is module
+
+
+def check_compile_in_place():
+    calls = []
+    module = nn.Linear(2, 3)
+    wrapper = torch.compile(module, backend=lambda graph, inputs: calls.append(1) or graph.forward)
+    assert torch_private.compile_in_place(wrapper) is module
+    module(torch.ones(1, 2))
+    assert calls
+
+
+def check_uncompiled():
+    seen = []
+    look = torch_private.uncompiled(lambda value: seen.append(torch.compiler.is_compiling()))
+    torch.compile(lambda value: look(value), backend="eager")(torch.ones(1))
+    assert seen == [False]
+
+
 def check_storage_address():
     empty = [torch.empty(0) for _ in range(2)]
     first, second = (torch_private.storage_address(tensor.untyped_storage()) for tensor in empty)

@@ -31,14 +31,17 @@ def plain_pytorch(network, batches, optimizer, *, accumulate, clip_norm):
 
 
 @pytest.mark.parametrize(("accumulate", "clip_norm"), [(1, None), (1, 0.1), (3, 0.1)])
+@pytest.mark.parametrize("fused", [True, False])  # the default is torch's fused form, where it has one
 @pytest.mark.parametrize("optimizer", [MOMENTUM, ADAMW], ids=lambda chosen: chosen["kind"])
 @pytest.mark.parametrize("case", ["gpt", "resnet"])
-def test_one_stage_is_plain_training(case, optimizer, accumulate, clip_norm):
+def test_one_stage_is_plain_training(case, optimizer, fused, accumulate, clip_norm):
     batches = CASES[case].batches(7)
+    if not fused:
+        optimizer = {**optimizer, "arguments": {**optimizer.get("arguments", {}), "fused": False}}
     trainer = CASES[case].trainer(1, optimizer=optimizer, accumulate=accumulate, clip_norm=clip_norm)
     theirs = copy.deepcopy(trainer.plan.module)
     initial = copy.deepcopy(theirs.state_dict())
-    settings = {"lr": optimizer["lr"], **optimizer.get("arguments", {})}
+    settings = {"lr": optimizer["lr"], "fused": fused, **optimizer.get("arguments", {})}
     their_optimizer = getattr(torch.optim, optimizer["kind"])(theirs.parameters(), **settings)
 
     trainer.fit(batches, STEPS)
@@ -58,7 +61,7 @@ def test_critics_that_are_the_rest_of_the_network_make_plain_training_of_any_num
     critic = {"kind": "auglocal", "depth": 99, "weights": "network"}
     trainer = CASES[case].trainer(3, optimizer=MOMENTUM, critic=critic)
     theirs = copy.deepcopy(trainer.plan.module)
-    optimizer = torch.optim.SGD(theirs.parameters(), lr=MOMENTUM["lr"], **MOMENTUM["arguments"])
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=MOMENTUM["lr"], fused=True, **MOMENTUM["arguments"])
     trainer.fit(batches, STEPS)
     plain_pytorch(theirs, batches, optimizer, accumulate=1, clip_norm=None)
     assert differences(dict(trainer.plan.module.state_dict()), dict(theirs.state_dict())) == []

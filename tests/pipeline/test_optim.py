@@ -1,5 +1,6 @@
 """Optimizers by name and by factory, Muon's split, and schedules against their closed forms."""
 
+import copy
 import math
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 from torch import nn
 
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.pipeline.optim import build_optimizers, build_schedules, find_optimizer, rate_factor
+from decoupled_pp.pipeline.optim import build_optimizers, find_optimizer
+from decoupled_pp.pipeline.schedules import build_schedules, rate_factor
 from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings
-from kit import refused
+from kit import differences, refused
 
 STEPS = 10
 
@@ -50,9 +52,35 @@ def test_frozen_parameters_are_left_out_and_a_frozen_stage_has_no_optimizer():
 
 @pytest.mark.parametrize("name", ["AdamV", "LBFGS", "SparseAdam", "Optimizer", "lr_scheduler"])
 def test_unusable_names_are_refused_with_the_usable_ones(name):
-    with refused("unknown-optimizer", UsageError, f"'{name}'", "AdamW", "SGD") as caught:
+    with refused("unknown-optimizer", UsageError, name, "AdamW", "SGD") as caught:
         find_optimizer(name)
     assert "LBFGS," not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["adamw", "ADAMW", "AdamW"])
+def test_names_in_any_case(name):
+    assert find_optimizer(name) is torch.optim.AdamW
+
+
+FORMS = {"AdamW": True, "SGD": True, "Adagrad": True, "RMSprop": None, "Adafactor": None}
+
+
+@pytest.mark.parametrize(("kind", "fused"), FORMS.items())
+def test_the_fused_form_is_the_default_where_torch_has_one(kind, fused):
+    assert build(kind)[0].param_groups[0].get("fused") is fused
+
+
+@pytest.mark.parametrize("chosen", [{"fused": False}, {"foreach": True}, {"foreach": False}, {"differentiable": True}])
+def test_another_form_is_honoured(chosen):
+    group = build("AdamW", **chosen)[0].param_groups[0]
+    assert chosen.items() <= group.items() and not group["fused"]
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(2, dtype=torch.complex64), torch.ones(2, device="meta")])
+def test_what_no_fused_form_takes_gets_the_plain_one(tensor):
+    network = nn.Sequential(nn.Linear(2, 2))
+    network[0].bias = nn.Parameter(tensor)
+    assert not build("AdamW", network=network)[0].param_groups[0]["fused"]
 
 
 @pytest.mark.parametrize(
@@ -94,6 +122,42 @@ def test_a_factory():
     assert optimizer.param_groups[0]["lr"] == 0.5
     with refused("optimizer-is-none", UsageError, "returned int"):
         build_optimizers(lambda ps: 3, network, None, owns_head=True)
+
+
+def test_a_factory_that_ignores_its_argument_is_refused():
+    network = trunk()
+    with refused("optimizer-of-other-parameters"):
+        build_optimizers(lambda ps: torch.optim.SGD(network.parameters()), network[:1], None, owns_head=True)
+
+
+class SharpnessAware(torch.optim.SGD):
+    """Asks for a closure as published implementations do: by an assertion."""
+
+    def step(self, closure=None):
+        assert closure is not None, "this optimizer requires closure, but it was not provided"
+
+
+class Restless(torch.optim.SGD):
+    """Moves weights that have no gradient."""
+
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data.add_(torch.randn(1))
+
+
+@pytest.mark.parametrize("kind", [SharpnessAware, torch.optim.LBFGS])
+def test_an_optimizer_that_needs_a_closure_is_refused_before_it_steps(kind):
+    with refused("optimizer-needs-closure", UsageError, kind.__name__):
+        build_optimizers(kind, trunk(), None, owns_head=True)
+
+
+def test_looking_for_a_closure_moves_nothing():
+    network = trunk()
+    before = copy.deepcopy(network.state_dict())
+    random = torch.get_rng_state()
+    build_optimizers(Restless, network, None, owns_head=True)
+    assert differences(network.state_dict(), before) == []
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 def test_muon_takes_hidden_matrices_and_adamw_the_rest():

@@ -67,7 +67,12 @@ BAD = [
     ({"critic": {"kind": "auglocal", "pyramid": 2}}, "unusable-value", "critic.pyramid", ["equal to 1", "not 2"]),
     ({"optimizer": {"lr": 0}}, "unusable-value", "optimizer.lr", ["greater than 0", "not 0"]),
     ({"optimizer": {"lr": float("inf")}}, "unusable-value", "optimizer.lr", ["finite", "not inf"]),
-    ({"optimizer": {"kind": "SGD", "momentum": 0.9}}, "unknown-setting", "optimizer.momentum", ["arguments, kind, lr"]),
+    (
+        {"optimizer": {"kind": "SGD", "momentum": 0.9}},
+        "unknown-setting",
+        "optimizer.momentum",
+        ["arguments, groups, kind, lr"],
+    ),
     (
         {"optimizer": {"lr": 0.1, "arguments": {"lr": 5}}},
         "contradictory-settings",
@@ -93,10 +98,12 @@ BAD = [
     (
         {"schedule": {"milestones": [1]}},
         "contradictory-settings",
-        None,
+        "schedule",
         ["`schedule.milestones` has no effect", "constant"],
     ),
-    ({"schedule": {"kind": "steps"}}, "contradictory-settings", None, ["needs `schedule.milestones`"]),
+    ({"schedule": {"kind": "steps"}}, "contradictory-settings", "schedule", ["needs `schedule.milestones`"]),
+    ({"schedule": {"kind": "plateau"}}, "contradictory-settings", None, ["set `validation.every`"]),
+    ({"schedule": {"patience": 2}}, "contradictory-settings", "schedule", ["`schedule.patience` has no effect"]),
     ({"validation": {"every": 6}}, "contradictory-settings", None, ["`validation.every` 6", "`training.steps` 5"]),
     ({"training": {}}, "missing-setting", "training.steps", []),
     ({"training": {"steps": 1, "clip_norm": -1}}, "unusable-value", "training.clip_norm", ["greater than 0", "not -1"]),

@@ -20,9 +20,15 @@ def copy_of(module: M) -> M:
     A lock, an open file or a handle cannot be copied, and may well be shared.
     """
     try:
-        return copy.deepcopy(module)
+        return copy.deepcopy(module, _detached(module))
     except Exception:  # a user's module may raise anything when it is copied
         return _with_own_tensors(module, {})
+
+
+def _detached(module: nn.Module) -> dict[int, Any]:
+    """Return, for `deepcopy`, what stands for attributes with a graph (the last weight under weight_norm)."""
+    values = [value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor)]
+    return {id(value): value.detach() for value in values if value.grad_fn is not None}
 
 
 def _with_own_tensors(module: M, memo: dict[int, Any]) -> M:

@@ -12,11 +12,9 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from decoupled_pp.core.errors import UsageError, shown
-from decoupled_pp.core.structures import write
-from decoupled_pp.core.torch_private import own_buffers
+from decoupled_pp.core.module_state import KeptState
 
 Mark: TypeAlias = "float | torch.cuda.Event"
 """A point in the device's work: seconds of the host's clock on the CPU, an event on CUDA."""
@@ -232,21 +230,13 @@ def kept_gradients(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def untouched(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Restore train/eval flags, gradients, buffers and the random generators of the CPU and `device` at the end."""
-    buffers = [
-        (part, name, buffer, buffer.clone())
-        for part in module.modules()
-        for name, buffer in own_buffers(part).items()
-        if buffer is not None and not is_lazy(buffer)  # the forward pass makes it, and it stays as made
-    ]
+    """Restore train/eval flags, gradients, carried state (`KeptState`) and the random generators at the end."""
+    kept = KeptState(module)
     with kept_modes(module), kept_gradients(module), torch.random.fork_rng(devices=cuda_devices(device)):
         try:
             yield
         finally:
-            with torch.no_grad():
-                for part, name, buffer, content in buffers:
-                    write(buffer, content)
-                    own_buffers(part)[name] = buffer  # forward may have put another tensor in its place
+            kept.restore()
 
 
 def cuda_devices(device: torch.device) -> list[int]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from types import FunctionType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -180,6 +182,44 @@ def nested_from_lengths(padded: Tensor, lengths: Tensor) -> Tensor:
     """Returns the nested tensor of the first rows of each sample, as `nn.TransformerEncoder` makes it of a mask."""
     mask = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
     return torch._nested_tensor_from_mask(padded, mask, mask_check=False)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Returns whether something is registered on calls of this very module, forward or backward."""
+    forward = module._forward_pre_hooks or module._forward_hooks
+    return bool(forward or module._backward_pre_hooks or module._backward_hooks)
+
+
+def forward_pre_hooks(module: nn.Module) -> list[Any]:
+    """Returns the hooks that run before forward; the older weight_norm and spectral_norm are such."""
+    return list(module._forward_pre_hooks.values())
+
+
+def compiled_module(module: nn.Module) -> nn.Module | None:
+    """Returns what `torch.compile` has wrapped in this module; None if it is no such wrapper."""
+    return module._modules.get("_orig_mod") if type(module).__name__ == "OptimizedModule" else None
+
+
+def compile_in_place(wrapper: nn.Module) -> nn.Module:
+    """Returns the module in a wrapper of `torch.compile`, compiled in place with the wrapper's options."""
+    original = wrapper._modules["_orig_mod"]
+    assert original is not None
+    compiled: Any = wrapper
+    call: Any = original._call_impl
+
+    def run(*given: Any, **named: Any) -> Any:
+        return call(*given, **named)
+
+    # A code object for each, by which the compiler counts its versions (`pipeline/compiled.py`).
+    own = FunctionType(run.__code__.replace(), run.__globals__, "run", None, run.__closure__)
+    original._compiled_call_impl = compiled.dynamo_ctx(own)
+    return original
+
+
+def uncompiled(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Returns the function as one that the compiler leaves alone, if it is in use: it would trace what layers call."""
+    compiler = sys.modules.get("torch._dynamo")
+    return function if compiler is None else cast("Callable[[Any], Any]", compiler.disable(function))
 
 
 def storage_address(storage: torch.UntypedStorage) -> int:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from decoupled_pp.core.copies import copy_of
 from decoupled_pp.core.device import on_meta
-from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.errors import UsageError, first_line
+from decoupled_pp.critics.norms import plain_weights
 
 
 def fresh_copy(layer: nn.Module, name: str) -> nn.Module:
@@ -28,8 +28,18 @@ def make_fresh(layer: nn.Module, name: str) -> nn.Module:
 
     Returns the same module, in training mode; `name` is its name in an error.
     """
-    with torch.no_grad():
-        _reset(layer, "", name)
+    layer.train()
+    try:
+        with torch.no_grad(), plain_weights(layer) as computed:
+            for part in (layer, *computed):
+                _reset(part, "", name)
+    except (RuntimeError, NotImplementedError) as error:
+        raise UsageError(
+            f"layer {name} ({type(layer).__name__}) computes its weights in a way that a critic cannot make afresh: "
+            f"{first_line(error)}; choose `critic.kind` head",
+            code="layer-not-copyable",
+            key="critic.kind",
+        ) from error
     return _made_trainable(layer)
 
 
@@ -48,13 +58,6 @@ def trainable_copy(layer: nn.Module) -> nn.Module:
 def _reset(module: nn.Module, name: str, root: str) -> None:
     """Re-initialise `module` (called `name` inside the layer `root`) and all it contains."""
     where = f"{root}{'.' if name else ''}{name} ({type(module).__name__})"
-    if parametrize.is_parametrized(module):  # its reset_parameters would write to a computed tensor, without effect
-        raise UsageError(
-            f"layer {where} has parametrized weights, which a critic cannot re-initialise in a copy; give a layer "
-            "around it reset_parameters(), or choose `critic.kind` head",
-            code="layer-not-copyable",
-            key="critic.kind",
-        )
     reset = getattr(module, "reset_parameters", None)
     if callable(reset):
         reset()

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from decoupled_pp.core.arguments import expect_function
 from decoupled_pp.core.datasets import BatchSource
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.packets import Batch, as_payload
@@ -87,6 +88,8 @@ def as_source(batches: Batches | BatchSource, endless: bool = False, first: int 
             "generator function or a BatchSource",
             code="not-batches",
         )
+    if not isinstance(batches, Iterable):
+        expect_function("batches", batches, 0, "a list, a DataLoader, a generator function or a BatchSource")
     return ListedBatches(batches, endless, first)
 
 

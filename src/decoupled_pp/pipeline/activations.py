@@ -11,7 +11,7 @@ from torch import Tensor
 
 from decoupled_pp.core.packets import payload_bytes
 from decoupled_pp.core.structures import memory_of
-from decoupled_pp.core.torch_private import saved_tensors_hooks, storage_address
+from decoupled_pp.core.torch_private import saved_tensors_hooks, storage_address, uncompiled
 
 _View = tuple[int, int, tuple[int, ...], tuple[int, ...]]  # byte offset, bytes, shape and strides in the storage
 
@@ -33,7 +33,9 @@ class SavedActivations:
         self._held = 0
         self.peak = 0
         # autograd keeps what `_pack` returns, and drops it with the graph node: its `__del__` tells when that is.
-        self._hooks = saved_tensors_hooks(lambda tensor: _Saved(tensor, self), lambda saved: saved.tensor)
+        self._hooks = saved_tensors_hooks(
+            uncompiled(lambda tensor: _Saved(tensor, self)), uncompiled(lambda saved: saved.tensor)
+        )
 
     def __enter__(self) -> SavedActivations:
         """Start counting."""

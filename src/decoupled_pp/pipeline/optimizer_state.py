@@ -61,6 +61,17 @@ def reset_entries(optimizers: Sequence[Optimizer], groups: Groups, saved: Mappin
         group[name] = _like(group.get(name), value)
 
 
+def carry_over(old: Sequence[Optimizer], new: Sequence[Optimizer]) -> None:
+    """Let new optimizers go on from the state of old ones of their kind; that of groups if there are as many."""
+    for one in new:
+        for other in (optimizer for optimizer in old if type(optimizer) is type(one)):
+            held = {parameter for group in one.param_groups for parameter in group["params"]}
+            one.state.update({parameter: state for parameter, state in other.state.items() if parameter in held})
+            if len(one.param_groups) == len(other.param_groups):
+                for group, before in zip(one.param_groups, other.param_groups, strict=True):
+                    group.update({name: value for name, value in before.items() if name != "params"})
+
+
 def make_state(optimizers: Sequence[Optimizer], parameters: Sequence[nn.Parameter], device: torch.device) -> None:
     """Let the optimizers make the state they keep of these parameters, by a step with gradients of zero."""
     # Only the optimizer knows which state it keeps, in which shapes, types and places. The step may change parameters

@@ -97,6 +97,8 @@ class Worker:
         elif packet.kind is PacketKind.SAVE:
             self._save(self.stage, packet.number)
             self.meter.lap("save")
+        elif packet.kind is PacketKind.END:
+            self.stage.end()
 
     def _count(self, done: Done | None) -> None:
         if done is None:

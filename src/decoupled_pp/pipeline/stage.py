@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 
 from decoupled_pp.core.channels import Ends
 from decoupled_pp.core.gradients import WithoutGradients
+from decoupled_pp.core.module_state import KeptState
 from decoupled_pp.core.packets import Packet
 from decoupled_pp.pipeline.body import Body
-from decoupled_pp.pipeline.optimizer_state import group_entries
+from decoupled_pp.pipeline.optimizer_state import carry_over, group_entries
 from decoupled_pp.pipeline.probes import ActivationProbe, Probe
 from decoupled_pp.pipeline.rules.rule import Done, Lap, Rule
 from decoupled_pp.pipeline.score import ExitScore
@@ -33,12 +34,23 @@ class Stage:
         self.probes = probes
         self._evaluate_layers = WithoutGradients()
         self._evaluate_critic = WithoutGradients()
+        self.take_optimizers(update.optimizers)
+        self._kept: KeptState | None = None  # during an evaluation: what it may change and training goes on with
+        self._begin_evaluation()
+
+    def take_optimizers(self, optimizers: list[Optimizer]) -> None:
+        """Train by these optimizers from now on; they go on from the state of those before them."""
+        before = self.update.optimizers
+        self.update.optimizers = optimizers
         # A copy: optimizers that adapt (schedule-free, Prodigy) write state into their own groups; checkpoints compare.
         self.first_groups = group_entries(self.all_optimizers)
-        self._begin_evaluation()
+        if optimizers is not before:
+            carry_over(before, optimizers)
 
     def train(self, packet: Packet, ends: Ends, lap: Lap) -> Done | None:
         """Train on one packet; return None if `resume` is to finish it."""
+        self._end_evaluation()  # of a session that failed in one
+        self.update.show_weights_to_train()
         with ExitStack() as stack:
             stack.enter_context(self.body.random)  # around the update too: an optimizer may draw random numbers
             for probe in self.probes:
@@ -74,6 +86,9 @@ class Stage:
         if not packet.weight and not packet.samples:
             send(packet)
             return
+        if self._kept is None:
+            self._kept = KeptState(*self.body.modules)
+            self.update.show_weights_to_evaluate()
         # A random stream apart: training must draw the same numbers however often it is interrupted to evaluate.
         with self.body.evaluating(), self._evaluation_random:
             hidden = self._evaluate_layers(self.body.forward, packet.payload)
@@ -88,9 +103,16 @@ class Stage:
 
     def finish_evaluation(self) -> tuple[float, float | None] | None:
         """Return held-out loss and accuracy since the last call; None if the critic makes no logits."""
-        score = self._score
+        score = self._score.result() if self.body.judge.exits else None
+        self._end_evaluation()
         self._begin_evaluation()
-        return score.result() if self.body.judge.exits else None
+        if score is not None:
+            self.update.hear(score[0])
+        return score
+
+    def end(self) -> None:
+        """Leave the weights that a user is to see."""
+        self.update.show_weights_to_evaluate(last=True)
 
     def probe_results(self) -> dict[str, Any]:
         """Return the findings of all probes in the evaluation that ends now."""
@@ -135,6 +157,12 @@ class Stage:
         if self.critic is not None:
             named |= {f"critic.{critic_name}.{name}": p for name, p in self.critic.named_parameters()}
         return named
+
+    def _end_evaluation(self) -> None:
+        """Bring back what training goes on with."""
+        if self._kept is not None:
+            self._kept.restore()
+            self._kept = None
 
     def _begin_evaluation(self) -> None:
         self._score = ExitScore(self.body.held_out_loss)

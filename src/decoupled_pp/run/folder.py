@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from decoupled_pp.core import environment
 from decoupled_pp.core.datasets import DataInfo
 from decoupled_pp.core.errors import TrainingError, UsageError
+from decoupled_pp.core.extra_state import exported_state, is_extra, load_exported
 from decoupled_pp.core.records import write_json
 from decoupled_pp.core.reports import Report, Span
 from decoupled_pp.core.structures import stored
@@ -79,9 +79,7 @@ def load_weights(source: Path, module: nn.Module, key: str | None = "start_from"
         state = module.state_dict(keep_vars=True)
         owns = {id(state[name]): own for own, name in own_names.items()}  # a layer used twice has two keys here
         tensors = {name: tensors[owns[id(tensor)]] for name, tensor in state.items()}
-    own = module.state_dict()
-    parts = stored(own)
-    faults = list(_differences(tensors, parts))
+    faults = list(_differences(tensors, stored(exported_state(module))))
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise UsageError(
@@ -89,10 +87,7 @@ def load_weights(source: Path, module: nn.Module, key: str | None = "start_from"
             code="weights-of-another-network",
             key=key,
         )
-    with torch.no_grad():
-        for name in parts.keys() - own.keys():  # of sparse tensors, which `load_state_dict` is then given as they are
-            parts[name].copy_(tensors[name])
-    module.load_state_dict({name: tensors.get(name, tensor) for name, tensor in own.items()})
+    load_exported(module, tensors)
 
 
 def _differences(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Iterator[str]:
@@ -104,7 +99,7 @@ def _differences(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> It
         if name not in own:
             yield f"has {name}, which the network lacks"
     for name, tensor in own.items():
-        if name in tensors and tensors[name].shape != tensor.shape:
+        if name in tensors and tensors[name].shape != tensor.shape and not is_extra(name):
             yield f"has {name} of shape {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}"
 
 

@@ -7,7 +7,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from decoupled_pp.core.errors import UsageError, shown
 from decoupled_pp.settings.critics import AutoCritic, CriticSettings
@@ -26,17 +26,46 @@ from decoupled_pp.settings.sections import (
 )
 
 
+class ParameterGroup(Section):
+    """Parameters with arguments of their own; keys beside these are arguments of the optimizer's class."""
+
+    model_config = ConfigDict(extra="allow")
+
+    match: str | list[str]
+    """Names in the network, `*` for anything, e.g. `*.bias` or `[layer1.*, layer2.*]`; a critic's begin with
+    `critic.`. A parameter belongs to the first group that names it."""
+    lr: float | None = Field(None, gt=0, le=1e6)
+    """Learning rate; default: that of `optimizer`."""
+
+    @property
+    def patterns(self) -> list[str]:
+        """The names, as a list."""
+        return [self.match] if isinstance(self.match, str) else self.match
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of the optimizer's class for these parameters."""
+        rate = {} if self.lr is None else {"lr": self.lr}
+        return rate | (self.model_extra or {})
+
+
 class OptimizerSettings(Section):
     """The optimizer of every stage: a class of `torch.optim` by name, or a factory."""
 
     kind: str = "AdamW"
-    """Class name in `torch.optim` (AdamW, SGD, Adam, Muon, ...), or `package.module:function` taking the parameters."""
+    """Class name in `torch.optim` (AdamW, SGD, Adam, Muon, ...), or `package.module:function` taking the parameters
+    (or, with `groups` or `no_decay`, torch's list of groups). Its fused form is used where torch has one."""
     lr: float = Field(1e-3, gt=0, le=1e6)
     """Learning rate."""
     lr_per_stage: list[Weight] | None = None
     """Factors of `lr`, one for every stage (decoupled only); 0: it and its critic stay as they are. Default: 1."""
     arguments: dict[str, Any] = Field(default_factory=dict)
-    """Further keyword arguments of the class, e.g. `{weight_decay: 0.1, betas: [0.9, 0.95]}`; `lr` has its own key."""
+    """Further keyword arguments of the class, e.g. `{weight_decay: 0.1, betas: [0.9, 0.95]}`; `lr` has its own key.
+    `fused: false` takes torch's plain form."""
+    groups: list[ParameterGroup] = Field(default_factory=list)
+    """Parameters with other arguments, e.g. `[{match: "*.bias", weight_decay: 0}, {match: embedding.*, lr: 1e-4}]`."""
+    no_decay: bool = False
+    """No weight decay for biases, norms (all parameters of one dimension or none) and embeddings."""
 
     @model_validator(mode="after")
     def _one_rate(self) -> OptimizerSettings:
@@ -55,7 +84,9 @@ class OptimizerSettings(Section):
         """Return these settings with the rate of one stage; a frozen stage keeps the common one."""
         if self.lr_per_stage is None or self.freezes(index):
             return self
-        return self.model_copy(update={"lr": self.lr * self.lr_per_stage[index], "lr_per_stage": None})
+        factor = self.lr_per_stage[index]
+        groups = [g if g.lr is None else g.model_copy(update={"lr": g.lr * factor}) for g in self.groups]
+        return self.model_copy(update={"lr": self.lr * factor, "lr_per_stage": None, "groups": groups})
 
 
 class BalanceSettings(Section):
@@ -70,16 +101,36 @@ class BalanceSettings(Section):
 class ScheduleSettings(Section):
     """Learning rate over the optimizer steps of a stage."""
 
-    kind: Literal["constant", "cosine", "linear", "steps"] = "constant"
-    """After the warm-up: constant; cosine or linear decay to `final`; or x `factor` at every milestone."""
+    kind: Literal["constant", "cosine", "linear", "steps", "plateau"] = "constant"
+    """After the warm-up: constant; cosine or linear decay to `final`; x `factor` at every milestone (steps), or when
+    the held-out loss of the stage's own exit has not fallen for more than `patience` evaluations (plateau)."""
     warmup: int = Field(0, ge=0, le=10**9)
     """Steps of linear warm-up from 0."""
     final: float = Field(0.0, ge=0, le=1)
-    """Fraction of the learning rate at the last step (cosine, linear)."""
+    """Fraction of the learning rate at the last step (cosine, linear), or at which it stays (plateau)."""
     milestones: list[Count] = Field(default_factory=list)
     """Steps at which the rate is multiplied by `factor` (steps)."""
     factor: Scale = 0.1
-    """Multiplier at each milestone (steps)."""
+    """Multiplier at each milestone (steps) or plateau."""
+    patience: int = Field(10, ge=0, le=10**9)
+    """Evaluations (`validation.every`) without a lower loss that are waited for (plateau)."""
+
+    @model_validator(mode="after")
+    def _used(self) -> ScheduleSettings:
+        if self.kind == "steps" and not self.milestones:
+            raise ValueError("`schedule.kind` steps needs `schedule.milestones`; give a list of steps")
+        users = {
+            "factor": ["steps", "plateau"],
+            "milestones": ["steps"],
+            "final": ["cosine", "linear", "plateau"],
+            "patience": ["plateau"],
+        }
+        for key, kinds in users.items():
+            changed = getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True)
+            if changed and self.kind not in kinds:
+                remedy = f"leave it out, or use kind {' or '.join(kinds)}"
+                raise ValueError(f"`schedule.{key}` has no effect with `schedule.kind` {self.kind}; {remedy}")
+        return self
 
 
 class StageSettings(Section):
@@ -308,7 +359,8 @@ class Settings(Section):
         if (self.validation.every or 0) > self.training.steps:
             remedy = "lower it, or leave it out (null) to validate only at the end"
             raise ValueError(f"`validation.every` {self.validation.every} is more than {steps}; {remedy}")
-        self._refuse_unused_schedule()
+        if self.schedule.kind == "plateau" and self.validation.every is None:
+            raise ValueError("`schedule.kind` plateau follows held-out losses; set `validation.every`")
         return self
 
     def _refuse_whole_network(self) -> None:
@@ -316,17 +368,6 @@ class Settings(Section):
         for key, value in needs_it.items():
             if value:
                 raise ValueError(f"`{key}` needs the whole network in one process; leave it or `model.meta` out")
-
-    def _refuse_unused_schedule(self) -> None:
-        kind = self.schedule.kind
-        if kind == "steps" and not self.schedule.milestones:
-            raise ValueError("`schedule.kind` steps needs `schedule.milestones`; give a list of steps")
-        users = {"factor": ["steps"], "milestones": ["steps"], "final": ["cosine", "linear"]}
-        for key, kinds in users.items():
-            changed = getattr(self.schedule, key) != getattr(ScheduleSettings(), key)
-            if changed and kind not in kinds:
-                remedy = f"leave it out, or use kind {' or '.join(kinds)}"
-                raise ValueError(f"`schedule.{key}` has no effect with `schedule.kind` {kind}; {remedy}")
 
     @property
     def folder(self) -> Path:

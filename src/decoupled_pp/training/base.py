@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from decoupled_pp.core import environment
+from decoupled_pp.core.arguments import expect
 from decoupled_pp.core.channels import Control
 from decoupled_pp.core.datasets import BatchSource
 from decoupled_pp.core.device import choose_device
-from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.errors import UsageError, shown
+from decoupled_pp.core.extra_state import extra_state, load_extra_state, tensor_state
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.core.reports import Record, Report
-from decoupled_pp.core.structures import stored
 from decoupled_pp.data.iterables import Batches, as_source
 from decoupled_pp.links import LocalControl, World, join_world
 from decoupled_pp.pipeline.feed import Itinerary
@@ -98,10 +99,12 @@ class BaseTrainer(ABC):
             UsageError: The user's input is at fault.
             TrainingError: Training cannot go on; the text names stage and packet, or the rank that failed.
         """
+        expect("trace_packets", trace_packets, range, "a range of packet numbers")
         steps = choose_section({"steps": steps}, TrainingSettings, "training").steps
         validation = _with(self.recipe.validation, "validation", every=validate_every, batches=validation_batches)
         checkpoint = _with(self.recipe.checkpoint, "checkpoint", every=save_every)
         self._refuse_unused(validation if validate is None else None, checkpoint)
+        self._refuse_blind_plateau(None if validate is None else validation.every)
         done = self._steps_done()
         found = self._checkpoint(resume)
         itinerary = Itinerary(
@@ -119,7 +122,7 @@ class BaseTrainer(ABC):
         return self._session(train, held_out, itinerary, found, trace_packets)
 
     @abstractmethod
-    def build(self, resume: Checkpoint | None = None) -> None:
+    def build(self, resume: bool | Checkpoint | None = None) -> None:
         """Build this process's part now, in the state of a checkpoint; raise UsageError for what does not fit."""
 
     @abstractmethod
@@ -148,17 +151,28 @@ class BaseTrainer(ABC):
         for stage in range(self.plan.stages):
             rank = rank_of(stage)
             if self._world is not None and rank is not None:
-                for tensor in stored(self.plan.stage_module(stage).state_dict()).values():
-                    self._world.broadcast(tensor, rank)
+                self._take_over(self._world, self.plan.stage_module(stage), rank)
         return self.plan.module
+
+    def _take_over(self, world: World, module: nn.Module, rank: int) -> None:
+        """Let every rank have a stage as one rank has it."""
+        for tensor in tensor_state(module).values():
+            world.broadcast(tensor, rank)
+        taken = {}
+        for key, content in extra_state(module).items():
+            size = torch.tensor(content.numel())  # it may have grown there
+            world.broadcast(size, rank)
+            taken[key] = content if self.rank == rank else torch.empty(int(size), dtype=torch.uint8)
+            world.broadcast(taken[key], rank)
+        load_extra_state(module, taken)
 
     def _checkpoint(self, resume: bool | Checkpoint | None) -> Checkpoint | None:
         """Return the checkpoint that `resume` asks for: the newest, this one, or none."""
         if isinstance(resume, Checkpoint):
             return resume
-        if resume not in (True, False, None):
+        if resume is not None and not isinstance(resume, bool):
             raise UsageError(
-                f"resume={resume!r} is no checkpoint; give the trainer checkpoints=FOLDER, and resume=True",
+                f"resume={shown(resume)} is no checkpoint; give the trainer checkpoints=FOLDER, and resume=True",
                 code="no-checkpoint-folder",
             )
         if not resume:
@@ -180,6 +194,15 @@ class BaseTrainer(ABC):
                 "`checkpoint.every` needs a trainer with checkpoints=FOLDER",
                 code="no-checkpoint-folder",
                 key="checkpoint.every",
+            )
+
+    def _refuse_blind_plateau(self, validated_every: int | None) -> None:
+        """Raise UsageError for a plateau schedule that would never hear a held-out loss."""
+        if self.recipe.has_plateau and validated_every is None:
+            raise UsageError(
+                "`schedule.kind` plateau follows held-out losses: give fit validate=batches and `validation.every`",
+                code="plateau-without-validation",
+                key="schedule.kind",
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,21 +12,25 @@ from torch.optim import Optimizer
 
 from decoupled_pp.core.device import seeded
 from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.extra_state import tensor_state
+from decoupled_pp.core.module_state import move
 from decoupled_pp.core.objective import Critic, CriticBuilder, CriticContext
 from decoupled_pp.core.plans import Layers, Plan
 from decoupled_pp.critics import check_critic
-from decoupled_pp.models.cutting.layers import critic_context, trace
+from decoupled_pp.models.cutting.layers import critic_context, refuse_hooks, trace
 from decoupled_pp.pipeline.body import Body
 from decoupled_pp.pipeline.feed import Itinerary
+from decoupled_pp.pipeline.groups import refuse_unmatched
 from decoupled_pp.pipeline.neighbours import Neighbours
 from decoupled_pp.pipeline.optim import build_optimizers
 from decoupled_pp.pipeline.pace import Pace
 from decoupled_pp.pipeline.probes import ActivationProbe, Probe
 from decoupled_pp.pipeline.rules.rule import RuleParts
 from decoupled_pp.pipeline.rules.table import RULES, build_rule
+from decoupled_pp.pipeline.schedules import Plateau
 from decoupled_pp.pipeline.stage import Stage
 from decoupled_pp.pipeline.updates.table import UPDATES
-from decoupled_pp.settings.run import StageSettings, ValidationSettings
+from decoupled_pp.settings.run import ScheduleSettings, StageSettings, ValidationSettings
 from decoupled_pp.training.recipe import Recipe
 
 
@@ -55,6 +59,8 @@ def build_critics(plan: Plan, builder: CriticBuilder, stages: Sequence[int], see
 
 def build_stages(plan: Plan, recipe: Recipe, stages: Sequence[int], device: torch.device) -> list[Stage]:
     """Build the given stages of a plan on a device (their layers move there)."""
+    refuse_hooks(plan.module)  # they may have come after the cut
+    refuse_unmatched(recipe.optimizer, plan.module)
     critics = build_critics(plan, recipe.critic, stages, recipe.seed)
     _leave_evaluation_mode(*plan.module.children())
     return [_build_stage(plan, recipe, index, critics.get(index), device) for index in stages]
@@ -63,10 +69,10 @@ def build_stages(plan: Plan, recipe: Recipe, stages: Sequence[int], device: torc
 def _build_stage(plan: Plan, recipe: Recipe, index: int, critic: nn.Module | None, device: torch.device) -> Stage:
     trunk = plan.stage_module(index)
     _materialise(plan, trunk, device, _mixed(recipe.seed, index, 3))
-    trunk = trunk.to(device)
+    move(trunk, device)
     modules: list[nn.Module] = [trunk]
     if critic is not None:
-        critic = critic.to(device)
+        move(critic, device)
         _leave_evaluation_mode(critic)
         _refuse_unreachable(critic, recipe.training)
         modules.append(critic)
@@ -83,17 +89,40 @@ def _build_stage(plan: Plan, recipe: Recipe, index: int, critic: nn.Module | Non
         training=recipe.training,
         held_out_loss=recipe.scored_by(),
     )
-    owned = (
-        None if RULES[recipe.target.kind].owns_critic else body.critic
-    )  # a critic that its rule updates is left to it
-    is_last = index == plan.stages - 1
-    optimizers = build_optimizers(recipe.optimizer_of(index), trunk, owned, owns_head=is_last)
+    _refuse_deaf_plateau(body, recipe)
+    optimizers = _optimizers_of(index, body, plan, recipe)
     return assemble_stage(index, plan.stages, body, optimizers, recipe)
+
+
+def _optimizers_of(
+    index: int, body: Body, plan: Plan, recipe: Recipe, beside: Iterable[nn.Parameter] = ()
+) -> list[Optimizer]:
+    """Build the optimizers of one stage; a critic that its rule updates is left to the rule."""
+    owned = None if RULES[recipe.target.kind].owns_critic else body.critic
+    is_last = index == plan.stages - 1
+    return build_optimizers(recipe.optimizer_of(index), body.trunk, owned, owns_head=is_last, beside=beside)
+
+
+def renew_optimizers(stage: Stage, plan: Plan, recipe: Recipe) -> bool:
+    """Give the optimizers of a stage what requires a gradient and is not theirs yet: unfrozen, or put in since.
+
+    Return whether there was any.
+    """
+    held = [p for optimizer in stage.all_optimizers for group in optimizer.param_groups for p in group["params"]]
+    known = set(map(id, held))
+    trainable = [p for module in stage.body.modules for p in module.parameters() if p.requires_grad]
+    if recipe.freezes(stage.index) or all(id(parameter) in known for parameter in trainable):
+        return False
+    # Those that are frozen now stay, with their state, for the day when they train again.
+    stage.take_optimizers(_optimizers_of(stage.index, stage.body, plan, recipe, beside=held))
+    return True
 
 
 def assemble_stage(index: int, stages: int, body: Body, optimizers: list[Optimizer], recipe: Recipe) -> Stage:
     """Join the parts of one stage."""
     update = UPDATES["alone"](optimizers, recipe.training, sums=body.loss.sums)
+    if isinstance(recipe.schedule, ScheduleSettings) and recipe.has_plateau:
+        update.plateau = Plateau(recipe.schedule)
     probes = _build_probes(body, recipe.validation)
     pace = Pace(recipe.training.stagger * index, recipe.training.critic_warmup)
     parts = RuleParts(index, stages, body, update, pace, probes)
@@ -111,7 +140,7 @@ def _build_probes(body: Body, validation: ValidationSettings) -> list[Probe]:
 
 def plan_digest(plan: Plan, recipe: Recipe, itinerary: Itinerary) -> str:
     """Return as text what all ranks must agree on: plan, recipe, and the part of the itinerary that each acts on."""
-    shapes = {name: list(tensor.shape) for name, tensor in plan.module.state_dict().items()}
+    shapes = {name: list(tensor.shape) for name, tensor in tensor_state(plan.module).items()}
     made_of = re.sub(r" at 0x[0-9a-f]+|cuda:\d+", "", repr(recipe))  # addresses and devices are each rank's own
     course = [itinerary.start, itinerary.steps, itinerary.save]
     return json.dumps([plan.boundaries, shapes, made_of, course])
@@ -158,6 +187,17 @@ def _refuse_unreachable(critic: nn.Module, training: StageSettings) -> None:
             "`critic.kind`",
             code="critic-cannot-look-inside",
             key=key,
+        )
+
+
+def _refuse_deaf_plateau(body: Body, recipe: Recipe) -> None:
+    """Raise UsageError if a plateau schedule is to follow the loss of a critic that has none."""
+    if recipe.has_plateau and not body.judge.exits:
+        raise UsageError(
+            "`schedule.kind` plateau follows the held-out loss of every stage, and critic "
+            f"{type(body.critic).__name__} makes no logits; use cosine or linear, or `critic.kind` head",
+            code="plateau-without-validation",
+            key="schedule.kind",
         )
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, cast
 
+import torch
 from pydantic import TypeAdapter, ValidationError, create_model
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
+from decoupled_pp.core.arguments import expect_function
 from decoupled_pp.core.copies import copy_of
 from decoupled_pp.core.errors import UsageError, shown
 from decoupled_pp.core.objective import CriticBuilder, CriticContext
@@ -17,13 +22,17 @@ from decoupled_pp.core.paths import expanded
 from decoupled_pp.critics import build_critic
 from decoupled_pp.pipeline.optim import OptimizerFactory
 from decoupled_pp.pipeline.rules.table import RULES
+from decoupled_pp.pipeline.schedules import ScheduleFactory
 from decoupled_pp.settings.critics import CriticSettings
 from decoupled_pp.settings.load import usage_error
 from decoupled_pp.settings.rules import BUILT_IN_RULES, CorrectionSettings, CriticTargetSettings, RuleSettings
-from decoupled_pp.settings.run import OptimizerSettings, Settings
+from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings, Settings
 from decoupled_pp.settings.sections import Section, section_types
 
 S = TypeVar("S", bound=Section)
+
+ScheduleChoice: TypeAlias = "str | dict[str, Any] | ScheduleSettings | ScheduleFactory | None"
+"""A learning-rate schedule by kind, as a settings section, or as a function of an optimizer; None: constant."""
 
 CriticChoice: TypeAlias = "str | dict[str, Any] | CriticSettings | nn.Module | Sequence[nn.Module] | CriticBuilder"
 """A critic by kind, as a settings section, as one module (copied per stage), as one per stage, or as a builder."""
@@ -72,15 +81,9 @@ def choose_critic(choice: CriticChoice) -> CriticBuilder:
         return partial(_listed_critic, choice)
     if isinstance(choice, Section):
         return build_critic(choice)
-    remedy = "give a kind, a dictionary, modules or a function of a CriticContext"
-    return cast(CriticBuilder, choose_callable("critic", choice, remedy))
-
-
-def choose_callable(key: str, choice: Any, remedy: str) -> Any:
-    """Return what a script gives to be called later, or raise UsageError if it cannot be."""
-    if not callable(choice):
-        raise UsageError(f"`{key}` is {shown(choice)}; {remedy}", code="not-callable", key=key)
-    return choice
+    wanted = "a kind, a dictionary, modules or a function of a CriticContext, or leave it out for the default"
+    expect_function("`critic`", choice, 1, wanted, key="critic")
+    return cast(CriticBuilder, choice)
 
 
 def choose_folder(name: str, choice: Any) -> Path:
@@ -109,14 +112,49 @@ def choose_optimizer(choice: OptimizerChoice) -> OptimizerSettings | OptimizerFa
         choice = {"kind": choice}
     if isinstance(choice, dict):
         return choose_section(choice, OptimizerSettings, "optimizer")
-    if not callable(choice) and not isinstance(choice, OptimizerSettings):
-        raise UsageError(
-            f"`optimizer` is a {type(choice).__name__}; give a name of torch.optim, a dictionary with kind and lr, or "
-            "a function of the parameters of one stage: the trainer builds one optimizer for each",
-            code="optimizer-already-built",
-            key="optimizer",
-        )
+    if isinstance(choice, Optimizer) or not (callable(choice) or isinstance(choice, OptimizerSettings)):
+        raise _not_a_recipe("optimizer", choice, _as_recipe(choice))
+    if callable(choice):
+        expect_function("`optimizer`", choice, 1, "a function of the parameters of one stage", key="optimizer")
     return choice
+
+
+def choose_schedule(choice: ScheduleChoice) -> ScheduleSettings | ScheduleFactory:
+    """Return the schedule that a user's choice means."""
+    if isinstance(choice, str):
+        choice = {"kind": choice}
+    if isinstance(choice, dict | ScheduleSettings) or choice is None:
+        return choose_section(choice, ScheduleSettings, "schedule")
+    if isinstance(choice, LRScheduler) or not callable(choice):
+        name = type(choice).__name__ if isinstance(choice, LRScheduler) else "CosineAnnealingLR"
+        raise _not_a_recipe("schedule", choice, f"schedule=lambda optimizer: {name}(optimizer, ...)")
+    expect_function(
+        "`schedule`", choice, 1, "a function of an optimizer that returns a torch scheduler", key="schedule"
+    )
+    return choice
+
+
+def _as_recipe(optimizer: object) -> str:
+    """Return the argument that means what a built optimizer is."""
+    if not isinstance(optimizer, Optimizer) or not hasattr(torch.optim, type(optimizer).__name__):
+        return 'optimizer={"kind": "AdamW", "lr": 1e-3}'
+    usual = {name: one.default for name, one in inspect.signature(type(optimizer)).parameters.items()}
+    changed = {key: value for key, value in optimizer.defaults.items() if value != usual.get(key, value)}
+    recipe: dict[str, Any] = {"kind": type(optimizer).__name__, "lr": optimizer.defaults["lr"]}
+    changed.pop("lr", None)
+    if changed:
+        recipe["arguments"] = changed
+    return f"optimizer={recipe}"
+
+
+def _not_a_recipe(key: str, choice: object, line: str) -> UsageError:
+    """Return the error of a built object, or of anything else, where each stage is to build its own."""
+    return UsageError(
+        f"`{key}` is a {type(choice).__name__}; every stage builds its own: write {line}, or give a function that "
+        "builds one",
+        code=f"{key}-already-built",
+        key=key,
+    )
 
 
 def _by_kind(given: dict[str, Any], union: Any, key: str) -> Any:

@@ -8,9 +8,11 @@ from pathlib import Path
 from torch import nn
 
 from decoupled_pp.core import environment
+from decoupled_pp.core.arguments import expect
 from decoupled_pp.core.channels import LinkTerms
 from decoupled_pp.core.datasets import BatchSource
 from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.extra_state import extra_state
 from decoupled_pp.core.packets import PacketKind, as_tuple, batch_size
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.core.reports import CheckpointRecord, Exit, NoteRecord, Record, Report
@@ -18,17 +20,18 @@ from decoupled_pp.core.topology import Topology
 from decoupled_pp.data.iterables import Batches, as_source
 from decoupled_pp.links import StoreControl
 from decoupled_pp.pipeline.feed import Feed, Itinerary
-from decoupled_pp.pipeline.optim import build_schedules
 from decoupled_pp.pipeline.optimizer_state import refuse_unsavable
 from decoupled_pp.pipeline.runtime import Worker, run
+from decoupled_pp.pipeline.schedules import build_schedules
 from decoupled_pp.pipeline.stage import Stage
 from decoupled_pp.run.checkpoints.folder import CheckpointFolder, tied_weights
 from decoupled_pp.run.checkpoints.parts import Checkpoint, latest_checkpoint, refuse_unsavable_tensors
 from decoupled_pp.run.checkpoints.resume import load_model, load_stage, refuse_other_network, with_cut_of
 from decoupled_pp.run.live import LiveView
 from decoupled_pp.run.report import RankMeasurement, link_summaries, make_report, measure_stage
+from decoupled_pp.settings.run import ScheduleSettings
 from decoupled_pp.training.base import BaseTrainer, Observer
-from decoupled_pp.training.build import build_stages, plan_digest
+from decoupled_pp.training.build import build_stages, plan_digest, renew_optimizers
 from decoupled_pp.training.join import Session, join_in_process
 from decoupled_pp.training.recipe import Recipe
 from decoupled_pp.training.watch import Watcher, told_to_all
@@ -41,6 +44,7 @@ class DecoupledTrainer(BaseTrainer):
         self, plan: Plan, recipe: Recipe, device: str, folder: Path | None = None, observer: Observer | None = None
     ) -> None:
         """Check everything; stages are built by `build`, or the first `fit` or `evaluate`."""
+        expect("plan", plan, Plan, "what dpp.partition returns")
         self._topology = Topology(plan.stages, environment.world_size())
         recipe.refuse_contradictions(plan.stages)
         if not as_tuple(plan.sample):
@@ -57,7 +61,7 @@ class DecoupledTrainer(BaseTrainer):
         """The stages of this process, once built: all, or under torchrun this rank's one."""
         return tuple(self._stages)
 
-    def build(self, resume: Checkpoint | None = None) -> None:
+    def build(self, resume: bool | Checkpoint | None = None) -> None:
         """Build this rank's stages now rather than in the first `fit`, to find what does not fit before a run starts.
 
         Args:
@@ -67,6 +71,7 @@ class DecoupledTrainer(BaseTrainer):
         Raises:
             UsageError: A critic, the optimizer or the checkpoint does not fit.
         """
+        resume = self._checkpoint(resume)
         if resume is not None:
             refuse_other_network(resume, self.plan.module)
         if not self._stages:
@@ -74,10 +79,8 @@ class DecoupledTrainer(BaseTrainer):
                 self.plan = with_cut_of(resume, self.plan)
             mine = [place.stage for place in self._topology.places_of(self.rank)]
             self._stages = build_stages(self.plan, self.recipe, mine, self.device)
-            if self._checkpoints is not None:
-                for stage in self._stages:
-                    refuse_unsavable(stage.first_groups)
-                    refuse_unsavable_tensors(stage, self.plan)
+            for stage in self._stages:
+                self._refuse_unsavable(stage)
         if resume is not None and resume is not self._loaded:
             for stage in self._stages:
                 notes = load_stage(resume, stage, self.plan)
@@ -177,9 +180,8 @@ class DecoupledTrainer(BaseTrainer):
         for stage in self._stages:
             stage.begin()
         if training:
-            for update in (stage.update for stage in self._stages):
-                schedule = self.recipe.schedule
-                update.schedules = build_schedules(schedule, update.optimizers, itinerary.steps, update.steps)
+            for stage in self._stages:
+                self._schedule(stage, itinerary)
         self._loaded = None  # training changes what was loaded
         devices = self._control.gather("built", self.device.type, self._timeout)
         if len(set(devices)) > 1:
@@ -192,6 +194,27 @@ class DecoupledTrainer(BaseTrainer):
             self._checkpoints.prepare(self._control, self.rank, itinerary.start, itinerary.save_every)
         while self._notes:
             self._control.post(self._notes.pop(0))
+
+    def _schedule(self, stage: Stage, itinerary: Itinerary) -> None:
+        """Let the optimizers train what requires a gradient now, and their schedules go on from the present step."""
+        update = stage.update
+        is_renewed = renew_optimizers(stage, self.plan, self.recipe)
+        if update.plateau is not None:
+            update.plateau.every = itinerary.validate_every
+        choice = self.recipe.schedule
+        # A schedule of the user's own goes on by itself; the others depend on the steps of all runs together.
+        if isinstance(choice, ScheduleSettings) or is_renewed or not update.schedules:
+            made = build_schedules(choice, update.optimizers, itinerary.steps, update.steps, update.plateau)
+            update.schedules = made
+
+    def _refuse_unsavable(self, stage: Stage) -> None:
+        """Raise UsageError for state that could not go where it will have to: to a checkpoint, or to another rank."""
+        if self._checkpoints is not None:
+            refuse_unsavable(stage.first_groups)
+            refuse_unsavable_tensors(stage, self.plan)
+        if self._checkpoints is not None or self._world is not None:
+            for module in stage.body.modules:
+                extra_state(module)
 
     def _feed(
         self, train: BatchSource | None, held_out: BatchSource | None, itinerary: Itinerary, watcher: Watcher

@@ -10,6 +10,7 @@ from decoupled_pp.core.packets import Loss
 from decoupled_pp.critics import build_critic
 from decoupled_pp.pipeline.losses import find_loss
 from decoupled_pp.pipeline.optim import OptimizerFactory
+from decoupled_pp.pipeline.schedules import ScheduleFactory
 from decoupled_pp.settings.rules import CorrectionSettings, LabelTarget, RuleSettings, refuse_rules
 from decoupled_pp.settings.run import (
     CheckpointSettings,
@@ -31,7 +32,7 @@ class Recipe:
     loss: Loss  # see `losses.find_loss`
     critic: CriticBuilder
     optimizer: OptimizerSettings | OptimizerFactory
-    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    schedule: ScheduleSettings | ScheduleFactory = field(default_factory=ScheduleSettings)
     target: RuleSettings = field(default_factory=LabelTarget)
     correction: CorrectionSettings | None = None  # end-to-end steps between those of the rule; None: none
     training: StageSettings = field(default_factory=StageSettings)
@@ -41,6 +42,11 @@ class Recipe:
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
     held_out_loss: Loss | None = None  # of held-out scores alone, before that of `validation`
     seed: int = 0
+
+    @property
+    def has_plateau(self) -> bool:
+        """True if the learning rates follow held-out losses."""
+        return isinstance(self.schedule, ScheduleSettings) and self.schedule.kind == "plateau"
 
     def refuse_contradictions(self, stages: int) -> None:
         """Raise UsageError for sections that do not fit each other, or not a plan of so many stages."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from decoupled_pp.core.arguments import expect_function
 from decoupled_pp.core.errors import UsageError, shown
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.core.suggestions import did_you_mean
 from decoupled_pp.pipeline.losses import LossChoice, find_loss
 from decoupled_pp.settings.rules import CorrectionSettings
-from decoupled_pp.settings.run import ScheduleSettings
 from decoupled_pp.settings.script_names import SCRIPT_NAMES, TRAINER_SECTIONS
 from decoupled_pp.settings.sections import Section
 from decoupled_pp.training.base import Observer
@@ -19,11 +19,12 @@ from decoupled_pp.training.choices import (
     CriticChoice,
     OptimizerChoice,
     RuleChoice,
-    choose_callable,
+    ScheduleChoice,
     choose_critic,
     choose_folder,
     choose_optimizer,
     choose_rule,
+    choose_schedule,
     choose_section,
     choose_value,
 )
@@ -46,7 +47,7 @@ class Trainer(DecoupledTrainer):
         critic_target: RuleChoice = "label",
         global_correction: CorrectionChoice = None,
         optimizer: OptimizerChoice = "AdamW",
-        schedule: dict[str, Any] | ScheduleSettings | None = None,
+        schedule: ScheduleChoice = None,
         device: str = "auto",
         seed: int = 0,
         checkpoints: str | Path | None = None,
@@ -65,9 +66,11 @@ class Trainer(DecoupledTrainer):
                 stage), a list of modules (one per stage but the last), or a function of a `CriticContext`.
             critic_target: Target that critics learn from: "label", "cascade" or "mix", or a settings dictionary.
             global_correction: End-to-end steps between local ones, like {"every": 100, "steps": 1}; None: none.
-            optimizer: Name in `torch.optim`, a dictionary like {"kind": "AdamW", "lr": 3e-4}, or a function of the
-                parameters of one stage.
-            schedule: Learning-rate schedule, a dictionary like {"kind": "cosine", "warmup": 100}; None: constant.
+            optimizer: Name in `torch.optim`, a dictionary like {"kind": "AdamW", "lr": 3e-4, "no_decay": True}, or a
+                function of the parameters of one stage.
+            schedule: Learning-rate schedule: a kind ("cosine", "linear", "plateau", ...), a dictionary like
+                {"kind": "cosine", "warmup": 100}, or a function that makes a torch scheduler of an optimizer, called
+                once per optimizer and stepped once per optimizer step; None: constant.
             device: "auto", "cpu" or "cuda".
             seed: Seed of critics' weights and dropout; seed your layers' weights yourself, before making them.
             checkpoints: Folder for checkpoints (shared by all ranks), or None.
@@ -90,7 +93,7 @@ class Trainer(DecoupledTrainer):
             loss=find_loss(loss),
             critic=choose_critic(critic),
             optimizer=choose_optimizer(optimizer),
-            schedule=choose_section(schedule, ScheduleSettings, "schedule"),
+            schedule=choose_schedule(schedule),
             target=choose_rule(critic_target),
             correction=correction,
             metrics=sections.pop("logging"),
@@ -100,7 +103,7 @@ class Trainer(DecoupledTrainer):
         )
         folder = None if checkpoints is None else choose_folder("checkpoints", checkpoints)
         if observer is not None:
-            choose_callable("observer", observer, "give a function of a list of records")
+            expect_function("observer", observer, 1, "a function of a list of records")
         super().__init__(plan, recipe, device, folder, observer)
 
     build = script_terms()(DecoupledTrainer.build)

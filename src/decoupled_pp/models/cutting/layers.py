@@ -14,7 +14,7 @@ from decoupled_pp.core.errors import UsageError, first_line
 from decoupled_pp.core.gradients import WithoutGradients
 from decoupled_pp.core.objective import CriticContext
 from decoupled_pp.core.packets import Payload, as_payload, as_tuple, check_payload, first_tensor, map_payload
-from decoupled_pp.core.torch_private import child_modules
+from decoupled_pp.core.torch_private import child_modules, compile_in_place, compiled_module, has_hooks
 
 # What a layer raises when its input does not fit.
 LAYER_FAULTS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError)
@@ -29,6 +29,7 @@ def as_sequential(layers: object) -> nn.Sequential:
                 "layers; pass the layers as a list",
                 code="not-a-layer-list",
             )
+        refuse_hooks(layers)
         module = layers
     elif isinstance(layers, list | tuple):
         for index, layer in enumerate(layers):
@@ -38,6 +39,13 @@ def as_sequential(layers: object) -> nn.Sequential:
                     code="layer-not-a-module",
                 )
         module = nn.Sequential(*layers)
+    elif isinstance(layers, nn.Module) and compiled_module(layers) is not None:
+        raise UsageError(
+            "the network is compiled as a whole, and stages are parts of it; pass it as it was before torch.compile, "
+            "and set `training.compile`",
+            code="not-a-layer-list",
+            key="training.compile",
+        )
     else:
         raise UsageError(
             f"a network must be an nn.Sequential or a list of layers, not {type(layers).__name__}; list its layers in "
@@ -46,12 +54,33 @@ def as_sequential(layers: object) -> nn.Sequential:
             code="not-a-layer-list",
         )
     _refuse_duplicates(module)
+    _unwrap_compiled(module)
     return module
 
 
 def is_plain_sequential(module: nn.Module) -> bool:
     """Return whether a module runs its children one after another: a subclass may have a forward of its own."""
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    if not isinstance(module, nn.Sequential):
+        return False
+    return type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
+
+
+def refuse_hooks(network: nn.Sequential) -> None:
+    """Raise UsageError if hooks wait for calls of the network as a whole, which no stage makes."""
+    if has_hooks(network):
+        raise UsageError(
+            f"the {type(network).__name__} has hooks of its own, and stages call its layers, not the whole; register "
+            "them on its first layer (inputs) or its last one (outputs)",
+            code="hooks-on-the-network",
+        )
+
+
+def _unwrap_compiled(network: nn.Module) -> None:
+    """Put layers in the place of what `torch.compile` wrapped around them; they stay compiled and keep their names."""
+    for part in list(network.modules()):
+        for name, child in child_modules(part).items():
+            if child is not None and compiled_module(child) is not None:
+                child_modules(part)[name] = compile_in_place(child)
 
 
 def missing_layer(name: str) -> UsageError:
@@ -128,7 +157,7 @@ def _run(module: nn.Sequential, sample: Payload) -> list[Payload]:
     values = [as_payload(sample, "the sample has")]
     for name, layer in module.named_children():
         try:
-            result = WithoutGradients()(layer, _copy_for(layer, values[-1]))
+            result = WithoutGradients()(layer, copy_for(layer, values[-1]))
         except UsageError:
             raise
         except LAYER_FAULTS as error:
@@ -137,7 +166,7 @@ def _run(module: nn.Sequential, sample: Payload) -> list[Payload]:
     return values
 
 
-def _copy_for(layer: nn.Module, payload: Payload) -> Payload:
+def copy_for(layer: nn.Module, payload: Payload) -> Payload:
     """Return a copy on the layer's device; a copy, because the layer may work in place."""
     own = next(chain(layer.parameters(), layer.buffers()), None)
     return map_payload(lambda tensor: tensor.to(tensor.device if own is None else own.device, copy=True), payload)

@@ -27,6 +27,7 @@ from decoupled_pp.models.cutting.layers import (
 from decoupled_pp.models.cutting.measure import measure_critics, measure_layers
 from decoupled_pp.models.cutting.objective import stand_in_objective
 from decoupled_pp.models.cutting.shared import refuse_shared
+from decoupled_pp.models.cutting.side_channels import refuse_side_channels
 
 By: TypeAlias = Literal["time", "parameters", "uniform"] | list[int]
 """Balance stages by measured time, by parameters, by number of layers; or the layers per stage."""
@@ -73,8 +74,9 @@ def cut_network(  # noqa: PLR0917 - the plain facts, as `dpp.partition` takes th
             code="bad-cut",
             key="cut",
         )
-    refuse_shared(module, boundaries)
+    refuse_shared(module, boundaries, None if traced is None else traced[0])
     if traced is not None:
+        refuse_side_channels(module, boundaries, *traced)
         _refuse_untravelling(module, boundaries, traced[0])
     return Plan(module, boundaries, () if traced is None else traced[0][0], layer_seconds, critic_seconds)
 

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from decoupled_pp.core.arguments import expect
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.plans import Layers
-from decoupled_pp.core.torch_private import child_modules
-from decoupled_pp.models.cutting.layers import is_plain_sequential, missing_layer
+from decoupled_pp.core.torch_private import child_modules, has_hooks
+from decoupled_pp.models.cutting.layers import is_plain_sequential, missing_layer, refuse_hooks
 
 
 def flatten(network: nn.Sequential) -> Layers:
@@ -27,6 +28,7 @@ def flatten(network: nn.Sequential) -> Layers:
             "pass them as a list, or split it at its blocks or by tracing",
             code="not-a-layer-list",
         )
+    refuse_hooks(network)
     flat = Layers(_leaves(network, ""))
     if isinstance(network, Layers):
         flat.tied = network.tied
@@ -47,6 +49,7 @@ def cut_after(network: nn.Sequential, names: Sequence[str]) -> Layers:
     Raises:
         UsageError: A name that is none of its layers, is the last one, or out of order.
     """
+    expect("cut_after: names", names, (list, tuple), "a list of names of layers")
     flat = network if isinstance(network, Layers) else flatten(network)
     keys = list(child_modules(flat))
     places: list[int] = []
@@ -70,7 +73,9 @@ def _leaves(network: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     for name, child in child_modules(network).items():
         if child is None:
             raise missing_layer(f"{prefix}{name}")
-        if is_plain_sequential(child) and len(child_modules(child)):
+        if (
+            is_plain_sequential(child) and len(child_modules(child)) and not has_hooks(child)
+        ):  # they run around all of it
             yield from _leaves(child, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", child

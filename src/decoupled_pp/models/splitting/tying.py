@@ -1,18 +1,21 @@
-"""Unties parameters that several layers share: each later user gets its own, because stages exchange no gradients."""
+"""Unties what several layers share: each later user gets its own, because stages exchange no gradients."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
+from decoupled_pp.core.arguments import expect
 from decoupled_pp.core.plans import Layers
-from decoupled_pp.core.torch_private import own_parameters
+from decoupled_pp.core.torch_private import child_modules, own_buffers, own_parameters
 
 
 def untie(network: nn.Sequential | Sequence[nn.Module]) -> Layers:
-    """Give every layer parameters of its own.
+    """Give every layer parameters, buffers and modules of its own.
 
     Where two layers use one parameter (such as a token embedding and an output projection), the later one gets a copy.
     They then train apart; `Trainer(refresh_tied=True)` keeps the earlier one in step.
@@ -23,13 +26,42 @@ def untie(network: nn.Sequential | Sequence[nn.Module]) -> Layers:
     Returns:
         The layers; `tied` says which parameters were one.
     """
+    expect("untie: the network", network, (nn.Sequential, list, tuple), "an nn.Sequential or a list of layers")
     named = network.named_children() if isinstance(network, nn.Sequential) else enumerate(network)
     layers = Layers((str(name), layer) for name, layer in named)
+    for name, layer in child_modules(layers).items():
+        expect(f"untie: layer {name!r}", layer, nn.Module, "an nn.Module")
     if isinstance(network, Layers):
         layers.places = network.places
         layers.own_names = network.own_names
+    _give_own_parts(list(layers.children()))
     layers.tied = give_copies([{name: layer} for name, layer in layers.named_children()])
     return layers
+
+
+def _give_own_parts(layers: Sequence[nn.Module]) -> None:
+    """Give every later layer its own of the modules and buffers that it shares with an earlier one.
+
+    Parameters stay what they are: `give_copies` unties them.
+    """
+    seen: set[int] = set()
+    for layer in layers:
+        copies: dict[int, Any] = {id(parameter): parameter for parameter in layer.parameters()}  # deepcopy's memo
+        _replace_shared(layer, seen, copies)
+        seen |= {id(held) for held in (*layer.modules(), *layer.buffers())}
+
+
+def _replace_shared(module: nn.Module, seen: set[int], copies: dict[int, Any]) -> None:
+    for name, buffer in own_buffers(module).items():
+        if id(buffer) in seen and buffer is not None:
+            own_buffers(module)[name] = copy.deepcopy(buffer, copies)
+    for name, child in child_modules(module).items():
+        if child is None:
+            continue
+        if id(child) in seen:
+            child_modules(module)[name] = copy.deepcopy(child, copies)
+        else:
+            _replace_shared(child, seen, copies)
 
 
 def give_copies(groups: Sequence[Mapping[str, nn.Module]], names: Mapping[str, str] | None = None) -> dict[str, str]:

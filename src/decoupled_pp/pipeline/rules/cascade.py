@@ -23,7 +23,7 @@ from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import Critic, View
 from decoupled_pp.core.packets import Packet, Payload, first_tensor, map_payload
 from decoupled_pp.core.structures import form_of, of_form
-from decoupled_pp.pipeline.optim import build_optimizers
+from decoupled_pp.pipeline.optim import build_optimizers, make_gradients_dense
 from decoupled_pp.pipeline.rules.local import Local
 from decoupled_pp.pipeline.rules.rule import Done, Lap, RuleParts, RuleState
 from decoupled_pp.settings.rules import CascadeTarget, RuleSettings
@@ -158,6 +158,7 @@ class Cascade(Local):
             distance = (ours - losses.to(ours).nan_to_num()).abs().sum() / samples
             taught = (1 - self._share) * distance + self._share * ours.sum() / samples
             taught.backward()
+        make_gradients_dense(self.optimizers)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LRScheduler
 
 from decoupled_pp.core.packets import Packet
+from decoupled_pp.pipeline.optim import has_modes, make_gradients_dense, set_mode
+from decoupled_pp.pipeline.schedules import Plateau, set_rates
 from decoupled_pp.pipeline.updates.accumulation import Accumulation
 from decoupled_pp.settings.run import StageSettings
 
@@ -22,6 +25,9 @@ class Update:
     Attributes:
         optimizers: Over the trainable parameters of layers and critic; empty if there are none.
         schedules: Learning-rate schedules of the optimizers, set when it is known how long a run trains.
+        plateau: Follows the held-out loss for the schedules; None: they follow the steps alone.
+        weights_to_train: While `optimizers` show the weights to evaluate: those to train with, of optimizers that keep
+            both (schedule-free ones); None: the weights are those to train with.
         accumulate: Packets per optimizer step.
         steps: Optimizer steps done.
         samples: Training samples done.
@@ -30,7 +36,9 @@ class Update:
     def __init__(self, optimizers: list[Optimizer], training: StageSettings, *, sums: bool = False) -> None:
         """Take over the optimizers; with `sums` the losses of micro-batches add up, else they are means."""
         self.optimizers = optimizers
-        self.schedules: Sequence[LambdaLR] = []
+        self.schedules: Sequence[LRScheduler] = []
+        self.plateau: Plateau | None = None
+        self.weights_to_train: dict[Tensor, Tensor] | None = {}
         self.accumulate = training.accumulate
         self.steps = 0
         self.samples = 0
@@ -41,6 +49,35 @@ class Update:
     def learning_rate(self) -> float:
         """Present learning rate of the first optimizer's first group, 0 if nothing trains."""
         return float(self.optimizers[0].param_groups[0]["lr"]) if self.optimizers else 0.0
+
+    @torch.no_grad()
+    def show_weights_to_train(self) -> None:
+        """Let optimizers that keep other weights to evaluate show those to train with, bit for bit."""
+        if self.weights_to_train is None:
+            return
+        set_mode(self.optimizers, training=True)
+        for parameter, kept in self.weights_to_train.items():
+            parameter.copy_(kept)  # the optimizer computes them anew, and rounds
+        self.weights_to_train = None
+
+    @torch.no_grad()
+    def show_weights_to_evaluate(self, *, last: bool = False) -> None:
+        """Let such optimizers show the weights to evaluate; the `last` time, those to train with are not kept."""
+        if self.weights_to_train is None:
+            groups = [
+                group for optimizer in self.optimizers if has_modes(optimizer) for group in optimizer.param_groups
+            ]
+            self.weights_to_train = {p: p.detach().clone() for group in groups for p in group["params"]}
+            set_mode(self.optimizers, training=False)
+        if last:  # a later session may find weights that the user has changed
+            self.weights_to_train = {}
+
+    def hear(self, loss: float) -> None:
+        """Take the stage's own held-out loss; a plateau schedule may lower the rates by it."""
+        if self.plateau is not None:
+            self.plateau.hear(loss, self.steps)
+            for schedule in self.schedules:
+                set_rates(schedule)
 
     def begin(self, packet: Packet) -> None:
         """Go on with a training packet, before its loss is computed."""
@@ -55,6 +92,7 @@ class Update:
         self.samples += packet.samples
         if (packet.number + 1) % self.accumulate:
             return
+        make_gradients_dense(self.optimizers)
         if self._accumulation.finish(self._parameters()):
             self.synchronise()
             self.clip()

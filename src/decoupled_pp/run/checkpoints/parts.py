@@ -7,8 +7,8 @@
     checkpoints/step-00000200/                     renamed by whichever stage finds all parts there
 
 Nothing is pickled: DCP's own metadata file is a pickle, its safetensors format is not. Tensors are keyed by name
-(`model.*`, `critic.<cut>.*`, `optimizer.<parameter>.<key>`, `groups.stage<k>.*`, `rule.stage<k>.*`), so any number of
-stages can load them (`resume.py`).
+(`model.*`, `critic.<cut>.*`, `optimizer.<parameter>.<key>`, `groups.stage<k>.*`, `rule.stage<k>.*`, ...), so any number
+of stages can load them (`resume.py`).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 
 from decoupled_pp.core.errors import TrainingError, UsageError
+from decoupled_pp.core.extra_state import exported_state, extra_state, tensor_state
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.core.structures import memory_of, stored, write
 from decoupled_pp.pipeline.optimizer_state import changed_entries, named_state, owners
@@ -48,6 +49,8 @@ from decoupled_pp.run.checkpoints.files import (
 )
 
 FORMAT = 2
+TO_TRAIN = "train."
+"""Before the name of a parameter: the weights to train with, of an optimizer that keeps others to evaluate."""
 _PARTIAL = ".incomplete"
 _CORRUPT = "checkpoint-corrupt"
 
@@ -197,18 +200,32 @@ def record_path(checkpoint: Path, stage: int) -> Path:
 
 def _stage_state(stage: Stage, plan: Plan) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return everything of a stage that training changes: its tensors, and the values that fit into JSON."""
-    name = name_of_critic(stage, plan)
-    state: dict[str, Any] = {f"model.{key}": t for key, t in stored(stage.trunk.state_dict()).items()}
-    if stage.critic is not None:
-        state |= {f"critic.{name}.{key}": t for key, t in stored(stage.critic.state_dict()).items()}
+    stage.update.show_weights_to_train()
+    state = _optimizer_state(stage, plan)
+    # The weights that are exported; where training goes on with others, these are kept beside them.
+    stage.update.show_weights_to_evaluate()
+    for parameter, weights in (stage.update.weights_to_train or {}).items():
+        state[f"{TO_TRAIN}{_names(stage, plan)[parameter]}"] = weights
+    parts = {"model": stage.trunk, f"critic.{name_of_critic(stage, plan)}": stage.critic}
+    for prefix, module in parts.items():
+        if module is not None:
+            found = tensor_state(module) | extra_state(module)
+            state |= {f"{prefix}.{key}": tensor for key, tensor in found.items()}
+    if stage.update.plateau is not None:
+        state |= {f"plateau.stage{stage.index}.{key}": value for key, value in stage.update.plateau.state().items()}
     state[f"rng.stage{stage.index}"] = stage.body.random.state
     state |= {f"rule.stage{stage.index}.{key}": value for key, value in stage.rule.state().items()}
+    tensors = _apart({key: value.detach().contiguous() for key, value in state.items() if isinstance(value, Tensor)})
+    return tensors, {key: value for key, value in state.items() if key not in tensors}
+
+
+def _optimizer_state(stage: Stage, plan: Plan) -> dict[str, Any]:
+    """Return what the optimizers keep of parameters and groups."""
+    state: dict[str, Any] = {}
     for parameter, field, value in named_state(stage.all_optimizers, _names(stage, plan)):
         state[f"optimizer.{parameter}.{field}"] = value
     changed = changed_entries(stage.all_optimizers, stage.first_groups, scheduled=bool(stage.update.schedules))
-    state |= {f"groups.stage{stage.index}.{key}": value for key, value in changed.items()}
-    tensors = _apart({key: value.detach().contiguous() for key, value in state.items() if isinstance(value, Tensor)})
-    return tensors, {key: value for key, value in state.items() if key not in tensors}
+    return state | {f"groups.stage{stage.index}.{key}": value for key, value in changed.items()}
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -393,7 +410,7 @@ def export_safetensors(module: torch.nn.Module, path: Path) -> None:
 
 def write_weights(module: torch.nn.Module, path: Path) -> None:
     """Do so, and let through what the file system raises (safetensors has an error of its own for it)."""
-    state = module.state_dict()
+    state = exported_state(module)
     own_names = getattr(module, "own_names", {}) or {name: name for name in state}
     # Clones, because the format refuses tied weights, which share memory.
     tensors = stored({own: state[name] for own, name in own_names.items()})

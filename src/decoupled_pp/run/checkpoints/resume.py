@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from decoupled_pp.core.errors import UsageError
+from decoupled_pp.core.extra_state import extra_state, is_extra, load_extra_state, tensor_state
 from decoupled_pp.core.plans import Plan
-from decoupled_pp.core.structures import stored
 from decoupled_pp.pipeline.optimizer_state import make_state, named_state, owners, reset_entries
 from decoupled_pp.pipeline.stage import Stage
-from decoupled_pp.run.checkpoints.parts import Checkpoint, name_of_critic
+from decoupled_pp.run.checkpoints.parts import TO_TRAIN, Checkpoint, name_of_critic
 
 
 def load_stage(checkpoint: Checkpoint, stage: Stage, plan: Plan) -> list[str]:
@@ -23,30 +23,57 @@ def load_stage(checkpoint: Checkpoint, stage: Stage, plan: Plan) -> list[str]:
     same_cut = checkpoint.boundaries == plan.boundaries
     notes: list[str] = []
     name = name_of_critic(stage, plan)
-    wanted = {f"model.{key}": t for key, t in stored(stage.trunk.state_dict()).items()}
+    wanted = {f"model.{key}": t for key, t in tensor_state(stage.trunk).items()}
+    _load_extra_state(checkpoint, stage.trunk, "model.")
     if stage.critic is not None:
-        critic = {f"critic.{name}.{key}": t for key, t in stored(stage.critic.state_dict()).items()}
+        critic = {f"critic.{name}.{key}": t for key, t in tensor_state(stage.critic).items()}
         if all(key in checkpoint.places and checkpoint.places[key][1] == t.shape for key, t in critic.items()):
             wanted |= critic
+            _load_extra_state(checkpoint, stage.critic, f"critic.{name}.")
         else:
             notes.append(f"stage {stage.index}: the checkpoint has no critic {name} like this one; it starts anew")
     loaded = {key: p for key, p in stage.named_parameters(name).items() if key in wanted}
+    stage.update.show_weights_to_train()
     # Optimizers first: making room for their state takes a step, which changes parameters and groups.
     _load_optimizers(checkpoint, stage, loaded)
     _load_groups(checkpoint, stage, same_cut=same_cut)
+    stage.update.show_weights_to_evaluate()
     _load_into(checkpoint, wanted)
+    _load_weights_to_train(checkpoint, stage, loaded)
+    stage.update.schedules = []
     if same_cut:
         notes += _load_random_stream(checkpoint, stage)
     else:
         notes.append(
             f"stage {stage.index}: cut {checkpoint.boundaries} -> {plan.boundaries}; its random stream starts anew"
         )
+    if stage.update.plateau is not None:
+        start = f"plateau.stage{stage.index}."
+        saved = _begin_with(checkpoint, (start,)) if same_cut else {}
+        stage.update.plateau.load({key.removeprefix(start): value for key, value in saved.items()})
     lost = stage.rule.load(_rule_state(checkpoint, stage) if same_cut else {})
     if lost is not None:
         notes.append(f"stage {stage.index}: {lost}")
     stage.update.steps = checkpoint.step
     stage.update.samples = checkpoint.samples
     return notes
+
+
+def _load_extra_state(checkpoint: Checkpoint, module: nn.Module, prefix: str) -> None:
+    """Give the layers of a module their extra state back; its size may be another than here."""
+    here = [f"{prefix}{key}" for key in extra_state(module)]
+    found = _begin_with(checkpoint, tuple(key for key in here if key in checkpoint.places))
+    load_extra_state(module, {key.removeprefix(prefix): content for key, content in found.items()})
+
+
+def _load_weights_to_train(checkpoint: Checkpoint, stage: Stage, loaded: dict[str, nn.Parameter]) -> None:
+    """Load the weights to train with, of optimizers that keep others to evaluate; there may be none such."""
+    kept = stage.update.weights_to_train or {}
+    names = {parameter: f"{TO_TRAIN}{name}" for name, parameter in loaded.items() if parameter in kept}
+    for parameter, name in names.items():
+        if name not in checkpoint.places:  # an earlier version saved the weights to train with as those of the model
+            kept[parameter].copy_(parameter)
+    checkpoint.fill({name: kept[parameter] for parameter, name in names.items() if name in checkpoint.places})
 
 
 def _load_random_stream(checkpoint: Checkpoint, stage: Stage) -> list[str]:
@@ -177,21 +204,30 @@ def _other_optimizer(checkpoint: Checkpoint, what: str, name: str, optimizer: Op
 def load_model(checkpoint: Checkpoint, module: torch.nn.Module) -> None:
     """Fill the user's whole module with the checkpoint's weights and buffers, strictly by its own names."""
     refuse_other_network(checkpoint, module)
-    checkpoint.fill({f"model.{name}": tensor for name, tensor in stored(module.state_dict()).items()})
+    checkpoint.fill({f"model.{name}": tensor for name, tensor in tensor_state(module).items()})
+    _load_extra_state(checkpoint, module, "model.")
 
 
 def refuse_other_network(checkpoint: Checkpoint, module: torch.nn.Module) -> None:
     """Raise UsageError unless the checkpoint has exactly the weights and buffers of this network, in their shapes."""
     # A stage alone cannot tell: a weight that it lacks may be another stage's.
-    here = {f"model.{name}": tensor.shape for name, tensor in stored(module.state_dict()).items()}
-    there = {key: shape for key, (_, shape, _) in checkpoint.places.items() if key.startswith("model.")}
+    here: dict[str, torch.Size | None] = {f"model.{key}": tensor.shape for key, tensor in tensor_state(module).items()}
+    here |= {f"model.{key}": None for key in module.state_dict() if is_extra(key)}  # of any size
+    there: dict[str, torch.Size | None] = {}
+    for key, (_, shape, _) in checkpoint.places.items():
+        if key.startswith("model."):
+            there[key] = None if is_extra(key) else shape
     for key in (*here, *there):
         if key not in there:
             raise of_another_network(checkpoint, f"it has no {key}")
         if key not in here:
             raise of_another_network(checkpoint, f"it has {key}, which this network has not")
         if here[key] != there[key]:
-            raise of_another_network(checkpoint, f"{key} is {tuple(there[key])} there and {tuple(here[key])} here")
+            raise of_another_network(checkpoint, f"{key} is {_shown(there[key])} there and {_shown(here[key])} here")
+
+
+def _shown(shape: torch.Size | None) -> str:
+    return "extra state" if shape is None else str(tuple(shape))
 
 
 def with_cut_of(checkpoint: Checkpoint, plan: Plan) -> Plan:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from decoupled_pp.core.arguments import expect
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.run.checkpoints.files import cannot_write
 from decoupled_pp.run.checkpoints.parts import Checkpoint, latest_checkpoint
@@ -41,6 +42,9 @@ def write_shards(
     Raises:
         UsageError: There is no checkpoint, it is of another network, or the folder cannot be written.
     """
+    expect("checkpoints", checkpoints, (str, Path, Checkpoint), "a checkpoint, or the `checkpoints` folder of a run")
+    expect("output", output, (str, Path), "the path of a folder")
+    expect("names", names, Mapping, "the names that splitting found, as a dictionary")
     found = checkpoints if isinstance(checkpoints, Checkpoint) else latest_checkpoint(Path(checkpoints))
     if found is None:
         raise UsageError(

@@ -18,9 +18,11 @@ from decoupled_pp.core.device import on_device
 from decoupled_pp.core.packets import Batch, Loss, Payload, as_tuple
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.pipeline.activations import SavedActivations
+from decoupled_pp.pipeline.groups import refuse_unmatched
 from decoupled_pp.pipeline.losses import find_loss
-from decoupled_pp.pipeline.optim import OptimizerFactory, build_optimizers, build_schedules
+from decoupled_pp.pipeline.optim import OptimizerFactory, build_optimizers, make_gradients_dense
 from decoupled_pp.pipeline.recompute import checkpointed
+from decoupled_pp.pipeline.schedules import ScheduleFactory, build_schedules
 from decoupled_pp.settings.run import OptimizerSettings, ScheduleSettings, StageSettings
 
 
@@ -46,7 +48,7 @@ class Training:
 
     loss: Loss  # see `losses.find_loss`
     optimizer: OptimizerSettings | OptimizerFactory
-    schedule: ScheduleSettings
+    schedule: ScheduleSettings | ScheduleFactory
     steps: int  # optimizer steps that the schedule spans
     options: StageSettings = field(default_factory=StageSettings)  # precision, clipping, recomputation, compilation
 
@@ -99,6 +101,7 @@ class Strategy(ABC):
         # Most bytes that autograd held at any moment of the first step, all micro-batches in flight together.
         self.saved_activation_bytes_peak: int | None = None
         self.optimizers: list[Optimizer] = []
+        refuse_unmatched(training.optimizer, plan.module)
         for k, part in self.parts.items():
             built = build_optimizers(training.optimizer, part.layers, None, owns_head=k == plan.stages - 1)
             self.optimizers += built
@@ -135,6 +138,7 @@ class Strategy(ABC):
 
     def _update(self) -> None:
         """Clip the gradients, take the optimizers' steps, and move the learning rates on."""
+        make_gradients_dense(self.optimizers)
         if self.training.options.clip_norm is not None:
             self._clip(self.training.options.clip_norm)
         for optimizer in self.optimizers:

@@ -42,6 +42,13 @@ class BaselineTrainer(BaseTrainer):
     ) -> None:
         """Take the parts; the strategy is built by `build` or the first `fit`."""
         super().__init__(plan, recipe, device, observer)
+        if recipe.has_plateau:
+            raise UsageError(
+                f"`schedule.kind` plateau follows held-out losses of decoupled stages, and `strategy` {kind} has none; "
+                "use cosine or linear",
+                code="plateau-without-validation",
+                key="schedule.kind",
+            )
         self.kind = kind
         self.training = Training(recipe.loss, recipe.optimizer, recipe.schedule, steps, recipe.training)
         self.updates = 0
@@ -57,7 +64,7 @@ class BaselineTrainer(BaseTrainer):
         optimizers = self._built().optimizers
         return float(optimizers[0].param_groups[0]["lr"]) if optimizers else 0.0
 
-    def build(self, resume: Checkpoint | None = None) -> None:
+    def build(self, resume: bool | Checkpoint | None = None) -> None:
         """Build this rank's part of the strategy now."""
         if resume is not None:
             raise UsageError(
