@@ -139,7 +139,7 @@ def test_a_schedule_of_torch_goes_on_after_a_stop(schedule, tmp_path):
 @pytest.mark.parametrize(
     "schedule",
     [
-        lr_scheduler.ExponentialLR,
+        lambda optimizer: lr_scheduler.ExponentialLR(optimizer),
         lambda optimizer: 3,
         lr_scheduler.ReduceLROnPlateau,
         lambda optimizer: cosine(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1)),
@@ -148,6 +148,11 @@ def test_a_schedule_of_torch_goes_on_after_a_stop(schedule, tmp_path):
 def test_a_function_that_makes_no_schedule_is_refused(schedule):
     with refused("schedule-factory-unfit"):
         trainer(schedule=schedule).fit(BATCHES, 2)
+
+
+def test_a_class_that_needs_more_than_an_optimizer_is_refused_at_once():
+    with refused("not-callable", UsageError, "ExponentialLR", "gamma"):
+        trainer(schedule=lr_scheduler.ExponentialLR)
 
 
 @pytest.mark.parametrize("schedule", ["cosin", {"kind": "cosine", "wramup": 3}, {"kind": "steps"}])
