@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,12 @@ class Criterion:
 
     Attributes:
         class_dim: Dimension of the classes in the logits; None: see `classes_in`.
-        takes_logits: True if it is right for any real output; else it may want what the network's last operation makes
-            of that, such as probabilities.
+        wants: Form of the network's output that it is made for; None: that is not known. Losses of logits are right for
+            any real output.
         by_sample: True if the loss of every sample is known (`per_sample`).
     """
 
-    takes_logits = False
+    wants: Literal["logits", "log-probabilities", "probabilities"] | None = None
     by_sample = False
 
     def __init__(self, function: Loss, *, reduction: str | None = None, class_dim: int | None = None) -> None:
@@ -51,6 +51,11 @@ class Criterion:
             )
         self.class_dim = getattr(function, "class_dim", None) if class_dim is None else class_dim
         self._device: torch.device | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the loss in error texts."""
+        return _name(self.function)
 
     @property
     def sums(self) -> bool:
@@ -84,7 +89,7 @@ class Criterion:
         counted = float(self.count(target)) if as_tuple(target) else 1.0 * len(rows)
         if not math.isfinite(counted) or counted < 0:
             raise UsageError(
-                f"`loss` {_name(self.function)}: its count of a micro-batch is {counted}; return how many targets "
+                f"`loss` {self.name}: its count of a micro-batch is {counted}; return how many targets "
                 "count, at least 0",
                 code="loss-count-unusable",
                 key="loss",
@@ -130,17 +135,43 @@ class Criterion:
         if not isinstance(loss, Tensor) or loss.dim():
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise UsageError(
-                f"`loss` {_name(self.function)} returned {got}; it must return one scalar tensor",
+                f"`loss` {self.name} returned {got}; it must return one scalar tensor",
                 code="loss-is-no-scalar",
                 key="loss",
             )
         if torch.is_grad_enabled() and logits.requires_grad and not loss.requires_grad:
             raise UsageError(
-                f"`loss` {_name(self.function)} has no gradient, so nothing would be trained; compute it by torch's "
+                f"`loss` {self.name} has no gradient, so nothing would be trained; compute it by torch's "
                 "operations on the network's output, without detach, item, argmax, no_grad or numpy",
                 code="loss-without-gradient",
                 key="loss",
             )
+
+
+class Closed(Criterion):
+    """A criterion behind an operation on the output, such as the log-softmax of a network whose critics give logits."""
+
+    def __init__(self, inner: Criterion, closing: nn.Module) -> None:
+        super().__init__(inner.function, reduction=inner.reduction, class_dim=inner.class_dim)
+        self._inner = inner
+        self._closing = closing
+        self.by_sample = inner.by_sample
+
+    def __call__(self, logits: Tensor, target: Payload) -> Tensor:
+        """Return the loss of a micro-batch."""
+        return self._inner(self._closing(logits), target)
+
+    def count(self, target: Payload) -> float:
+        """Return how many targets the mean is over."""
+        return self._inner.count(target)
+
+    def per_sample(self, logits: Tensor, target: Payload) -> Tensor:
+        """Return the loss of every sample."""
+        return self._inner.per_sample(self._closing(logits), target)
+
+    def hits(self, logits: Tensor, target: Payload) -> Hits | None:
+        """Return how many targets are classified right."""
+        return self._inner.hits(self._closing(logits), target)
 
 
 def classes_in(logits: Tensor, class_dim: int | None) -> int:

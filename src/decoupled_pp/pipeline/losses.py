@@ -63,7 +63,7 @@ class Classification(Torch):
     def __init__(self, function: Callable[..., Tensor], *, class_dim: int | None = None, **arguments: Any) -> None:
         super().__init__(function, **arguments)
         self.class_dim = class_dim
-        self.takes_logits = function is functional.cross_entropy
+        self.wants = "logits" if function is functional.cross_entropy else "log-probabilities"
         self.ignored = int(self.arguments.get("ignore_index", IGNORED))
 
     def compute(self, logits: Tensor, target: Payload) -> Tensor:
@@ -142,7 +142,10 @@ class Elementwise(Torch):
 
     def __init__(self, function: Callable[..., Tensor], **arguments: Any) -> None:
         super().__init__(function, **arguments)
-        self.takes_logits = function in _OF_ANY_OUTPUT
+        if function in _OF_ANY_OUTPUT:
+            self.wants = "logits"
+        elif function is functional.binary_cross_entropy:
+            self.wants = "probabilities"
 
     def compute(self, logits: Tensor, target: Payload) -> Tensor:
         """Return the loss."""
@@ -185,7 +188,7 @@ class Ctc(Torch):
 
     def __init__(self, function: Callable[..., Tensor], *, log_probabilities: bool = False, **arguments: Any) -> None:
         super().__init__(function, **arguments)
-        self.takes_logits = not log_probabilities
+        self.wants = "log-probabilities" if log_probabilities else "logits"
 
     def compute(self, logits: Tensor, target: Payload) -> Tensor:
         """Return the loss, as `functional.ctc_loss` reduces it."""
@@ -213,7 +216,7 @@ class Ctc(Torch):
                 code="loss-does-not-fit-targets",
                 key="loss",
             )
-        log_probabilities = logits.log_softmax(-1).transpose(0, 1) if self.takes_logits else logits
+        log_probabilities = logits.log_softmax(-1).transpose(0, 1) if self.wants == "logits" else logits
         return cast(Tensor, cast(Any, self.function)(log_probabilities, *target, reduction=reduction, **self.moved))
 
 
