@@ -137,7 +137,12 @@ def test_a_critic_that_ends_as_the_network_does_is_left_alone():
 
 @pytest.mark.parametrize(
     ("loss", "operation", "part"),
-    [("nll", None, "log_softmax"), ("nll", nn.Softmax(-1), "log_softmax"), (nn.BCELoss(), None, "bce_with_logits")],
+    [
+        ("nll", None, "log_softmax"),
+        ("nll", nn.Softmax(-1), "log_softmax"),
+        (nn.KLDivLoss(), None, "log_softmax"),
+        (nn.BCELoss(), None, "bce_with_logits"),
+    ],
 )
 def test_an_output_that_does_not_fit_the_loss_is_refused_and_the_remedy_works(loss, operation, part):
     data = batches(lambda: torch.randint(CLASSES, (B,)))
