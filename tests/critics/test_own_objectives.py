@@ -13,7 +13,7 @@ from decoupled_pp.core.objective import View, local_loss
 from decoupled_pp.critics import build_critic, check_critic
 from decoupled_pp.critics.lls import sinusoids
 from decoupled_pp.critics.predsim import pooling_kernel, similarities
-from decoupled_pp.pipeline.losses import cross_entropy
+from decoupled_pp.pipeline.losses import cross_entropy, find_loss
 from decoupled_pp.settings.critics import (
     CollaborativeCritic,
     InfoproCritic,
@@ -374,3 +374,38 @@ def test_targets_that_are_no_classes_are_refused(settings, images):
 def test_groups_must_divide(images):
     with refused("channels-not-divisible", UsageError, "8 channels", "3 groups"):
         build_critic(NeuronGroupsCritic(kind="neuron_groups", groups=3))(images())
+
+
+def test_samples_that_do_not_count_are_as_if_they_were_not_there(context_of):
+    torch.manual_seed(1)
+    context = context_of(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), torch.randn(6, 8), 1)
+    classes = torch.tensor([0, 3, 1, 2, 1, 0])
+    rows = torch.tensor([0, 2, 3])
+    for ignored in (-100, 9):
+        loss = find_loss({"kind": "cross_entropy", "ignore_index": ignored})
+        some = torch.full_like(classes, ignored).scatter(0, rows, classes[rows])
+        for settings in (
+            PredsimCritic(kind="predsim"),
+            NeuronGroupsCritic(kind="neuron_groups", groups=2, base="head"),
+        ):
+            critic = build_critic(settings)(context)
+            whole = local_loss(critic, View((), context.hidden, some), loss)
+            part = local_loss(critic, View((), context.hidden[rows], classes[rows]), loss)
+            torch.testing.assert_close(whole, part)
+
+
+@pytest.mark.parametrize("option", [{"classes": 5}, {"buckets": 4}])
+def test_drawn_classes_and_the_index_that_the_loss_ignores(option, context_of):
+    torch.manual_seed(1)
+    context = context_of(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 20)), torch.randn(2, 6, 8), 1)
+    critic = build_critic(VocabularyCritic(kind="vocabulary", **option))(context)
+    tokens = torch.randint(20, (2, 6))
+    found = []
+    for ignored in (-100, 0):
+        torch.manual_seed(2)
+        loss = find_loss({"kind": "cross_entropy", "ignore_index": ignored})
+        target = torch.where(tokens == 0, ignored, tokens)
+        found.append(local_loss(critic, View((), context.hidden, target), loss))
+    assert torch.equal(*found)
+    with refused("critic-needs-unweighted-classes"):
+        local_loss(critic, View((), context.hidden, tokens), find_loss({"kind": "cross_entropy", "weight": [1.0] * 20}))

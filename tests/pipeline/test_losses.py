@@ -176,6 +176,26 @@ def test_arguments_of_losses_between_shapes():
         assert torch.equal(find_loss({"kind": kind, key: 0.5})(logits, wanted), plain(logits, wanted))
 
 
+class Derived(nn.CrossEntropyLoss):
+    """As tokens are often judged."""
+
+    def forward(self, output, target):
+        return super().forward(output.flatten(0, -2), target.flatten())
+
+
+def test_a_module_derived_from_torchs_counts_as_torchs_does():
+    logits, target = torch.randn(2, 5, 4), torch.tensor([[1, 2, 0, 0, 0], [3, 0, 1, 1, 0]])
+    loss = find_loss(Derived(ignore_index=0))
+    assert loss.weight((logits, target)) == 5
+    assert torch.equal(loss(logits, target), Derived(ignore_index=0)(logits, target))
+
+
+def test_class_weights_in_double_precision():
+    logits, classes = torch.randn(5, 4, dtype=torch.float64), torch.arange(5) % 4
+    found = find_loss({"kind": "cross_entropy", "weight": WEIGHT})(logits, classes)
+    assert torch.equal(found, functional.cross_entropy(logits, classes, weight=WEIGHT.double()))
+
+
 def test_ctc_by_its_name():
     torch.manual_seed(1)
     logits, labels = torch.randn(3, 9, 5), torch.randint(1, 5, (3, 4))
@@ -258,7 +278,11 @@ def by_argmax(output, target):
     return (output.argmax(-1) != target).float().mean()
 
 
-@pytest.mark.parametrize("loss", [detached, as_number, by_argmax])
+def by_numpy(output, target):
+    return torch.tensor(output.numpy().mean()) if output.requires_grad else output.mean()
+
+
+@pytest.mark.parametrize("loss", [detached, as_number, by_argmax, by_numpy])
 def test_a_loss_without_a_gradient_is_refused_where_one_is_wanted(loss):
     logits, target = torch.randn(4, 3, requires_grad=True), torch.tensor([0, 1, 2, 0])
     with refused("loss-without-gradient", UsageError, loss.__name__):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +30,15 @@ class Criterion:
 
     Attributes:
         class_dim: Dimension of the classes in the logits; None: see `classes_in`.
-        takes_logits: True if it is right for any real output; else it may want what the network's last operation makes
-            of that, such as probabilities.
+        wants: Form of the network's output that it is made for; None: that is not known. Losses of logits are right for
+            any real output.
+        ignored: Class index that counts for nothing.
         by_sample: True if the loss of every sample is known (`per_sample`).
     """
 
-    takes_logits = False
+    wants: Literal["logits", "log-probabilities", "probabilities"] | None = None
     by_sample = False
+    ignored = IGNORED
 
     def __init__(self, function: Loss, *, reduction: str | None = None, class_dim: int | None = None) -> None:
         _refuse_parameters(function)
@@ -50,7 +52,12 @@ class Criterion:
                 key="loss",
             )
         self.class_dim = getattr(function, "class_dim", None) if class_dim is None else class_dim
-        self._device: torch.device | None = None
+        self._given: tuple[torch.device, torch.dtype] | None = None  # what the last output was like
+
+    @property
+    def name(self) -> str:
+        """Name of the loss in error texts."""
+        return _name(self.function)
 
     @property
     def sums(self) -> bool:
@@ -59,10 +66,16 @@ class Criterion:
 
     def __call__(self, logits: Tensor, target: Payload) -> Tensor:
         """Return the loss of a micro-batch: one scalar, its mean or its sum."""
-        if self._device != logits.device:  # its weights follow what it is given: a cut is measured elsewhere
-            self.move(logits.device)
-            self._device = logits.device
-        loss = self.compute(logits, target)
+        given = logits.device, logits.dtype
+        if self._given != given:  # its weights follow the output: a cut is measured elsewhere
+            self.move(*given)
+            self._given = given
+        try:
+            loss = self.compute(logits, target)
+        except RuntimeError as error:
+            if "numpy() on Tensor that requires grad" not in str(error):  # torch's advice would lose the gradient
+                raise
+            raise self._without_gradient() from error
         self._refuse_unusable(loss, logits)
         return loss
 
@@ -70,8 +83,8 @@ class Criterion:
         """Call the function."""
         return self.function(logits, target)
 
-    def move(self, device: torch.device) -> None:
-        """Move tensors that the loss holds."""
+    def move(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move tensors that the loss holds to where the output is."""
         if isinstance(self.function, nn.Module):
             self.function.to(device)
 
@@ -84,7 +97,7 @@ class Criterion:
         counted = float(self.count(target)) if as_tuple(target) else 1.0 * len(rows)
         if not math.isfinite(counted) or counted < 0:
             raise UsageError(
-                f"`loss` {_name(self.function)}: its count of a micro-batch is {counted}; return how many targets "
+                f"`loss` {self.name}: its count of a micro-batch is {counted}; return how many targets "
                 "count, at least 0",
                 code="loss-count-unusable",
                 key="loss",
@@ -113,6 +126,10 @@ class Criterion:
             return None
         return class_hits(logits, first, classes_in(logits, self.class_dim), IGNORED)
 
+    def of_drawn_classes(self) -> Criterion:
+        """Return the loss of a critic that draws classes of its own, whose index IGNORED counts for nothing."""
+        return self
+
     def hint(self) -> str:
         """Return what else may be the cause of a loss that is NaN, to be added to an error's remedies."""
         if self.by_sample or callable(getattr(self.function, "count", None)):
@@ -130,17 +147,51 @@ class Criterion:
         if not isinstance(loss, Tensor) or loss.dim():
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise UsageError(
-                f"`loss` {_name(self.function)} returned {got}; it must return one scalar tensor",
+                f"`loss` {self.name} returned {got}; it must return one scalar tensor",
                 code="loss-is-no-scalar",
                 key="loss",
             )
         if torch.is_grad_enabled() and logits.requires_grad and not loss.requires_grad:
-            raise UsageError(
-                f"`loss` {_name(self.function)} has no gradient, so nothing would be trained; compute it by torch's "
-                "operations on the network's output, without detach, item, argmax, no_grad or numpy",
-                code="loss-without-gradient",
-                key="loss",
-            )
+            raise self._without_gradient()
+
+    def _without_gradient(self) -> UsageError:
+        return UsageError(
+            f"`loss` {self.name} has no gradient, so nothing would be trained; compute it by torch's operations on the "
+            "network's output, without detach, item, argmax, no_grad or numpy",
+            code="loss-without-gradient",
+            key="loss",
+        )
+
+
+class Closed(Criterion):
+    """A criterion behind an operation on the output, such as the log-softmax of a network whose critics give logits."""
+
+    def __init__(self, inner: Criterion, closing: nn.Module) -> None:
+        super().__init__(inner.function, reduction=inner.reduction, class_dim=inner.class_dim)
+        self._inner = inner
+        self._closing = closing
+        self.by_sample = inner.by_sample
+        self.ignored = inner.ignored
+
+    def __call__(self, logits: Tensor, target: Payload) -> Tensor:
+        """Return the loss of a micro-batch."""
+        return self._inner(self._closing(logits), target)
+
+    def of_drawn_classes(self) -> Criterion:
+        """Return the loss of a critic that draws classes of its own."""
+        return Closed(self._inner.of_drawn_classes(), self._closing)
+
+    def count(self, target: Payload) -> float:
+        """Return how many targets the mean is over."""
+        return self._inner.count(target)
+
+    def per_sample(self, logits: Tensor, target: Payload) -> Tensor:
+        """Return the loss of every sample."""
+        return self._inner.per_sample(self._closing(logits), target)
+
+    def hits(self, logits: Tensor, target: Payload) -> Hits | None:
+        """Return how many targets are classified right."""
+        return self._inner.hits(self._closing(logits), target)
 
 
 def classes_in(logits: Tensor, class_dim: int | None) -> int:

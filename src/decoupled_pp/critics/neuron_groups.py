@@ -14,7 +14,13 @@ from torch.nn import functional
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import Critic, CriticContext, View
 from decoupled_pp.core.packets import Loss, Payload, first_tensor
-from decoupled_pp.critics.requirements import class_indices, critic_unfit, judged_tensor
+from decoupled_pp.critics.requirements import (
+    class_indices,
+    critic_unfit,
+    ignored_by,
+    judged_tensor,
+    share,
+)
 from decoupled_pp.critics.several import build_bases
 from decoupled_pp.settings.critics import NeuronGroupsCritic
 
@@ -46,10 +52,12 @@ class NeuronGroups(Critic):
         """Return the groups' losses plus w times the mean pairwise cosine of their wrong-class distributions."""
         every = self._all_logits(first_tensor(view.hidden))
         classes = class_indices("neuron_groups", view.target, every[0])
-        wrong = [wrong_classes(logits, classes, self.temperature) for logits in every]
-        similarities = [functional.cosine_similarity(a, b, dim=-1).mean() for a, b in combinations(wrong, 2)]
+        counted = classes != ignored_by(loss)
+        wrong = [wrong_classes(logits, classes * counted, self.temperature) for logits in every]
+        pairs = combinations(wrong, 2)
+        similarities = [(functional.cosine_similarity(a, b, dim=-1) * counted).mean() for a, b in pairs]
         losses = [loss(logits, view.target) for logits in every]
-        return torch.stack(losses).sum() + self.diversity * torch.stack(similarities).mean()
+        return torch.stack(losses).sum() + self.diversity * torch.stack(similarities).mean() / share(counted, every[0])
 
     def _all_logits(self, hidden: Tensor) -> list[Tensor]:
         """Return every critic's logits; each sees all channels, and only its own take its gradient."""

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from decoupled_pp.core.objective import Critic, CriticContext, View
 from decoupled_pp.core.packets import Loss, Payload, first_tensor
-from decoupled_pp.critics.requirements import class_indices, judged_tensor
+from decoupled_pp.critics.requirements import class_indices, ignored_by, judged_tensor, share
 from decoupled_pp.settings.critics import PredsimCritic
 
 _EPSILON = 1e-8
@@ -62,10 +62,13 @@ class Predsim(Critic):
         """Return (1 - b) loss(W pool(h), y) + b mean (S(projection(h)) - S(onehot y))^2, over all pairs of samples."""
         logits = self(view.hidden)
         classes = class_indices("predsim", view.target, logits)
-        labels = similarities(functional.one_hot(classes, logits.shape[-1]).to(logits.dtype))
+        counted = classes != ignored_by(loss)
+        labels = similarities(functional.one_hot(classes * counted, logits.shape[-1]).to(logits.dtype))
         ours = similarities(self.projection(first_tensor(view.hidden)))
         b = self.similarity
-        return (1 - b) * loss(logits, view.target) + b * functional.mse_loss(ours, labels)
+        pairs = counted[:, None] & counted
+        distance = functional.mse_loss(ours * pairs, labels * pairs) / share(pairs, ours)
+        return (1 - b) * loss(logits, view.target) + b * distance
 
     def _pooled(self, hidden: Tensor) -> Tensor:
         return functional.avg_pool2d(hidden, self.kernel).flatten(1) if hidden.dim() == 4 else hidden

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from decoupled_pp.core.criterion import IGNORED, Criterion
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import CriticContext
-from decoupled_pp.core.packets import Payload, as_tuple, first_tensor
+from decoupled_pp.core.packets import Loss, Payload, as_tuple, first_tensor
 
 
 def critic_unfit(context: CriticContext, fault: str, *, option: str | None = None) -> UsageError:
@@ -46,6 +47,21 @@ def class_indices(kind: str, target: Payload, judged: Tensor) -> Tensor:
             key="critic.kind",
         )
     return classes
+
+
+def ignored_by(loss: Loss) -> int:
+    """Return the class index that counts for nothing in a loss."""
+    return loss.ignored if isinstance(loss, Criterion) else IGNORED
+
+
+def of_drawn_classes(loss: Loss) -> Loss:
+    """Return the loss of a critic that draws classes of its own; UsageError if the classes' weights are at odds."""
+    return loss.of_drawn_classes() if isinstance(loss, Criterion) else loss
+
+
+def share(counted: Tensor, like: Tensor) -> Tensor:
+    """Return the share of what counts, 0-dim, to divide a mean by in which the rest is 0."""
+    return counted.sum().clamp(min=1).to(like.dtype) / counted.numel()
 
 
 def relative_position(stage: int, stages: int) -> float:

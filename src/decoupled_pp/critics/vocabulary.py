@@ -16,7 +16,7 @@ from decoupled_pp.core.criterion import IGNORED
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import Critic, CriticContext, View
 from decoupled_pp.core.packets import Loss, Payload, first_tensor
-from decoupled_pp.critics.requirements import class_indices, critic_unfit, shapes_of
+from decoupled_pp.critics.requirements import class_indices, critic_unfit, ignored_by, of_drawn_classes, shapes_of
 from decoupled_pp.settings.critics import VocabularyCritic
 
 
@@ -43,7 +43,7 @@ class _Linear(Critic):
     def objective(self, view: View, loss: Loss) -> Tensor:
         """Return the loss of a random share of the positions, drawn from the stage's own stream.
 
-        Positions that count (whose target is not IGNORED) are taken first.
+        Positions that count are taken first.
         """
         hidden = first_tensor(view.hidden)
         rows = hidden.flatten(0, -2)
@@ -51,7 +51,7 @@ class _Linear(Critic):
         if self.tokens < 1:
             count = max(1, round(self.tokens * len(wanted)))
             chosen = torch.randperm(len(wanted), device=wanted.device)
-            ignored = (wanted[chosen] == IGNORED).to(torch.uint8)
+            ignored = (wanted[chosen] == ignored_by(loss)).to(torch.uint8)
             chosen = chosen[ignored.argsort(stable=True)][:count]  # a stable sort keeps the random order
             rows = rows[chosen]
             wanted = wanted[chosen]
@@ -82,7 +82,7 @@ class _Sampled(_Linear):
 
     def cheap_loss(self, rows: Tensor, target: Tensor, loss: Loss) -> Tensor:
         rows = self.reduction(rows)
-        counted = target != IGNORED
+        counted = target != ignored_by(loss)
         # One draw for all rows: S rows of the projection are gathered, instead of S for every position.
         drawn = torch.randint(self.vocabulary, (self.classes,), device=target.device)
         own = functional.embedding(target.clamp(min=0), self.projection.weight)
@@ -92,7 +92,7 @@ class _Sampled(_Linear):
         # an exponential is added to its logit as a logarithm.
         others = others + math.log(self.vocabulary - 1) - (~hit).sum(dim=1, keepdim=True).clamp(min=1).log()
         logits = torch.cat([(rows * own).sum(dim=1, keepdim=True), others.masked_fill(hit, -torch.inf)], dim=1)
-        return loss(logits, torch.where(counted, 0, IGNORED))
+        return of_drawn_classes(loss)(logits, torch.where(counted, 0, IGNORED))
 
 
 class _Hashed(_Linear):
@@ -114,7 +114,8 @@ class _Hashed(_Linear):
         return torch.stack([logs[..., j, :][..., self.bucket_of[j]] for j in range(self.hashes)]).sum(dim=0)
 
     def cheap_loss(self, rows: Tensor, target: Tensor, loss: Loss) -> Tensor:
-        counted = target != IGNORED
+        counted = target != ignored_by(loss)
+        loss = of_drawn_classes(loss)
         logits = self._bucket_logits(rows)
         # IGNORED is -100, an index from the end: such targets are looked up as class 0, and then set back.
         buckets = torch.where(counted, self.bucket_of[:, target.clamp(min=0)], IGNORED)  # (J, N)

@@ -39,10 +39,12 @@ class Torch(Criterion):
         self.arguments = {key: _as_given(value) for key, value in arguments.items()}
         self.moved = self.arguments
 
-    def move(self, device: torch.device) -> None:
+    def move(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move class weights and the like; `arguments` keeps them on the CPU, where micro-batches are counted."""
+        # fp64 for a network in fp64; never down to bf16.
         self.moved = {
-            key: value.to(device) if isinstance(value, Tensor) else value for key, value in self.arguments.items()
+            key: value.to(device, torch.promote_types(value.dtype, dtype)) if isinstance(value, Tensor) else value
+            for key, value in self.arguments.items()
         }
 
     def __repr__(self) -> str:
@@ -63,7 +65,7 @@ class Classification(Torch):
     def __init__(self, function: Callable[..., Tensor], *, class_dim: int | None = None, **arguments: Any) -> None:
         super().__init__(function, **arguments)
         self.class_dim = class_dim
-        self.takes_logits = function is functional.cross_entropy
+        self.wants = "logits" if function is functional.cross_entropy else "log-probabilities"
         self.ignored = int(self.arguments.get("ignore_index", IGNORED))
 
     def compute(self, logits: Tensor, target: Payload) -> Tensor:
@@ -93,6 +95,18 @@ class Classification(Torch):
         counted = weight > 0
         losses = summed if self.sums else summed / torch.where(counted, weight, 1)
         return losses.masked_fill(~counted, torch.nan)
+
+    def of_drawn_classes(self) -> Criterion:
+        """Return the same loss of other classes, which have no weights."""
+        if "weight" in self.arguments:
+            raise UsageError(
+                f"`loss` {self.name} has a weight for every class, and this critic learns from other classes that it "
+                "draws; leave the weights out, or `critic.classes` and `critic.buckets`",
+                code="critic-needs-unweighted-classes",
+                key="loss.weight",
+            )
+        arguments = {key: value for key, value in self.arguments.items() if key != "ignore_index"}
+        return Classification(cast(Any, self.function), reduction=self.reduction, **arguments)
 
     def hits(self, logits: Tensor, target: Payload) -> Hits | None:
         """Return how many targets are classified right; of soft targets, the likeliest class."""
@@ -142,7 +156,12 @@ class Elementwise(Torch):
 
     def __init__(self, function: Callable[..., Tensor], **arguments: Any) -> None:
         super().__init__(function, **arguments)
-        self.takes_logits = function in _OF_ANY_OUTPUT
+        if function in _OF_ANY_OUTPUT:
+            self.wants = "logits"
+        elif function is functional.binary_cross_entropy:
+            self.wants = "probabilities"
+        elif function is functional.kl_div:
+            self.wants = "log-probabilities"
 
     def compute(self, logits: Tensor, target: Payload) -> Tensor:
         """Return the loss."""
@@ -185,7 +204,7 @@ class Ctc(Torch):
 
     def __init__(self, function: Callable[..., Tensor], *, log_probabilities: bool = False, **arguments: Any) -> None:
         super().__init__(function, **arguments)
-        self.takes_logits = not log_probabilities
+        self.wants = "log-probabilities" if log_probabilities else "logits"
 
     def compute(self, logits: Tensor, target: Payload) -> Tensor:
         """Return the loss, as `functional.ctc_loss` reduces it."""
@@ -213,7 +232,7 @@ class Ctc(Torch):
                 code="loss-does-not-fit-targets",
                 key="loss",
             )
-        log_probabilities = logits.log_softmax(-1).transpose(0, 1) if self.takes_logits else logits
+        log_probabilities = logits.log_softmax(-1).transpose(0, 1) if self.wants == "logits" else logits
         return cast(Tensor, cast(Any, self.function)(log_probabilities, *target, reduction=reduction, **self.moved))
 
 
@@ -326,12 +345,27 @@ def _of_callable(choice: Any, key: str) -> Criterion:
         given = given.func
     if given in _OF_FUNCTION:
         return _OF_FUNCTION[given](**arguments)
-    known = _OF_MODULE.get(type(given))
-    if known is not None:
-        function, names = known
-        held = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
-        return _OF_FUNCTION[function](reduction=given.reduction, **held)
-    return Criterion(choice)
+    kind = next((kind for kind in _OF_MODULE if isinstance(given, kind)), None)
+    if kind is None:
+        return Criterion(choice)
+    function, names = _OF_MODULE[kind]
+    held = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+    known: Criterion = _OF_FUNCTION[function](reduction=given.reduction, **held)
+    return known if type(given).forward is kind.forward else _Derived(given, known)
+
+
+class _Derived(Criterion):
+    """A module of the user's, derived from one of torch's: it computes, and counts as torch's does unless it says."""
+
+    def __init__(self, function: Any, known: Criterion) -> None:
+        super().__init__(function)
+        self._known = known
+        self.wants = known.wants
+        self.ignored = known.ignored
+
+    def count(self, target: Payload) -> float:
+        """Return how many targets the mean is over."""
+        return super().count(target) if hasattr(self.function, "count") else self._known.count(target)
 
 
 def _instance(kind: type[nn.Module], key: str) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,15 @@ from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.extra_state import tensor_state
 from decoupled_pp.core.module_state import move
 from decoupled_pp.core.objective import Critic, CriticBuilder, CriticContext
+from decoupled_pp.core.packets import Loss
 from decoupled_pp.core.plans import Layers, Plan
 from decoupled_pp.critics import check_critic
+from decoupled_pp.models.cutting.closing import loss_of_critic
 from decoupled_pp.models.cutting.layers import critic_context, refuse_hooks, trace
 from decoupled_pp.pipeline.body import Body
 from decoupled_pp.pipeline.feed import Itinerary
 from decoupled_pp.pipeline.groups import refuse_unmatched
+from decoupled_pp.pipeline.losses import find_loss
 from decoupled_pp.pipeline.neighbours import Neighbours
 from decoupled_pp.pipeline.optim import build_optimizers
 from decoupled_pp.pipeline.pace import Pace
@@ -34,39 +38,47 @@ from decoupled_pp.settings.run import ScheduleSettings, StageSettings, Validatio
 from decoupled_pp.training.recipe import Recipe
 
 
-def build_critics(plan: Plan, builder: CriticBuilder, stages: Sequence[int], seed: int) -> dict[int, nn.Module]:
+@dataclass(frozen=True)
+class Judging:
+    """The critic of a stage, None if its output is the network's, and the losses of what it gives."""
+
+    critic: nn.Module | None
+    loss: Loss
+    held_out_loss: Loss
+
+
+def build_critics(plan: Plan, recipe: Recipe, stages: Sequence[int]) -> dict[int, Judging]:
     """Build and check the critics of the given stages; their weights depend on the seed and the place only.
 
     The last stage has none, unless the builder has a `closing()` that gives one.
     """
-    critics: dict[int, nn.Module] = {}
+    losses = find_loss(recipe.loss), recipe.scored_by()
     last = plan.stages - 1
-    closing: Callable[[], nn.Module | None] = getattr(builder, "closing", lambda: None)
-    if last in stages and plan.stages > 1:
-        critic = closing()
-        if critic is not None:
-            critics[last] = critic
-    if all(k == last for k in stages):
-        return critics
+    closing: Callable[[], nn.Module | None] = getattr(recipe.critic, "closing", lambda: None)
+    judging = {last: Judging(closing() if plan.stages > 1 else None, *losses)} if last in stages else {}
+    before = [k for k in stages if k != last]
+    if not before:
+        return judging
     hiddens, output = trace(plan.module, plan.sample)
-    for k in stages:
-        if k != last:
-            boundary = plan.boundaries[k + 1]
-            context = critic_context(plan.module, hiddens, output, boundary=boundary, stage=k, stages=plan.stages)
-            critics[k] = _build_critic(builder, context, _mixed(seed, boundary, 1))
-    return critics
+    for k in before:
+        boundary = plan.boundaries[k + 1]
+        context = critic_context(plan.module, hiddens, output, boundary=boundary, stage=k, stages=plan.stages)
+        critic = _build_critic(recipe.critic, context, _mixed(recipe.seed, boundary, 1))
+        judging[k] = Judging(critic, *(loss_of_critic(loss, critic, context) for loss in losses))
+    return judging
 
 
 def build_stages(plan: Plan, recipe: Recipe, stages: Sequence[int], device: torch.device) -> list[Stage]:
     """Build the given stages of a plan on a device (their layers move there)."""
     refuse_hooks(plan.module)  # they may have come after the cut
     refuse_unmatched(recipe.optimizer, plan.module)
-    critics = build_critics(plan, recipe.critic, stages, recipe.seed)
+    judging = build_critics(plan, recipe, stages)
     _leave_evaluation_mode(*plan.module.children())
-    return [_build_stage(plan, recipe, index, critics.get(index), device) for index in stages]
+    return [_build_stage(plan, recipe, index, judging[index], device) for index in stages]
 
 
-def _build_stage(plan: Plan, recipe: Recipe, index: int, critic: nn.Module | None, device: torch.device) -> Stage:
+def _build_stage(plan: Plan, recipe: Recipe, index: int, judging: Judging, device: torch.device) -> Stage:
+    critic = judging.critic
     trunk = plan.stage_module(index)
     _materialise(plan, trunk, device, _mixed(recipe.seed, index, 3))
     move(trunk, device)
@@ -83,11 +95,11 @@ def _build_stage(plan: Plan, recipe: Recipe, index: int, critic: nn.Module | Non
         index,
         trunk,
         critic,
-        recipe.loss,
+        judging.loss,
         device=device,
         seed=seed,
         training=recipe.training,
-        held_out_loss=recipe.scored_by(),
+        held_out_loss=judging.held_out_loss,
     )
     _refuse_deaf_plateau(body, recipe)
     optimizers = _optimizers_of(index, body, plan, recipe)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from decoupled_pp.core.objective import CriticContext, View, judge_of
 from decoupled_pp.core.packets import Loss, Payload, as_tuple, map_payload
+from decoupled_pp.models.cutting.closing import loss_of_critic
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class CriticWithLoss(nn.Module):
         super().__init__()
         self.critic = critic
         self._objective = objective
+        self._loss = loss_of_critic(objective.loss, critic, context)
         self._sample = context.sample
 
     def forward(self, hidden: Payload) -> Tensor:
@@ -45,7 +47,7 @@ class CriticWithLoss(nn.Module):
         sample = _moved(self._sample, device)
         judge = judge_of(self.critic)
         view = View(sample, hidden, target, rider=() if judge.follows_input else sample)
-        return judge.objective(view, self._objective.loss)
+        return judge.objective(view, self._loss)
 
 
 def stand_in_objective(loss: Loss | None, output: Tensor, *, relearned: bool = False) -> Objective:
