@@ -107,7 +107,7 @@ def test_a_network_that_no_rank_has_whole_is_the_network(tmp_path, monkeypatch, 
     ours, theirs = one.state_dict(), other.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert command("export", "runs/tiny", "-o", "file.safetensors") == 0
-    assert torch.equal(load_file("file.safetensors")["exit.model.lm_head.weight"], ours["lm_head.weight"])
+    assert torch.equal(load_file("file.safetensors")["lm_head.weight"], ours["lm_head.weight"])
 
 
 @pytest.mark.parametrize("given", [{"start_from": "x.safetensors"}, {"strategy": "1f1b"}, {"sample": {"prompt": "a"}}])
@@ -211,7 +211,7 @@ def test_a_masked_language_model_is_trained_and_exported(encoder_run, meta, tied
     trained = load_file("runs/encoder/model.safetensors")
     for name in ("decoder.weight", "decoder.bias", "bias"):
         ours = loaded.cls.predictions.get_parameter(name)
-        assert torch.equal(ours, trained[f"exit.model.cls.predictions.{name}"]) and bool(ours.any())
+        assert torch.equal(ours, trained[f"cls.predictions.{name}"]) and bool(ours.any())
     table = loaded.bert.embeddings.word_embeddings.weight
     assert torch.equal(table, loaded.cls.predictions.decoder.weight) == tied
 

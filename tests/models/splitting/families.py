@@ -107,6 +107,76 @@ FAMILIES = {
 }
 """Name -> (class of `transformers`, its config, what it takes)."""
 
+FURTHER = {
+    "Qwen2": ("Qwen2ForCausalLM", GROUPED, TOKENS),
+    "Phi 3": ("Phi3ForCausalLM", GROUPED | {"pad_token_id": 0}, TOKENS),
+    "OLMo 2": ("Olmo2ForCausalLM", GROUPED | {"pad_token_id": 0}, TOKENS),
+    "StableLM": ("StableLmForCausalLM", GROUPED, TOKENS),
+    "Cohere": ("CohereForCausalLM", GROUPED | {"pad_token_id": 0}, TOKENS),
+    "GPT-J": ("GPTJForCausalLM", GPT2 | {"rotary_dim": 4}, TOKENS),
+    "GPT BigCode": ("GPTBigCodeForCausalLM", GPT2, TOKENS),
+    "Granite": ("GraniteForCausalLM", GROUPED, TOKENS),
+    "Starcoder 2": ("Starcoder2ForCausalLM", GROUPED, TOKENS),
+    "SmolLM 3": ("SmolLM3ForCausalLM", GROUPED | {"pad_token_id": 0}, TOKENS),
+    "XLM-RoBERTa": ("XLMRobertaForMaskedLM", SIZES | {"max_position_embeddings": 64}, TOKENS),
+    "CamemBERT": ("CamembertForTokenClassification", SIZES | {"max_position_embeddings": 64}, TOKENS),
+    "ConvBERT": ("ConvBertForMaskedLM", SIZES | {"embedding_size": 32}, TOKENS),
+    "RemBERT": ("RemBertForMaskedLM", SIZES | {"input_embedding_size": 16, "output_embedding_size": 16}, TOKENS),
+    "RoFormer": ("RoFormerForMaskedLM", SIZES, TOKENS),
+    "ESM": (
+        "EsmForMaskedLM",
+        SIZES | {"pad_token_id": 0, "mask_token_id": 2, "position_embedding_type": "rotary"},
+        TOKENS,
+    ),
+    "CLIP, text": (
+        "CLIPTextModelWithProjection",
+        SIZES | {"projection_dim": 16, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2},
+        TOKENS,
+    ),
+    "CLIP, vision": ("CLIPVisionModelWithProjection", IMAGE | {"projection_dim": 16}, IMAGES),
+    "SigLIP, vision": ("SiglipVisionModel", IMAGE, IMAGES),
+    "SigLIP, text": ("SiglipTextModel", SIZES | {"max_position_embeddings": 64, "projection_size": 32}, TOKENS),
+    "BEiT": ("BeitForImageClassification", IMAGE, IMAGES),
+    "ViT MSN": ("ViTMSNForImageClassification", IMAGE, IMAGES),
+    "DINOv2 with registers": (
+        "Dinov2WithRegistersForImageClassification",
+        {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 32, "patch_size": 8},
+        IMAGES,
+    ),
+    "ConvNeXt": ("ConvNextForImageClassification", {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 2, 1]}, IMAGES),
+    "Swin v2": (
+        "Swinv2ForImageClassification",
+        {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2], "image_size": 32, "patch_size": 4, "window_size": 4},
+        IMAGES,
+    ),
+    "MobileNet v2": ("MobileNetV2ForImageClassification", {"depth_multiplier": 0.35, "image_size": 32}, IMAGES),
+    "RWKV": (
+        "RwkvForCausalLM",
+        {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 4, "context_length": 32},
+        "tokens without mask",
+    ),
+    "Mamba 2": (
+        "Mamba2ForCausalLM",
+        {
+            "vocab_size": V,
+            "hidden_size": 32,
+            "state_size": 4,
+            "num_hidden_layers": 4,
+            "num_heads": 8,
+            "head_dim": 8,
+            "n_groups": 1,
+        },
+        "tokens without mask",
+    ),
+    "XLNet": (
+        "XLNetForSequenceClassification",
+        {"vocab_size": V, "d_model": 32, "n_layer": 4, "n_head": 4, "d_inner": 64},
+        TOKENS,
+    ),
+}
+"""Families whose blocks are called much as others' are: their tests are slow ones."""
+FAMILIES |= FURTHER
+
 
 def model_of(family):
     """A fresh model of a family."""

@@ -1,12 +1,12 @@
 """The 30 most used models, each split by `dpp.split` in one line: `python -m tests.models.splitting.popular`.
 
-Writes docs/popular-models.md, or prints the rows of the models that are named. Small sizes and few blocks where the library lets one choose, fresh weights.
+Writes docs/popular-models.md, or prints the rows of the models that are named. Small sizes and few blocks where the
+library lets one choose, fresh weights.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 import time
 import warnings
@@ -75,7 +75,7 @@ def of_transformers(name: str, sizes: dict, sample: object = None):
 
 def of_torchvision(name: str, size: int = 64, **options):
     def make():
-        import torchvision.models as models
+        from torchvision import models
 
         place = models.segmentation if name.startswith("fcn") else models
         return getattr(place, name)(

@@ -1,4 +1,4 @@
-"""The 30 most used models are split in the way that docs/popular-models.md says, where their libraries are installed."""
+"""The 30 most used models are split as docs/popular-models.md says, where their libraries are installed."""
 
 import importlib.util
 import re

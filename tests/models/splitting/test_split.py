@@ -24,7 +24,7 @@ def payload(sample):
 
 
 def output(model, sample):
-    """nanoGPT gives the logits of all tokens if it is given targets."""
+    """NanoGPT gives the logits of all tokens if it is given targets."""
     if type(model).__name__ == "NanoGPT":
         return model(sample, sample)[0]
     args, kwargs = (

@@ -2,21 +2,24 @@
 
 import pytest
 import torch
-from families import FAMILIES, TABLE, inputs_of, model_of, table
+from families import FAMILIES, FURTHER, TABLE, inputs_of, model_of, table
 from torch import nn
 
 import decoupled_pp as dpp
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.critics.fresh import fresh_copy
 from decoupled_pp.models.huggingface import split_transformers
+from decoupled_pp.models.splitting.call import network_output
 from kit import ignore, refused
 
 transformers = pytest.importorskip("transformers")
 
 
+CASES = [pytest.param(name, marks=pytest.mark.slow) if name in FURTHER else name for name in FAMILIES]
+
+
 def output_of(model, inputs):
-    result = model(**inputs)
-    return result.logits if "logits" in result else result.last_hidden_state
+    return network_output(model(**inputs))
 
 
 def as_payload(inputs):
@@ -29,7 +32,7 @@ def without_dropout(model):
             part.p = 0.0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CASES)
 def test_a_family_passes(family):
     model, inputs = model_of(family), inputs_of(family)
     names = set(model.state_dict())
@@ -41,7 +44,7 @@ def test_a_family_passes(family):
             assert torch.equal(found.layers.eval()(as_payload(given)), output_of(model, given))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CASES)
 def test_a_family_learns_as_in_one_piece(family):
     """One step of SGD on the layers, all in one stage, against one on the model. Tied weights are two in both."""
     whole, inputs = model_of(family), inputs_of(family)
@@ -102,3 +105,31 @@ def test_the_models_own_head_judges_any_stage():
     for stage in trainer.stages[:-1]:
         assert type(stage.critic) is type(layers[-1]) and stage.critic is not layers[-1]
     trainer.fit([(given, target)], 2)
+
+
+class Wrapper(nn.Module):
+    """Names some arguments and hands the others on, or not, as libraries of adapters do."""
+
+    def __init__(self, base, hands_on):
+        super().__init__()
+        self.base, self.config, self.hands_on = base, base.config, hands_on
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        return self.base(input_ids=input_ids, attention_mask=attention_mask, **(kwargs if self.hands_on else {}))
+
+
+@pytest.mark.parametrize("hands_on", [True, False])
+def test_a_wrapper_around_a_model_is_split(hands_on):
+    """Its caches are off in the layers, and as before in the model."""
+    whole, inputs = Wrapper(model_of("GPT-2"), hands_on), inputs_of("GPT-2")
+    assert whole.config.use_cache
+    for found in (split_transformers(whole, inputs), dpp.split(whole, inputs)):
+        assert found.way in {"blocks", "transformers"} and whole.config.use_cache
+        assert set(found.names.values()) == set(whole.state_dict())
+        with torch.no_grad():
+            assert torch.equal(found.layers.eval()(as_payload(inputs)), whole.eval()(**inputs).logits)
+
+
+def test_what_is_no_model_of_transformers_is_refused():
+    with refused("not-a-transformers-model"):
+        split_transformers(nn.Linear(2, 2), {"input": torch.ones(2, 2)})

@@ -87,6 +87,8 @@ def split_blocks(
     call, inputs = forward_call(model, sample, options or {}, output)
     original = model
     model, renamed = with_blocks_of_groups(model, find_blocks(model))
+    if renamed and not on_meta(model):
+        refuse_other_output(original, model, call, inputs)
     blocks = find_blocks(model)
     source = _Source(model, blocks, parts_around(model, blocks.values()), call, inputs)
     modes = {name: part.training for name, part in model.named_modules()}
@@ -101,8 +103,6 @@ def split_blocks(
         untied = give_copies([ends.entry, source.blocks, ends.exit])
         layers, loose = _build(source, wiring, ends)
         if not on_meta(model):
-            if renamed:
-                refuse_other_output(original, model, source.call, inputs)
             make_exact(model, layers, source.call, inputs, _carriable(ends.entry, calls, block_calls), loose)
     _set_modes(layers, modes)
     names = _model_names(layers, list(source.blocks), renamed)

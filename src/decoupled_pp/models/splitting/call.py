@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.torch_private import pytree
 
-_OUTPUTS = ("logits", "out", "sample", "prediction", "last_hidden_state")
+_OUTPUTS = ("logits", "out", "sample", "prediction", "image_embeds", "text_embeds", "last_hidden_state")
 _TARGETS = ("targets", "target", "labels", "label", "y")
 
 

@@ -73,8 +73,8 @@ def _place(loose: Sequence[LooseTensor], whole: _Whole, travel: Travel) -> Usage
             continue
         if isinstance(one.tensor, nn.Parameter):
             return UsageError(
-                f"the parameter {one.name!r} is used before and after the blocks, so it would belong to several stages; make "
-                "it two",
+                f"the parameter {one.name!r} is used before and after the blocks, so it would belong to several "
+                "stages; make it two",
                 code="part-in-several-stages",
             )
         one.place(entry=True, exit=True)
@@ -83,16 +83,21 @@ def _place(loose: Sequence[LooseTensor], whole: _Whole, travel: Travel) -> Usage
 
 def refuse_other_output(model: nn.Module, changed: nn.Module, call: ForwardCall, inputs: tuple[Tensor, ...]) -> None:
     """Raise UsageError if a model whose groups of modules are blocks gives another output than the user's."""
+
+    def run(one: nn.Module, *, training: bool) -> Tensor | None:
+        """Return the output, or None if the model fails: where the user's does, that is said when it is watched."""
+        device = inputs[0].device
+        with suppress(Exception), torch.no_grad(), untouched(one, device), _seeded_everything(0, device):
+            return call.picked(call.run(one.train(training), inputs))
+        return None
+
     for training in (False, True):
-        outputs = []
-        for one in (model, changed):
-            one.train(training)
-            with torch.no_grad(), untouched(one, inputs[0].device), _seeded_everything(0, inputs[0].device):
-                outputs.append(call.picked(call.run(one, inputs)))
-        if not _is_equal(*outputs):
+        expected = run(model, training=training)
+        found = run(changed, training=training)
+        if expected is not None and (found is None or not _is_equal(found, expected)):
             raise UsageError(
                 "the loop over groups of modules is no chain: what one round takes is not what the round before it "
-                "leaves; make each group a module with a forward of its own",
+                "leaves, or it uses other modules; make each group a module with a forward of its own",
                 code="groups-not-chained",
             )
 
@@ -143,17 +148,18 @@ class _Whole:
             except UsageError as error:
                 return error
             except Exception as error:
+                reason = f"{type(error).__name__}: {first_line(error)}"
                 return UsageError(
-                    f"split into layers at its blocks, {self._name} fails ({type(error).__name__}: {first_line(error)}): its "
-                    "code around them needs weights of other parts, or more of their results than shapes; call modules "
-                    "there, rather than use their weights",
+                    f"split into layers at its blocks, {self._name} fails ({reason}): its code around them needs "
+                    "weights of other parts, or more of their results than shapes; call modules there, rather than use "
+                    "their weights",
                     code="split-changes-output",
                 )
             if not _is_equal(found, expected):
                 return UsageError(
-                    f"split into layers at its blocks, {self._name} gives another output in {mode} than in one piece: its end "
-                    "uses something of its beginning that no module makes; let a module make it, and use its weights "
-                    "nowhere else",
+                    f"split into layers at its blocks, {self._name} gives another output in {mode} than in one piece: "
+                    "its end uses something of its beginning that no module makes; let a module make it, and use its "
+                    "weights nowhere else",
                     code="split-changes-output",
                 )
         return None

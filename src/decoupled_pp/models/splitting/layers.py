@@ -50,7 +50,7 @@ class Travel:
         return self
 
     def take_runs(self, rest: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Part the tensors behind a hidden state into the one that says which blocks run, if there is one, and others."""
+        """Part the tensors behind a hidden state: the one that says which blocks run, if there is one, and others."""
         count = int(self.leaves_out)
         return rest[:count], rest[count:]
 
