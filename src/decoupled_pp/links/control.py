@@ -13,7 +13,15 @@ from typing import Any
 import torch.distributed as dist
 
 from decoupled_pp.core.channels import Control
-from decoupled_pp.core.errors import LAUNCHER_GONE, STORE_SILENT, Fault, LinkError, PeerError, waited_too_long
+from decoupled_pp.core.errors import (
+    LAUNCHER_GONE,
+    STORE_SILENT,
+    Fault,
+    LinkError,
+    PeerError,
+    ReportedError,
+    waited_too_long,
+)
 from decoupled_pp.core.records import write_message
 from decoupled_pp.core.reports import Record, read_record
 from decoupled_pp.core.waiting import wait_for
@@ -210,6 +218,8 @@ class StoreControl(Control):
             return None
         try:
             return wait_for(call, self._bound)
+        except ReportedError:  # of a signal handler, while this thread waited
+            raise
         except TimeoutError as error:
             self._lost = f"{STORE_SILENT}: {error}"
         except (RuntimeError, OSError):  # DistStoreError and its kin, all RuntimeErrors: the store's host is gone

@@ -16,7 +16,7 @@ from torch import Tensor
 from decoupled_pp.core import environment
 from decoupled_pp.core.channels import LinkTerms
 from decoupled_pp.core.device import own_stream
-from decoupled_pp.core.errors import Fault, LinkError, UsageError, first_line
+from decoupled_pp.core.errors import Fault, LinkError, ReportedError, UsageError, first_line
 from decoupled_pp.core.structures import as_bytes, write
 from decoupled_pp.core.topology import Topology
 from decoupled_pp.core.torch_private import default_store
@@ -57,6 +57,8 @@ def first_to_report(text: str, timeout_seconds: float) -> bool:
     # Ranks that have not joined only use the store: joining takes all of them, and they are about to end.
     try:
         store = dist.PrefixStore("early", wait_for(lambda: store_of_launch(timeout_seconds)))
+    except ReportedError:  # of a signal handler
+        raise
     except (RuntimeError, ValueError, TimeoutError):  # the store's host is gone: nobody else can say it either
         return True
     return StoreControl(store, environment.rank(), environment.world_size(), timeout_seconds).report_fault(fault)
@@ -80,7 +82,7 @@ class World:
         if self._joined:
             try:
                 wait_for(self._join)
-            except UsageError:
+            except ReportedError:  # of a signal handler, or of the launch's own store
                 raise
             except (RuntimeError, ValueError, TimeoutError) as error:
                 raise LinkError(
@@ -205,6 +207,8 @@ class World:
             # The bound is for meeting and greeting; receives that are posted ahead are waited for with their own.
             bound = timedelta(seconds=terms.timeout_seconds)
             group: Group = wait_for(lambda: dist.new_group(list(ranks), backend=backend, timeout=bound))
+        except ReportedError:  # of a signal handler
+            raise
         except (RuntimeError, ValueError, TimeoutError) as error:
             cause = self.control.lost() or first_line(error)  # ranks find each other through the store
             raise LinkError(
@@ -241,6 +245,8 @@ class World:
                 # NCCL builds its communicator at the first use, which takes seconds: now rather than in training.
                 wait_for(partial(_exchange_on, device, payload, here))
                 payload.bytes_sent = 0
+        except ReportedError:  # of a signal handler
+            raise
         except (RuntimeError, TimeoutError) as error:
             cause = first_line(error)
             raise LinkError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,15 +38,18 @@ class RunLog:
         self._resume_step = resume_step
         self._file: TextIO | None = None
         self._events: SummaryWriter | None = None
+        self._report_before = threading.excepthook
         if self._path.exists():
             _read_objects(self._path)
+        if tensorboard:
+            threading.excepthook = self._report_from_thread
 
     def write(self, records: Iterable[Record]) -> None:
         """Append records and flush, so that a killed run keeps all that was written before."""
         kept = [record for record in records if not isinstance(record, SpansRecord)]
         if not kept:
             return
-        with self._written():
+        with self._named_if_full():
             # One write call for all lines: a reader meets at most one half-written line, the last.
             file = self._file or self._open()
             file.write("".join(map(_line, kept)))
@@ -65,23 +69,35 @@ class RunLog:
         return self._file
 
     @contextmanager
-    def _written(self) -> Iterator[None]:
+    def _named_if_full(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
+            reason = error.strerror or error
             raise TrainingError(
-                f"cannot write the run log {self._path}: {error.strerror or error}; free or mend the disk, then resume",
+                f"cannot write the run log in {self._folder}: {reason}; free or mend the disk, then resume",
                 code="run-log-not-written",
             ) from error
 
     def close(self) -> None:
         """Close the files and end TensorBoard's writer thread; safe to call twice."""
-        with self._written():
-            if self._file is not None:
-                self._file.close()
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+        try:
+            with self._named_if_full():
+                if self._file is not None:
+                    self._file.close()
+                if self._events is not None:
+                    events = self._events
+                    self._events = None
+                    events.close()
+        finally:
+            if threading.excepthook == self._report_from_thread:
+                threading.excepthook = self._report_before
+
+    def _report_from_thread(self, args: threading.ExceptHookArgs) -> None:
+        # TensorBoard's writing thread dies of a full disk with a traceback, and the next flush here raises it again.
+        is_of_tensorboard = args.thread is not None and type(args.thread).__module__.startswith("tensorboard.")
+        if not (is_of_tensorboard and isinstance(args.exc_value, OSError)):
+            self._report_before(args)
 
 
 def read_records(path: Path) -> list[Record]:
