@@ -120,6 +120,8 @@ def choose_optimizer(choice: OptimizerChoice) -> OptimizerSettings | OptimizerFa
 
 
 def _by_kind(given: dict[str, Any], union: Any, key: str) -> Any:
+    if not isinstance(given.get("kind"), str):  # pydantic would print it, whatever it is
+        given = given | {"kind": shown(given.get("kind"))}
     return _checked(lambda: TypeAdapter(union).validate_python(given), key)
 
 
