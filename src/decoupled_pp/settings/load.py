@@ -79,8 +79,9 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             raise unreadable(f"cannot be set: {name!r} holds a value; give `{name}` as a section first")
     try:
         section[last] = read_yaml(value)
-    except yaml.YAMLError:
-        raise unreadable("has a value that is not YAML; quote it or correct it") from None
+    except yaml.YAMLError as error:
+        cause = getattr(error, "problem", None) or error
+        raise unreadable(f"has a value that is not YAML ({cause}); quote it or correct it") from None
 
 
 def usage_error(error: ValidationError, section: str | None = None, checked: type[Section] | None = None) -> UsageError:
