@@ -131,6 +131,10 @@ class Command:
                 os.kill(pid, signal.SIGKILL)
         self._process.wait()
 
+    def processes(self):
+        """The ids of all that is running."""
+        return list(self._alive())
+
     def _alive(self):
         return {pid: found for pid, found in _environments() if found.get("DPP_TEST") == self._mark}
 

@@ -12,7 +12,7 @@ from decoupled_pp import Trainer, UsageError, partition
 from decoupled_pp.core import environment
 from decoupled_pp.links import join_world
 from decoupled_pp.links.launch_store import listening_store
-from kit import ignore, refused, tanh_network, vector_batches, weights
+from kit import ignore, tanh_network, vector_batches, weights
 from ranks import PATIENCE, launch
 
 TENSORS = (
@@ -83,5 +83,8 @@ def test_a_store_listens_where_the_ranks_are_told_and_nowhere_else(address):
 
 
 def test_a_port_that_another_run_has_is_named():
-    with socket.create_server(("127.0.0.1", 0)) as other, refused("port-in-use", UsageError, "MASTER_PORT"):
-        listening_store("127.0.0.1", other.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(UsageError, match=f"MASTER_PORT {port}: something listens there already") as caught:
+            listening_store("127.0.0.1", port)
+    assert caught.value.code == "port-in-use"

@@ -6,6 +6,7 @@ The inputs are derived from the declarations in `settings/`, so a new setting is
 import contextlib
 import io
 import math
+import sys
 from datetime import date
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -172,29 +173,39 @@ words = st.one_of(
 )
 
 
+@contextlib.contextmanager
+def limited_digits():
+    """The package meets numbers of 5000 digits under Python's limit."""
+    sys.set_int_max_str_digits(4300)
+    try:
+        yield
+    finally:
+        sys.set_int_max_str_digits(0)
+
+
+@pytest.fixture(autouse=True)
+def _unlimited_digits():
+    """To write them, and to report them, there is none."""
+    sys.set_int_max_str_digits(0)
+    yield
+    sys.set_int_max_str_digits(4300)
+
+
 @pytest.fixture
 def front_end(tmp_path, monkeypatch):
     """`dpp train` in an empty folder, without the training; returns its exit code and what it said."""
-    import sys
-
-    sys.set_int_max_str_digits(0)  # to write numbers of 5000 digits; the package meets them with the limit
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "_train", lambda chosen, settings: 0)
 
     def call(content, *overrides):
         (tmp_path / "run.yaml").write_bytes(content)
         said = io.StringIO()
-        sys.set_int_max_str_digits(4300)
-        try:
-            with contextlib.redirect_stderr(said):
-                code = kit.dpp("train", "run.yaml", *(f"--set={override}" for override in overrides))
-        finally:
-            sys.set_int_max_str_digits(0)
+        with contextlib.redirect_stderr(said), limited_digits():
+            code = kit.dpp("train", "run.yaml", *(f"--set={override}" for override in overrides))
         assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
         return code, said.getvalue()
 
-    yield call
-    sys.set_int_max_str_digits(4300)
+    return call
 
 
 def check_answer(code, said):
@@ -236,7 +247,7 @@ OF_PARTITION += ["accumulate", "timeout_seconds"]
 @hypothesis.given(options=st.dictionaries(st.sampled_from(OF_TRAINER), objects, min_size=1, max_size=2))
 def test_any_option_of_a_trainer_is_taken_or_refused(tmp_path, monkeypatch, options):
     monkeypatch.chdir(tmp_path)
-    with contextlib.suppress(UsageError):
+    with contextlib.suppress(UsageError), limited_digits():
         Trainer(PLAN, **{"device": "cpu"} | options)
     assert not list(tmp_path.iterdir())
 
@@ -245,5 +256,5 @@ def test_any_option_of_a_trainer_is_taken_or_refused(tmp_path, monkeypatch, opti
 @hypothesis.given(options=st.dictionaries(st.sampled_from(OF_PARTITION), objects, min_size=1, max_size=2))
 def test_any_option_of_partition_is_taken_or_refused(options):
     given: dict[str, Any] = {"stages": 2, "by": "uniform", "sample": SAMPLE, "device": "cpu"} | options
-    with contextlib.suppress(UsageError):
+    with contextlib.suppress(UsageError), limited_digits():
         partition(LAYERS, **given)

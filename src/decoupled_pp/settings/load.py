@@ -79,8 +79,9 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             raise unreadable(f"cannot be set: {name!r} holds a value; give `{name}` as a section first")
     try:
         section[last] = read_yaml(value)
-    except yaml.YAMLError:
-        raise unreadable("has a value that is not YAML; quote it or correct it") from None
+    except yaml.YAMLError as error:
+        cause = getattr(error, "problem", None) or error
+        raise unreadable(f"has a value that is not YAML ({cause}); quote it or correct it") from None
 
 
 def usage_error(error: ValidationError, section: str | None = None, checked: type[Section] | None = None) -> UsageError:
@@ -146,7 +147,7 @@ def _explained(fault: Any, key: str, known: list[str]) -> UsageError:
     message = fault["msg"]
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", fault["ctx"]["expected"])
-        remedy = did_you_mean(str(value), choices)
+        remedy = did_you_mean(shown(value).strip("'"), choices)
         if key == "cut":
             remedy += "; or give the layers per stage, e.g. [3, 2]"
         return UsageError(f"`{key}`: {message}, not {shown(value)}{remedy}", code="not-one-of-the-choices", key=key)
@@ -175,5 +176,6 @@ def _explained_kind(fault: Any, key: str) -> UsageError:
     kinds = [tag.strip("' ") for tag in expected.split(",") if tag]
     given = value.get("kind") if isinstance(value, dict) else value
     remedy = f"one of {', '.join(kinds)}" if kinds else "give a section with a `kind`"
-    text = f"`{key}`: {shown(given)} is not known{did_you_mean(str(given), kinds)}; {remedy}"
+    meant = did_you_mean(shown(given).strip("'"), kinds)
+    text = f"`{key}`: {shown(given)} is not known{meant}; {remedy}"
     return UsageError(text, code="unknown-kind", key=key)

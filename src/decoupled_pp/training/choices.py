@@ -158,6 +158,8 @@ def _not_a_recipe(key: str, choice: object, line: str) -> UsageError:
 
 
 def _by_kind(given: dict[str, Any], union: Any, key: str) -> Any:
+    if not isinstance(given.get("kind"), str):  # pydantic would print it, whatever it is
+        given = given | {"kind": shown(given.get("kind"))}
     return _checked(lambda: TypeAdapter(union).validate_python(given), key)
 
 

@@ -128,6 +128,7 @@ def trace(module: nn.Sequential, sample: Payload) -> tuple[list[Payload], Tensor
 
     Train/eval flags, buffers and random generators are as before afterwards.
     """
+    sample = as_payload(sample, "the sample has")
     with untouched(module, first_tensor(sample).device):
         *hiddens, current = _run(module.eval(), sample)
     if not isinstance(current, Tensor) or not current.is_floating_point():
