@@ -46,7 +46,8 @@ def _argument(call, name):
     return lambda value: call(**{name: value})
 
 
-PARTITION = "layers stages by critic critic_target loss device speeds memory optimizer accumulate timeout_seconds"  # `sample` goes wherever the layers take it
+# `sample` goes wherever the layers take it.
+PARTITION = "layers stages by critic critic_target loss device speeds memory optimizer accumulate timeout_seconds"
 TRAINER = (
     "critic critic_target global_correction optimizer schedule device seed observer accumulate clip_norm precision "
     "checkpoint_activations stagger critic_warmup capacity timeout_seconds knn knn_samples keep_checkpoints log_every "
