@@ -147,6 +147,27 @@ def traced_sizes():
     return rows, twice, program.range_constraints
 
 
+def check_operator_name():
+    assert torch_private.operator_name(torch.ops.aten.relu.default) == "aten::relu"
+
+
+def check_writes_in_place():
+    assert torch_private.writes_in_place(torch.ops.aten.relu_.default)
+    assert not torch_private.writes_in_place(torch.ops.aten.relu.default)
+
+
+def check_nested_from_lengths():
+    nested = torch_private.nested_from_lengths(torch.ones(2, 3, 4), torch.tensor([3, 1]))
+    assert [row.shape[0] for row in nested.unbind()] == [3, 1]
+
+
+def check_slow_attention():
+    before = torch.backends.mha.get_fastpath_enabled()
+    with torch_private.slow_attention():
+        assert not torch.backends.mha.get_fastpath_enabled()
+    assert torch.backends.mha.get_fastpath_enabled() == before
+
+
 def check_size_symbols():
     rows, twice, _ = traced_sizes()
     assert torch_private.size_symbols(rows) == torch_private.size_symbols(twice) != set()

@@ -21,7 +21,7 @@ CASES = {
     "misspelt data": ({"data": {"kind": "digit"}}, "unknown-kind", ["'digit'", "did you mean 'digits'"]),
     "misspelt cut": ({"cut": "tmie"}, "not-one-of-the-choices", ["'tmie'", "did you mean 'time'"]),
     "misspelt optimizer": ({"optimizer": {"kind": "Adamm"}}, "unknown-optimizer", ["'Adamm'", "AdamW"]),
-    "misspelt loss": ({"loss": "xent"}, "unknown-loss", ["'xent'"]),
+    "misspelt loss": ({"loss": "xent"}, "unknown-kind", ["'xent'", "cross_entropy"]),
     "more stages than layers": ({"stages": 5, "cut": "uniform"}, "too-few-layers", ["5", "4 layers"]),
     "cut that does not add up": ({"cut": [1, 1]}, "bad-cut", ["[1, 1]", "2 layers", "has 4"]),
     "cut of other stages": ({"cut": [1, 1, 2]}, "contradictory-settings", ["[1, 1, 2]", "2 entries"]),
@@ -63,8 +63,8 @@ CASES = {
     ),
     "layer of a dictionary": (
         {"model": launched.factory("returns_dictionary")},
-        "output-cannot-travel",
-        ["layer '1' (Strange)", "dict"],
+        "layer-shape-mismatch",
+        ["layer '2' (Linear)", "dict"],
     ),
     "model for other data": ({"model": {"kind": "gpt"}}, "model-data-mismatch", ["'gpt'", "tokens", "'image'"]),
     "critic of other outputs": (

@@ -18,15 +18,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 M = TypeVar("M", bound=nn.Module)
 
 pytree = _pytree
 """Functions for nested containers of tensors; torch has no public module of them."""
 
+DispatchMode = TorchDispatchMode
+"""Base of contexts that see every operation of torch; it has no public name."""
+
 OVERRIDDEN = {
     "torch.nn.Module._load_from_state_dict": "`Layers` resolves keys with dots, which torch would split",
     "torch.distributed.pipelining.PipelineStage._compute_outputs": "the trial run for shapes leaves no trace",
+    "torch.distributed.pipelining.PipelineStage._compute_input_grads": "the trial run announces gradients as they go",
     "torch.distributed.pipelining.PipelineStage._prepare_backward_infra": "the trial run's loss is no micro-batch's",
 }
 """Private methods that classes of the package override, and why; torch calls them."""
@@ -176,6 +181,16 @@ def slow_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+def operator_name(operator: Any) -> str:
+    """Returns the name of an operator that a `DispatchMode` sees, as aten::relu."""
+    return str(operator._schema.name)
+
+
+def writes_in_place(operator: Any) -> bool:
+    """Returns whether an operator that a `DispatchMode` sees changes an argument."""
+    return bool(operator._schema.is_mutable)
 
 
 def nested_from_lengths(padded: Tensor, lengths: Tensor) -> Tensor:

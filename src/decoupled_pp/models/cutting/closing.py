@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from decoupled_pp.core.criterion import Closed, Criterion
 from decoupled_pp.core.device import untouched
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import CriticContext, has_exit
 from decoupled_pp.core.packets import Loss, Payload, as_tuple, first_tensor, map_payload
+from decoupled_pp.core.torch_private import DispatchMode, operator_name, storage_address, writes_in_place
 from decoupled_pp.models.cutting.layers import zeros_if_meta
 
 _LAYERS = 3  # from the end, in which the operation is looked for: views and reshapes may follow it
@@ -80,7 +80,7 @@ def closing_of(module: nn.Module, given: Payload) -> nn.Module | None:
     return found
 
 
-class _LastOperations(TorchDispatchMode):
+class _LastOperations(DispatchMode):
     """Remembers which operation has computed each tensor, by the memory that it lies in."""
 
     def __init__(self) -> None:
@@ -93,9 +93,9 @@ class _LastOperations(TorchDispatchMode):
         output = result[0] if isinstance(result, tuple) and result else result
         if isinstance(output, Tensor):
             sources = {_memory(one) for one in args if isinstance(one, Tensor)}
-            is_view = _memory(output) in sources and not func._schema.is_mutable
+            is_view = _memory(output) in sources and not writes_in_place(func)
             if not is_view:
-                self._made[_memory(output)] = _closing(func._schema.name, output, args[1:])
+                self._made[_memory(output)] = _closing(operator_name(func), output, args[1:])
                 self._kept.append(output)
         return result
 
@@ -105,7 +105,7 @@ class _LastOperations(TorchDispatchMode):
 
 
 def _memory(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)  # a meta tensor has no address
+    return storage_address(tensor.untyped_storage())
 
 
 def _closing(name: str, output: Tensor, arguments: Sequence[Any]) -> nn.Module | None:
