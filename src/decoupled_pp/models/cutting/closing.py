@@ -142,7 +142,7 @@ def _refuse_other_output(loss: Criterion, closing: nn.Module | None, context: Cr
     if loss.wants == "log-probabilities" and not isinstance(closing, nn.LogSoftmax | nn.LogSigmoid):
         raise UsageError(
             f"`loss` {loss.name} wants log-probabilities, and those of the network's output do not sum to 1: end the "
-            "network in log_softmax, or set `loss` to one of logits, such as cross_entropy for nll",
+            "network in log_softmax, or set `loss` to one of logits, such as cross_entropy",
             code="output-does-not-fit-loss",
             key="loss",
         )
