@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import decoupled_pp as dpp
 from decoupled_pp.data import open_data
-from decoupled_pp.pipeline.optim import rate_factor
+from decoupled_pp.pipeline.schedules import rate_factor
 from decoupled_pp.settings.run import ScheduleSettings
 from decoupled_pp.settings.sections import TextData
 
