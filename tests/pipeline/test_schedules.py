@@ -139,7 +139,7 @@ def test_a_schedule_of_torch_goes_on_after_a_stop(schedule, tmp_path):
 @pytest.mark.parametrize(
     "schedule",
     [
-        lr_scheduler.ExponentialLR,
+        lambda optimizer: lr_scheduler.StepLR(optimizer, step="every other"),
         lambda optimizer: 3,
         lr_scheduler.ReduceLROnPlateau,
         lambda optimizer: cosine(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1)),

@@ -34,6 +34,8 @@ class Section(BaseModel):
     @classmethod
     def _yes_is_no_number(cls, values: Any) -> Any:
         # pydantic takes true for 1. A validator of single fields would be refused on `kind`, which tells unions apart.
+        if isinstance(values, str) and "kind" in cls.model_fields:  # `schedule: cosine`
+            return {"kind": values}
         if not isinstance(values, dict):
             return values
         for key, value in values.items():
