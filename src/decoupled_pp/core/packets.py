@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.core.structures import CONSTANTS, cannot_travel, is_flat, memory_of, remember_classes
+from decoupled_pp.core.structures import CONSTANTS, cannot_travel, is_flat, is_plain, memory_of, remember_classes
 from decoupled_pp.core.torch_private import is_container, pytree
 
 Payload: TypeAlias = Any
@@ -77,7 +77,7 @@ def map_payload(function: Callable[[Tensor], Tensor], payload: Payload) -> Paylo
     if isinstance(payload, Tensor):
         return function(payload)
     if is_flat(payload):
-        return tuple(function(tensor) for tensor in payload)
+        return tuple(map(function, payload))
     return pytree.tree_map_only(Tensor, function, payload)
 
 
@@ -116,6 +116,8 @@ def check_payload(value: object, source: str, code: str = "output-cannot-travel"
 
 def payload_bytes(payload: Payload) -> int:
     """Return the bytes of all tensors of a payload; of a sparse one, those of its parts."""
+    if is_plain(payload):
+        return int(payload.nbytes)
     total = 0
     for tensor in as_tuple(payload):
         parts = (tensor,) if tensor.layout is torch.strided else memory_of(tensor).values()

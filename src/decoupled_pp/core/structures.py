@@ -28,6 +28,7 @@ _COMPRESSED = {
     torch.sparse_bsr: ("crow_indices", "col_indices"),
     torch.sparse_bsc: ("ccol_indices", "row_indices"),
 }
+_STRIDED = torch.strided
 _LAYOUTS = {str(layout): layout for layout in (torch.sparse_coo, *_COMPRESSED)}
 
 _met: dict[str, type] = {}
@@ -36,14 +37,17 @@ _met: dict[str, type] = {}
 
 def is_flat(payload: Any) -> bool:
     """Return whether a payload is one tensor or a flat tuple of tensors, the common forms, which need no text."""
-    if isinstance(payload, Tensor):
-        return True
-    return type(payload) is tuple and all(isinstance(item, Tensor) for item in payload)
+    if type(payload) is not tuple:
+        return isinstance(payload, Tensor)
+    for item in payload:  # noqa: SIM110 - `all` makes a generator, which for each packet and part takes as long
+        if not isinstance(item, Tensor):
+            return False
+    return True
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Return whether a tensor is its shape, its dtype and one piece of memory, so that it travels as it is."""
-    return type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_nested
+def is_plain(value: Any) -> bool:
+    """Return whether a value is a tensor of a shape, a dtype and one piece of memory, so that it travels as it is."""
+    return type(value) is Tensor and value.layout is _STRIDED and not value.is_nested
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
@@ -99,9 +103,9 @@ def dismantle(payload: Any, source: str = "a packet holds") -> tuple[str | None,
     Raises:
         UsageError: Something in it cannot travel; `source` begins the text, as "layer 'a' returned".
     """
-    if isinstance(payload, Tensor) and is_plain(payload):
+    if is_plain(payload):
         return None, (payload,)
-    if type(payload) is tuple and all(isinstance(item, Tensor) and is_plain(item) for item in payload):
+    if type(payload) is tuple and all(map(is_plain, payload)):
         return None, payload
     tensors: list[Tensor] = []
     return json.dumps(_written(payload, tensors, source)), tuple(tensors)
