@@ -39,6 +39,21 @@ def test_head_by_shape(hidden, output, name, as_tuple):
     check_critic(critic, where)
 
 
+@pytest.mark.parametrize("size", [(8, 6), (16, 12), (4, 3), (5, 7)])
+def test_dense_head_is_one_convolution_and_a_linear_interpolation(size):
+    """And other sizes of images give other sizes of outputs, by the same ratio."""
+    hidden = torch.randn(2, 6, 8, 6)
+    where = context(hidden, torch.randn(2, 10, *size))
+    for kind in (HeadCritic(), AutoCritic()):
+        critic = build_critic(kind)(where)
+        expected = critic.convolution(hidden)
+        if size != (8, 6):
+            expected = nn.functional.interpolate(expected, size=size, mode="bilinear", align_corners=False)
+        assert torch.equal(critic(hidden), expected)
+        assert critic(torch.randn(3, 6, 16, 12)).shape == (3, 10, 2 * size[0], 2 * size[1])
+        check_critic(critic, where)
+
+
 def test_token_head_has_no_bias_and_follows_the_dtype():
     critic = build_critic(HeadCritic())(context(torch.randn(2, 5, 6).bfloat16(), torch.randn(2, 5, 11)))
     assert critic.projection.bias is None
@@ -47,7 +62,7 @@ def test_token_head_has_no_bias_and_follows_the_dtype():
 
 @pytest.mark.parametrize(
     ("hidden", "output"),
-    [((2, 3, 4, 5, 6), (2, 10)), ((2, 5, 6), (2, 4, 11)), ((2, 6, 5, 4), (2, 10, 5, 4)), ((2,), (2, 10))],
+    [((2, 3, 4, 5, 6), (2, 10)), ((2, 5, 6), (2, 4, 11)), ((2, 6, 5, 4), (2, 10, 5)), ((2,), (2, 10))],
 )
 def test_head_refuses_other_shapes(hidden, output):
     with refused("critic-unfit", UsageError, "stage 1: "):
