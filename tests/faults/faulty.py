@@ -1,6 +1,8 @@
 """User code with faults, named by the settings of the tests (`faulty:function`), in this process and in ranks."""
 
 import os
+import resource
+import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -55,6 +57,35 @@ def raises(info, at, behind=2):
         return x * (1 / 0)
 
     return network(info, Tripwire(at, divide), behind)
+
+
+def exits(info, at, behind=2):
+    def leave(x):
+        sys.exit(0)
+
+    return network(info, Tripwire(at, leave), behind)
+
+
+class Unprintable(Exception):
+    def __str__(self):
+        raise AttributeError("no such thing")
+
+
+def unprintable(info, at, behind=2):
+    def fail(x):
+        raise Unprintable
+
+    return network(info, Tripwire(at, fail), behind)
+
+
+def fills_the_disk(info, at, behind=2):
+    """From then on no file of this process may grow beyond a kilobyte."""
+
+    def fill(x):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
+        return x
+
+    return network(info, Tripwire(at, fill), behind)
 
 
 def infinite_gradient(info, at, behind=2):

@@ -1,5 +1,6 @@
 """Faults of a run in one process: losses, checkpoints, Ctrl-C, SIGTERM, and the commands that read run folders."""
 
+import errno
 import json
 import os
 import shutil
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch.distributed.checkpoint.api import CheckpointException
 
 import decoupled_pp
 import launched
+from decoupled_pp.run import folder as run_folder
 from decoupled_pp.training import prepare
 from kit import check_said
 
@@ -144,6 +147,66 @@ def test_a_measured_cut_is_kept_by_resume(cut):
     assert launched.dpp("train", "run.yaml", "--set=cut=time", "--resume") == 0
     record = json.loads((launched.FOLDER / "checkpoints/step-00000006/stage-0.json").read_text())
     assert record["boundaries"] == [0, cut[0], 4]
+
+
+def test_an_exit_of_user_code_is_no_end_of_the_run(capsys):
+    launched.write_settings(model=launched.factory("exits", at=5))
+    assert launched.dpp("train", "run.yaml") == 1
+    said = capsys.readouterr().err
+    check_said(said, "user-code-exited", "stage 1, TRAIN packet 5", "sys.exit(0)", "the checkpoint at step 4 is kept")
+
+
+def _no_space(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    "place", ["decoupled_pp.run.checkpoints.parts.write_atomically", "torch.distributed.checkpoint.save"]
+)
+def test_a_full_disk_is_named_and_the_run_goes_on_from_before(place, capsys, monkeypatch):
+    """The library wraps what the disk raises into an error that is no Exception."""
+    assert launched.dpp("train", "run.yaml", "--set=training.steps=4") == 0
+    capsys.readouterr()
+
+    def full(*_, **__):
+        try:
+            _no_space()
+        except OSError as error:
+            raise CheckpointException("write", {0: (error, None)}) from error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, full)
+        assert launched.dpp("train", "run.yaml", "--resume") == 1
+    said = capsys.readouterr().err
+    check_said(said, "checkpoint-not-written", "step-00000006: No space left", "the checkpoint at step 4 is kept")
+    assert launched.checkpoint_steps() == [2, 4] and not list(launched.FOLDER.glob("checkpoints/*.incomplete"))
+    assert launched.dpp("train", "run.yaml", "--resume") == 0
+
+
+@pytest.mark.parametrize("place", ["write_trace", "plot_losses", "write_atomically"])
+def test_results_that_a_full_disk_refused_are_written_by_resume(place, finished, capsys, monkeypatch):
+    full = _no_space
+    if place == "write_atomically":
+        write = run_folder.write_atomically
+
+        def full(path, text):
+            return _no_space() if path.name == "summary.json" else write(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"decoupled_pp.run.folder.{place}", full)
+        assert launched.dpp("train", "run.yaml") == 1
+    said = capsys.readouterr().err
+    check_said(said, "results-not-written", "No space left", "the checkpoint at step 6 is kept", "--resume")
+    assert launched.dpp("train", "run.yaml", "--resume") == 0
+    assert (launched.FOLDER / "summary.json").is_file()
+    for name in ("model.safetensors", "data.json"):
+        assert (launched.FOLDER / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_a_log_that_a_full_disk_refuses_ends_the_run_in_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("decoupled_pp.run.log._line", _no_space)
+    assert launched.dpp("train", "run.yaml") == 1
+    check_said(capsys.readouterr().err, "run-log-not-written", "No space left")
 
 
 def test_sigterm_ends_the_run_and_keeps_the_last_checkpoint(capsys):

@@ -77,6 +77,37 @@ def test_an_error_in_a_layer_is_a_traceback_there_and_a_line_elsewhere(tmp_path)
     _check_kept(5)
 
 
+@pytest.mark.parametrize("stage, behind", [(0, 1), (2, 3)])
+def test_a_full_disk_is_named_by_all_ranks(stage, behind, tmp_path):
+    results, said = _train(tmp_path, launched.factory("fills_the_disk", at=5, behind=behind))
+    cause = f"cannot write the checkpoint {launched.FOLDER}/checkpoints/step-00000006: File too large"
+    # The one whose files may not grow cannot write down for this test how it has ended.
+    assert all(result.value == 1 for rank, result in enumerate(results) if rank != stage), results
+    assert all(cause in line and "\n" not in line for line in said), said
+    assert said[stage].startswith(f"dpp: rank {stage}: {cause}; free or mend the disk")
+    assert not any("Traceback" in result.output for rank, result in enumerate(results) if rank != stage)
+    assert launched.checkpoint_steps()[-1] <= 5
+    assert launched.dpp("evaluate", launched.FOLDER) == 0
+
+
+def test_an_exit_of_user_code_is_told_as_what_it_is(tmp_path):
+    results, said = _train(tmp_path, launched.factory("exits", at=5, behind=2))
+    assert [result.value for result in results] == [1, 1, 1], results
+    assert all("stage 1, TRAIN packet 5: the code of a layer" in line and "sys.exit(0)" in line for line in said), said
+    _check_kept(5)
+
+
+def test_an_error_that_cannot_be_printed_still_names_itself(tmp_path):
+    results, said = _train(tmp_path, launched.factory("unprintable", at=5, behind=2))
+    assert "Traceback" in results[1].output and "Unprintable" in results[1].output
+    for rank in (0, 2):
+        assert (
+            results[rank].value == 1 and "rank 1: Unprintable: (its text cannot be shown: AttributeError" in said[rank]
+        )
+    assert said[1].startswith("dpp: stage 1, TRAIN packet 5: Unprintable: ")
+    _check_kept(5)
+
+
 def _in_a_folder_of_its_own(folder, *arguments):
     """As on a machine that shares no file system with the others."""
     home = Path(folder, os.environ["RANK"])

@@ -1,6 +1,8 @@
 """Signals to real launches, as a terminal, a batch system or the kernel sends them; and restarts by the launcher."""
 
 import signal
+import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,47 @@ def test_ctrl_c_saves_on_all_ranks_and_says_how_to_go_on():
     assert launched.dpp("train", "run.yaml", "--set=seed=3", short, "--resume") == 0
     assert launched.dpp("train", "run.yaml", "--set=seed=3", short, "--set=name=whole") == 0
     assert _equal(launched.weights(), launched.weights(Path("runs/whole")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ctrl_c_to_one_rank_ends_the_run_for_good(rank):
+    """A cluster that takes its machine back signals single processes; nobody is to start them again."""
+    command = _launch("--max-restarts=5")
+    command.signal_rank(rank, signal.SIGINT)
+    code, errors = command.wait()
+    assert code == 130
+    (line,) = launched.said(errors)
+    assert line.startswith("dpp: interrupted at step ") and line.endswith("--ranks 2 --resume")
+    assert launched.checkpoint_steps()[-1] == int(line.split()[4].strip(";")) < 400
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "text"),
+    [(signal.SIGINT, 130, "dpp: interrupted"), (signal.SIGTERM, 143, "dpp: rank 0 got SIGTERM")],
+)
+def test_signals_are_heard_while_ranks_join(number, code, text, monkeypatch):
+    """The other rank never comes; torch waits for it in C++."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launched.write_settings(links={"timeout_seconds": 3600.0})
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    command = launched.Command("decoupled_pp", "train", "run.yaml")
+    command.until(lambda: _listens(port))
+    time.sleep(1.0)
+    command.signal(number)
+    ended, errors = command.wait(120)
+    assert ended == code
+    (line,) = launched.said(errors)
+    assert line.startswith(text) and line.endswith("no checkpoint was saved")
+
+
+def _listens(port):
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.mark.slow
@@ -126,6 +169,38 @@ def test_a_restarted_launch_goes_on_by_itself():
     assert launched.dpp("train", "run.yaml", "--set=name=undisturbed") == 0
     assert _equal(launched.weights(), launched.weights(Path("runs/undisturbed")))
     assert [r["step"] for r in launched.metrics() if r["kind"] == "train" and r["stage"] == 0] == [2, 4, 6, 8]
+
+
+@pytest.fixture
+def restarted(monkeypatch):
+    """This process belongs to a launch whose workers torchrun starts again by itself."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    return lambda: monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+
+
+def test_a_restart_after_the_end_leaves_the_results(restarted):
+    launched.write_settings()
+    assert launched.dpp("train", "run.yaml") == 0
+    names = ("summary.json", "trace.json", "metrics.jsonl", "model.safetensors")
+    before = {name: (launched.FOLDER / name).read_bytes() for name in names}
+    restarted()
+    assert launched.dpp("train", "run.yaml") == 0
+    assert {name: (launched.FOLDER / name).read_bytes() for name in names} == before
+
+
+def test_a_restart_after_an_interrupt_does_not_go_on(restarted, capsys):
+    model = launched.factory("dies_once", at=3, number=int(signal.SIGINT))
+    launched.write_settings(model=model)
+    assert launched.dpp("train", "run.yaml") == 130
+    before = launched.checkpoint_steps()
+    restarted()
+    capsys.readouterr()
+    assert launched.dpp("train", "run.yaml") == 130
+    assert f"the checkpoint at step {before[-1]} is kept" in capsys.readouterr().err
+    assert launched.checkpoint_steps() == before
+    with pytest.MonkeyPatch.context() as patch:  # a launch of its own, which a user starts
+        patch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+        assert launched.dpp("train", "run.yaml", "--resume") == 0
 
 
 def test_a_restart_never_takes_over_the_run_of_another_launch():

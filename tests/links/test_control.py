@@ -1,14 +1,16 @@
 """The control plane: the first fault wins, records in order, gathering is bounded."""
 
 import os
+import threading
 import time
 
 import pytest
 
 from decoupled_pp.core.errors import Fault, LinkError, PeerError, UsageError
 from decoupled_pp.core.reports import CheckpointRecord, NoteRecord
-from decoupled_pp.links import LocalControl, join_world
-from kit import check_text
+from decoupled_pp.links import LocalControl, StoreControl, join_world
+from decoupled_pp.training.watch import Terminated
+from kit import check_text, refused
 from ranks import PATIENCE, launch, values
 
 
@@ -59,6 +61,50 @@ def test_nobody_waits_for_a_rank_0_that_is_gone(tmp_path):
         "for cut from rank 0",
         "the bound of 1 s",
     )
+
+
+class SilentStore:
+    """As behind a cut cable: no call returns."""
+
+    def __init__(self):
+        self.over = threading.Event()
+
+    def check(self, keys):
+        self.over.wait()
+
+    def set(self, key, value):
+        self.over.wait()
+
+
+@pytest.fixture
+def behind_a_cut_cable(monkeypatch):
+    monkeypatch.setattr("decoupled_pp.links.control._LEAST_BOUND_SECONDS", 0.1)
+    store = SilentStore()
+    yield StoreControl(store, 1, 2, 0.2)
+    store.over.set()
+
+
+def test_a_store_that_never_answers_is_given_up_once(behind_a_cut_cable):
+    begun = time.monotonic()
+    assert behind_a_cut_cable.fault() is None
+    assert "cannot be reached" in behind_a_cut_cable.stop_requested()
+    for _ in range(100):  # nothing is waited for any more
+        behind_a_cut_cable.post(NoteRecord(stage=0, text="lost"))
+    assert time.monotonic() - begun < 60.0
+    with refused("launcher-gone", LinkError, "rank 1 cannot get anything from rank 0", "no answer within 0.2 s"):
+        behind_a_cut_cable.gather("anything", 1, 3600.0)
+
+
+def test_a_signal_while_the_store_is_asked_is_no_fault_of_the_store(behind_a_cut_cable, monkeypatch):
+    terminated = Terminated("rank 1 got SIGTERM", code="terminated")
+
+    def interrupted(*_):
+        raise terminated
+
+    with monkeypatch.context() as patch, pytest.raises(Terminated):
+        patch.setattr("decoupled_pp.links.control.wait_for", interrupted)
+        behind_a_cut_cable.fault()
+    assert behind_a_cut_cable._lost is None
 
 
 def _meet():

@@ -31,7 +31,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, tensorboard: bool, resume_step: int | None) -> None:
-        """Check what is there; nothing is written yet."""
+        """Check what is there, and that the file can be written; nothing in it changes yet."""
         self._folder = folder
         self._path = folder / METRICS_FILE
         self._tensorboard = tensorboard
@@ -41,6 +41,9 @@ class RunLog:
         self._report_before = threading.excepthook
         if self._path.exists():
             _read_objects(self._path)
+        with self._named_if_full():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._path.touch()
         if tensorboard:
             threading.excepthook = self._report_from_thread
 
@@ -60,9 +63,7 @@ class RunLog:
                 self._events.flush()
 
     def _open(self) -> TextIO:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        if self._path.exists():
-            _truncate(self._path, self._resume_step)
+        _truncate(self._path, self._resume_step)
         if self._tensorboard:
             self._events = _open_events(self._folder / TENSORBOARD_FOLDER, self._resume_step)
         self._file = self._path.open("a", encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+from decoupled_pp.core.errors import TrainingError
 from decoupled_pp.core.reports import CheckpointRecord, NoteRecord, Record, Span, SpansRecord
 from decoupled_pp.run.live import LiveView
 from decoupled_pp.run.log import RunLog
@@ -32,10 +33,15 @@ class RunObserver:
     def __enter__(self) -> RunObserver:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._view is not None and self._log is not None:
-            self._view.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._view is None or self._log is None:
+            return
+        self._view.close()
+        try:
             self._log.close()
+        except TrainingError:
+            if kind is None:  # else the error that the run ends with has come first
+                raise
 
     def __call__(self, records: list[Record]) -> None:
         """Take records, on rank 0."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,6 +145,22 @@ class DecoupledTrainer(BaseTrainer):
         view = LiveView(self.plan.stages, itinerary.steps) if wanted else None
         observer = self._observer or (view.update if view is not None else None)
         watcher = Watcher(self._control, observer if self.rank == 0 else None, self.interrupted)
+        with closing(view) if view is not None else nullcontext(), watcher:
+            report = self._run(train, held_out, itinerary, resume, trace_packets, watcher)
+        if report.steps >= itinerary.steps:  # a stop that was asked for in the last step changed nothing
+            return replace(report, stopped=None)
+        return report
+
+    def _run(  # noqa: PLR0917 - all that a session is of
+        self,
+        train: BatchSource | None,
+        held_out: BatchSource | None,
+        itinerary: Itinerary,
+        resume: Checkpoint | None,
+        trace_packets: range,
+        watcher: Watcher,
+    ) -> Report:
+        """Run to the END packet and gather the report, or tell all ranks why not."""
         workers: list[Worker] = []
         try:
             with told_to_all(self._control, self.rank, self._topology):
@@ -160,19 +177,12 @@ class DecoupledTrainer(BaseTrainer):
                 # Every rank has sent its report, so all parts are written; the last to write may not have seen them.
                 if is_saved and folder is not None and folder.ensure_committed(step, self.plan.stages):
                     self._control.post(CheckpointRecord(stage=0, step=step))
-            if report.steps >= itinerary.steps:  # a stop that was asked for in the last step changed nothing
-                return replace(report, stopped=None)
             return report
         finally:
             for worker in workers:
                 worker.close()  # a second time in a good run, which does nothing
             if self._world is not None:
                 self._world.disconnect()
-            try:
-                watcher.close()
-            finally:
-                if view is not None:
-                    view.close()
 
     def _begin(self, itinerary: Itinerary, resume: Checkpoint | None, *, training: bool) -> None:
         """Bring this rank's stages to where the run begins, and wait until all ranks have."""

@@ -77,7 +77,8 @@ class _Beginning:
     overwrite: bool
     newest: str | None  # name of the newest whole checkpoint, if the run goes on from it
     damaged: dict[str, str]  # names of newer ones, which cannot be read, and why
-    is_over: bool  # its results are written, and nobody has started its workers again
+    is_over: bool  # nothing is left to train, and the results are written
+    restarted: bool  # torchrun has started the workers of this run again
 
 
 def run_rank(settings: Settings, *, resume: bool = False, overwrite: bool = False) -> Outcome:
@@ -91,6 +92,8 @@ def run_rank(settings: Settings, *, resume: bool = False, overwrite: bool = Fals
     with RunLock(settings.folder) as lock:
         with told_to_all(control, environment.rank(), topology):
             start = _start(settings, control, lock, resume=resume, overwrite=overwrite)
+        if start is None:
+            return Outcome(run_folder.read_summary(settings.folder), settings.folder, [], None, environment.rank())
         return _train(settings, start)
 
 
@@ -128,7 +131,7 @@ def _leave_results(
         weights = settings.folder / run_folder.WEIGHTS_FILE
         write_weights(network, weights)
         text = generate_text(settings, start.info, weights)
-    # Workers that are started again after the end train nothing: what they measure must not replace the rest.
+    # What a run measures that is interrupted before it has trained anything must not replace earlier results.
     trained = start.checkpoint is None or report.steps > start.checkpoint.step
     if not trained and run_folder.has_results(settings.folder, report.steps):
         return Outcome(report, settings.folder, [], text, 0)
@@ -139,8 +142,8 @@ def _leave_results(
     return Outcome(report, settings.folder, pictures, text, 0)
 
 
-def _start(settings: Settings, control: Control, lock: RunLock, *, resume: bool, overwrite: bool) -> _Start:
-    """Find every fault of the input on every rank; only then claim the run folder."""
+def _start(settings: Settings, control: Control, lock: RunLock, *, resume: bool, overwrite: bool) -> _Start | None:
+    """Find every fault of the input on every rank; only then claim the run folder. None if the run is over."""
     folder = settings.folder
     timeout_seconds = settings.links.timeout_seconds
     if resume and settings.strategy != "decoupled":
@@ -150,9 +153,11 @@ def _start(settings: Settings, control: Control, lock: RunLock, *, resume: bool,
             key="strategy",
         )
     decided = control.from_rank_0(
-        "beginning", lambda: vars(_begin(folder, resume=resume, overwrite=overwrite)), timeout_seconds
+        "beginning", lambda: vars(_begin(settings, resume=resume, overwrite=overwrite)), timeout_seconds
     )
     beginning = _Beginning(**decided)
+    if beginning.restarted and beginning.is_over:  # a rank died after the end
+        return None
     checkpoint = None
     if beginning.newest is not None:
         checkpoint = open_checkpoint(folder / run_folder.CHECKPOINTS / beginning.newest)
@@ -165,7 +170,7 @@ def _start(settings: Settings, control: Control, lock: RunLock, *, resume: bool,
     trainer = make_trainer(settings, plan)
     logger.info("building the stages and their critics")
     trainer.build(checkpoint)
-    if checkpoint is not None and checkpoint.step >= settings.training.steps and beginning.is_over:
+    if checkpoint is not None and beginning.is_over:
         raise UsageError(
             f"{folder} is at step {checkpoint.step} of {settings.training.steps}; raise `training.steps`",
             code="nothing-left-to-train",
@@ -224,8 +229,9 @@ def _take_threads(settings: Settings, control: Control, checkpoint: Checkpoint |
     logger.info("CPU threads%s: %d (%s)", per_rank, count, threads.reason)
 
 
-def _begin(folder: Path, *, resume: bool, overwrite: bool) -> _Beginning:
+def _begin(settings: Settings, *, resume: bool, overwrite: bool) -> _Beginning:
     """Decide how a run begins, from what was asked for and from what the folder holds; only looks."""
+    folder = settings.folder
     restarted = environment.restart_count() > 0 and run_folder.claimed_by(folder, environment.job())
     if restarted and run_folder.was_interrupted(folder):
         raise KeyboardInterrupt  # by torchrun, which knows no interrupt of one rank
@@ -234,8 +240,9 @@ def _begin(folder: Path, *, resume: bool, overwrite: bool) -> _Beginning:
         overwrite = not resume
     run_folder.check(folder, resume=resume, overwrite=overwrite)
     newest, damaged = newest_whole(folder / run_folder.CHECKPOINTS) if resume else (None, {})
-    is_over = not restarted and newest is not None and run_folder.has_results(folder, newest.step)
-    return _Beginning(resume, overwrite, newest.path.name if newest is not None else None, damaged, is_over)
+    is_over = newest is not None and newest.step >= settings.training.steps
+    is_over = is_over and run_folder.has_results(folder, settings.training.steps)
+    return _Beginning(resume, overwrite, newest.path.name if newest is not None else None, damaged, is_over, restarted)
 
 
 def make_decoupled(settings: Settings, plan: Plan) -> DecoupledTrainer:

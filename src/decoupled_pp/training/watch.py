@@ -65,6 +65,16 @@ class Watcher:
         self._pass_on_interrupt()
         return self._stop_reason
 
+    def __enter__(self) -> Watcher:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except Exception:
+            if kind is None:  # else the error that the run ends with has come first: a full disk spares no log
+                raise
+
     def close(self) -> None:
         """Stop watching, and hand out the last records."""
         if not self._ending.is_set():

@@ -84,23 +84,20 @@ class BaselineTrainer(BaseTrainer):
         self._control = self._channel()
         # An event of its own: an interrupt ends the steps at once, and the watcher must not ask for an orderly stop.
         watcher = Watcher(self._control, self._observer if self.rank == 0 else None, threading.Event())
-        try:
-            with told_to_all(self._control, self.rank), _as_link_errors(self.rank):
-                assert train is not None, "a baseline has no evaluation alone"
-                self.build(resume)
-                strategy = self._built()
-                every = self.recipe.metrics.every
-                meter = StageMeter(self.rank, Clock(self.device), self._control.post, every=every, trace=trace_packets)
-                strategy.recorder = meter
-                self._control.gather("built", 0, self._timeout)
-                for step in self._steps(train, itinerary, strategy, meter):
-                    if held_out is not None and _is_evaluated(step, itinerary):
-                        meter.flush(self, 0)
-                        self._evaluate(islice(held_out.batches(), itinerary.validation_batches), meter)
-                meter.flush(self, 0)
-                return self._report(strategy, meter)
-        finally:
-            watcher.close()
+        with watcher, told_to_all(self._control, self.rank), _as_link_errors(self.rank):
+            assert train is not None, "a baseline has no evaluation alone"
+            self.build(resume)
+            strategy = self._built()
+            every = self.recipe.metrics.every
+            meter = StageMeter(self.rank, Clock(self.device), self._control.post, every=every, trace=trace_packets)
+            strategy.recorder = meter
+            self._control.gather("built", 0, self._timeout)
+            for step in self._steps(train, itinerary, strategy, meter):
+                if held_out is not None and _is_evaluated(step, itinerary):
+                    meter.flush(self, 0)
+                    self._evaluate(islice(held_out.batches(), itinerary.validation_batches), meter)
+            meter.flush(self, 0)
+            return self._report(strategy, meter)
 
     def _steps_done(self) -> int:
         return self.updates
