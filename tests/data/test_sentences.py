@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from decoupled_pp.core.criterion import IGNORED
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.core.objective import IGNORED
 from decoupled_pp.data import open_data
 from decoupled_pp.data.masking import masked
 from decoupled_pp.data.vocabulary import open_vocabulary

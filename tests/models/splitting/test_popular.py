@@ -24,7 +24,7 @@ def cases():
         yield pytest.param(one, line, marks=marks, id=f"{one[0]}-{one[1]}")
 
 
-@pytest.mark.parametrize(("model", "line"), cases())
+@pytest.mark.parametrize(("model", "line"), list(cases()))
 def test_is_split_as_the_page_says(model, line):
     if model[0] in SLOW:
         allow_torchvision_without_operators()
