@@ -153,6 +153,36 @@ def test_batches_may_be_dictionaries():
     assert_equal_states(weights_of(layers(Read), nested, loss), weights_of(layers(nn.Linear), BATCHES, "cross_entropy"))
 
 
+BESIDE = {
+    "uint16": lambda: torch.ones(4, dtype=torch.uint16),
+    "uint64": lambda: torch.ones(2, dtype=torch.uint64),
+    "float8": lambda: torch.ones(2).to(torch.float8_e4m3fn),
+    "complex": lambda: torch.randn(4, dtype=torch.complex64),
+    "no dimension": lambda: torch.tensor(3),
+    "empty": lambda: torch.empty(0, 3, dtype=torch.int32),
+    "sparse truth values": lambda: torch.eye(4).bool().to_sparse(),
+    "sparse": lambda: torch.eye(4).to_sparse(),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("by", ["uniform", "time"])
+def test_inputs_of_any_kind(name, by):
+    class Pass(nn.Linear):
+        def forward(self, payload):
+            return (super().forward(payload[0]), *payload[1:])
+
+    class Last(nn.Linear):
+        def forward(self, payload):
+            return super().forward(payload[0])
+
+    batches = [((inputs, BESIDE[name]()), target) for inputs, target in BATCHES]
+    plan = partition([Pass(WIDTH, WIDTH), Pass(WIDTH, WIDTH), Last(WIDTH, CLASSES)], 3, by, batches[0][0])
+    options = {"critic": "head", "device": "cpu", "observer": ignore, "global_correction": CORRECTION}
+    report = Trainer(plan, **options).fit(batches, 4, validate=batches)
+    assert all(one.val_loss > 0 for one in report.exits)
+
+
 def test_samples_are_counted_by_the_target():
     """A network may take its batch in any dimension: here the sequence comes first."""
 

@@ -13,8 +13,11 @@ from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.gradients import WithoutGradients
 from decoupled_pp.core.module_state import KeptState
 from decoupled_pp.core.packets import Payload, as_tuple, map_payload
-from decoupled_pp.core.structures import memory_of
+from decoupled_pp.core.structures import is_plain, memory_of
 from decoupled_pp.models.cutting.layers import copy_for, describe_layer
+
+_NOT_COMPUTED_WITH = {torch.uint16, torch.uint32, torch.uint64}
+"""Whole numbers that torch stores, and hardly computes with."""
 
 
 def refuse_side_channels(
@@ -68,10 +71,12 @@ def _noisy(tensor: Tensor) -> Tensor:
 
 def _other(payload: Payload) -> Payload:
     """Return other values of the same kind; whole numbers stay in their range."""
-    return map_payload(lambda tensor: tensor if tensor.is_floating_point() else _other_whole(tensor), payload)
+    return map_payload(_other_whole, payload)
 
 
 def _other_whole(tensor: Tensor) -> Tensor:
+    if tensor.is_floating_point() or not is_plain(tensor) or tensor.dtype in _NOT_COMPUTED_WITH:
+        return tensor
     turned = tensor.flip(0) if tensor.dim() else tensor
     return (tensor == 0).to(tensor.dtype) if torch.equal(turned, tensor) else turned
 
