@@ -54,6 +54,17 @@ def test_dense_head_is_one_convolution_and_a_linear_interpolation(size):
         check_critic(critic, where)
 
 
+def test_patch_head_makes_the_pixels_of_every_token():
+    """Tokens are patches in rows; another size of image has as many more."""
+    hidden = torch.randn(2, 12, 6)
+    where = context(hidden, torch.randn(2, 5, 6, 8))
+    critic = build_critic(HeadCritic())(where)
+    patches = critic.linear(critic.norm(hidden)).reshape(2, 3, 4, 5, 2, 2)
+    assert torch.equal(critic(hidden), patches.permute(0, 3, 1, 4, 2, 5).reshape(2, 5, 6, 8))
+    assert critic(torch.randn(1, 48, 6)).shape == (1, 5, 12, 16)
+    check_critic(critic, where)
+
+
 def test_token_head_has_no_bias_and_follows_the_dtype():
     critic = build_critic(HeadCritic())(context(torch.randn(2, 5, 6).bfloat16(), torch.randn(2, 5, 11)))
     assert critic.projection.bias is None

@@ -74,6 +74,26 @@ class DenseHead(nn.Module):
         return functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
 
+class PatchHead(nn.Module):
+    """Norm and a patch of pixels from every token, as the last layer of a DiT: (B, T, D) -> (B, K, H, W).
+
+    The tokens are the patches of the image in rows.
+    """
+
+    def __init__(self, width: int, outputs: int, patch: int, ratio: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.linear = nn.Linear(width, outputs * patch * patch)
+        self.patch = patch
+        self.ratio = ratio  # height of the image / its width
+
+    def forward(self, hidden: Payload) -> Tensor:
+        """Judge a stage's output."""
+        pixels: Tensor = self.linear(self.norm(first_tensor(hidden))).transpose(1, 2)
+        rows = round((pixels.shape[2] * self.ratio) ** 0.5)
+        return functional.pixel_shuffle(pixels.unflatten(2, (rows, -1)), self.patch)
+
+
 class SequenceHead(nn.Module):
     """Norm, mean over the sequence, linear layer: (B, T, D) -> (B, K).
 
@@ -128,6 +148,8 @@ def matching_head(hidden: Payload, output: Tensor, stage: int) -> nn.Module:
         case 4, 4:
             (height, width), (tall, wide) = first.shape[2:], output.shape[2:]
             head = DenseHead(first.shape[1], output.shape[1], (tall / height, wide / width))
+        case 3, 4 if (patch := _patch(first.shape[1], output)) is not None:
+            head = PatchHead(width, output.shape[1], patch, output.shape[2] / output.shape[3])
         case 3, 2:
             head = SequenceHead(width, output.shape[1])
         case _:
@@ -139,6 +161,13 @@ def matching_head(hidden: Payload, output: Tensor, stage: int) -> nn.Module:
                 key="critic.kind",
             )
     return head.to(device=first.device, dtype=first.dtype)
+
+
+def _patch(tokens: int, output: Tensor) -> int | None:
+    """Return the side of the square patches of an output that as many tokens stand for; None if there are none."""
+    height, width = output.shape[2:]
+    sides = (side for side in range(1, min(height, width) + 1) if height % side == 0 and width % side == 0)
+    return next((side for side in sides if height * width == tokens * side * side), None)
 
 
 def own_head(context: CriticContext, hidden: Payload) -> nn.Module:

@@ -248,15 +248,7 @@ class ExitLayer(_EndLayer):
         """Take a copy of the model whose last block is `last`."""
         super().__init__(model, shape_model, call)
         self._last = last
-
-    def train(self, mode: bool = True) -> ExitLayer:
-        """Set the mode; the code that calls the blocks must not leave out the last, which takes the hidden state."""
-        super().train(mode)
-        if self.travel.leaves_out:
-            for module in self.model.modules():
-                if self._last in module.modules():
-                    module.training = False
-        return self
+        self._callers = [module for module in model.modules() if last in module.modules() and module is not last]
 
     def forward(self, payload: Payload) -> Tensor:
         """Map (hidden state, carried results, inputs) to the network's output.
@@ -276,11 +268,31 @@ class ExitLayer(_EndLayer):
         # What the model draws before its blocks, the entry has drawn: here the stream goes on behind the blocks.
         self._last.called = random_position(hidden.device)
         try:
-            with _creating_on(hidden):
-                return self._call.picked(self._run(rebuilt))
+            with self._calling_all_blocks(), _creating_on(hidden):
+                output = self._call.picked(self._run(rebuilt))
+            if self._last.called is not None:
+                raise UsageError(
+                    "the model leaves out its last block, which ran when it was split; set what leaves blocks out "
+                    "(layerdrop, stochastic depth of whole blocks) to 0 or less",
+                    code="block-left-out",
+                )
+            return output
         finally:
             self._last.hidden = None  # the stub must not keep the graph alive
             self._last.called = None
+
+    @contextmanager
+    def _calling_all_blocks(self) -> Iterator[None]:
+        """Make code that leaves out blocks in training call them all: the last one takes the hidden state."""
+        modes = [module.training for module in self._callers]
+        if self.travel.leaves_out:
+            for module in self._callers:
+                module.training = False
+        try:
+            yield
+        finally:
+            for module, mode in zip(self._callers, modes, strict=True):
+                module.training = mode
 
     def _take_carried(self, before_inputs: Sequence[Tensor]) -> None:
         """Hand the results that have travelled to the stubs of their parts."""

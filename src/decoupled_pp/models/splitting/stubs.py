@@ -127,7 +127,7 @@ class PassThroughStub(BlockStub):
 
     Attributes:
         hidden: What to return.
-        called: Called before it returns.
+        called: Called before it returns, once.
     """
 
     hidden: Tensor | None = None
@@ -138,6 +138,7 @@ class PassThroughStub(BlockStub):
         given: Tensor = pytree.tree_leaves((args, kwargs))[self.wiring.hidden_in]
         if self.called is not None:
             self.called()
+            self.called = None
         return self.wiring.result(given if self.hidden is None else self.hidden)
 
 
