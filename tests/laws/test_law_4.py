@@ -114,8 +114,8 @@ def test_nothing_but_credits_is_sent_backward(tmp_path):
         assert link["payload_bytes_forward"] == sent
 
 
-def test_a_tensor_sent_backward_would_be_counted(tmp_path):
-    """Bytes that come back and are no credit are not even taken: the link refuses them, and with it the run."""
+def test_what_comes_back_and_is_no_credit_is_refused(tmp_path):
+    """The link takes nothing but credits, and what a rule returns (counted: tests/pipeline/rules/test_cascade.py)."""
     with pytest.raises(AssertionError, match="is no credit that is due"):  # `launch` and `values` raise what ranks did
         values(launch(_smuggle, size=2, folder=tmp_path))
 

@@ -11,7 +11,7 @@ from torch import nn
 from decoupled_pp import Trainer, partition
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.pipeline.optimizer_state import group_entries
-from decoupled_pp.run.checkpoints.parts import latest_checkpoint
+from decoupled_pp.run.checkpoints.opened import latest_checkpoint
 from decoupled_pp.settings.run import ScheduleSettings
 from kit import differences, merged, refused, states
 from ranks import launch, values

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from decoupled_pp import Trainer, partition
-from decoupled_pp.run.checkpoints.parts import export_safetensors
+from decoupled_pp.run.checkpoints.weights import export_safetensors
 from kit import differences, ignore
 from ranks import launch, values
 

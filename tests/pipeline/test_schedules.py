@@ -9,7 +9,7 @@ from torch.optim import lr_scheduler
 from decoupled_pp import Critic, Trainer, partition
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.pipeline.schedules import Plateau
-from decoupled_pp.run.checkpoints.parts import latest_checkpoint
+from decoupled_pp.run.checkpoints.opened import latest_checkpoint
 from decoupled_pp.settings.run import ScheduleSettings
 from kit import differences, ignore, refused, states, tanh_network, vector_batches
 

@@ -8,7 +8,7 @@ from torch import nn
 import decoupled_pp as dpp
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.run import folder
-from decoupled_pp.run.checkpoints.parts import export_safetensors
+from decoupled_pp.run.checkpoints.weights import export_safetensors
 from kit import refused
 
 

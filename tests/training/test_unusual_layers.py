@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from decoupled_pp import Trainer, partition
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.run.checkpoints.parts import export_safetensors
+from decoupled_pp.run.checkpoints.weights import export_safetensors
 from decoupled_pp.run.folder import load_weights
 from kit import assert_equal_states, differences, ignore, merged, refused, states, vector_batches
 from ranks import launch, values

@@ -30,7 +30,7 @@ def run_command(chosen: argparse.Namespace) -> int:
     """Writes the whole network, or one that ends at an exit."""
     from decoupled_pp.commands.evaluate.finished_run import exit_module
     from decoupled_pp.commands.exported import export_run
-    from decoupled_pp.run.checkpoints.parts import export_safetensors
+    from decoupled_pp.run.checkpoints.weights import export_safetensors
 
     if chosen.exit is not None and chosen.tied:
         raise UsageError(

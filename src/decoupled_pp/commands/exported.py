@@ -12,8 +12,8 @@ from decoupled_pp.data.vocabulary import open_vocabulary
 from decoupled_pp.models import build_model
 from decoupled_pp.models.transformers_export import export_transformers
 from decoupled_pp.run.checkpoints.files import cannot_write
-from decoupled_pp.run.checkpoints.parts import export_safetensors
 from decoupled_pp.run.checkpoints.shards import write_shards
+from decoupled_pp.run.checkpoints.weights import export_safetensors
 from decoupled_pp.run.folder import CHECKPOINTS, CONFIG_FILE, INFO_FILE, WEIGHTS_FILE
 from decoupled_pp.run.saved import TOKENIZER_FILE, Saved, open_saved
 from decoupled_pp.settings.sections import HuggingFaceModel

@@ -67,7 +67,7 @@ def split(
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What is asked for."""
+    """Holds what a call of `split` asks for."""
 
     model: nn.Module | Sequence[nn.Module]
     sample: Any

@@ -20,7 +20,8 @@ from decoupled_pp.core.records import write_json
 from decoupled_pp.core.reports import Report, Span
 from decoupled_pp.core.structures import stored
 from decoupled_pp.run.checkpoints.files import reason_of, write_atomically
-from decoupled_pp.run.checkpoints.parts import list_checkpoints, list_incomplete, remove_incomplete, set_aside
+from decoupled_pp.run.checkpoints.opened import set_aside
+from decoupled_pp.run.checkpoints.parts import list_checkpoints, list_incomplete, remove_incomplete
 from decoupled_pp.run.in_progress import RunLock, running
 from decoupled_pp.run.log import METRICS_FILE, TENSORBOARD_FOLDER, read_records
 from decoupled_pp.run.output_folder import OutputFolder, mapping_in

@@ -16,7 +16,7 @@ from decoupled_pp.data.vocabulary import open_vocabulary
 from decoupled_pp.models import build_model
 from decoupled_pp.models.huggingface import split_of_run
 from decoupled_pp.models.transformers_load import load_exported, load_transformers
-from decoupled_pp.run.checkpoints.parts import Checkpoint, latest_checkpoint
+from decoupled_pp.run.checkpoints.opened import Checkpoint, latest_checkpoint
 from decoupled_pp.run.checkpoints.resume import load_model
 from decoupled_pp.run.folder import CHECKPOINTS, CONFIG_FILE, WEIGHTS_FILE, load_weights, read_info
 from decoupled_pp.settings.load import load_settings

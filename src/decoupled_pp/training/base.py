@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -23,13 +24,24 @@ from decoupled_pp.data.iterables import Batches, as_source
 from decoupled_pp.links import LocalControl, World, join_world
 from decoupled_pp.pipeline.feed import Itinerary
 from decoupled_pp.run.checkpoints.folder import CheckpointFolder
-from decoupled_pp.run.checkpoints.parts import Checkpoint
+from decoupled_pp.run.checkpoints.opened import Checkpoint
 from decoupled_pp.settings.run import CheckpointSettings, TrainingSettings, ValidationSettings
 from decoupled_pp.training.choices import choose_section
 from decoupled_pp.training.recipe import Recipe
 
 Observer = Callable[[list[Record]], None]
 S = TypeVar("S", ValidationSettings, CheckpointSettings)
+
+
+@dataclass(frozen=True)
+class Task:
+    """The work of one session of a trainer, between joining its links and leaving them."""
+
+    train: BatchSource | None  # None: nothing is trained, only evaluated
+    held_out: BatchSource | None
+    itinerary: Itinerary
+    resume: Checkpoint | None = None  # where it begins; None: where the trainer stands
+    trace_packets: range = range(0)
 
 
 class BaseTrainer(ABC):
@@ -119,7 +131,7 @@ class BaseTrainer(ABC):
         first = itinerary.accumulate * done if found is None else 0
         train = as_source(train_batches, endless=True, first=first)
         held_out = as_source(validate) if validate is not None else None
-        return self._session(train, held_out, itinerary, found, trace_packets)
+        return self._session(Task(train, held_out, itinerary, found, trace_packets))
 
     @abstractmethod
     def build(self, resume: bool | Checkpoint | None = None) -> None:
@@ -130,14 +142,7 @@ class BaseTrainer(ABC):
         """Return the whole trained network after `fit`, on rank 0; None on other ranks, or if no rank has it whole."""
 
     @abstractmethod
-    def _session(
-        self,
-        train: BatchSource | None,
-        held_out: BatchSource | None,
-        itinerary: Itinerary,
-        resume: Checkpoint | None,
-        trace_packets: range,
-    ) -> Report:
+    def _session(self, task: Task) -> Report:
         """Build what is missing, train (unless there is nothing to train on), evaluate, and gather the report."""
 
     @abstractmethod

@@ -26,12 +26,13 @@ from decoupled_pp.pipeline.runtime import Worker, run
 from decoupled_pp.pipeline.schedules import build_schedules
 from decoupled_pp.pipeline.stage import Stage
 from decoupled_pp.run.checkpoints.folder import CheckpointFolder, tied_weights
-from decoupled_pp.run.checkpoints.parts import Checkpoint, latest_checkpoint, refuse_unsavable_tensors
+from decoupled_pp.run.checkpoints.opened import Checkpoint, latest_checkpoint
+from decoupled_pp.run.checkpoints.parts import refuse_unsavable_tensors
 from decoupled_pp.run.checkpoints.resume import load_model, load_stage, refuse_other_network, with_cut_of
 from decoupled_pp.run.live import LiveView
 from decoupled_pp.run.report import RankMeasurement, link_summaries, make_report, measure_stage
 from decoupled_pp.settings.run import ScheduleSettings
-from decoupled_pp.training.base import BaseTrainer, Observer
+from decoupled_pp.training.base import BaseTrainer, Observer, Task
 from decoupled_pp.training.build import build_stages, plan_digest, renew_optimizers
 from decoupled_pp.training.join import Session, join_in_process
 from decoupled_pp.training.recipe import Recipe
@@ -106,7 +107,7 @@ class DecoupledTrainer(BaseTrainer):
                 code="no-checkpoint",
             )
         step = found.step if found is not None else self._steps_done()
-        return self._session(None, as_source(batches), Itinerary(step, step), found, range(0)).exits
+        return self._session(Task(None, as_source(batches), Itinerary(step, step), found)).exits
 
     def export(self) -> nn.Module:
         """Return the user's own module, trained; under torchrun every rank calls this and gets all weights.
@@ -131,48 +132,33 @@ class DecoupledTrainer(BaseTrainer):
                 load_model(newest, self.plan.module)
         return self.plan.module
 
-    def _session(
-        self,
-        train: BatchSource | None,
-        held_out: BatchSource | None,
-        itinerary: Itinerary,
-        resume: Checkpoint | None,
-        trace_packets: range,
-    ) -> Report:
+    def _session(self, task: Task) -> Report:
         """Build what is missing, connect, run to the END packet, and gather the report."""
         self._control = self._channel()
-        wanted = self._observer is None and self.rank == 0 and train is not None
-        view = LiveView(self.plan.stages, itinerary.steps) if wanted else None
+        wanted = self._observer is None and self.rank == 0 and task.train is not None
+        view = LiveView(self.plan.stages, task.itinerary.steps) if wanted else None
         observer = self._observer or (view.update if view is not None else None)
         watcher = Watcher(self._control, observer if self.rank == 0 else None, self.interrupted)
         with closing(view) if view is not None else nullcontext(), watcher:
-            report = self._run(train, held_out, itinerary, resume, trace_packets, watcher)
-        if report.steps >= itinerary.steps:  # a stop that was asked for in the last step changed nothing
+            report = self._run(task, watcher)
+        if report.steps >= task.itinerary.steps:  # a stop that was asked for in the last step changed nothing
             return replace(report, stopped=None)
         return report
 
-    def _run(  # noqa: PLR0917 - all that a session is of
-        self,
-        train: BatchSource | None,
-        held_out: BatchSource | None,
-        itinerary: Itinerary,
-        resume: Checkpoint | None,
-        trace_packets: range,
-        watcher: Watcher,
-    ) -> Report:
+    def _run(self, task: Task, watcher: Watcher) -> Report:
         """Run to the END packet and gather the report, or tell all ranks why not."""
         workers: list[Worker] = []
         try:
             with told_to_all(self._control, self.rank, self._topology):
-                self._begin(itinerary, resume, training=train is not None)
-                feed = self._feed(train, held_out, itinerary, watcher)
-                workers = self._join(feed, itinerary, trace_packets)
+                self._begin(task)
+                feed = self._feed(task, watcher)
+                workers = self._join(feed, task)
                 run(workers)
                 for worker in workers:
                     worker.close()  # now every byte is out, and counted
                 report = self._gather(workers)
                 step = self._stages[0].updates
-                is_saved = self.rank == 0 and train is not None and step > itinerary.start
+                is_saved = self.rank == 0 and task.train is not None and step > task.itinerary.start
                 folder = self._checkpoints
                 # Every rank has sent its report, so all parts are written; the last to write may not have seen them.
                 if is_saved and folder is not None and folder.ensure_committed(step, self.plan.stages):
@@ -184,14 +170,13 @@ class DecoupledTrainer(BaseTrainer):
             if self._world is not None:
                 self._world.disconnect()
 
-    def _begin(self, itinerary: Itinerary, resume: Checkpoint | None, *, training: bool) -> None:
+    def _begin(self, task: Task) -> None:
         """Bring this rank's stages to where the run begins, and wait until all ranks have."""
-        self.build(resume)
+        self.build(task.resume)
         for stage in self._stages:
             stage.begin()
-        if training:
-            for stage in self._stages:
-                self._schedule(stage, itinerary)
+            if task.train is not None:
+                self._schedule(stage, task.itinerary)
         self._loaded = None  # training changes what was loaded
         devices = self._control.gather("built", self.device.type, self._timeout)
         if len(set(devices)) > 1:
@@ -200,7 +185,8 @@ class DecoupledTrainer(BaseTrainer):
                 code="ranks-on-different-devices",
                 key="device",
             )
-        if self._checkpoints is not None and training:
+        if self._checkpoints is not None and task.train is not None:
+            itinerary = task.itinerary
             self._checkpoints.prepare(self._control, self.rank, itinerary.start, itinerary.save_every)
         while self._notes:
             self._control.post(self._notes.pop(0))
@@ -226,26 +212,29 @@ class DecoupledTrainer(BaseTrainer):
             for module in stage.body.modules:
                 extra_state(module)
 
-    def _feed(
-        self, train: BatchSource | None, held_out: BatchSource | None, itinerary: Itinerary, watcher: Watcher
-    ) -> Feed:
+    def _feed(self, task: Task, watcher: Watcher) -> Feed:
         body = self._stages[0].body
         weights = {PacketKind.TRAIN: body.loss.weight, PacketKind.EVALUATE: body.held_out_loss.weight}
         return Feed(
-            train, held_out, itinerary, self.device, lambda: watcher.stop_requested() is not None, weights=weights
+            task.train,
+            task.held_out,
+            task.itinerary,
+            self.device,
+            lambda: watcher.stop_requested() is not None,
+            weights=weights,
         )
 
-    def _join(self, feed: Feed, itinerary: Itinerary, trace: range) -> list[Worker]:
+    def _join(self, feed: Feed, task: Task) -> list[Worker]:
         terms = LinkTerms(
             self.recipe.links.capacity,
             self._timeout,
             self._stages[0].rule.returns,
             samples=batch_size(self.plan.sample),
         )
-        session = Session(feed, self._save, self._control.post, self.recipe.metrics.every, trace, terms)
+        session = Session(feed, self._save, self._control.post, self.recipe.metrics.every, task.trace_packets, terms)
         if self._world is None or not isinstance(self._control, StoreControl):
             return join_in_process(session, self._stages)
-        digest = plan_digest(self.plan, self.recipe, itinerary)
+        digest = plan_digest(self.plan, self.recipe, task.itinerary)
         inlet, outlet = self._world.connect(self._control, self._topology, self.device, digest, terms)
         return [session.worker(self._stages[0], inlet, outlet)]
 

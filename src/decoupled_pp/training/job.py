@@ -24,13 +24,9 @@ from decoupled_pp.links import LocalControl, join_world
 from decoupled_pp.models import build_model
 from decoupled_pp.models.generation import generate
 from decoupled_pp.run import folder as run_folder
-from decoupled_pp.run.checkpoints.parts import (
-    Checkpoint,
-    list_checkpoints,
-    newest_whole,
-    open_checkpoint,
-    write_weights,
-)
+from decoupled_pp.run.checkpoints.opened import Checkpoint, newest_whole, open_checkpoint
+from decoupled_pp.run.checkpoints.parts import list_checkpoints
+from decoupled_pp.run.checkpoints.weights import write_weights
 from decoupled_pp.run.in_progress import RunLock
 from decoupled_pp.run.log import RunLog
 from decoupled_pp.run.observer import RunObserver

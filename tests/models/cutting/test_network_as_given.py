@@ -7,7 +7,7 @@ from torch import nn
 from decoupled_pp import Trainer, cut_after, flatten, partition, untie
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.models.cutting.layers import as_sequential
-from decoupled_pp.run.checkpoints.parts import open_checkpoint
+from decoupled_pp.run.checkpoints.opened import open_checkpoint
 from kit import differences, ignore, refused, tanh_network
 
 X = torch.randn(6, 6, generator=torch.Generator().manual_seed(1))

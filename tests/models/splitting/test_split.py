@@ -228,7 +228,7 @@ def test_dense_outputs_have_a_critic(name):
 def test_weights_leave_under_the_models_names(tmp_path):
     from safetensors.torch import load_file
 
-    from decoupled_pp.run.checkpoints.parts import export_safetensors
+    from decoupled_pp.run.checkpoints.weights import export_safetensors
 
     model, sample = made("ViT of pairs")
     found = dpp.split(model, sample(4))

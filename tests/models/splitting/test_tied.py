@@ -8,7 +8,8 @@ from torch import nn
 
 import decoupled_pp as dpp
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.run.checkpoints.parts import latest_checkpoint, list_checkpoints, open_checkpoint
+from decoupled_pp.run.checkpoints.opened import latest_checkpoint, open_checkpoint
+from decoupled_pp.run.checkpoints.parts import list_checkpoints
 from kit import refused
 from ranks import launch, values
 

@@ -6,8 +6,9 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from decoupled_pp import Trainer, partition
-from decoupled_pp.run.checkpoints.parts import export_safetensors, latest_checkpoint, open_checkpoint
+from decoupled_pp.run.checkpoints.opened import latest_checkpoint, open_checkpoint
 from decoupled_pp.run.checkpoints.resume import load_model
+from decoupled_pp.run.checkpoints.weights import export_safetensors
 from kit import differences, ignore, states, tanh_network, vector_batches
 
 BATCHES = vector_batches(4, 4, 6, 3)

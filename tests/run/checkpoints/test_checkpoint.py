@@ -16,16 +16,10 @@ from torch import nn
 from decoupled_pp import Trainer, partition
 from decoupled_pp.core.errors import TrainingError, UsageError
 from decoupled_pp.run.checkpoints import parts as checkpoint
-from decoupled_pp.run.checkpoints.parts import (
-    Keep,
-    export_safetensors,
-    latest_checkpoint,
-    list_checkpoints,
-    open_checkpoint,
-    remove_incomplete,
-    save_stage,
-)
+from decoupled_pp.run.checkpoints.opened import latest_checkpoint, open_checkpoint
+from decoupled_pp.run.checkpoints.parts import Keep, list_checkpoints, remove_incomplete, save_stage
 from decoupled_pp.run.checkpoints.resume import load_model
+from decoupled_pp.run.checkpoints.weights import export_safetensors
 from kit import ignore, refused
 
 SAMPLE = torch.zeros(4, 3)

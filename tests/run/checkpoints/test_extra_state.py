@@ -7,8 +7,9 @@ from torch import nn
 
 from decoupled_pp import Trainer, partition
 from decoupled_pp.core.extra_state import extra_state, load_extra_state
-from decoupled_pp.run.checkpoints.parts import export_safetensors, latest_checkpoint
+from decoupled_pp.run.checkpoints.opened import latest_checkpoint
 from decoupled_pp.run.checkpoints.resume import load_model
+from decoupled_pp.run.checkpoints.weights import export_safetensors
 from decoupled_pp.run.folder import load_weights
 from kit import ignore, refused, vector_batches
 from ranks import launch, values

@@ -18,7 +18,7 @@ from decoupled_pp.core.plans import Layers
 from decoupled_pp.core.reports import NoteRecord, Record
 from decoupled_pp.core.threads import choose_threads
 from decoupled_pp.run import folder as run_folder
-from decoupled_pp.run.checkpoints.parts import Checkpoint, latest_checkpoint
+from decoupled_pp.run.checkpoints.opened import Checkpoint, latest_checkpoint
 from decoupled_pp.settings.load import load_settings
 from decoupled_pp.settings.run import STAGES_ALONE, Settings
 from decoupled_pp.training.job import make_decoupled

@@ -111,7 +111,7 @@ class _Whole:
     """The model in one piece, and its outputs.
 
     Attributes:
-        travel: What has to travel in any case.
+        travel: The values that have to travel in any case.
     """
 
     def __init__(self, model: nn.Module, layers: Layers, call: ForwardCall, inputs: tuple[Tensor, ...]) -> None:

@@ -31,7 +31,7 @@ def is_causal(mask: Tensor | None, known: bool | None = None, size: int | None =
 
     Args:
         mask: The mask.
-        known: What the caller says; None: look.
+        known: The answer, if the caller knows it; None: compare the mask.
         size: Its rows and columns; None: as it has.
     """
     if known is not None or mask is None:

@@ -36,8 +36,8 @@ class Travel:
     Attributes:
         inputs: For every input whether its values travel, or only its shape.
         carried: Results that travel to the exit, in the order of their calls.
-        is_ragged: Whether the hidden state may be a nested tensor, whose lengths then travel.
-        leaves_out: Whether the model leaves out blocks at random in training; which ones run then travels.
+        is_ragged: True if the hidden state may be a nested tensor, whose lengths then travel.
+        leaves_out: True if the model leaves out blocks at random in training; which ones run then travels.
     """
 
     inputs: tuple[bool, ...]
@@ -82,7 +82,7 @@ class _EndLayer(nn.Module):
 
     Attributes:
         model: The copy.
-        travel: What travels from entry to exit.
+        travel: The values that travel from entry to exit.
     """
 
     def __init__(self, model: nn.Module, shape_model: nn.Module | None, call: ForwardCall) -> None:
@@ -198,7 +198,7 @@ class BlockLayer(nn.Module):
 
     Attributes:
         block: The model's own block.
-        travel: What travels from entry to exit.
+        travel: The values that travel from entry to exit.
         initialiser: How the model makes its weights; None: each part of it by its own `reset_parameters`, if any.
     """
 

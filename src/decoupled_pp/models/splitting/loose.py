@@ -18,7 +18,7 @@ class LooseTensor:
     Attributes:
         name: Its name in the model.
         tensor: The tensor.
-        is_persistent: Whether it is in the model's state.
+        is_persistent: True if it is in the model's state.
         ends: The copies before and after the blocks.
     """
 

@@ -26,19 +26,16 @@ from decoupled_pp.core.errors import PeerError, TrainingError, UsageError, waite
 from decoupled_pp.core.plans import Layers, Plan
 from decoupled_pp.pipeline.stage import Stage
 from decoupled_pp.run.checkpoints.files import cannot_write
+from decoupled_pp.run.checkpoints.opened import Checkpoint, newest_whole, open_checkpoint, set_aside
 from decoupled_pp.run.checkpoints.parts import (
-    Checkpoint,
     Keep,
     commit,
     final_path,
     list_checkpoints,
-    newest_whole,
-    open_checkpoint,
     partial_path,
     record_path,
     remove_incomplete,
     save_stage,
-    set_aside,
     step_of,
 )
 

@@ -14,7 +14,8 @@ from decoupled_pp.core.extra_state import extra_state, is_extra, load_extra_stat
 from decoupled_pp.core.plans import Plan
 from decoupled_pp.pipeline.optimizer_state import make_state, named_state, owners, reset_entries
 from decoupled_pp.pipeline.stage import Stage
-from decoupled_pp.run.checkpoints.parts import TO_TRAIN, Checkpoint, name_of_critic
+from decoupled_pp.run.checkpoints.opened import Checkpoint
+from decoupled_pp.run.checkpoints.parts import TO_TRAIN, name_of_critic
 
 
 def load_stage(checkpoint: Checkpoint, stage: Stage, plan: Plan) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from decoupled_pp.core.arguments import expect
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.run.checkpoints.files import cannot_write
-from decoupled_pp.run.checkpoints.parts import Checkpoint, latest_checkpoint
+from decoupled_pp.run.checkpoints.opened import Checkpoint, latest_checkpoint
 from decoupled_pp.run.checkpoints.resume import of_another_network
 
 INDEX = "model.safetensors.index.json"

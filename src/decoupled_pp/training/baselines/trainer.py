@@ -21,9 +21,9 @@ from decoupled_pp.core.reports import Exit, Report, ValidationRecord
 from decoupled_pp.pipeline.feed import Itinerary
 from decoupled_pp.pipeline.meter import StageMeter
 from decoupled_pp.pipeline.score import ExitScore
-from decoupled_pp.run.checkpoints.parts import Checkpoint
+from decoupled_pp.run.checkpoints.opened import Checkpoint
 from decoupled_pp.run.report import RankMeasurement, make_report, measure, summarize_link
-from decoupled_pp.training.base import BaseTrainer, Observer
+from decoupled_pp.training.base import BaseTrainer, Observer, Task
 from decoupled_pp.training.baselines import Strategy, Training, build_baseline
 from decoupled_pp.training.recipe import Recipe
 from decoupled_pp.training.watch import Watcher, told_to_all
@@ -73,29 +73,22 @@ class BaselineTrainer(BaseTrainer):
             )
         self._built()
 
-    def _session(
-        self,
-        train: BatchSource | None,
-        held_out: BatchSource | None,
-        itinerary: Itinerary,
-        resume: Checkpoint | None,
-        trace_packets: range,
-    ) -> Report:
+    def _session(self, task: Task) -> Report:
         self._control = self._channel()
         # An event of its own: an interrupt ends the steps at once, and the watcher must not ask for an orderly stop.
         watcher = Watcher(self._control, self._observer if self.rank == 0 else None, threading.Event())
         with watcher, told_to_all(self._control, self.rank), _as_link_errors(self.rank):
-            assert train is not None, "a baseline has no evaluation alone"
-            self.build(resume)
+            assert task.train is not None, "a baseline has no evaluation alone"
+            self.build(task.resume)
             strategy = self._built()
             every = self.recipe.metrics.every
-            meter = StageMeter(self.rank, Clock(self.device), self._control.post, every=every, trace=trace_packets)
+            meter = StageMeter(self.rank, Clock(self.device), self._control.post, every=every, trace=task.trace_packets)
             strategy.recorder = meter
             self._control.gather("built", 0, self._timeout)
-            for step in self._steps(train, itinerary, strategy, meter):
-                if held_out is not None and _is_evaluated(step, itinerary):
+            for step in self._steps(task.train, task.itinerary, strategy, meter):
+                if task.held_out is not None and _is_evaluated(step, task.itinerary):
                     meter.flush(self, 0)
-                    self._evaluate(islice(held_out.batches(), itinerary.validation_batches), meter)
+                    self._evaluate(islice(task.held_out.batches(), task.itinerary.validation_batches), meter)
             meter.flush(self, 0)
             return self._report(strategy, meter)
 
