@@ -184,7 +184,7 @@ def _link_record(case):
 
 
 def _smuggle():
-    """Rank 1 sends 8 bytes more with its first credit (rank 0 takes them for one)."""
+    """Rank 1 sends 8 bytes more after its first credit; rank 0 has to read past them for the credits it needs."""
     send, smuggled = MessageSender.send, os.environ["RANK"] == "0"
 
     def send_and_smuggle(sender, *arguments, **options):
@@ -195,4 +195,4 @@ def _smuggle():
             send(sender, torch.ones(8, dtype=torch.uint8))
 
     with patch.object(MessageSender, "send", send_and_smuggle):
-        return dict(CASES["mlp"].trainer(2).fit(CASES["mlp"].batches(2), 2).links[0])
+        return dict(CASES["mlp"].trainer(2).fit(CASES["mlp"].batches(2), 40).links[0])

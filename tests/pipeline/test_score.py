@@ -74,8 +74,8 @@ def test_another_loss_for_held_out_data():
             **options,
         )
         last = made.evaluate(list(zip(x.split(5), y.split(5), strict=True)))[-1]
-        wanted = functional.cross_entropy(plan.module.eval()(x), y)
-        assert last.val_loss == pytest.approx(float(wanted), rel=1e-6)
+        wanted = functional.cross_entropy(plan.module.eval()(x), y).item()
+        assert last.val_loss == pytest.approx(wanted, rel=1e-6)
     with refused("unknown-kind", UsageError, "`validation.loss.kind`"):
         Trainer(plan, validate_loss="crossentropy", device="cpu")
 

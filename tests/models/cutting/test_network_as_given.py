@@ -72,6 +72,7 @@ def compiled_network():
     return network
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # that the compiler looks at
 def test_compiled_layers_train_like_others_and_no_name_tells(tmp_path):
     found = []
     for number, network in enumerate((tanh_network(3, 6, 3), compiled_network())):

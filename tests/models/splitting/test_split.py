@@ -11,6 +11,11 @@ from decoupled_pp.core.torch_private import pytree
 from decoupled_pp.models.splitting.call import network_output
 from kit import refused
 
+# torch's encoder warns of the fast path that it does not take.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:enable_nested_tensor is True", "ignore:Support for mismatched", "ignore:The PyTorch API of nested tensors"
+)
+
 
 def made(name):
     torch.manual_seed(0)

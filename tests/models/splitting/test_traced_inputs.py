@@ -13,6 +13,11 @@ from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.torch_private import pytree
 from kit import refused
 
+# torch's encoder warns of the fast path that it does not take.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:enable_nested_tensor is True", "ignore:Support for mismatched", "ignore:The PyTorch API of nested tensors"
+)
+
 
 class Encoder(nn.Module):
     """torch's encoder with its default dropout, as most tutorials build it."""
