@@ -192,7 +192,7 @@ def _smuggle():
         send(sender, *arguments, **options)
         if not smuggled:
             smuggled = True
-            send(sender, torch.ones(8, dtype=torch.uint8))
+            send(sender, torch.full((8,), 7, dtype=torch.uint8))
 
     with patch.object(MessageSender, "send", send_and_smuggle):
         return dict(CASES["mlp"].trainer(2).fit(CASES["mlp"].batches(2), 40).links[0])
