@@ -11,10 +11,10 @@ PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 train: $(VENV)/.ready   ## train two stages of a byte GPT on real text, about 3 minutes on 2 cores
 	$(BIN)/dpp train $(CONFIG) --ranks $(RANKS) --overwrite
 
-test: $(VENV)/.ready    ## the tests, without the slow ones: about 3 minutes on 2 cores
+test: $(VENV)/.ready    ## the tests, without the slow ones: about 5 minutes on 2 cores
 	$(PYTEST) -m "not slow"
 
-test-all: $(VENV)/.ready    ## all tests: about 6 minutes on 2 cores
+test-all: $(VENV)/.ready    ## all tests: about 10 minutes on 2 cores
 	$(PYTEST)
 
 test-slow: $(VENV)/.ready   ## what `make test` leaves out

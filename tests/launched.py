@@ -120,16 +120,15 @@ class Command:
         deadline = time.monotonic() + seconds
         while not ready():
             if time.monotonic() > deadline or self._process.poll() is not None:
-                self.kill()
-                raise AssertionError(f"it did not come so far: {self._process.communicate()}")
+                raise AssertionError(f"it did not come so far: {self.kill()}")
             time.sleep(0.02)
 
     def kill(self):
-        """End all that is left."""
+        """End all that is left: what the command printed, and its standard error."""
         for pid in self._alive():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self._process.wait()
+        return self._process.communicate()
 
     def processes(self):
         """The ids of all that is running."""
