@@ -1,6 +1,7 @@
 """Figures against numbers reckoned by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from compared import contender, flushes, run
@@ -17,6 +18,7 @@ from decoupled_pp.commands.compare.figures import (
     traffic,
 )
 from decoupled_pp.commands.spread import Spread
+from decoupled_pp.core.reports import Exit
 from recorded import stage_summary
 
 
@@ -85,6 +87,16 @@ def test_a_summary_pairs_repeats():
     assert row.ratio_to_1f1b == Spread(3.0, 2.0, 4.0)
     assert row.reached_target == "1 of 2" and row.seconds_to_target == Spread(1.0, 1.0, 1.0)
     assert row.ratio_to_backprop is None
+
+
+def test_depth_is_measured_beside_the_best_baseline():
+    """Plain ends at 1, the first exit at 3, the last at 2: half of the benefit of depth is kept."""
+    mine = run("decoupled", losses=(2.0,))
+    mine = replace(mine, report=replace(mine.report, exits=(Exit(0, 3.0, None), Exit(1, 2.0, None))))
+    runs = [run("1f1b", losses=(1.5,)), run("backprop", losses=(1.0,)), mine]
+    found = summarize(contender("decoupled"), runs, 2, 2).depth
+    assert found.kept.median == 0.5 and found.benefit.median == pytest.approx(200)
+    assert summarize(contender("1f1b"), runs, 2, 2).depth is None
 
 
 def test_traffic_is_per_training_sample():

@@ -195,3 +195,23 @@ def test_a_baselines_network_is_scored_and_exported_as_one_exit(run, tmp_path, c
     assert (one.val_loss, one.val_accuracy) == (final["val_loss"], final["val_accuracy"])
     assert run_dpp("export", folder, "-o", tmp_path / "x.safetensors") == 0
     assert (tmp_path / "x.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert run_dpp("evaluate", run, "--plain", folder) == 0
+    first, last = evaluate_run(run).exits[0].val_accuracy, evaluate_run(run).exits[-1].val_accuracy
+    found = evaluate_run(run, plain=folder).depth
+    assert found.benefit.median == pytest.approx(100 * (one.val_accuracy - first))
+    assert found.kept is None or found.kept.median == pytest.approx((last - first) / (one.val_accuracy - first))
+    assert found.text in capsys.readouterr().out
+    with refused("another-task", UsageError, "`data`"):
+        run_dpp("evaluate", run, "--plain", _with_other_data(folder, tmp_path))
+    with refused("not-plain", UsageError, "3 stages"):
+        run_dpp("evaluate", run, "--plain", run)
+
+
+def _with_other_data(folder, tmp_path):
+    import shutil
+
+    copy = tmp_path / "other"
+    shutil.copytree(folder, copy)
+    config = copy / "config.yaml"
+    config.write_text(config.read_text().replace("batch_size: 64", "batch_size: 32"))
+    return copy

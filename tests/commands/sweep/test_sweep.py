@@ -163,3 +163,30 @@ def test_other_held_out_data_are_tried_too(here, capsys):
     (here / "few.yaml").write_text(SWEEP.replace("data.validation_fraction: 0.5", "data: {kind: idx, folder: none}"))
     assert sweep() == 2
     assert "none" in capsys.readouterr().err and not (here / "runs").exists()
+
+
+def test_variants_with_one_run_folder_are_refused(here, capsys):
+    (here / "few.yaml").write_text(SWEEP.replace("  broken:", '  "pla in": {}\n  pla,in: {}\n  broken:'))
+    assert sweep() == 2 and "pla_in" in capsys.readouterr().err
+    assert not (here / "runs").exists()
+
+
+@pytest.mark.slow
+def test_tuning_takes_the_best_of_the_first_seed_for_every_variant(here):
+    """Plain and decoupled get the same values; the other seeds run with the best alone; a diverged run never wins."""
+    text = SWEEP.replace("seeds: [3]", "seeds: [3, 4]\ntune: {optimizer.lr: [1.0e-4, 0.1, 1.0e+6]}")
+    (here / "few.yaml").write_text(text.split("  head:")[0] + "  two halves: {}\n")
+    assert sweep("--set=optimizer.kind=SGD", "--set=training.steps=8") == 0
+    found = json.loads((here / "runs" / "few" / "sweep.json").read_text())
+    assert {name: row["tuned"] for name, row in found["variants"].items()} == {
+        "plain": {"optimizer.lr": 0.1},
+        "two halves": {"optimizer.lr": 0.1},
+    }
+    assert [row["seeds"] for row in found["variants"].values()] == [2, 2]
+    assert sorted(path.name for path in (here / "runs" / "few").glob("*-4/")) == ["plain-0.1-4", "two_halves-0.1-4"]
+    assert len(found["runs"]) == 2 * (3 + 1)
+    assert found["variants"]["two halves"]["plain"] == "plain" and found["variants"]["plain"]["depth"] is None
+    assert (
+        "every variant was tuned alike: optimizer.lr of 0.0001, 0.1, 1000000.0"
+        in (here / "runs" / "few" / "sweep.md").read_text()
+    )

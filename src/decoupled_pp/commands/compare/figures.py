@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Generic, TypeVar
 
+from decoupled_pp.commands import depth
 from decoupled_pp.commands.compare.contenders import Contender
 from decoupled_pp.commands.compare.runs import Run
 from decoupled_pp.commands.spread import Spread, loss_or_infinity
@@ -171,6 +172,7 @@ class ContenderFigures(Figures[Spread | None]):
     reached_target: str  # how many of the repeats with a target reached it, in words
     activation_bytes_by_rank: Sequence[int | None]  # in the first repeat
     textbook_bubble: float | None
+    depth: depth.Depth | None  # beside the best baseline; None without exits or it
     traffic: Sequence[LinkTraffic]  # in the first repeat
 
 
@@ -190,6 +192,7 @@ def summarize(contender: Contender, runs: Sequence[Run], micro_batches: int, ran
         reached_target=f"{sum(one is not None for one in times)} of {len(times)}",
         activation_bytes_by_rank=[stage.saved_activation_bytes_peak for stage in own[0].report.per_stage],
         textbook_bubble=textbook_bubble(contender.strategy, ranks, micro_batches),
+        depth=depth.measure(_beside_plain(own, runs)),
         traffic=traffic(own[0]),
     )
 
@@ -199,3 +202,14 @@ def _ratio(speeds: Mapping[tuple[str, int], float | None], run: Run, reference: 
     mine = speeds[run.contender.name, run.repeat]
     theirs = speeds.get((reference, run.repeat))
     return mine / theirs if mine and theirs else None
+
+
+def _beside_plain(own: Sequence[Run], runs: Sequence[Run]) -> list[depth.Pair]:
+    """Returns a contender's runs beside those of the best baseline: all of them train by plain backpropagation."""
+    baselines: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        if run.contender.strategy != "decoupled":
+            baselines[run.contender.name].append(run)
+    best = max(baselines.values(), key=lambda found: depth.goodness([run.report.final for run in found]), default=[])
+    plain = {run.repeat: run.report.final for run in best}
+    return [depth.Pair(run.report.exits, plain[run.repeat]) for run in own if run.repeat in plain]

@@ -12,6 +12,7 @@ import matplotlib
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from decoupled_pp.commands import depth
 from decoupled_pp.commands.compare import pictures
 from decoupled_pp.commands.compare.contenders import Contender
 from decoupled_pp.commands.compare.figures import (
@@ -69,6 +70,8 @@ QUALITY = (
     Column("training, s", lambda row: row.training_seconds, ".1f"),
 )
 
+REACHED = Column("reached", lambda row: row.reached_target)
+
 MEMORY = (
     Column("saved activations, MiB (worst rank)", lambda row: row.activation_bytes, ".2f", 2**-20),
     Column("peak memory, MiB (worst rank)", lambda row: row.memory_bytes, ".0f", 2**-20),
@@ -107,6 +110,10 @@ def _table(rows: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, Any]
     }
 
 
+def _depth_columns(rows: Mapping[str, ContenderFigures]) -> list[Column]:
+    return depth.columns(any(row.depth.points for row in rows.values() if row.depth))
+
+
 def _content(comparison: Comparison, rows: Mapping[str, ContenderFigures]) -> dict[str, Any]:
     """Returns what the templates show."""
     setup = comparison.setup
@@ -124,7 +131,8 @@ def _content(comparison: Comparison, rows: Mapping[str, ContenderFigures]) -> di
         "failures": comparison.failures,
         "machine": f"{cores()} CPU cores, torch {torch.__version__}, Python {platform.python_version()}",
         "speed": _table(measured, [*tokens, *SPEED]),
-        "quality": _table(rows, [*QUALITY, to_target, Column("reached", lambda row: row.reached_target)]),
+        "quality": _table(rows, [*QUALITY, *_depth_columns(rows), to_target, REACHED]),
+        "depth": {name: row.depth.text for name, row in rows.items() if row.depth},
         "updates": _table({one.name: one for one in comparison.contenders}, updates),
         "memory": _table(rows, MEMORY),
         "activations": {name: row.activation_bytes_by_rank for name, row in rows.items()},

@@ -33,6 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="cosine between local and true gradients of every stage, on N training micro-batches (default: 8)",
     )
+    parser.add_argument(
+        "--plain",
+        metavar="RUN",
+        help="a run of the same settings with --strategy backprop: what depth is worth, and how much of it is kept",
+    )
     parser.add_argument("--picture", metavar="FILE", help="draw accuracy against FLOPs as a PNG")
     parser.add_argument("--json", metavar="FILE", help="write all of it as JSON, too")
     add_overrides(parser, "override a setting, e.g. training.steps=100")
@@ -54,6 +59,7 @@ def run_command(chosen: argparse.Namespace) -> int:
         thresholds=numbers_of("--progressive", chosen.progressive, 0, "0.8,0.9") if chosen.progressive else [],
         together=chosen.ensemble,
         gradients=chosen.gradient_probe,
+        plain=Path(expanded(chosen.plain)) if chosen.plain else None,
     )
     print_evaluation(found)
     if json is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from decoupled_pp.commands.depth import Depth
 from decoupled_pp.commands.evaluate.gradient_probe import GradientCosine
 from decoupled_pp.core.copies import copy_of
 from decoupled_pp.core.device import untouched
@@ -58,6 +59,7 @@ class Evaluation:
     progressive: tuple[Progressive, ...] = ()  # at every confidence
     ensemble: Ensemble | None = None
     cosines: tuple[GradientCosine, ...] = ()  # of every stage
+    depth: Depth | None = None  # beside plain backpropagation
 
 
 @torch.no_grad()

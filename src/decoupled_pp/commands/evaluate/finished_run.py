@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from decoupled_pp.commands.depth import Pair, measure
 from decoupled_pp.commands.evaluate.exits import Evaluation, ensemble, exit_costs, progressive
 from decoupled_pp.commands.evaluate.gradient_probe import gradient_cosines
 from decoupled_pp.commands.terminal import say
@@ -57,12 +58,15 @@ def evaluate_run(
     thresholds: Sequence[float] = (),
     together: bool = False,
     gradients: int = 0,
+    plain: Path | None = None,
 ) -> Evaluation:
     """Scores every exit of a run, in this process, on as much held-out data as `validation.batches` says.
 
-    Further: early exit at each of the thresholds, the sum of all exits' logits if `together`, and local against true
-    gradients on this many training micro-batches.
+    Further: early exit at each of the thresholds, the sum of all exits' logits if `together`, local against true
+    gradients on this many training micro-batches, and what depth is worth beside the run `plain` of the same network,
+    trained by backpropagation.
     """
+    beside = None if plain is None else _plain_evaluation(plain, folder, overrides)
     settings, checkpoint = open_run(folder, overrides)
     torch.set_num_threads(choose_threads(settings.threads, 1).count)
     data, _, plan = prepare(settings)
@@ -83,7 +87,28 @@ def evaluate_run(
         progressive=progressive(stages, held_out, costs, thresholds) if thresholds else (),
         ensemble=ensemble(stages, held_out) if together else None,
         cosines=tuple(gradient_cosines(trainer.plan.module, stages, probed)) if gradients else (),
+        depth=None if beside is None else measure([Pair(exits, beside.exits[-1])]),
     )
+
+
+def _plain_evaluation(plain: Path, folder: Path, overrides: tuple[str, ...]) -> Evaluation:
+    """Scores a run that trained the same network as a whole, on the same data; raises UsageError if it is another."""
+    mine, theirs = (open_run(one, overrides)[0] for one in (folder, plain))
+    for key in ("model", "data", "loss", "validation"):
+        if getattr(mine, key) != getattr(theirs, key):
+            raise UsageError(
+                f"--plain {plain}: its `{key}` is not that of {folder}, so their scores cannot be compared; give a run "
+                "of the same settings with --strategy backprop",
+                code="another-task",
+                key=key,
+            )
+    if theirs.stages > 1:
+        raise UsageError(
+            f"--plain {plain}: it was trained in {theirs.stages} stages; give a run with --strategy backprop",
+            code="not-plain",
+            key="strategy",
+        )
+    return evaluate_run(plain, overrides)
 
 
 def _say_notes(records: Sequence[Record]) -> None:

@@ -18,6 +18,8 @@ def print_evaluation(found: Evaluation) -> None:
     if found.ensemble is not None:
         accuracy = percent(found.ensemble.accuracy)
         console.print(f"ensemble of all exits: held-out loss {found.ensemble.loss:.4f}, accuracy {accuracy} %")
+    if found.depth is not None:
+        console.print(found.depth.text, highlight=False, soft_wrap=True)
     if found.cosines:
         console.print(_gradients_table(found))
 

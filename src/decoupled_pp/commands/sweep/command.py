@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from decoupled_pp.settings.load import load_settings
 from decoupled_pp.settings.sections import Section
 from decoupled_pp.settings.yaml_text import read_yaml_file
 
-"""The copy of the sweep file that stands in the folder of every sweep."""
+_UNFIT = re.compile(r"[^A-Za-z0-9._-]+")
+"""What a variant's name may have and the name of a run may not."""
 
 
 class SweepSettings(Section):
@@ -37,6 +40,8 @@ class SweepSettings(Section):
     """The variant that all others are set against, seed by seed; default: the first."""
     seeds: list[int] = Field([0, 1, 2], min_length=1)
     """Seeds of the runs, the same for all variants."""
+    tune: dict[str, list[Any]] = Field(default_factory=dict)
+    """Setting -> values that every variant is tried with on the first seed; the best held-out score goes on."""
     also: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Name -> other held-out data (`data.key: value`) that every finished run is scored on, too."""
 
@@ -68,22 +73,24 @@ def run_command(chosen: argparse.Namespace) -> int:
     folder = Path(expanded(chosen.output or f"runs/{file.stem}"))
     also = {name: _overrides(changes) for name, changes in sweep.also.items()}
     trials = _trials(sweep, folder, chosen.set, chosen.jobs)
-    others = {name: [*chosen.set, *own] for name, own in also.items()}
-    _try_all(sweep.config, others | {trial.entry: trial.overrides for trial in _to_do(trials, chosen.resume)})
+    to_try: dict[str, Sequence[str]] = {name: [*chosen.set, *own] for name, own in also.items()}
+    to_try |= {own[0].name: own[0].overrides for own in trials.values() if _to_do(own, chosen.resume)}
+    _try_all(sweep.config, to_try)
     from decoupled_pp.commands.results_folder import SWEEP
 
     text = file.read_text(encoding="utf-8")  # it may lie in the folder that is cleared
     advice = "--resume goes on, --overwrite starts anew, or give another --output"
     SWEEP.claim(folder, advice, resume=chosen.resume, overwrite=chosen.overwrite)
     (folder / SWEEP.marker).write_text(text, encoding="utf-8")
-    from decoupled_pp.commands.sweep.figures import figures, table
+    from decoupled_pp.commands.sweep.figures import figures
     from decoupled_pp.commands.sweep.picture import draw
-    from decoupled_pp.commands.sweep.runs import run_trials
+    from decoupled_pp.commands.sweep.tables import table
+    from decoupled_pp.commands.sweep.tuning import run_tuned
 
-    outcomes = run_trials(trials, also, jobs=chosen.jobs, resume=chosen.resume)
+    outcomes, tuning = run_tuned(trials, sweep.tune, also, jobs=chosen.jobs, resume=chosen.resume)
     if all(outcome.failure for outcome in outcomes):
         raise TrainingError(f"none of the runs ended well: {outcomes[0].failure}", code="nothing-ran")
-    found = figures(outcomes, reference)
+    found = figures(outcomes, reference, tuning)
     text = table(found, outcomes, f"{file}: {sweep.config}")
     (folder / "sweep.json").write_text(write_json(found, indent=2) + "\n", encoding="utf-8")
     (folder / "sweep.md").write_text(text, encoding="utf-8")
@@ -92,24 +99,40 @@ def run_command(chosen: argparse.Namespace) -> int:
     return 0
 
 
-def _trials(sweep: SweepSettings, folder: Path, common: list[str], jobs: int) -> list[Trial]:
-    """Returns all runs of a sweep, one seed after the other, once the settings of all have been checked."""
-    variants = {name: [*common, *_overrides(changes)] for name, changes in sweep.variants.items()}
-    settings = {name: load_settings(sweep.config, tuple(overrides)) for name, overrides in variants.items()}
+def _trials(sweep: SweepSettings, folder: Path, common: list[str], jobs: int) -> dict[tuple[str, int], list[Trial]]:
+    """Returns (variant, number of a choice of `tune`) -> its runs by seed; the settings of all have been checked."""
+    from decoupled_pp.commands.sweep.tuning import choices
+
     share = choose_threads(None, jobs).count
-    return [
-        Trial(
-            entry=name,
-            name=f"{name}-{seed}",
-            folder=folder,
-            config=sweep.config,
-            overrides=overrides,
-            seed=seed,
-            threads=settings[name].threads or share,
+    found = {}
+    for name, changes in sweep.variants.items():
+        for number, choice in enumerate(choices(sweep.tune)):
+            overrides = [*common, *_overrides(changes), *_overrides(choice)]
+            threads = load_settings(sweep.config, tuple(overrides)).threads or share
+            words = "-".join([name, *map(str, choice.values())])
+            found[name, number] = [
+                Trial(
+                    entry=name,
+                    name=f"{_UNFIT.sub('_', words)}-{seed}",
+                    folder=folder,
+                    config=sweep.config,
+                    overrides=overrides,
+                    seed=seed,
+                    threads=threads,
+                )
+                for seed in sweep.seeds
+            ]
+    _refuse_equal_names(found.values())
+    return found
+
+
+def _refuse_equal_names(trials: Iterable[Sequence[Trial]]) -> None:
+    names = Counter(own[0].name for own in trials)
+    name, count = names.most_common(1)[0]
+    if count > 1:
+        raise UsageError(
+            f"{count} variants would have the run folder {name}; rename all but one of them", code="equal-variants"
         )
-        for seed in sweep.seeds
-        for name, overrides in variants.items()
-    ]
 
 
 def _to_do(trials: Sequence[Trial], resume: bool) -> list[Trial]:

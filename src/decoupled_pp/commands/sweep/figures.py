@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from decoupled_pp.commands.spread import Column, Spread, loss_or_infinity
+from decoupled_pp.commands.depth import Depth, Pair, goodness, measure
+from decoupled_pp.commands.spread import Spread, loss_or_infinity
 from decoupled_pp.commands.sweep.runs import Outcome
+from decoupled_pp.commands.sweep.tuning import NOT_TUNED, Tuning
 from decoupled_pp.core.records import JsonRecord
 from decoupled_pp.core.reports import Exit, Report, StageSummary
 from decoupled_pp.pipeline.meter import BUSY
@@ -40,6 +42,9 @@ class VariantFigures(JsonRecord):
     loss_change: SeedSpread | None  # difference to the reference's run with the same seed, in percent
     accuracy_change: SeedSpread | None  # in points
     exits: list[str]  # median score of every exit: accuracy in percent, else the loss
+    depth: Depth | None  # against the best variant that trains the same network as a whole; None without exits or it
+    plain: str | None  # name of that variant
+    tuned: Mapping[str, Any]  # setting -> the value that was found best
     also: Mapping[str, OtherDataFigures]  # name of other held-out data -> the loss on them
     critic_share: float  # of the compute time of the stage where it is largest
     critic_parameters: int  # of all critics
@@ -51,6 +56,7 @@ class SweepFigures(JsonRecord):
     """The content of `sweep.json`."""
 
     reference: str
+    tune: Mapping[str, Sequence[Any]]  # setting -> the values that every variant was tried with
     variants: Mapping[str, VariantFigures]  # those with a run that ended well
     runs: Sequence[Mapping[str, Any]]  # the trial and the end of every run
 
@@ -63,22 +69,49 @@ class _Ended(NamedTuple):
     also: Mapping[str, Exit]
 
 
-def figures(outcomes: Sequence[Outcome], reference: str) -> SweepFigures:
-    """Returns the numbers of every variant, and the raw scores of every run."""
+def figures(outcomes: Sequence[Outcome], reference: str, tuning: Tuning = NOT_TUNED) -> SweepFigures:
+    """Returns the numbers of every variant, and the raw scores of every run, those that only tuned included."""
     variants: dict[str, list[_Ended]] = {one.trial.entry: [] for one in outcomes}
     for one in outcomes:
         if one.report is not None:
             variants[one.trial.entry].append(_Ended(one.trial.seed, one.report, one.also))
-    references = {run.seed: run for run in variants.get(reference, [])}
-    rows = {name: _variant_figures(own, references) for name, own in variants.items() if own}
-    return SweepFigures(reference, rows, [_raw(one) for one in outcomes])
+    ended = {name: own for name, own in variants.items() if own}
+    rows = {name: _variant_figures(name, ended, reference, tuning.best.get(name, {})) for name in ended}
+    others = [one for one in tuning.outcomes if one not in outcomes]
+    return SweepFigures(reference, tuning.values, rows, [_raw(one) for one in [*outcomes, *others]])
 
 
-def _variant_figures(runs: Sequence[_Ended], references: Mapping[int, _Ended]) -> VariantFigures:
-    """Returns the numbers of a variant's runs, given the reference's runs by seed."""
-    # A seed that the reference lacks has no difference: runs of unlike seeds differ by chance, too.
-    pairs = [(run, references[run.seed]) for run in runs if run.seed in references]
+def _plain_of(runs: Sequence[_Ended], variants: Mapping[str, Sequence[_Ended]]) -> str | None:
+    """Returns the name of the best variant that trains the network of some runs as a whole; None if none does."""
+    rivals = {
+        name: goodness([run.report.final for run in own])
+        for name, own in variants.items()
+        if len(own[0].report.exits) == 1 and _parameters(own[0]) == _parameters(runs[0])
+    }
+    return max(rivals, key=rivals.__getitem__, default=None)
+
+
+def _parameters(run: _Ended) -> int:
+    """Returns the trained parameters of a run's network, which tell one network from another."""
+    return sum(stage.parameters for stage in run.report.per_stage)
+
+
+def _pairs(runs: Sequence[_Ended], others: Sequence[_Ended]) -> list[tuple[_Ended, _Ended]]:
+    """Returns the runs with those of the same seed: two of unlike seeds differ by chance, too."""
+    by_seed = {run.seed: run for run in others}
+    return [(run, by_seed[run.seed]) for run in runs if run.seed in by_seed]
+
+
+def _variant_figures(
+    name: str, variants: Mapping[str, Sequence[_Ended]], reference: str, tuned: Mapping[str, Any]
+) -> VariantFigures:
+    """Returns the numbers of a variant's runs, beside those of the reference and of plain backpropagation."""
+    runs = variants[name]
     reports = [run.report for run in runs]
+    pairs = _pairs(runs, variants.get(reference, []))
+    plain = _plain_of(runs, variants)
+    beside_plain = _pairs(runs, variants[plain] if plain else [])
+    depth = measure([Pair(mine.report.exits, theirs.report.final) for mine, theirs in beside_plain])
     return VariantFigures(
         seeds=len(runs),
         loss=SeedSpread.over(map(_loss, runs)),
@@ -86,6 +119,9 @@ def _variant_figures(runs: Sequence[_Ended], references: Mapping[int, _Ended]) -
         loss_change=_differences(pairs, _loss, _percent),
         accuracy_change=_differences(pairs, _accuracy, lambda mine, theirs: mine - theirs),
         exits=[_exit_score(exits) for exits in zip(*(report.exits for report in reports), strict=True)],
+        depth=depth,
+        plain=plain if depth is not None else None,
+        tuned=tuned,
         also={name: _other_data(runs, pairs, name) for name in runs[0].also},
         critic_share=max(critic_share(stage) for report in reports for stage in report.per_stage),
         critic_parameters=sum(stage.critic_parameters for stage in reports[0].per_stage),
@@ -161,48 +197,3 @@ def _raw(outcome: Outcome) -> dict[str, Any]:
     if outcome.also:
         raw["also"] = outcome.also
     return raw
-
-
-def table(found: SweepFigures, outcomes: Sequence[Outcome], title: str) -> str:
-    """Returns the numbers as a Markdown table; failures below it."""
-    columns = _columns(found)
-    titles = ["variant", *(column.title for column in columns)]
-    lines = [f"# {title}", "", "Medians (least .. greatest) over the seeds; differences are taken seed by seed.", ""]
-    lines += [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
-    for name, row in found.variants.items():
-        cells = [name]
-        for column in columns:
-            value, span = column.cell(row)
-            cells.append(f"{value} ({span})" if span else value)
-        lines.append(f"| {' | '.join(cells)} |")
-    failed = [f"- {one.trial.name} failed: {one.failure}" for one in outcomes if one.failure]
-    if failed:
-        lines += ["", *failed]
-    return "\n".join([*lines, ""])
-
-
-def _columns(found: SweepFigures) -> list[Column]:
-    against = f"against {found.reference}"
-    columns = [
-        Column("seeds", lambda row: row.seeds),
-        Column("held-out loss", lambda row: row.loss, ".4f"),
-        Column("accuracy, %", lambda row: row.accuracy, ".2f"),
-        Column(f"loss {against}, %", lambda row: row.loss_change, "+.2f"),
-    ]
-    for name in next((row.also for row in found.variants.values()), {}):
-        columns += _other_columns(name, against)
-    return [
-        *columns,
-        Column(f"accuracy {against}", lambda row: row.accuracy_change, "+.2f"),
-        Column("by exit", lambda row: " / ".join(row.exits)),
-        Column("critic's share of time", lambda row: row.critic_share, ".2f"),
-        Column("critic parameters", lambda row: row.critic_parameters, ","),
-        Column("seconds", lambda row: row.training_seconds, ".0f"),
-    ]
-
-
-def _other_columns(name: str, against: str) -> list[Column]:
-    return [
-        Column(f"loss on {name}", lambda row: row.also[name].loss, ".4f"),
-        Column(f"{against}, %", lambda row: row.also[name].loss_change, "+.2f"),
-    ]
