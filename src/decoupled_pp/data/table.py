@@ -12,6 +12,7 @@ from decoupled_pp.data.cifar_binary import open_cifar_binary
 from decoupled_pp.data.digits import open_digits
 from decoupled_pp.data.huggingface import open_huggingface
 from decoupled_pp.data.idx import open_idx
+from decoupled_pp.data.look_up import open_look_up
 from decoupled_pp.data.text import open_python_source, open_text
 from decoupled_pp.settings.sections import DataSettings, FactoryData
 
@@ -31,6 +32,7 @@ def open_custom(settings: FactoryData, seed: int) -> Data:
 KINDS: dict[str, Callable[[Any, int], Data]] = {
     "digits": open_digits,
     "python_source": open_python_source,
+    "look_up": open_look_up,
     "text": open_text,
     "idx": open_idx,
     "cifar_binary": open_cifar_binary,

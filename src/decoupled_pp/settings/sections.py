@@ -197,6 +197,26 @@ class PythonSourceData(TokenSettings):
     kind: Literal["python_source"]
 
 
+class LookUpData(BatchSettings):
+    """Look-ups of several hops in a random table: synthetic, exact, and unsolvable below a number of layers."""
+
+    kind: Literal["look_up"]
+    nodes: int = Field(8, ge=2, le=10_000)
+    """Entries of the table; also the vocabulary."""
+    hops: Few = 4
+    """The most hops of a question."""
+    questions: Count = 2
+    """Questions of every number of hops in a sample; at most `nodes`."""
+    validation_samples: Count = 512
+    """Held-out samples."""
+
+    @model_validator(mode="after")
+    def _asks_of_the_table(self) -> LookUpData:
+        if self.questions > self.nodes:
+            raise ValueError(f"`data.questions` {self.questions} is more than `data.nodes` {self.nodes}; lower it")
+        return self
+
+
 class TextData(TokenSettings):
     """Any text files, as bytes or through a tokenizer."""
 
@@ -280,6 +300,6 @@ class FactoryData(BatchSettings, Factory):
 
 
 DataSettings = Annotated[
-    DigitsData | PythonSourceData | TextData | IdxData | CifarBinaryData | HuggingFaceData | FactoryData,
+    DigitsData | PythonSourceData | LookUpData | TextData | IdxData | CifarBinaryData | HuggingFaceData | FactoryData,
     Field(discriminator="kind"),
 ]
