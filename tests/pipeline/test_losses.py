@@ -100,6 +100,7 @@ LOSSES = {
     "cross_entropy": (nn.CrossEntropyLoss(), (8, 4), "classes"),
     "weighted": (nn.CrossEntropyLoss(weight=WEIGHT + 1, ignore_index=2, label_smoothing=0.1), (8, 4), "classes"),
     "images": (nn.CrossEntropyLoss(weight=WEIGHT), (8, 4, 3, 2), "classes"),
+    "smoothed": (nn.CrossEntropyLoss(weight=WEIGHT, label_smoothing=0.1), (8, 4, 3, 2), "classes"),
     "sum": (nn.CrossEntropyLoss(weight=WEIGHT + 1, reduction="sum"), (8, 4), "classes"),
     "soft": (nn.CrossEntropyLoss(weight=WEIGHT), (8, 4, 3), "shares"),
     "nll": (nn.NLLLoss(weight=WEIGHT, ignore_index=0), (8, 4), "classes"),
@@ -245,6 +246,32 @@ def test_what_is_no_loss_is_refused():
         find_loss(Learned())
     with refused("loss-count-unusable", UsageError, "-1.0"):
         find_loss(Miscounted()).weight((logits, target))
+
+
+def pairs(output, target, margin):
+    return output.mean()
+
+
+class Doubled(nn.MSELoss):
+    def forward(self, output, target, scale):
+        return scale * super().forward(output, target)
+
+
+OF_THREE = [nn.GaussianNLLLoss(), nn.GaussianNLLLoss, nn.CosineEmbeddingLoss, nn.TripletMarginLoss(), pairs, Doubled(),
+            functional.gaussian_nll_loss, "torch.nn:MarginRankingLoss"]  # fmt: skip
+
+
+@pytest.mark.parametrize("choice", OF_THREE)
+def test_a_loss_of_more_than_output_and_target_is_refused_with_a_cure_that_works(choice):
+    with refused("not-callable", UsageError, "missing a required argument", "loss(output, *target)"):
+        find_loss(choice)
+
+
+def test_a_loss_of_three_as_its_refusal_says():
+    output, wanted, variance = torch.randn(4, 3), torch.randn(4, 3), torch.rand(4, 3)
+    loss = nn.GaussianNLLLoss()
+    found = find_loss(lambda output, target: loss(output, *target))
+    assert torch.equal(found(output, (wanted, variance)), loss(output, wanted, variance))
 
 
 class GaussianNLLLike(nn.Module):

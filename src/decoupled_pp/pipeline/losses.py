@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional
 
+from decoupled_pp.core.arguments import expect_arguments
 from decoupled_pp.core.criterion import IGNORED, Criterion, Hits, class_hits, classes_in
 from decoupled_pp.core.errors import UsageError, shown
 from decoupled_pp.core.factory import call_factory, import_factory
@@ -346,6 +347,9 @@ def _of_callable(choice: Any, key: str) -> Criterion:
     if given in _OF_FUNCTION:
         return _OF_FUNCTION[given](**arguments)
     kind = next((kind for kind in _OF_MODULE if isinstance(given, kind)), None)
+    if kind is None or type(given).forward is not kind.forward:
+        wanted = "a function of these two, such as lambda output, target: loss(output, *target)"
+        expect_arguments(f"`{key}` is called with output and target", choice, 2, wanted, key=key)
     if kind is None:
         return Criterion(choice)
     function, names = _OF_MODULE[kind]

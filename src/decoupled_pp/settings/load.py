@@ -144,6 +144,9 @@ def _explained(fault: Any, key: str, known: list[str]) -> UsageError:
         return _explained_kind(fault, f"{key}.kind".removeprefix("."))
     if kind == "value_error":
         return _explained_check(fault, key)
+    if kind == "model_type":  # pydantic would name a class of ours
+        text = f"`{key}` is one section, not {shown(value)}; write its keys, as docs/configuration.md has them"
+        return UsageError(text, code="section-expected", key=key)
     message = fault["msg"]
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", fault["ctx"]["expected"])
