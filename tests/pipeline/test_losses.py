@@ -197,6 +197,39 @@ def test_class_weights_in_double_precision():
     assert torch.equal(found, functional.cross_entropy(logits, classes, weight=WEIGHT.double()))
 
 
+KINDS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+TYPED = [*({"kind": kind, "weight": [1, 2, 3, 4]} for kind in ("cross_entropy", "nll")), "mse", "huber", "smooth_l1",
+         {"kind": "bce_with_logits", "pos_weight": [1, 2, 3, 4]}]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("section", TYPED, ids=str)
+def test_outputs_of_any_type_beside_weights_and_targets_of_any(section, dtype):
+    """Targets in double precision, as numpy makes them, and weights in single; the gradient is of the output's type."""
+    torch.manual_seed(1)
+    logits = torch.randn(5, 4, dtype=dtype, requires_grad=True)
+    is_of_classes = "weight" in section
+    target = torch.arange(5) % 4 if is_of_classes else torch.rand(5, 4, dtype=torch.float64)
+    loss = find_loss(section)
+    found = loss(logits, target)
+    found.backward()
+    assert logits.grad.dtype == dtype
+    torch.testing.assert_close(found.double(), loss(logits.detach().double(), target), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 3)])
+@pytest.mark.parametrize(
+    "loss", ["cross_entropy", {"kind": "cross_entropy", "weight": [1, 2, 3]}, nn.CrossEntropyLoss()]
+)
+def test_a_class_that_the_network_does_not_have(loss, shape):
+    target = torch.full(shape, 7)
+    logits = torch.randn(*shape, 3)
+    if isinstance(loss, nn.Module):
+        logits = logits.movedim(-1, 1)
+    with refused("target-out-of-range", UsageError, "Target 7", "3 classes, 0 to 2", "-100"):
+        find_loss(loss)(logits, target)
+
+
 def test_ctc_by_its_name():
     torch.manual_seed(1)
     logits, labels = torch.randn(3, 9, 5), torch.randint(1, 5, (3, 4))
