@@ -230,6 +230,16 @@ def test_a_class_that_the_network_does_not_have(loss, shape):
         find_loss(loss)(logits, target)
 
 
+@pytest.mark.parametrize("kind", ["cross_entropy", "nll", "bce_with_logits"])
+def test_another_number_of_weights_than_classes(kind):
+    name = "pos_weight" if kind == "bce_with_logits" else "weight"
+    for width in (3, 5):
+        output = torch.randn(2, width)
+        target = torch.ones(2, width) if name == "pos_weight" else torch.tensor([0, 1])
+        with refused("weights-do-not-fit-classes", UsageError, f"`loss.{name}` has (4,) weights", f"(2, {width})"):
+            find_loss({"kind": kind, name: WEIGHT})(output, target)
+
+
 def test_ctc_by_its_name():
     torch.manual_seed(1)
     logits, labels = torch.randn(3, 9, 5), torch.randint(1, 5, (3, 4))

@@ -152,6 +152,16 @@ def test_critics_may_differentiate_too():
     trained([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)], critic=Energy("careless"))
 
 
+def test_a_layer_that_draws_into_what_it_has_saved_is_recomputed():
+    """RReLU: torch's recomputation stops once the last tensor is saved, before that is drawn."""
+    weights = []
+    for recomputed in (False, True):
+        torch.manual_seed(0)
+        layers = [nn.Linear(WIDTH, WIDTH), nn.RReLU(), nn.Sequential(nn.Linear(WIDTH, CLASSES), nn.RReLU())]
+        weights.append(states(trained(layers, checkpoint_activations=recomputed)))
+    assert differences(*weights) == []
+
+
 # ------------------------------------------------------------------------------------------------------------- sparse
 
 

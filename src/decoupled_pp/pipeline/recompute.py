@@ -24,10 +24,17 @@ def checkpointed(trunk: nn.Module) -> Callable[[Payload], Payload]:
         for layer, call in runs.items():
             # Reentrant checkpointing gives no gradients to a layer none of whose inputs needs one, and what a stage
             # receives never does.
-            payload = checkpoint(call, payload, use_reentrant=False, **_as_forward_found(layer))
+            payload = checkpoint(
+                call, payload, use_reentrant=False, early_stop=not _fills_late(layer), **_as_forward_found(layer)
+            )
         return payload
 
     return run
+
+
+def _fills_late(layer: nn.Module) -> bool:
+    """Return whether recomputing must not stop at the last tensor that is saved: RReLU draws into it afterwards."""
+    return any(isinstance(part, nn.RReLU) for part in layer.modules())
 
 
 class _CopyIfInPlace:

@@ -121,8 +121,10 @@ class Classification(Torch):
         arguments = self.moved
         if classes.dim() == logits.dim():  # torch refuses an index to ignore beside probabilities
             arguments = {key: value for key, value in arguments.items() if key != "ignore_index"}
-        elif "weight" in arguments:  # torch wants both of one type: weights in fp32 beside a network in bf16
-            logits = logits.to(arguments["weight"].dtype)
+        if "weight" in arguments:
+            _refuse_other_number(arguments["weight"], "weight", logits.shape[1:2], logits)
+            if classes.dim() < logits.dim():  # torch wants both of one type: weights in fp32 beside an output in bf16
+                logits = logits.to(arguments["weight"].dtype)
         try:
             return cast(Tensor, cast(Any, self.function)(logits, classes, reduction=reduction, **arguments))
         except IndexError as error:
@@ -209,6 +211,9 @@ class Elementwise(Torch):
             )
         if not wanted.is_floating_point() and not wanted.is_complex():
             wanted = wanted.to(logits.dtype)
+        for name, value in self.moved.items():
+            if isinstance(value, Tensor):
+                _refuse_other_number(value, name, logits.shape, logits)
         if self.function is functional.huber_loss:  # its backward takes both of one type, unlike that of the others
             kind = torch.promote_types(logits.dtype, wanted.dtype)
             logits, wanted = logits.to(kind), wanted.to(kind)
@@ -253,6 +258,19 @@ class Ctc(Torch):
             )
         log_probabilities = logits.log_softmax(-1).transpose(0, 1) if self.wants == "logits" else logits
         return cast(Tensor, cast(Any, self.function)(log_probabilities, *target, reduction=reduction, **self.moved))
+
+
+def _refuse_other_number(weights: Tensor, name: str, shape: torch.Size, output: Tensor) -> None:
+    """Raise UsageError unless weights fit a shape as torch broadcasts them."""
+    extents = zip(reversed(weights.shape), reversed(shape), strict=False)
+    if weights.dim() <= len(shape) and all(own in (1, wanted) for own, wanted in extents):
+        return
+    raise UsageError(
+        f"`loss.{name}` has {tuple(weights.shape)} weights, which do not fit the network's output "
+        f"{tuple(output.shape)}; give one for each class, in their order",
+        code="weights-do-not-fit-classes",
+        key=f"loss.{name}",
+    )
 
 
 def _as_given(value: Any) -> Any:
