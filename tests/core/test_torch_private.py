@@ -271,6 +271,19 @@ def check_saved_tensors_hooks():
     assert len(saved) == counted + 1
 
 
+def check_hooks_aside():
+    """Hooks of others, several deep, are gone while torch.func differentiates, and then as they were."""
+    saved = []
+    hooks = [torch.autograd.graph.saved_tensors_hooks(lambda t, n=n: saved.append(n) or t, lambda t: t) for n in (0, 1)]
+    plain = torch.ones(2, requires_grad=True)
+    with torch_private.hooks_aside(), hooks[0], hooks[1]:
+        slope = torch.func.grad(lambda x: torch.func.vmap(torch.func.grad(torch.sin))(x).sum())(plain)
+        assert not saved
+        plain.exp()
+    assert saved == [1]
+    assert torch.allclose(slope, -torch.sin(plain))
+
+
 CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from decoupled_pp import Trainer, partition
 from decoupled_pp.core.datasets import DataInfo
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import CriticContext
@@ -11,9 +12,9 @@ from decoupled_pp.critics import build_critic, check_critic
 from decoupled_pp.critics.auglocal import AuglocalChain
 from decoupled_pp.critics.head import LinearHead, TokenHead, matching_head
 from decoupled_pp.models import build_model
-from decoupled_pp.settings.critics import AutoCritic, FactoryCritic, HeadCritic, MlpSrCritic
+from decoupled_pp.settings.critics import AutoCritic, FactoryCritic, HeadCritic, MlpSrCritic, VocabularyCritic
 from decoupled_pp.settings.sections import GptModel, ResnetModel
-from kit import refused
+from kit import ignore, refused
 
 
 def context(hidden, output, stage=0):
@@ -213,3 +214,58 @@ def test_padding_is_left_out_of_the_mean_over_a_sequence():
     assert torch.allclose(together[:1], head(rows[:1, :4]), atol=1e-6)
     assert torch.allclose(together[1:], head(rows[1:]), atol=1e-6)
     assert torch.equal(head((rows, mask, mask)), head(rows))  # which of two is meant is not known
+
+
+PLACES = [
+    ((4,), None, -1),
+    ((4,), -1, -1),
+    ((4,), 1, 1),
+    ((5,), 1, 1),
+    ((4, 4), None, 1),
+    ((4, 4), -1, -1),
+    ((6, 4), 3, -1),
+]
+
+
+@pytest.mark.parametrize(("positions", "class_dim", "place"), PLACES)
+def test_where_the_classes_are_decides_how_a_head_reads_its_stage_and_not_equal_sizes(positions, class_dim, place):
+    """A change at one position changes the judgement of that position, in all classes, and of no other."""
+    rows, output = (torch.randn(2, *positions, 4).movedim(-1, place) for _ in range(2))
+    changed = rows.clone().movedim(place, -1)
+    changed[1, 2] += torch.randn_like(changed[1, 2])
+    changed = changed.movedim(-1, place)
+    head = matching_head(rows, output, 0, class_dim)
+    judged = head(rows)
+    assert judged.shape == output.shape
+    moved = (judged != head(changed)).movedim(place, -1)
+    assert moved[1, 2].all()
+    moved[1, 2] = False
+    assert not moved.any()
+
+
+def test_features_elsewhere_than_classes_are_refused():
+    with refused(
+        "critic-unfit", UsageError, "(2, 6, 8)", "(2, 5, 6), features and classes in dimension 1", "class_dim"
+    ):
+        matching_head(torch.randn(2, 6, 8), torch.randn(2, 5, 6), 0, class_dim=1)
+
+
+@pytest.mark.parametrize("width", [4, 6])
+def test_a_network_over_time_learns_with_its_classes_in_dimension_1(width):
+    """Labels per position, as many positions as classes and features; of other sizes, too."""
+    torch.manual_seed(0)
+    layers = [nn.Conv1d(3, width, 3, padding=1), nn.ReLU(), nn.Conv1d(width, 4, 1)]
+    inputs = torch.randn(8, 3, 4)
+    labels = inputs.argmax(1)
+    plan = partition(layers, 2, [2, 1], inputs, loss=nn.CrossEntropyLoss(), device="cpu")
+    options = {"critic": "head", "optimizer": {"kind": "Adam", "lr": 0.05}, "observer": ignore, "device": "cpu"}
+    report = Trainer(plan, loss=nn.CrossEntropyLoss(), **options).fit(
+        [(inputs, labels)], 150, validate=[(inputs, labels)]
+    )
+    assert all(one.val_accuracy > 0.9 for one in report.exits)
+
+
+def test_the_vocabulary_critic_refuses_classes_elsewhere():
+    where = CriticContext(0, 2, 1, torch.randn(2, 4, 4), torch.randn(2, 4, 4), (), class_dim=1)
+    with refused("critic-unfit", UsageError, "last dimension"):
+        build_critic(VocabularyCritic(kind="vocabulary"))(where)

@@ -1,6 +1,7 @@
 """Critics with an objective of their own, each against its formula written out a second time."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -182,6 +183,32 @@ def test_collaborative(images):
     soft = -(consensus * (logits[1] / 2.0).log_softmax(-1)).sum(-1).mean()
     (alone,) = torch.autograd.grad(0.6 * F.cross_entropy(logits[1], view.target) + 1.6 * soft, weight)
     assert torch.allclose(ours, alone, atol=1e-7)
+
+
+@pytest.mark.parametrize("ignored", [IGNORED, 0, -1])
+def test_the_consensus_counts_as_the_loss_does(images, ignored):
+    """Targets that do not count change nothing: as if their samples were not there."""
+    critic = build_critic(CollaborativeCritic(kind="collaborative", heads=3))(images())
+    loss = find_loss({"kind": "cross_entropy", "ignore_index": ignored})
+    hidden, target = images().hidden, torch.tensor([1, ignored, 3, ignored, 2, ignored])
+    some = target != ignored
+    whole, counted = (
+        local_loss(critic, View((), *one), loss) for one in ((hidden, target), (hidden[some], target[some]))
+    )
+    torch.testing.assert_close(whole, counted)
+
+
+def test_the_consensus_is_over_the_classes_of_every_position(context_of):
+    """Classes in dimension 1, as many as positions."""
+    network = nn.Sequential(nn.Conv1d(3, 4, 1), nn.Conv1d(4, 4, 1))
+    context = replace(context_of(network, torch.randn(2, 3, 4), 1), class_dim=1)
+    critic = build_critic(CollaborativeCritic(kind="collaborative", heads=2))(context)
+    hidden, target = context.hidden, torch.tensor([[1, 0, -100, -100], [2, -100, 3, 1]])
+    rows = (target != IGNORED).nonzero().T.tolist()
+    alone = hidden[rows[0], :, rows[1]][..., None]  # (5, 4, 1): every position that counts as a sample
+    loss = find_loss(nn.CrossEntropyLoss())
+    whole = local_loss(critic, View((), hidden, target), loss)
+    torch.testing.assert_close(whole, local_loss(critic, View((), alone, target[tuple(rows)][:, None]), loss))
 
 
 @pytest.mark.parametrize("distance", ["cosine", "l2"])

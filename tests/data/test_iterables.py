@@ -2,6 +2,7 @@
 
 from itertools import islice
 
+import numpy
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -70,7 +71,16 @@ def test_nothing_to_yield_is_an_error_and_not_an_endless_loop(empty):
 
 @pytest.mark.parametrize(
     "wrong",
-    [torch.zeros(2, 2), (torch.zeros(1),), (torch.zeros(1),) * 3, {"x": 1}, (torch.zeros(1), 3), ([], torch.zeros(1))],
+    [
+        torch.zeros(2, 2),
+        (torch.zeros(1),),
+        (torch.zeros(1),) * 3,
+        {"x": 1},
+        (torch.zeros(1), 3),
+        ([], torch.zeros(1)),
+        (numpy.zeros((2, 2)), torch.zeros(1)),
+        (torch.zeros(1), numpy.zeros(2)),
+    ],
 )
 def test_what_is_no_pair_of_tensors_is_refused(wrong):
     with refused("bad-batch"):

@@ -100,6 +100,7 @@ LOSSES = {
     "cross_entropy": (nn.CrossEntropyLoss(), (8, 4), "classes"),
     "weighted": (nn.CrossEntropyLoss(weight=WEIGHT + 1, ignore_index=2, label_smoothing=0.1), (8, 4), "classes"),
     "images": (nn.CrossEntropyLoss(weight=WEIGHT), (8, 4, 3, 2), "classes"),
+    "smoothed": (nn.CrossEntropyLoss(weight=WEIGHT, label_smoothing=0.1), (8, 4, 3, 2), "classes"),
     "sum": (nn.CrossEntropyLoss(weight=WEIGHT + 1, reduction="sum"), (8, 4), "classes"),
     "soft": (nn.CrossEntropyLoss(weight=WEIGHT), (8, 4, 3), "shares"),
     "nll": (nn.NLLLoss(weight=WEIGHT, ignore_index=0), (8, 4), "classes"),
@@ -196,6 +197,49 @@ def test_class_weights_in_double_precision():
     assert torch.equal(found, functional.cross_entropy(logits, classes, weight=WEIGHT.double()))
 
 
+KINDS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+TYPED = [*({"kind": kind, "weight": [1, 2, 3, 4]} for kind in ("cross_entropy", "nll")), "mse", "huber", "smooth_l1",
+         {"kind": "bce_with_logits", "pos_weight": [1, 2, 3, 4]}]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("section", TYPED, ids=str)
+def test_outputs_of_any_type_beside_weights_and_targets_of_any(section, dtype):
+    """Targets in double precision, as numpy makes them, and weights in single; the gradient is of the output's type."""
+    torch.manual_seed(1)
+    logits = torch.randn(5, 4, dtype=dtype, requires_grad=True)
+    is_of_classes = "weight" in section
+    target = torch.arange(5) % 4 if is_of_classes else torch.rand(5, 4, dtype=torch.float64)
+    loss = find_loss(section)
+    found = loss(logits, target)
+    found.backward()
+    assert logits.grad.dtype == dtype
+    torch.testing.assert_close(found.double(), loss(logits.detach().double(), target), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 3)])
+@pytest.mark.parametrize(
+    "loss", ["cross_entropy", {"kind": "cross_entropy", "weight": [1, 2, 3]}, nn.CrossEntropyLoss()]
+)
+def test_a_class_that_the_network_does_not_have(loss, shape):
+    target = torch.full(shape, 7)
+    logits = torch.randn(*shape, 3)
+    if isinstance(loss, nn.Module):
+        logits = logits.movedim(-1, 1)
+    with refused("target-out-of-range", UsageError, "Target 7", "3 classes, 0 to 2", "-100"):
+        find_loss(loss)(logits, target)
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "nll", "bce_with_logits"])
+def test_another_number_of_weights_than_classes(kind):
+    name = "pos_weight" if kind == "bce_with_logits" else "weight"
+    for width in (3, 5):
+        output = torch.randn(2, width)
+        target = torch.ones(2, width) if name == "pos_weight" else torch.tensor([0, 1])
+        with refused("weights-do-not-fit-classes", UsageError, f"`loss.{name}` has (4,) weights", f"(2, {width})"):
+            find_loss({"kind": kind, name: WEIGHT})(output, target)
+
+
 def test_ctc_by_its_name():
     torch.manual_seed(1)
     logits, labels = torch.randn(3, 9, 5), torch.randint(1, 5, (3, 4))
@@ -245,6 +289,32 @@ def test_what_is_no_loss_is_refused():
         find_loss(Learned())
     with refused("loss-count-unusable", UsageError, "-1.0"):
         find_loss(Miscounted()).weight((logits, target))
+
+
+def pairs(output, target, margin):
+    return output.mean()
+
+
+class Doubled(nn.MSELoss):
+    def forward(self, output, target, scale):
+        return scale * super().forward(output, target)
+
+
+OF_THREE = [nn.GaussianNLLLoss(), nn.GaussianNLLLoss, nn.CosineEmbeddingLoss, nn.TripletMarginLoss(), pairs, Doubled(),
+            functional.gaussian_nll_loss, "torch.nn:MarginRankingLoss"]  # fmt: skip
+
+
+@pytest.mark.parametrize("choice", OF_THREE)
+def test_a_loss_of_more_than_output_and_target_is_refused_with_a_cure_that_works(choice):
+    with refused("not-callable", UsageError, "missing a required argument", "loss(output, *target)"):
+        find_loss(choice)
+
+
+def test_a_loss_of_three_as_its_refusal_says():
+    output, wanted, variance = torch.randn(4, 3), torch.randn(4, 3), torch.rand(4, 3)
+    loss = nn.GaussianNLLLoss()
+    found = find_loss(lambda output, target: loss(output, *target))
+    assert torch.equal(found(output, (wanted, variance)), loss(output, wanted, variance))
 
 
 class GaussianNLLLike(nn.Module):

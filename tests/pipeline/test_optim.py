@@ -137,6 +137,21 @@ class SharpnessAware(torch.optim.SGD):
         assert closure is not None, "this optimizer requires closure, but it was not provided"
 
 
+class TwoSteps(torch.optim.SGD):
+    """Steps without a closure too, and is then no more than what it wraps."""
+
+    def first_step(self): ...
+
+    def second_step(self): ...
+
+
+class NotAlone(torch.optim.SGD):
+    """Refuses as the first published implementation did."""
+
+    def step(self, closure=None):
+        raise NotImplementedError("call first_step and second_step")
+
+
 class Restless(torch.optim.SGD):
     """Moves weights that have no gradient."""
 
@@ -145,7 +160,7 @@ class Restless(torch.optim.SGD):
             parameter.data.add_(torch.randn(1))
 
 
-@pytest.mark.parametrize("kind", [SharpnessAware, torch.optim.LBFGS])
+@pytest.mark.parametrize("kind", [SharpnessAware, TwoSteps, NotAlone, torch.optim.LBFGS])
 def test_an_optimizer_that_needs_a_closure_is_refused_before_it_steps(kind):
     with refused("optimizer-needs-closure", UsageError, kind.__name__):
         build_optimizers(kind, trunk(), None, owns_head=True)

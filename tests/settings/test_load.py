@@ -300,6 +300,7 @@ def test_settings_do_not_change_after_the_check():
     ("given", "code", "part"),
     [
         ({"critic": "head"}, "section-expected", "write critic: {kind: head}"),
+        ({"schedule": ["cosine", "linear"]}, "section-expected", "`schedule` is one section"),
         ({"optimizer": {"weight_decay": 0.1}}, "unknown-setting", "go under `optimizer.arguments`"),
     ],
 )

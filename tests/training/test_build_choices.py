@@ -54,6 +54,30 @@ def test_a_schedule_that_is_built_already_is_refused():
         choose_schedule(torch.optim.lr_scheduler.StepLR(optimizer, 3))
 
 
+def test_a_built_optimizer_that_no_stage_can_use_is_refused_for_that():
+    built = torch.optim.LBFGS([torch.zeros(1, requires_grad=True)])
+    with refused("optimizer-needs-closure", UsageError, "LBFGS"):
+        choose_optimizer(built)
+
+
+OPTIMIZER = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+EVERY_THIRD = torch.optim.lr_scheduler.StepLR(OPTIMIZER, 3)
+
+
+@pytest.mark.parametrize(
+    ("choice", "line"),
+    [
+        (torch.optim.lr_scheduler.ReduceLROnPlateau(OPTIMIZER), 'schedule={"kind": "plateau"}'),
+        (torch.optim.lr_scheduler.ChainedScheduler([EVERY_THIRD]), "lambda optimizer: ChainedScheduler([...])"),
+        ([EVERY_THIRD], "SequentialLR(optimizer, [...], milestones=[...])"),
+        (["cosine", "linear"], "SequentialLR(optimizer, [...], milestones=[...])"),
+    ],
+)
+def test_the_line_to_write_instead_of_several_schedules_or_a_special_one(choice, line):
+    with refused("schedule-already-built", UsageError, line):
+        choose_schedule(choice)
+
+
 @pytest.mark.parametrize("choice", [None, 3])
 def test_something_that_is_no_critic(choice):
     with refused("not-callable", UsageError, repr(choice), "leave it out"):

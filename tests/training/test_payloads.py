@@ -197,6 +197,20 @@ def test_samples_are_counted_by_the_target():
     assert [stage.samples for stage in trainer.stages] == [12, 12]
 
 
+def test_batches_of_inference_mode_train_as_others_do():
+    """As a data set computed beforehand by another network may be."""
+    with torch.inference_mode():
+        inferred = [(inputs.clone(), target.clone()) for inputs, target in BATCHES]
+    trained = []
+    for batches in (BATCHES, inferred):
+        torch.manual_seed(1)
+        plan = partition([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)], 2, "uniform", batches[0][0])
+        trainer = Trainer(plan, critic="head", device="cpu", observer=ignore)
+        trainer.fit(batches, 3, validate=batches)
+        trained.append(states(trainer))
+    assert differences(*trained) == []
+
+
 def test_what_cannot_travel_is_refused_before_anything_is_trained():
     class Plain:
         pass
@@ -214,6 +228,8 @@ def test_what_cannot_travel_is_refused_before_anything_is_trained():
         cut(Unknown)
     torch.export.register_dataclass(Unknown)
     cut(Unknown, lambda payload: payload.nodes)  # the remedy
+    with refused("output-cannot-travel", UsageError, "the sample has a ndarray"):
+        partition([nn.Linear(WIDTH, CLASSES)], 1, "uniform", BATCHES[0][0].numpy())
     with refused("output-cannot-travel", UsageError, "nested tensor"):
         cut(lambda hidden: (hidden, torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged)))
 

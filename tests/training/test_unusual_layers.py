@@ -131,11 +131,17 @@ def test_a_layer_that_differentiates_is_evaluated_alike_with_and_without_enable_
     assert scores[0] == scores[1]
 
 
-def test_a_layer_that_torch_cannot_recompute_is_refused():
-    layers = [Differentiates("grad"), nn.Linear(WIDTH, CLASSES)]
-    with refused("layer-not-recomputable", UsageError, "`checkpoint_activations`: Differentiates"):
-        trained(layers, checkpoint_activations=True)
-    trained(layers)  # the remedy
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@pytest.mark.parametrize("how", DERIVATIVES)
+def test_a_layer_that_differentiates_is_recomputed(how):
+    """To the weights of a run that keeps its activations, with a layer before and after it in its stage."""
+    weights = []
+    for recomputed in (False, True):
+        torch.manual_seed(0)
+        inside = nn.Sequential(nn.BatchNorm1d(WIDTH), Differentiates(how))
+        layers = [nn.Linear(WIDTH, WIDTH), inside, nn.Tanh(), nn.Linear(WIDTH, CLASSES)]
+        weights.append(states(trained(layers, checkpoint_activations=recomputed)))
+    assert differences(*weights) == []
 
 
 def test_critics_may_differentiate_too():
@@ -144,6 +150,16 @@ def test_critics_may_differentiate_too():
             return self.careless(hidden)[:, :CLASSES]
 
     trained([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)], critic=Energy("careless"))
+
+
+def test_a_layer_that_draws_into_what_it_has_saved_is_recomputed():
+    """RReLU: torch's recomputation stops once the last tensor is saved, before that is drawn."""
+    weights = []
+    for recomputed in (False, True):
+        torch.manual_seed(0)
+        layers = [nn.Linear(WIDTH, WIDTH), nn.RReLU(), nn.Sequential(nn.Linear(WIDTH, CLASSES), nn.RReLU())]
+        weights.append(states(trained(layers, checkpoint_activations=recomputed)))
+    assert differences(*weights) == []
 
 
 # ------------------------------------------------------------------------------------------------------------- sparse

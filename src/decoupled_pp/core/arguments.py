@@ -20,8 +20,14 @@ def expect_function(name: str, value: Any, given: int, wanted: str, *, key: str 
     """Raise UsageError unless a value can be called with so many arguments; a module is no such function."""
     if not callable(value) or isinstance(value, nn.Module):
         raise UsageError(f"{name} is {shown(value)}; give {wanted}", code="not-callable", key=key)
+    expect_arguments(name, value, given, wanted, key=key)
+
+
+def expect_arguments(name: str, value: Any, given: int, wanted: str, *, key: str | None = None) -> None:
+    """Raise UsageError unless a function or a module can be called with so many arguments."""
+    called_as = value.forward if isinstance(value, nn.Module) else value  # the call itself takes any arguments
     try:
-        inspect.signature(value).bind(*[None] * given)
+        inspect.signature(called_as).bind(*[None] * given)
     except ValueError:  # some functions written in C have no signature
         pass
     except TypeError as error:

@@ -14,15 +14,17 @@ M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T", bound=Tensor)
 
 
-def copy_of(module: M) -> M:
+def copy_of(module: M, *, own_weights: bool = True) -> M:
     """Return a deep copy of a module; if it cannot be copied, one with its own tensors that shares all else.
 
-    A lock, an open file or a handle cannot be copied, and may well be shared.
+    A lock, an open file or a handle cannot be copied, and may well be shared. Without weights of its own the copy costs
+    no memory to speak of, and must not be trained.
     """
+    shared = {} if own_weights else {id(parameter): parameter for parameter in module.parameters()}
     try:
-        return copy.deepcopy(module, _detached(module))
+        return copy.deepcopy(module, _detached(module) | shared)
     except Exception:  # a user's module may raise anything when it is copied
-        return _with_own_tensors(module, {})
+        return _with_own_tensors(module, dict(shared))
 
 
 def _detached(module: nn.Module) -> dict[int, Any]:

@@ -117,6 +117,7 @@ class CriticContext:
         hiddens: For every layer above, a sample of its input: `hiddens[j]` goes into `layers[boundary + j]`
             (so `hiddens[0]` is `hidden`).
         sample: A sample of the network's own input.
+        class_dim: Dimension of the classes in the output, as the run's loss says it; None: see `classes_in`.
     """
 
     stage: int
@@ -127,6 +128,7 @@ class CriticContext:
     layers: tuple[nn.Module, ...]
     hiddens: tuple[Payload, ...] = ()
     sample: Payload = ()
+    class_dim: int | None = None
 
 
 CriticBuilder: TypeAlias = Callable[[CriticContext], nn.Module]

@@ -102,7 +102,7 @@ def as_payload(value: object, source: str, code: str = "output-cannot-travel") -
 
 def check_payload(value: object, source: str, code: str = "output-cannot-travel") -> Payload:
     """Return `value` if it is a payload, else raise UsageError; `source` begins its text, as "layer 'a' returned"."""
-    if isinstance(value, Tensor) or (value != () and is_flat(value)):
+    if isinstance(value, Tensor) or (is_flat(value) and value != ()):
         return value
     leaves, _ = pytree.tree_flatten_with_path(value)
     for path, leaf in leaves:

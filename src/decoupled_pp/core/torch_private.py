@@ -245,23 +245,33 @@ def storage_address(storage: torch.UntypedStorage) -> int:
 @contextmanager
 def saved_tensors_hooks(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> Iterator[None]:
     """Runs with hooks for saved tensors that step aside while torch.func, which refuses any, differentiates."""
+    with hooks_aside(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+@contextmanager
+def hooks_aside() -> Iterator[None]:
+    """Lets all hooks for saved tensors, whosever they are, step aside while torch.func differentiates."""
     graph = torch.autograd.graph
+    stack: Any = torch._C._autograd
     refuse_hooks = graph.disable_saved_tensors_hooks  # torch.func looks it up there whenever it begins
-    hooks = graph.saved_tensors_hooks(pack, unpack)
 
     @contextmanager
     def aside(error_message: str) -> Iterator[None]:
-        hooks.__exit__()
+        hooks = []
+        while (top := stack._top_saved_tensors_default_hooks(True)) is not None:
+            hooks.append(top)
+            stack._pop_saved_tensors_default_hooks()
         try:
             with refuse_hooks(error_message):
                 yield
         finally:
-            hooks.__enter__()
+            for pack, unpack in reversed(hooks):
+                stack._push_saved_tensors_default_hooks(pack, unpack)
 
     graph.disable_saved_tensors_hooks = aside
     try:
-        with hooks:
-            yield
+        yield
     finally:
         graph.disable_saved_tensors_hooks = refuse_hooks
 

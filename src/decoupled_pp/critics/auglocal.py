@@ -51,7 +51,7 @@ def build_auglocal(settings: AuglocalCritic, context: CriticContext) -> nn.Modul
     if settings.weights == "network":
         head = own_head(context, current)
     else:
-        head = matching_head(current, context.output, context.stage)
+        head = matching_head(current, context.output, context.stage, context.class_dim)
     return AuglocalChain(narrowing, copies, head)
 
 

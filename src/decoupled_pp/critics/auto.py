@@ -23,4 +23,4 @@ def build_auto(settings: AutoCritic, context: CriticContext) -> nn.Module:
             return build_auglocal(IMAGES, context)
         except UsageError:  # a layer of the user's own that cannot be made afresh or fit another shape
             pass
-    return matching_head(context.hidden, context.output, context.stage)
+    return matching_head(context.hidden, context.output, context.stage, context.class_dim)

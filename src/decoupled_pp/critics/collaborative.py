@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from decoupled_pp.core.criterion import classes_in
 from decoupled_pp.core.objective import Critic, CriticContext, View
-from decoupled_pp.core.packets import Loss, Payload, map_payload, takes_gradient
+from decoupled_pp.core.packets import Loss, Payload, as_tuple, map_payload, takes_gradient
+from decoupled_pp.critics.requirements import ignored_by, share
 from decoupled_pp.critics.several import build_bases
 from decoupled_pp.settings.critics import CollaborativeCritic
 
@@ -18,8 +20,9 @@ from decoupled_pp.settings.critics import CollaborativeCritic
 class Collaborative(Critic):
     """Heads side by side: stage output -> the mean of H heads' logits."""
 
-    def __init__(self, heads: list[nn.Module], settings: CollaborativeCritic) -> None:
+    def __init__(self, heads: list[nn.Module], settings: CollaborativeCritic, class_dim: int | None = None) -> None:
         super().__init__()
+        self.class_dim = class_dim
         self.heads = nn.ModuleList(heads)
         self.share = settings.label_share
         self.temperature = settings.temperature
@@ -43,14 +46,19 @@ class Collaborative(Critic):
             others = every[:number] + every[number + 1 :]
             consensus = torch.stack([other.detach() for other in others]).mean(dim=0)
             total = total + self.share * loss(logits, view.target)
-            total = total + (1 - self.share) * self._consensus_loss(logits, consensus)
+            total = total + (1 - self.share) * self._consensus_loss(logits, consensus, view.target, loss)
         return total
 
-    def _consensus_loss(self, logits: Tensor, consensus: Tensor) -> Tensor:
-        soft_targets = (consensus / self.temperature).softmax(dim=-1)
-        log_probabilities = functional.log_softmax(logits / self.temperature, dim=-1)
-        cross_entropy: Tensor = -(soft_targets * log_probabilities).sum(dim=-1).mean()
-        return cross_entropy * self.temperature**2  # softening divides the gradient by about as much
+    def _consensus_loss(self, logits: Tensor, consensus: Tensor, target: Payload, loss: Loss) -> Tensor:
+        dim = classes_in(logits, self.class_dim)
+        soft_targets = (consensus / self.temperature).softmax(dim)
+        log_probabilities = functional.log_softmax(logits / self.temperature, dim)
+        each: Tensor = -(soft_targets * log_probabilities).sum(dim)
+        counted = as_tuple(target)[0] != ignored_by(loss)
+        if counted.shape == each.shape:  # class indices; else every position counts
+            each = each * counted / share(counted, each)
+        # Softening divides the gradient by about the square.
+        return each.mean() * self.temperature**2
 
 
 def _with_scaled_gradient(tensor: Tensor, factor: float) -> Tensor:
@@ -65,4 +73,4 @@ def build_collaborative(settings: CollaborativeCritic, context: CriticContext) -
 
     Source: Song & Chai 2018 (NeurIPS, 1805.11761), equations 2 to 5 and section 3.3 (backpropagation rescaling).
     """
-    return Collaborative(build_bases(settings.base, settings.heads, context), settings)
+    return Collaborative(build_bases(settings.base, settings.heads, context), settings, context.class_dim)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from decoupled_pp.core.criterion import classes_in
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import CriticContext
 from decoupled_pp.core.packets import Payload, as_tuple, first_tensor, takes_gradient
@@ -119,6 +120,26 @@ class SequenceHead(nn.Module):
         return logits
 
 
+class MovedHead(nn.Module):
+    """A head for features and classes in another dimension than usual: both are moved there and back."""
+
+    def __init__(self, head: nn.Module, usual: int, given: int) -> None:
+        super().__init__()
+        self.head = head
+        self.usual = usual
+        self.given = given
+
+    def forward(self, hidden: Payload) -> Tensor:
+        """Judge a stage's output."""
+        logits: Tensor = self.head(_moved(first_tensor(hidden), self.given, self.usual))
+        return logits.movedim(self.usual, self.given)
+
+
+def _moved(features: Tensor, given: int, usual: int) -> Tensor:
+    """Return a stage's output with its features where heads look for them; vectors have but one place for them."""
+    return features.movedim(given, usual) if features.dim() > max(given, usual) else features
+
+
 def padding_mask(payload: Payload) -> Tensor | None:
     """Return the only boolean tensor (B, T) behind a hidden state (B, T, D); None if there is none, or several."""
     first, *others = as_tuple(payload)
@@ -126,8 +147,20 @@ def padding_mask(payload: Payload) -> Tensor | None:
     return found[0] if len(found) == 1 else None
 
 
-def matching_head(hidden: Payload, output: Tensor, stage: int) -> nn.Module:
-    """Build a fresh head from samples like `hidden`, in its dtype and on its device, to logits shaped like `output`."""
+def matching_head(hidden: Payload, output: Tensor, stage: int, class_dim: int | None = None) -> nn.Module:
+    """Build a fresh head from samples like `hidden`, in its dtype and on its device, to logits shaped like `output`.
+
+    The features of a sample are where the output has its classes (`classes_in`): sizes may be equal by chance.
+    """
+    given, usual = classes_in(output, class_dim), classes_in(output, None)
+    if given != usual:
+        moved = _moved(first_tensor(hidden), given, usual)
+        return MovedHead(_usual_head(moved, output.movedim(given, usual), stage, given), usual, given)
+    return _usual_head(hidden, output, stage, given)
+
+
+def _usual_head(hidden: Payload, output: Tensor, stage: int, classes: int) -> nn.Module:
+    """Build a head where features and classes are at their usual places; `classes` is where they were given."""
     first = first_tensor(hidden)
     if not takes_gradient(first):
         kind = first.dtype if first.layout is torch.strided else first.layout
@@ -153,14 +186,23 @@ def matching_head(hidden: Payload, output: Tensor, stage: int) -> nn.Module:
         case 3, 2:
             head = SequenceHead(width, output.shape[1])
         case _:
-            raise UsageError(
-                f"stage {stage}: no built-in head leads from a stage output of shape {tuple(first.shape)} to network "
-                f"outputs of shape {tuple(output.shape)}; `cut` elsewhere, or give your own critic "
-                "(`critic.kind` factory)",
-                code="critic-unfit",
-                key="critic.kind",
-            )
+            raise _no_head(first, output, stage, classes)
     return head.to(device=first.device, dtype=first.dtype)
+
+
+def _no_head(first: Tensor, output: Tensor, stage: int, classes: int) -> UsageError:
+    usual = classes_in(output, None)
+    shapes = [tuple(_moved(first, usual, classes).shape), tuple(output.movedim(usual, classes).shape)]
+    place = remedy = ""
+    if output.dim() > 2:
+        place = f", features and classes in dimension {classes}"
+        remedy = "say where the classes are (`loss` {class_dim: ...}), "
+    return UsageError(
+        f"stage {stage}: no built-in head leads from a stage output of shape {shapes[0]} to network outputs of shape "
+        f"{shapes[1]}{place}; {remedy}`cut` elsewhere, or give your own critic (`critic.kind` factory)",
+        code="critic-unfit",
+        key="critic.kind",
+    )
 
 
 def _patch(tokens: int, output: Tensor) -> int | None:
@@ -188,4 +230,4 @@ def build_head(settings: HeadCritic, context: CriticContext) -> nn.Module:
     """Build the head critic of one stage."""
     if settings.weights == "network":
         return own_head(context, context.hidden)
-    return matching_head(context.hidden, context.output, context.stage)
+    return matching_head(context.hidden, context.output, context.stage, context.class_dim)

@@ -15,5 +15,5 @@ from decoupled_pp.settings.critics import MlpSrCritic
 def build_bases(kind: Literal["head", "mlp_sr"], count: int, context: CriticContext) -> list[nn.Module]:
     """Build `count` critics of one stage, each with weights of its own."""
     if kind == "head":
-        return [matching_head(context.hidden, context.output, context.stage) for _ in range(count)]
+        return [matching_head(context.hidden, context.output, context.stage, context.class_dim) for _ in range(count)]
     return [build_mlp_sr(MlpSrCritic(kind="mlp_sr"), context) for _ in range(count)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from decoupled_pp.core.criterion import IGNORED
+from decoupled_pp.core.criterion import IGNORED, classes_in
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import Critic, CriticContext, View
 from decoupled_pp.core.packets import Loss, Payload, first_tensor
@@ -133,6 +133,10 @@ def build_vocabulary(settings: VocabularyCritic, context: CriticContext) -> nn.M
     are_tokens = hidden.dim() == 3 and output.dim() == 3 and hidden.shape[1] == output.shape[1]
     if not are_tokens or not hidden.is_floating_point():
         raise critic_unfit(context, f"critic vocabulary is for tokens, not for {shapes_of(context)}")
+    if classes_in(output, context.class_dim) != 2:
+        raise critic_unfit(
+            context, f"critic vocabulary takes the classes in the last dimension, not in {context.class_dim}"
+        )
     width = hidden.shape[2]
     vocabulary = output.shape[2]
     for key, fewer in (("critic.classes", settings.classes), ("critic.buckets", settings.buckets)):

@@ -110,7 +110,8 @@ class Feed(Inlet):
 
     def _fed(self, tensor: Tensor) -> Tensor:
         # Detached: a graph behind a target would be shared by all stages, and only one backward pass can go through it.
-        return on_device(tensor.detach(), self._device)
+        # A copy of one from `inference_mode` is an ordinary tensor, which layers may save for backward.
+        return on_device(tensor.clone() if tensor.is_inference() else tensor.detach(), self._device)
 
 
 def _due(step: int, every: int | None) -> bool:

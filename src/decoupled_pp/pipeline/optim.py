@@ -190,12 +190,15 @@ def _checked(optimizer: object, named: Mapping[str, nn.Parameter], source: str) 
             code="optimizer-of-other-parameters",
             key="optimizer",
         )
-    _refuse_closure(optimizer)
+    refuse_closure(optimizer)
     return optimizer
 
 
-def _refuse_closure(optimizer: Optimizer) -> None:
-    """Raise UsageError if the optimizer cannot step without a closure."""
+def refuse_closure(optimizer: Optimizer) -> None:
+    """Raise UsageError if a step of the optimizer wants the loss once more, at other weights."""
+    if all(callable(getattr(optimizer, name, None)) for name in ("first_step", "second_step")):
+        # Sharpness-aware ones: some step without a closure, and are then no more than the optimizer that they wrap.
+        raise _needs_loss_again(optimizer)
     # By a step of a copy with other parameters, because steps of some optimizers move weights without gradients. Only
     # its complaint matters.
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -205,13 +208,17 @@ def _refuse_closure(optimizer: Optimizer) -> None:
         with seeded(0):  # a step may draw random numbers
             tried.step()
     except Exception as error:
-        if "closure" in str(error):
-            raise UsageError(
-                f"`optimizer`: {type(optimizer).__name__} needs a closure that evaluates the loss again, and a packet "
-                "is computed once; use an optimizer whose step() takes none, such as AdamW",
-                code="optimizer-needs-closure",
-                key="optimizer",
-            ) from error
+        if "closure" in str(error) or isinstance(error, NotImplementedError):
+            raise _needs_loss_again(optimizer) from error
+
+
+def _needs_loss_again(optimizer: Optimizer) -> UsageError:
+    return UsageError(
+        f"`optimizer`: {type(optimizer).__name__} needs a closure that evaluates the loss again, and a packet is "
+        "computed once; use an optimizer whose step() takes none, such as AdamW",
+        code="optimizer-needs-closure",
+        key="optimizer",
+    )
 
 
 def has_modes(optimizer: Optimizer) -> bool:

@@ -140,7 +140,7 @@ def _explained(fault: Any, key: str, known: list[str]) -> UsageError:
     if kind == "missing":
         return UsageError(f"`{key}`: required key is missing; give it a value", code="missing-setting", key=key)
     # A union takes its kind from `kind`; it is the kind that is wrong, not the whole section.
-    if kind in ("union_tag_invalid", "union_tag_not_found", "model_attributes_type"):
+    if kind in ("union_tag_invalid", "union_tag_not_found", "model_attributes_type", "model_type"):
         return _explained_kind(fault, f"{key}.kind".removeprefix("."))
     if kind == "value_error":
         return _explained_check(fault, key)
@@ -169,6 +169,9 @@ def _explained_check(fault: Any, key: str) -> UsageError:
 def _explained_kind(fault: Any, key: str) -> UsageError:
     value = fault.get("input")
     section = key.removesuffix(".kind")
+    if fault["type"] == "model_type":  # pydantic would name a class of ours
+        text = f"`{section}` is one section, not {shown(value)}; write its keys, as docs/configuration.md has them"
+        return UsageError(text, code="section-expected", key=section)
     if isinstance(value, str):
         text = f"`{section}` is a section, not {shown(value)}; write {section}: {{kind: {shown(value)[1:-1]}}}"
         return UsageError(text, code="section-expected", key=section)

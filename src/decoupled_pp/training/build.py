@@ -62,7 +62,9 @@ def build_critics(plan: Plan, recipe: Recipe, stages: Sequence[int]) -> dict[int
     hiddens, output = trace(plan.module, plan.sample)
     for k in before:
         boundary = plan.boundaries[k + 1]
-        context = critic_context(plan.module, hiddens, output, boundary=boundary, stage=k, stages=plan.stages)
+        context = critic_context(
+            plan.module, hiddens, output, losses[0], boundary=boundary, stage=k, stages=plan.stages
+        )
         critic = _build_critic(recipe.critic, context, _mixed(recipe.seed, boundary, 1))
         judging[k] = Judging(critic, *(loss_of_critic(loss, critic, context) for loss in losses))
     return judging

@@ -12,7 +12,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError, create_model
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from decoupled_pp.core.arguments import expect_function
 from decoupled_pp.core.copies import copy_of
@@ -20,7 +20,7 @@ from decoupled_pp.core.errors import UsageError, shown
 from decoupled_pp.core.objective import CriticBuilder, CriticContext
 from decoupled_pp.core.paths import expanded
 from decoupled_pp.critics import build_critic
-from decoupled_pp.pipeline.optim import OptimizerFactory
+from decoupled_pp.pipeline.optim import OptimizerFactory, refuse_closure
 from decoupled_pp.pipeline.rules.table import RULES
 from decoupled_pp.pipeline.schedules import ScheduleFactory
 from decoupled_pp.settings.critics import CriticSettings
@@ -113,7 +113,9 @@ def choose_optimizer(choice: OptimizerChoice) -> OptimizerSettings | OptimizerFa
     if isinstance(choice, dict):
         return choose_section(choice, OptimizerSettings, "optimizer")
     if isinstance(choice, Optimizer) or not (callable(choice) or isinstance(choice, OptimizerSettings)):
-        raise _not_a_recipe("optimizer", choice, _as_recipe(choice))
+        if isinstance(choice, Optimizer):
+            refuse_closure(choice)  # a function that builds it would be refused, too
+        raise _not_a_recipe("optimizer", choice, f"{_as_recipe(choice)}, or give a function that builds one")
     if callable(choice):
         expect_function("`optimizer`", choice, 1, "a function of the parameters of one stage", key="optimizer")
     return choice
@@ -126,8 +128,7 @@ def choose_schedule(choice: ScheduleChoice) -> ScheduleSettings | ScheduleFactor
     if isinstance(choice, dict | ScheduleSettings) or choice is None:
         return choose_section(choice, ScheduleSettings, "schedule")
     if isinstance(choice, LRScheduler) or not callable(choice):
-        name = type(choice).__name__ if isinstance(choice, LRScheduler) else "CosineAnnealingLR"
-        raise _not_a_recipe("schedule", choice, f"schedule=lambda optimizer: {name}(optimizer, ...)")
+        raise _not_a_recipe("schedule", choice, _as_schedule(choice))
     expect_function(
         "`schedule`", choice, 1, "a function of an optimizer that returns a torch scheduler", key="schedule"
     )
@@ -147,11 +148,21 @@ def _as_recipe(optimizer: object) -> str:
     return f"optimizer={recipe}"
 
 
+def _as_schedule(choice: object) -> str:
+    """Return the argument that means what a built scheduler is; of a list, how to take one after the other."""
+    if isinstance(choice, ReduceLROnPlateau):
+        return 'schedule={"kind": "plateau"}'
+    name = type(choice).__name__ if isinstance(choice, LRScheduler) else "CosineAnnealingLR"
+    arguments = {"ChainedScheduler": "[...]", "SequentialLR": "optimizer, [...], milestones=[...]"}
+    if isinstance(choice, list | tuple):
+        name = "SequentialLR"
+    return f"schedule=lambda optimizer: {name}({arguments.get(name, 'optimizer, ...')})"
+
+
 def _not_a_recipe(key: str, choice: object, line: str) -> UsageError:
     """Return the error of a built object, or of anything else, where each stage is to build its own."""
     return UsageError(
-        f"`{key}` is a {type(choice).__name__}; every stage builds its own: write {line}, or give a function that "
-        "builds one",
+        f"`{key}` is a {type(choice).__name__}; every stage builds its own: write {line}",
         code=f"{key}-already-built",
         key=key,
     )

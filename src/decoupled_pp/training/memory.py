@@ -67,7 +67,13 @@ def predict_memory(
         judge: nn.Module | None = None
         if not last and critic is not None:
             context = critic_context(
-                plan.module, hiddens, output, boundary=plan.boundaries[stage + 1], stage=stage, stages=plan.stages
+                plan.module,
+                hiddens,
+                output,
+                loss,
+                boundary=plan.boundaries[stage + 1],
+                stage=stage,
+                stages=plan.stages,
             )
             objective = stand_in_objective(loss, context.output)
             judge = CriticWithLoss(critic(context), context, objective)
@@ -126,6 +132,7 @@ class Room:
         self._critic = critic
         self._optimizer = optimizer
         self._limits = list(limits)
+        self._loss = loss
         self._accumulates = accumulate > 1
         hiddens, output = trace(module, sample)
         self._hiddens = [map_payload(zeros_if_meta, hidden) for hidden in hiddens]
@@ -157,7 +164,13 @@ class Room:
         if (stage, boundary) not in self._critics:
             assert self._critic is not None
             context = critic_context(
-                self._module, self._hiddens, self._output, boundary=boundary, stage=stage, stages=len(self._limits)
+                self._module,
+                self._hiddens,
+                self._output,
+                self._loss,
+                boundary=boundary,
+                stage=stage,
+                stages=len(self._limits),
             )
             critic = self._critic(context)
             look = (boundary, critic_signature(critic))  # critics that look alike at one place need the same

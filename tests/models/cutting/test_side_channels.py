@@ -1,7 +1,9 @@
 """What passes between layers beside the payload is found where it would be cut, and nothing else is taken for it."""
 
+import random
 import threading
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -66,6 +68,30 @@ def test_a_channel_is_refused_by_the_names_of_its_layers_and_the_cut_named_in_th
     trainer.fit([(X, torch.arange(4) % 3)], 2)
 
 
+class InTraining(nn.Module):
+    """A layer that does its work in training mode alone, behind dropout."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.dropout, self.layer = nn.Dropout(0.5), layer
+
+    def forward(self, x):
+        return self.layer(self.dropout(x)) if self.training else x
+
+
+@pytest.mark.parametrize("evaluated", [False, True], ids=["as built", "as from_pretrained"])
+def test_a_channel_in_training_mode_alone_is_refused(evaluated):
+    keeping, using = a_global(torch.detach)
+    layers = [nn.Linear(8, 8), InTraining(keeping), nn.Linear(8, 8), InTraining(using), nn.Linear(8, 3)]
+    generator = torch.get_rng_state()
+    network = nn.Sequential(*layers).train(not evaluated)
+    with refused("layers-share-more-than-payload", UsageError, "layer '3' (InTraining)", "layer '1' (InTraining)"):
+        partition(network, 2, [2, 3], X)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(part.training != evaluated for part in network.modules())
+    partition(network, 2, [1, 4], X)
+
+
 def test_whole_numbers_that_are_all_alike():
     """As in a run, whose sample is of zeros."""
     keeping, using = a_global(lambda x: x.float()[..., None])
@@ -90,6 +116,44 @@ class Random(nn.Module):
         return x + torch.randn_like(x)
 
 
+class Skips(nn.Module):
+    """Leaves itself out at random in training, as layerdrop does; who draws the number is its own affair."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, x):
+        return x + 1 if self.training and self.draw() < 0.5 else x
+
+
+SKIPS = [lambda: Skips(random.random), lambda: Skips(lambda: float(torch.rand(()))), lambda: Skips(numpy.random.rand)]
+
+
+class Counter:
+    """An object of one's own, which the layer moves on in training."""
+
+    count = 0
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.steps = Counter()
+
+    def forward(self, x):
+        self.steps.count += self.training
+        return x * (1 + self.steps.count)
+
+
+def test_looking_in_training_mode_moves_nothing():
+    layers = [nn.Linear(8, 8), Counts(), nn.BatchNorm1d(8), Counts(), nn.Linear(8, 3)]
+    generators = random.getstate(), numpy.random.get_state()[1].tolist()
+    partition(layers, 3, [1, 2, 2], X)
+    assert [layers[1].steps.count, layers[3].steps.count, int(layers[2].num_batches_tracked)] == [0, 0, 0]
+    assert (random.getstate(), numpy.random.get_state()[1].tolist()) == generators
+
+
 class Cache(nn.Module):
     """Keeps a table by size for all modules of its kind."""
 
@@ -99,10 +163,10 @@ class Cache(nn.Module):
         return x * self.tables.setdefault(x.shape[1], torch.arange(x.shape[1]))
 
 
-@pytest.mark.parametrize("layer", [Carry, Random, Cache, lambda: nn.BatchNorm1d(8), lambda: nn.Dropout(0.5)])
+@pytest.mark.parametrize("layer", [Carry, Random, Cache, lambda: nn.BatchNorm1d(8), lambda: nn.Dropout(0.5), *SKIPS])
 def test_other_state_is_no_channel(layer):
     layers = [nn.Linear(8, 8), layer(), nn.Linear(8, 8), layer(), nn.Linear(8, 3)]
-    random = torch.get_rng_state()
+    generator = torch.get_rng_state()
     plan = partition(layers, 3, "uniform", X)
     assert plan.stages == 3
-    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(torch.get_rng_state(), generator)

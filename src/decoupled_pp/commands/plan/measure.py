@@ -73,7 +73,7 @@ def measure_profile(
         critics = []
         for end in range(1, len(module)):
             stage = min(max(round(end * count / len(module)) - 1, 0), count - 2)  # AugLocal's depth depends on it
-            context = critic_context(module, hiddens, output, boundary=end, stage=stage, stages=count)
+            context = critic_context(module, hiddens, output, loss, boundary=end, stage=stage, stages=count)
             critics.append(_critic(critic, context, hiddens[end - 1], method))
     machine = f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}"
     return Profile(

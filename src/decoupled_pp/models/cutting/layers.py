@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from decoupled_pp.core.criterion import Criterion
 from decoupled_pp.core.device import kept_modes, untouched
 from decoupled_pp.core.errors import UsageError, first_line
 from decoupled_pp.core.gradients import WithoutGradients
 from decoupled_pp.core.objective import CriticContext
-from decoupled_pp.core.packets import Payload, as_payload, as_tuple, check_payload, first_tensor, map_payload
+from decoupled_pp.core.packets import Loss, Payload, as_payload, as_tuple, check_payload, first_tensor, map_payload
 from decoupled_pp.core.torch_private import child_modules, compile_in_place, compiled_module, has_hooks
 
 # What a layer raises when its input does not fit.
@@ -174,7 +175,14 @@ def copy_for(layer: nn.Module, payload: Payload) -> Payload:
 
 
 def critic_context(
-    module: nn.Sequential, hiddens: list[Payload], output: Tensor, *, boundary: int, stage: int, stages: int
+    module: nn.Sequential,
+    hiddens: list[Payload],
+    output: Tensor,
+    loss: Loss | None = None,
+    *,
+    boundary: int,
+    stage: int,
+    stages: int,
 ) -> CriticContext:
     """Return what the critic of one stage may look at, from the results of `trace`."""
     return CriticContext(
@@ -186,6 +194,7 @@ def critic_context(
         layers=tuple(module.children()),
         hiddens=tuple(hiddens[boundary:]),
         sample=map_payload(zeros_if_meta, hiddens[0]),
+        class_dim=loss.class_dim if isinstance(loss, Criterion) else None,
     )
 
 

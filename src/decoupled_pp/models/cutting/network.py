@@ -55,7 +55,7 @@ def cut_network(  # noqa: PLR0917 - the plain facts, as `dpp.partition` takes th
     module = as_sequential(layers)
     make_lazy_weights(module, sample)
     traced = trace(module, sample) if sample is not None else None
-    cutter = _Cutter(module, stages, critic, traced, getattr(module, "places", None), speeds, fits)
+    cutter = _Cutter(module, stages, critic, traced, getattr(module, "places", None), speeds, fits, loss)
     if isinstance(by, str):
         cutter.check_places()
     layer_seconds: tuple[float, ...] | None = None
@@ -65,7 +65,7 @@ def cut_network(  # noqa: PLR0917 - the plain facts, as `dpp.partition` takes th
     elif by == "parameters":
         boundaries = cutter.by_parameters()
     elif by == "time":
-        boundaries, layer_seconds, critic_seconds = cutter.by_time(loss, device, relearned=relearned)
+        boundaries, layer_seconds, critic_seconds = cutter.by_time(device, relearned=relearned)
     elif isinstance(by, list | tuple):
         boundaries = listed_cut(by, len(module), stages)
     else:
@@ -99,6 +99,7 @@ class _Cutter:
     places: Sequence[int] | None  # boundaries to choose from (`cut_after`); None: all
     speeds: Sequence[float] | None
     fits: Fits | None
+    loss: Loss | None
 
     def check_places(self) -> None:
         """Raise UsageError if fewer places are marked than cuts are needed."""
@@ -129,11 +130,11 @@ class _Cutter:
         return self._cut(parameters, costs)
 
     def by_time(
-        self, loss: Loss | None, device: torch.device, *, relearned: bool
+        self, device: torch.device, *, relearned: bool
     ) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...] | None]:
         """Return boundaries, seconds of every layer, seconds of every chosen critic (None without critics)."""
         hiddens, output = self._need_traced("'time' measures the layers; pass a sample, or cut by 'uniform'")
-        objective = stand_in_objective(loss, zeros_if_meta(output).to(device), relearned=relearned)
+        objective = stand_in_objective(self.loss, zeros_if_meta(output).to(device), relearned=relearned)
         layer_seconds = measure_layers(self.module, hiddens, device, objective=objective)
         if self.critic is None:
             return self._cut(layer_seconds, None), layer_seconds, None
@@ -158,7 +159,15 @@ class _Cutter:
         for stage in range(self.stages - 1):
             for boundary in range(stage + 1, stage + spare + 2):
                 contexts.append(
-                    critic_context(self.module, hiddens, output, boundary=boundary, stage=stage, stages=self.stages)
+                    critic_context(
+                        self.module,
+                        hiddens,
+                        output,
+                        self.loss,
+                        boundary=boundary,
+                        stage=stage,
+                        stages=self.stages,
+                    )
                 )
         return contexts
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 
+import numpy
 import torch
 from torch import Tensor, nn
 
+from decoupled_pp.core.copies import copy_of
 from decoupled_pp.core.device import on_meta, seeded, untouched
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.gradients import WithoutGradients
@@ -15,6 +19,9 @@ from decoupled_pp.core.module_state import KeptState
 from decoupled_pp.core.packets import Payload, as_tuple, map_payload
 from decoupled_pp.core.structures import is_plain, memory_of
 from decoupled_pp.models.cutting.layers import copy_for, describe_layer
+
+_AGAIN = 2
+"""Passes that have to agree before a difference counts: a layer may skip itself at random by a generator of its own."""
 
 _NOT_COMPUTED_WITH = {torch.uint16, torch.uint32, torch.uint64}
 """Whole numbers that torch stores, and hardly computes with."""
@@ -26,7 +33,8 @@ def refuse_side_channels(
     """Raise UsageError if the layers of a stage need more of earlier layers than their input.
 
     Every stage is run alone on its part of a traced sample, after a pass of the whole network over other values: what
-    then differs from the trace came from there.
+    then differs from the trace came from there. So in evaluation, and in training mode with the random numbers of the
+    trace.
 
     Args:
         module: The network.
@@ -36,33 +44,71 @@ def refuse_side_channels(
     """
     if len(boundaries) < 3 or on_meta(module):
         return
-    after = [*hiddens[1:], output]
-    with untouched(module, output.device):
-        module.eval()
-        kept = KeptState(module)
-        layers = list(module.children())
-        _run(layers, _other(hiddens[0]), noise=True)
+    device = output.device
+    with untouched(module, device):
+        _refuse_in_this_mode(module.eval(), boundaries, [*hiddens, output])
+    # In training layers may also count what is not restored: on a copy that is nobody's affair.
+    copied = copy_of(module, own_weights=False)
+    with untouched(copied, device):
+        if not any(part.training for part in copied.modules()):
+            copied.train()
+        values = _trace(list(copied.children()), hiddens[0])
+        if values is not None:
+            _refuse_in_this_mode(copied, boundaries, values)
+
+
+def _refuse_in_this_mode(module: nn.Sequential, boundaries: Sequence[int], values: Sequence[Payload]) -> None:
+    """Look for channels in the modules' present mode; `values` are the inputs of all layers, and the last output."""
+    kept = KeptState(module)
+    layers = list(module.children())
+    _trace(layers, _other(values[0]), noise=True)
+    kept.restore()
+    # Last stage first: no stage finds what a later one has left.
+    for first, end in reversed(list(pairwise(boundaries[1:]))):
+        alone = _run(layers, range(first, end), values)
         kept.restore()
-        # Last stage first: no stage finds what a later one has left.
-        for first, end in reversed(list(pairwise(boundaries[1:]))):
-            alone = _run(layers[first:end], hiddens[first])
-            kept.restore()
-            if not _same(alone, after[end - 1]) and _is_repeatable(layers, hiddens[0], output, kept):
-                raise _refusal(module, range(first, end), hiddens, after, kept)
+        if not _same(alone, values[end]) and _is_repeatable(layers, values, kept):
+            raise _refusal(module, range(first, end), values, kept)
 
 
-def _run(layers: Sequence[nn.Module], payload: Payload, *, noise: bool = False) -> Payload | None:
-    """Return what the layers make of a payload; with noise on every activation, if that is asked for; None: nothing."""
+def _run(layers: Sequence[nn.Module], chosen: range, values: Sequence[Payload]) -> Payload | None:
+    """Return what some of the layers make of their input in a trace; None: nothing."""
+    made = _trace(layers, values[chosen[0]], chosen)
+    return None if made is None else made[-1]
+
+
+def _trace(
+    layers: Sequence[nn.Module], payload: Payload, chosen: range | None = None, *, noise: bool = False
+) -> list[Payload] | None:
+    """Return the inputs of layers, and the last one's output; None if they fail.
+
+    Each layer draws the same random numbers in every run. With noise on every activation, if that is asked for.
+    """
+    values = [payload]
     try:
-        for number, layer in enumerate(layers):
-            given = copy_for(layer, payload)
-            if noise:
-                with seeded(number):
+        for number in range(len(layers)) if chosen is None else chosen:
+            given = copy_for(layers[number], values[-1])
+            with _drawing_again(number):
+                if noise:
                     given = map_payload(_noisy, given)
-            payload = WithoutGradients()(layer, given)
+                values.append(WithoutGradients()(layers[number], given))
     except Exception:  # what a user's layer may raise, on values that it has not been made for
         return None
-    return payload
+    return values
+
+
+@contextmanager
+def _drawing_again(number: int) -> Iterator[None]:
+    """Seed all generators that layers usually draw from, and put them back at the end."""
+    states = random.getstate(), numpy.random.get_state()
+    random.seed(number)
+    numpy.random.seed(number)
+    try:
+        with seeded(number):
+            yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
 
 
 def _noisy(tensor: Tensor) -> Tensor:
@@ -107,26 +153,27 @@ _EXACT = torch.complex128
 _ROUNDED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def _is_repeatable(layers: Sequence[nn.Module], sample: Payload, output: Tensor, kept: KeptState) -> bool:
-    """Return whether the whole network gives its output again: one that draws random numbers proves nothing."""
-    again = _run(layers, sample)
-    kept.restore()
-    return _same(again, output)
+def _is_repeatable(layers: Sequence[nn.Module], values: Sequence[Payload], kept: KeptState) -> bool:
+    """Return whether the whole network gives its output again: one that draws numbers of its own proves nothing."""
+    for _ in range(_AGAIN):
+        again = _trace(layers, values[0])
+        kept.restore()
+        if again is None or not _same(again[-1], values[-1]):
+            return False
+    return True
 
 
-def _refusal(
-    module: nn.Sequential, stage: range, hiddens: Sequence[Payload], after: Sequence[Payload], kept: KeptState
-) -> UsageError:
+def _refusal(module: nn.Sequential, stage: range, values: Sequence[Payload], kept: KeptState) -> UsageError:
     """Return the error, with the names of the layers between which the channel runs."""
     named = list(module.named_children())
     layers = [layer for _, layer in named]
 
     def gives_its_output(index: int, *, after_layer: int | None = None) -> bool:
-        _run(layers, _other(hiddens[0]), noise=True)
+        _trace(layers, _other(values[0]), noise=True)
         kept.restore()
         if after_layer is not None:
-            _run([layers[after_layer]], hiddens[after_layer])
-        return _same(_run([layers[index]], hiddens[index]), after[index])
+            _run(layers, range(after_layer, after_layer + 1), values)
+        return _same(_run(layers, range(index, index + 1), values), values[index + 1])
 
     reader = next((index for index in stage if not gives_its_output(index)), stage[-1])
     earlier = reversed(range(stage[0]))
