@@ -9,11 +9,12 @@ import decoupled_pp as dpp
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.run import folder
 from decoupled_pp.run.checkpoints.weights import export_safetensors
+from decoupled_pp.run.in_progress import JOB_FILE
 from kit import refused
 
 
 def test_a_run_without_checkpoint_is_not_resumed(tmp_path):
-    (tmp_path / folder.JOB_FILE).write_text("a job")
+    (tmp_path / JOB_FILE).write_text("a job")
     with refused("nothing-to-resume"):
         folder.check(tmp_path, resume=True, overwrite=False)
 

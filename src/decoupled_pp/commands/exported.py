@@ -18,7 +18,8 @@ from decoupled_pp.run.checkpoints.files import cannot_write
 from decoupled_pp.run.checkpoints.shards import write_shards
 from decoupled_pp.run.checkpoints.weights import export_safetensors
 from decoupled_pp.run.early_exit import EXIT_FILE
-from decoupled_pp.run.folder import CHECKPOINTS, CONFIG_FILE, INFO_FILE, JOB_FILE, SETTINGS, WEIGHTS_FILE
+from decoupled_pp.run.folder import CHECKPOINTS, CONFIG_FILE, INFO_FILE, SETTINGS, WEIGHTS_FILE
+from decoupled_pp.run.in_progress import JOB_FILE
 from decoupled_pp.run.output_folder import mapping_in
 from decoupled_pp.run.saved import TOKENIZER_FILE, TRANSFORMERS_FILE, Saved, open_saved
 from decoupled_pp.settings.sections import HuggingFaceModel
