@@ -223,6 +223,7 @@ def write_config(folder: Path, settings: Settings, sizes: tuple[int, ...] | None
     # A baseline may have more stages than the settings name, or one: its cut would not fit them.
     if sizes is not None and len(sizes) == settings.stages:
         resolved["cut"] = list(sizes)
+        resolved["balance"]["speeds"] = None  # it is in the cut now, and has no effect on a listed one
     write_atomically(folder / CONFIG_FILE, write_yaml(resolved))
 
 

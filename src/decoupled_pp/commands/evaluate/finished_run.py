@@ -38,7 +38,7 @@ def open_run(folder: Path, overrides: tuple[str, ...] = ()) -> tuple[Settings, C
     checkpoint = latest_checkpoint(folder / run_folder.CHECKPOINTS)
     if checkpoint is not None:
         sizes = [end - first for first, end in pairwise(checkpoint.boundaries)]
-        as_saved = (f"stages={len(sizes)}", f"cut={sizes}", "start_from=null")
+        as_saved = (f"stages={len(sizes)}", f"cut={sizes}", "start_from=null", "balance.speeds=null")
         return load_settings(config, (*as_saved, *overrides)), checkpoint
     if load_settings(config).strategy == "decoupled":
         raise UsageError(
