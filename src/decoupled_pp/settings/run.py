@@ -93,8 +93,8 @@ class BalanceSettings(Section):
     """Bounds that a cut by time or by parameters has to respect (decoupled only)."""
 
     speeds: list[Scale] | None = None
-    """Speeds of the stages' devices, relative to each other, e.g. `[1, 1, 0.5, 1]`; default: all alike. Refused where the
-    cut does not look at them: `cut` uniform, or the layers listed."""
+    """Speeds of the stages' devices, relative to each other, e.g. `[1, 1, 0.5, 1]`; default: all alike. Refused
+    where the cut does not look at them: `cut` uniform, or the layers listed."""
     memory: str | list[str] | None = None
     """Memory of the devices: one size, such as `20GiB`, or one for each stage; none may need more. Default: any."""
 

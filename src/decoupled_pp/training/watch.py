@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from decoupled_pp.core.errors import Fault, LinkError, PeerError, TrainingError, UsageError, text_of
 from decoupled_pp.core.reports import Record
 from decoupled_pp.core.topology import Topology
-from decoupled_pp.core.waiting import told_to_end
+from decoupled_pp.core.waiting import failing, told_to_end
 
 if TYPE_CHECKING:
     from decoupled_pp.core.channels import Control  # imports torch, which the front end does without
@@ -113,9 +113,15 @@ def explain_failure(error: Exception, control: Control, rank: int, topology: Top
     """Tell the other ranks, and return what this rank should raise: its own error, or the fault behind it.
 
     A broken link, a SIGTERM from the launcher, or a loss that is not finite behind another stage is usually the echo of
-    a fault elsewhere, so those wait a moment for a rank that knows more.
+    a fault elsewhere, so those wait a moment for a rank that knows more. Behind a cut cable nobody answers: this rank
+    has waited for as long as it may, and does not do so again.
     """
     _failing.set()
+    with failing():
+        return _explained(error, control, rank, topology)
+
+
+def _explained(error: Exception, control: Control, rank: int, topology: Topology | None) -> Exception:
     if isinstance(error, PeerError):
         return error
     told_by_itself = isinstance(error, Terminated) and control.fault() is None
