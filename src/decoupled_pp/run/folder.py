@@ -145,6 +145,8 @@ def check(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Decide whether a run may use the folder; only looks."""
     output = _output(folder)
     output.check(resume=resume, overwrite=overwrite)
+    with output.named():
+        _refuse_out_of_place(folder)
     refuse_running(folder)
     with output.named():
         found = list_checkpoints(folder / CHECKPOINTS) if resume else []
@@ -152,6 +154,20 @@ def check(folder: Path, *, resume: bool, overwrite: bool) -> None:
         raise UsageError(
             f"{folder} has no checkpoint to resume from; start it without --resume (--overwrite if it exists)",
             code="nothing-to-resume",
+        )
+
+
+def _refuse_out_of_place(folder: Path) -> None:
+    """Raise UsageError for a folder where runs write a file, or the other way round: it is not theirs to replace."""
+    folders = (CHECKPOINTS, TENSORBOARD_FOLDER)
+    found = [name for name in (*_WRITTEN, LOCK_FILE) if (folder / name).is_dir()]
+    found += [name for name in folders if (folder / name).exists() and not (folder / name).is_dir()]
+    if found:
+        kind = "not a folder" if found[0] in folders else "a folder"
+        raise UsageError(
+            f"{folder / found[0]} is {kind}, and no run has made it; move it away, or change `name`",
+            code="run-folder-out-of-place",
+            key="name",
         )
 
 
