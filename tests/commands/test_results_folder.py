@@ -3,8 +3,7 @@
 import pytest
 
 from decoupled_pp.commands.results_folder import COMPARISON, SWEEP
-from decoupled_pp.run.folder import JOB_FILE
-from decoupled_pp.run.in_progress import RunLock
+from decoupled_pp.run.in_progress import JOB_FILE, RunLock
 from kit import refused
 
 SETTINGS = "{name: x, stages: 2, model: {}, data: {}, training: {}}"

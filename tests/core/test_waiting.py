@@ -8,7 +8,7 @@ import time
 import pytest
 
 from decoupled_pp.core import waiting
-from decoupled_pp.core.waiting import told_to_end, wait_for
+from decoupled_pp.core.waiting import failing, told_to_end, wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +52,18 @@ def test_who_was_told_to_end_waits_no_longer_than_for_last_words(stuck):
     with pytest.raises(TimeoutError):
         wait_for(stuck, 3600.0)
     assert wait_for(lambda: "an answer") == "an answer"
+
+
+def test_who_has_failed_waits_but_for_a_moment_more(stuck, monkeypatch):
+    """Whatever the bound in good times: one that has passed already is not waited for a second time."""
+    monkeypatch.setattr(waiting, "_FAILING_SECONDS", 0.2)
+    for bound in (None, 3600.0):
+        with failing(), pytest.raises(TimeoutError, match=r"no answer within 0\.2 s"):
+            wait_for(stuck, bound)
+    with failing(), pytest.raises(TimeoutError, match=r"no answer within 0\.1 s"):
+        wait_for(stuck, 0.1)
+    with pytest.raises(TimeoutError, match=r"no answer within 0\.3 s"):
+        wait_for(stuck, 0.3)
 
 
 def test_a_process_with_a_call_that_it_gave_up_ends_at_once(stuck, monkeypatch):

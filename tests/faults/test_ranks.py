@@ -1,5 +1,6 @@
 """A rank that dies, is told to end, or fails: every rank ends, says why, and the last good checkpoint is kept."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -9,6 +10,8 @@ import pytest
 
 import launched
 import ranks
+from decoupled_pp.run import folder as run_folder
+from decoupled_pp.run.in_progress import LOCK_FILE
 from kit import check_said
 
 
@@ -111,20 +114,37 @@ def test_an_error_that_cannot_be_printed_still_names_itself(tmp_path):
 def _in_a_folder_of_its_own(folder, *arguments):
     """As on a machine that shares no file system with the others."""
     home = Path(folder, os.environ["RANK"])
-    home.mkdir()
+    home.mkdir(exist_ok=True)
     os.chdir(home)
     shutil.copy(Path(folder, "run.yaml"), home)
     return launched.dpp(*arguments)
 
 
-def test_a_run_folder_that_is_not_shared_is_refused_before_anything_is_trained(tmp_path):
-    launched.write_settings(links={"timeout_seconds": 3.0})
+@pytest.mark.parametrize("options", [[], ["--overwrite"]])
+def test_a_run_folder_that_is_not_shared_is_refused_before_anything_is_changed(options, tmp_path):
+    launched.write_settings(links={"timeout_seconds": 3.0}, stages=2)
+    before = _finished_run_of_rank_0(tmp_path) if options else {}
     results = ranks.launch(
-        _in_a_folder_of_its_own, str(tmp_path), "train", "run.yaml", size=2, folder=tmp_path / "logs"
+        _in_a_folder_of_its_own, str(tmp_path), "train", "run.yaml", *options, size=2, folder=tmp_path / "logs"
     )
     assert ranks.values(results) == [2, 2], results
     said = [line for result in results for line in launched.said(result.output)]
     assert len(said) == 1, said
     check_said(f"{said[0]}\n", "checkpoint-folder-not-shared", "rank 1 ")
-    assert not list(tmp_path.rglob("step-*")) and not list(tmp_path.rglob(".shared-*"))
-    assert [record for record in launched.metrics(tmp_path / "0" / launched.FOLDER) if record["kind"] == "train"] == []
+    assert _content(tmp_path / "0" / launched.FOLDER) == before
+    # Nor does what is left keep the folder from being used.
+    run_folder.check(tmp_path / "0" / launched.FOLDER, resume=False, overwrite=bool(options))
+
+
+def _finished_run_of_rank_0(folder):
+    """The content of a run folder that rank 0 alone has."""
+    (folder / "0").mkdir()
+    with contextlib.chdir(folder / "0"):
+        shutil.copy(folder / "run.yaml", ".")
+        assert launched.dpp("train", "run.yaml") == 0
+        return _content(Path(launched.FOLDER))
+
+
+def _content(folder):
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != LOCK_FILE]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}

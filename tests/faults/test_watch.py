@@ -5,6 +5,7 @@ import threading
 import pytest
 
 from decoupled_pp.core.errors import Fault, LinkError, PeerError, TrainingError, UsageError
+from decoupled_pp.core.reports import NoteRecord
 from decoupled_pp.core.topology import Topology
 from decoupled_pp.links import LocalControl
 from decoupled_pp.training.watch import Terminated, Watcher, explain_failure, is_termination
@@ -89,3 +90,16 @@ def test_who_asks_about_ctrl_c_finds_it_in_the_control_plane_at_once():
 @pytest.mark.parametrize("error", [ZeroDivisionError("in a layer"), LinkError("no room", code="wait-too-long")])
 def test_an_error_of_its_own_stays(error):
     assert explain_failure(error, LocalControl(), 0) is error
+
+
+class FlowingControl(LocalControl):
+    def collect(self):
+        return [NoteRecord(stage=0, text="one more")]
+
+
+def test_a_failing_run_does_not_wait_for_the_last_of_records_that_never_end(monkeypatch):
+    monkeypatch.setattr("decoupled_pp.training.watch._LAST_RECORDS_SECONDS", 0.2)
+    seen = []
+    with pytest.raises(ZeroDivisionError), Watcher(FlowingControl(), seen.extend, threading.Event()):
+        raise ZeroDivisionError
+    assert seen

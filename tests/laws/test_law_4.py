@@ -15,7 +15,7 @@ from torch import nn
 from decoupled_pp.core.objective import judge_of
 from decoupled_pp.core.packets import as_tuple, payload_bytes
 from decoupled_pp.critics import KINDS
-from decoupled_pp.links import InProcessLink, ReceivingEnd
+from decoupled_pp.links import InProcessLink, ReceivingEnd, returns
 from decoupled_pp.links.messages import MessageSender
 from decoupled_pp.pipeline.losses import find_loss
 from decoupled_pp.training import decoupled
@@ -120,6 +120,13 @@ def test_what_comes_back_and_is_no_credit_is_refused(tmp_path):
         values(launch(_smuggle, size=2, folder=tmp_path))
 
 
+@pytest.mark.parametrize("number, floats", [(-1, 4), (1000, 4), (0, 5)])
+def test_losses_that_are_not_due_are_refused(number, floats, tmp_path):
+    """Of a packet that was never sent, or of more samples than it has."""
+    with pytest.raises(AssertionError, match=f"{floats} floats for packet {number} are not due"):
+        values(launch(_smuggle, number, floats, size=2, folder=tmp_path))
+
+
 def test_a_target_that_a_network_has_made_trains_every_stage_and_not_its_maker():
     """Distillation: every stage differentiates its own loss, and nothing flows into the teacher."""
     case = CASES["mlp"]
@@ -183,8 +190,12 @@ def _link_record(case):
     return dict(report.links[0])
 
 
-def _smuggle():
-    """Rank 1 sends 8 bytes more after its first credit; rank 0 has to read past them for the credits it needs."""
+def _smuggle(number=None, floats=0):
+    """Rank 1 sends a message more after its first credit; rank 0 has to read past it for the credits it needs.
+
+    8 bytes, or in a cascade, losses of that packet.
+    """
+    options = {} if number is None else {"critic_target": "cascade"}
     send, smuggled = MessageSender.send, os.environ["RANK"] == "0"
 
     def send_and_smuggle(sender, *arguments, **options):
@@ -192,7 +203,11 @@ def _smuggle():
         send(sender, *arguments, **options)
         if not smuggled:
             smuggled = True
-            send(sender, torch.full((8,), 7, dtype=torch.uint8))
+            if number is None:
+                send(sender, torch.full((8,), 7, dtype=torch.uint8))
+            else:
+                for message in returns.floats_messages(sender.size, number, torch.zeros(floats)):
+                    send(sender, message)
 
     with patch.object(MessageSender, "send", send_and_smuggle):
-        return dict(CASES["mlp"].trainer(2).fit(CASES["mlp"].batches(2), 40).links[0])
+        return dict(CASES["mlp"].trainer(2, **options).fit(CASES["mlp"].batches(2), 40).links[0])

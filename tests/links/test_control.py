@@ -1,5 +1,6 @@
 """The control plane: the first fault wins, records in order, gathering is bounded."""
 
+import json
 import os
 import threading
 import time
@@ -93,6 +94,28 @@ def test_a_store_that_never_answers_is_given_up_once(behind_a_cut_cable):
     assert time.monotonic() - begun < 60.0
     with refused("launcher-gone", LinkError, "rank 1 cannot get anything from rank 0", "no answer within 0.2 s"):
         behind_a_cut_cable.gather("anything", 1, 3600.0)
+
+
+class FlowingStore:
+    """Its ranks post faster than anybody can take it."""
+
+    def check(self, keys):
+        return True
+
+    def get(self, key):
+        return json.dumps(dict(NoteRecord(stage=0, text=key)))
+
+    def delete_key(self, key):
+        pass
+
+
+def test_ranks_that_never_pause_are_heard_from_time_to_time(monkeypatch):
+    monkeypatch.setattr("decoupled_pp.links.control._COLLECT_SECONDS", 0.2)
+    control = StoreControl(FlowingStore(), 0, 3, 60.0)
+    records = control.collect() + control.collect()
+    for rank in range(3):
+        numbers = [int(record.text.split("/")[2]) for record in records if record.text.startswith(f"record/{rank}/")]
+        assert numbers == list(range(len(numbers))) and numbers
 
 
 def test_a_signal_while_the_store_is_asked_is_no_fault_of_the_store(behind_a_cut_cable, monkeypatch):

@@ -9,11 +9,12 @@ import decoupled_pp as dpp
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.run import folder
 from decoupled_pp.run.checkpoints.weights import export_safetensors
+from decoupled_pp.run.in_progress import JOB_FILE, RunLock
 from kit import refused
 
 
 def test_a_run_without_checkpoint_is_not_resumed(tmp_path):
-    (tmp_path / folder.JOB_FILE).write_text("a job")
+    (tmp_path / JOB_FILE).write_text("a job")
     with refused("nothing-to-resume"):
         folder.check(tmp_path, resume=True, overwrite=False)
 
@@ -81,3 +82,19 @@ def test_damaged_files_are_named(tmp_path, file, read, code, text):
     (tmp_path / file).write_text(text)
     with refused(code, UsageError, file):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"resume": True, "overwrite": False}, {"resume": False, "overwrite": True}])
+@pytest.mark.parametrize("name", ["model.safetensors", "metrics.jsonl", ".lock", "checkpoints", "tensorboard"])
+def test_what_stands_in_the_place_of_something_of_a_run_is_refused_and_kept(name, options, tmp_path):
+    (tmp_path / JOB_FILE).write_text("a job")
+    (tmp_path / "config.yaml").write_text("name: x")
+    if name in ("checkpoints", "tensorboard"):
+        (tmp_path / name).write_text("mine")
+    else:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with refused("run-folder-out-of-place", UsageError, name):
+        folder.take(RunLock(tmp_path), **options)
+    assert sorted(tmp_path.rglob("*")) == before

@@ -8,12 +8,14 @@ import socket
 import time
 
 import pytest
+import torch
 
+from decoupled_pp import Trainer, partition
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.run import folder as run_folder
 from decoupled_pp.run import in_progress
-from decoupled_pp.run.in_progress import LOCK_FILE, RunLock, running
-from kit import check_text
+from decoupled_pp.run.in_progress import JOB_FILE, LOCK_FILE, RunLock, running
+from kit import check_text, ignore, tanh_network, vector_batches
 
 _processes = multiprocessing.get_context("forkserver")
 
@@ -48,7 +50,7 @@ def start(tmp_path):
 
 
 def test_a_run_in_progress_is_neither_cleared_nor_joined(start, tmp_path):
-    (tmp_path / run_folder.JOB_FILE).write_text("a job")
+    (tmp_path / JOB_FILE).write_text("a job")
     process = start()
     for resume in (True, False):
         with pytest.raises(UsageError) as caught:
@@ -60,6 +62,64 @@ def test_a_run_in_progress_is_neither_cleared_nor_joined(start, tmp_path):
     with RunLock(tmp_path) as other:
         assert not other.take()
     assert running(tmp_path) is not None
+
+
+def _trainer(folder, observer=ignore):
+    plan = partition(tanh_network(2, 4, 3), 2, "uniform", torch.zeros(4, 4))
+    return Trainer(plan, device="cpu", critic="head", checkpoints=folder, observer=observer)
+
+
+def test_the_checkpoints_of_a_script_are_left_alone_while_it_trains(start, tmp_path):
+    batches = vector_batches(3, 4, 4, 3)
+    _trainer(tmp_path).fit(batches, 2)
+    (tmp_path / "step-00000009.incomplete").mkdir()
+    process = start()
+    before = sorted(tmp_path.iterdir())
+    for resume in (True, False):
+        with pytest.raises(UsageError) as caught:
+            _trainer(tmp_path).fit(batches, 4, resume=resume)
+        assert caught.value.code == "run-in-progress"
+        text = str(caught.value).replace(f"process {process.pid} on {socket.gethostname()}", "OWNER")
+        assert str(tmp_path) in text
+        check_text("run-in-progress", text)
+    assert sorted(tmp_path.iterdir()) == before
+    process.kill()
+    process.join()
+    assert _trainer(tmp_path).fit(batches, 4, resume=True).steps == 4
+
+
+def test_a_script_has_its_checkpoints_for_as_long_as_it_trains(tmp_path):
+    """Every fit locks anew, and in between, another trainer of the same script may have the folder."""
+    seen = []
+
+    def batches():
+        for batch in vector_batches(6, 4, 4, 3):
+            seen.append(running(tmp_path))
+            yield batch
+
+    trainer = _trainer(tmp_path)
+    for _ in range(2):
+        trainer.fit(batches(), 2)
+        assert running(tmp_path) is None
+    assert len(seen) >= 4 and all(owner is not None for owner in seen)
+
+
+def test_a_run_folder_and_a_script_in_its_checkpoints_know_of_each_other(start, tmp_path):
+    (tmp_path / JOB_FILE).write_text("a job")
+    start()
+    with pytest.raises(UsageError) as caught:
+        _trainer(tmp_path / run_folder.CHECKPOINTS).fit(vector_batches(3, 4, 4, 3), 2)
+    assert caught.value.code == "run-in-progress"
+
+
+def test_a_script_in_its_checkpoints_keeps_a_run_folder_from_being_cleared(tmp_path):
+    (tmp_path / JOB_FILE).write_text("a job")
+    (tmp_path / run_folder.CHECKPOINTS).mkdir()
+    with RunLock(tmp_path / run_folder.CHECKPOINTS) as lock:
+        assert lock.take()
+        with pytest.raises(UsageError) as caught:
+            run_folder.check(tmp_path, resume=False, overwrite=True)
+        assert caught.value.code == "run-in-progress"
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

@@ -88,9 +88,10 @@ def test_a_whole_last_line_without_newline_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["rubbish", '{"kind": "train", "step": "abc"}', '{"step": 1.5}'])
-def test_a_damaged_line_in_the_middle_is_named(line, tmp_path):
+@pytest.mark.parametrize("behind", [f"{write_json(train(2))}\n", ""])
+def test_a_damaged_whole_line_is_named(line, behind, tmp_path):
     path = tmp_path / METRICS_FILE
-    path.write_text(f"{write_json(train(1))}\n{line}\n{write_json(train(2))}\n")
+    path.write_text(f"{write_json(train(1))}\n{line}\n{behind}")
     before = path.read_bytes()
     with refused("metrics-damaged", UsageError, "line 2", line[:9]):
         RunLog(tmp_path, False, 1)

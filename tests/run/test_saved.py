@@ -8,6 +8,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import decoupled_pp as dpp
+from decoupled_pp.commands.evaluate.finished_run import exit_module
 from kit import check_said, refused, run_dpp
 from kit import dpp as command
 
@@ -92,6 +93,46 @@ def test_a_run_that_went_on_is_loaded_as_it_is_now(tmp_path):
     assert not torch.equal(*(next(iter(state.values())) for state in (dpp.load(run).state_dict(), before)))
 
 
+@pytest.mark.parametrize("critic", ["auto", "head", "auglocal"])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_an_exported_exit_is_the_smaller_network(critic, place, tmp_path, capsys):
+    run = trained(tmp_path, stages=3, critic={"kind": critic})
+    wanted = exit_module(run, place)
+    assert run_dpp("export", run, "--exit", place, "-o", tmp_path / "out") == 0
+    shutil.move(tmp_path / "text.txt", tmp_path / "gone.txt")  # the data need not be there to load it
+    found = dpp.load(tmp_path / "out")
+    assert_equal(found.state_dict(), wanted.state_dict())
+    assert torch.equal(found(IDS), wanted(IDS)) and not any(part.training for part in found.modules())
+    assert sampled(tmp_path / "out", "--temperature=0").startswith("the link")
+    assert run_dpp("export", tmp_path / "out", "-o", tmp_path / "again") == 0
+    assert torch.equal(dpp.load(tmp_path / "again")(IDS), wanted(IDS))
+    assert run_dpp("export", run, "-o", tmp_path / "out") == 0  # and the folder may hold the whole network next
+    assert_equal(dpp.load(tmp_path / "out").state_dict(), load_file(run / "model.safetensors"))
+
+
+def test_a_damaged_place_of_an_exit_is_refused(tmp_path):
+    run = trained(tmp_path)
+    run_dpp("export", run, "--exit=0", "-o", tmp_path / "out")
+    for content in (
+        "{",
+        "[]",
+        '{"stage": 0}',
+        '{"stage": 2, "stages": 2, "layers": 1, "sample": [true, [[1], "int64"]]}',
+    ):
+        (tmp_path / "out" / "exit.json").write_text(content)
+        with refused("exit-damaged"):
+            dpp.load(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_an_exit_of_a_model_of_transformers_is_loaded(tmp_path):
+    pytest.importorskip("transformers")
+    run = trained(tmp_path, model=GPT2)
+    wanted = exit_module(run, 0)
+    assert run_dpp("export", run, "--exit=0", "-o", tmp_path / "out") == 0
+    assert torch.equal(dpp.load(tmp_path / "out")(IDS), wanted(IDS))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"meta": True}])
 def test_a_model_of_transformers_is_loaded_as_one(more, tmp_path):
@@ -153,6 +194,14 @@ def test_nothing_of_others_is_overwritten(tmp_path, capsys):
     check_said(capsys.readouterr().err, "not-an-output-folder", "no earlier export")
     assert [path.name for path in mine.iterdir()] == ["README.md"]
     assert command("export", run, "-o", tmp_path / "out") == command("export", run, "-o", tmp_path / "out") == 0
+    weights = (run / "model.safetensors").read_bytes()
+    shutil.copy(run / "model.safetensors", mine)  # of a model of another's, such folders have no settings of a run
+    for folder in (mine, run):
+        before = sorted(folder.iterdir())
+        for options in ([], ["--exit=0"]):
+            with refused("not-an-output-folder"):
+                run_dpp("export", run, *options, "-o", folder)
+        assert sorted(folder.iterdir()) == before and (folder / "model.safetensors").read_bytes() == weights
 
 
 def test_what_holds_no_network_is_refused(tmp_path):

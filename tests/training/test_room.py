@@ -2,6 +2,7 @@
 
 import math
 import random
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -10,8 +11,9 @@ from torch import nn
 
 import decoupled_pp as dpp
 from decoupled_pp.models.cutting import minmax_cut
-from kit import refused
+from kit import refused, run_dpp
 
+CONFIG = "configs/small/digits.yaml"
 SAMPLE = torch.randn(4, 16)
 KIB = 1024
 
@@ -90,6 +92,7 @@ def test_what_does_not_fit_is_refused():
         ({"speeds": [1]}, "bad-speeds", "`speeds` has 1 numbers for 2 stages"),
         ({"speeds": [1, 0]}, "unusable-value", "`speeds`"),
         ({"speeds": [1, 0.5], "by": "uniform"}, "bad-speeds", "`speeds` has no effect with `cut` uniform"),
+        ({"speeds": [1, 0.5], "by": [5, 1]}, "bad-speeds", "`speeds` has no effect with `cut` [5, 1]"),
         ({"memory": "1GiB", "sample": None, "critic": None}, "plan-without-sample", "`memory` needs a sample"),
     ],
 )
@@ -105,8 +108,19 @@ def test_a_settings_file_says_it():
     from decoupled_pp.training.prepare import prepare
 
     overrides = ("stages=2", "cut=parameters", "critic={kind: head}")
-    even = prepare(load_settings("configs/small/digits.yaml", overrides))[2].sizes
-    slow = prepare(load_settings("configs/small/digits.yaml", (*overrides, "balance.speeds=[0.2, 1]")))[2].sizes
+    even = prepare(load_settings(CONFIG, overrides))[2].sizes
+    slow = prepare(load_settings(CONFIG, (*overrides, "balance.speeds=[0.2, 1]")))[2].sizes
     assert slow[0] < even[0]
     with refused("no-cut-fits-memory"):
-        prepare(load_settings("configs/small/digits.yaml", (*overrides, "balance.memory=1KiB")))
+        prepare(load_settings(CONFIG, (*overrides, "balance.memory=1KiB")))
+
+
+def test_a_run_that_was_cut_by_speeds_is_scored_resumed_and_trained_from_its_own_settings(tmp_path):
+    given = ["--set=stages=2", "--set=cut=parameters", "--set=critic={kind: head}", f"--set=runs={tmp_path}"]
+    short = ["--set=training.steps=2", "--set=schedule.warmup=0", "--set=validation.every=null"]
+    assert run_dpp("train", CONFIG, *given, *short, "--set=balance.speeds=[0.2, 1]") == 0
+    folder = tmp_path / "digits"
+    assert run_dpp("evaluate", folder) == 0
+    shutil.copy(folder / "config.yaml", tmp_path / "again.yaml")
+    for way, last in (("--resume", 3), ("--overwrite", 2)):
+        assert run_dpp("train", tmp_path / "again.yaml", way, f"--set=training.steps={last}") == 0

@@ -28,9 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_command(chosen: argparse.Namespace) -> int:
     """Writes the whole network, or one that ends at an exit."""
-    from decoupled_pp.commands.evaluate.finished_run import exit_module
     from decoupled_pp.commands.exported import export_run
-    from decoupled_pp.run.checkpoints.weights import export_safetensors
 
     if chosen.exit is not None and chosen.tied:
         raise UsageError(
@@ -38,10 +36,6 @@ def run_command(chosen: argparse.Namespace) -> int:
         )
     run = Path(expanded(chosen.folder))
     output = Path(expanded(chosen.output))
-    lines: list[str] = []
-    if chosen.exit is not None:
-        export_safetensors(exit_module(run, chosen.exit), output)
-    else:
-        lines = export_run(run, output, tied=chosen.tied)
+    lines = export_run(run, output, exit=chosen.exit, tied=chosen.tied)
     sys.stdout.write("\n".join([chosen.output, *lines]) + "\n")
     return 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from decoupled_pp.run import folder as run_folder
-from decoupled_pp.run.in_progress import LOCK_FILE
+from decoupled_pp.run.in_progress import JOB_FILE, LOCK_FILE
 from decoupled_pp.run.output_folder import OutputFolder, mapping_in
 
 
@@ -37,7 +37,7 @@ class ResultsFolder:
         output.make(empty=not resume)
 
     def _is_one(self, folder: Path) -> bool:
-        return mapping_in(folder / self.marker, self.keys) and not (folder / run_folder.JOB_FILE).exists()
+        return mapping_in(folder / self.marker, self.keys) and not (folder / JOB_FILE).exists()
 
     def _written(self, folder: Path) -> list[Path]:
         found = [folder / name for name in (self.marker, *self.reports)]
@@ -47,7 +47,7 @@ class ResultsFolder:
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    return [path.parent for path in folder.glob(f"*/{run_folder.JOB_FILE}")]
+    return [path.parent for path in folder.glob(f"*/{JOB_FILE}")]
 
 
 COMPARISON = ResultsFolder(

@@ -124,6 +124,18 @@ def of_form(form: bool | str, tensors: Sequence[Tensor]) -> Any:
     return tensors[0] if form else tuple(tensors)
 
 
+def spec_of(payload: Any) -> list[Any]:
+    """Return form, shapes and dtypes of a payload, as JSON."""
+    form, tensors = form_of(payload)
+    return [form, *([list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for tensor in tensors)]
+
+
+def zeros_of(spec: Sequence[Any]) -> Any:
+    """Return a payload of zeros, as `spec_of` described one."""
+    form, *tensors = spec
+    return of_form(form, [torch.zeros(shape, dtype=getattr(torch, dtype)) for shape, dtype in tensors])
+
+
 def assemble(text: str, tensors: Sequence[Tensor]) -> Any:
     """Return the payload that `dismantle` took apart; ValueError if the text is none of its own."""
     left = iter(tensors)

@@ -6,7 +6,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -15,7 +16,11 @@ _SLICE_SECONDS = 0.1
 _LAST_WORDS_SECONDS = 1.0
 """Bound of every wait of a process that was told to end."""
 
+_FAILING_SECONDS = 5.0
+"""Bound of every wait of a process that has waited too long already: a store that is there answers by then."""
+
 _told_to_end = False
+_failing = False
 _given_up: list[threading.Event] = []  # of calls that nobody waits for any more; set once one returns after all
 
 
@@ -24,6 +29,18 @@ def told_to_end(value: bool) -> None:
     # A plain flag, because a signal handler sets it: a lock could be held by the very code that it interrupts.
     global _told_to_end  # noqa: PLW0603
     _told_to_end = value
+
+
+@contextmanager
+def failing() -> Iterator[None]:
+    """Cut all waits inside the block short: its process has failed, and only looks for who knows more."""
+    global _failing  # noqa: PLW0603
+    before = _failing
+    _failing = True
+    try:
+        yield
+    finally:
+        _failing = before
 
 
 def end_at_once(code: int) -> None:
@@ -59,7 +76,7 @@ def wait_for(call: Callable[[], T], seconds: float | None = None) -> T:
     threading.Thread(target=make, name="wait_for", daemon=True).start()
     try:
         while not done.wait(_SLICE_SECONDS):
-            bound = _LAST_WORDS_SECONDS if _told_to_end else seconds
+            bound = _bound(seconds)
             if bound is not None and time.monotonic() - start > bound:
                 raise TimeoutError(f"no answer within {bound:g} s")
     finally:
@@ -69,3 +86,12 @@ def wait_for(call: Callable[[], T], seconds: float | None = None) -> T:
         raise outcome[1]
     result: T = outcome[0]
     return result
+
+
+def _bound(seconds: float | None) -> float | None:
+    """Return how long a wait may take now that may take so long in good times."""
+    if _told_to_end:
+        return _LAST_WORDS_SECONDS
+    if _failing:
+        return _FAILING_SECONDS if seconds is None else min(seconds, _FAILING_SECONDS)
+    return seconds

@@ -26,6 +26,9 @@ from decoupled_pp.core.records import write_message
 from decoupled_pp.core.reports import Record, read_record
 from decoupled_pp.core.waiting import wait_for
 
+_COLLECT_SECONDS = 1.0
+"""Longest time for taking records: they are shown from time to time, however many there are."""
+
 _LEAST_BOUND_SECONDS = 5.0
 """Shorter bounds of links do not hold for the store: on a busy machine a good one may take seconds to answer."""
 
@@ -108,15 +111,24 @@ class StoreControl(Control):
             self._posted += 1
 
     def collect(self) -> list[Record]:
-        """Take every rank's new records out of the store."""
-        records: list[Record] = []
-        for rank in range(self._size):
-            while (text := self._get(key := f"record/{rank}/{self._collected[rank]}")) is not None:
-                records.append(read_record(json.loads(text)))
-                # Deleted, because the store's host keeps all keys in memory for as long as the run lasts.
-                self._try(partial(self._store.delete_key, key))
-                self._collected[rank] += 1
-        return records
+        """Take every rank's new records out of the store, in turn, as many as a moment allows."""
+        records: list[list[Record]] = [[] for _ in range(self._size)]
+        deadline = time.monotonic() + _COLLECT_SECONDS  # ranks may post faster than this, and for days
+        waiting = list(range(self._size))
+        while waiting and time.monotonic() < deadline:
+            waiting = [rank for rank in waiting if self._take_record(rank, records[rank])]
+        return [record for of_rank in records for record in of_rank]
+
+    def _take_record(self, rank: int, records: list[Record]) -> bool:
+        """Move the next record of a rank from the store into the list; return whether there was one."""
+        text = self._get(key := f"record/{rank}/{self._collected[rank]}")
+        if text is None:
+            return False
+        records.append(read_record(json.loads(text)))
+        # Deleted, because the store's host keeps all keys in memory for as long as the run lasts.
+        self._try(partial(self._store.delete_key, key))
+        self._collected[rank] += 1
+        return True
 
     def report_fault(self, fault: Fault) -> bool:
         """Set the fault if there is none yet."""

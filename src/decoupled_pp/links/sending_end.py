@@ -34,6 +34,9 @@ class SendingEnd(GroupEnd, Outlet):
         self._training_bytes = 0
         self._roomy = 0  # packets in a row that filled less than half of their message
         self._returned: dict[int, Tensor] = {}
+        self._returns = terms.returns
+        # Training packets whose floats may come back, number and samples, oldest first; others were never owed.
+        self._owed: deque[tuple[int, int]] = deque()
         self._start(self._credit_loop)
         if wire.payload is not None:
             self._start(self._send_loop)
@@ -45,6 +48,8 @@ class SendingEnd(GroupEnd, Outlet):
             what = f"room to send packet {packet.number} (it has taken {self._taken} so far) to"
             self._wait(lambda: self._credits > 0, what)
             self._credits -= 1
+            if self._returns.per_sample and packet.kind is PacketKind.TRAIN:
+                self._owed.append((packet.number, packet.samples))
         self._packets += 1
         if packet.kind is PacketKind.TRAIN:
             self._training_bytes += parcel.payload_bytes
@@ -142,9 +147,11 @@ class SendingEnd(GroupEnd, Outlet):
                 if kind in {returns.FLOATS, returns.MORE_FLOATS}:
                     number, floats = returns.floats_in(message)
                     parts.append(floats)
+                    self._refuse_not_owed(number, sum(map(len, parts)))
                     if kind == returns.FLOATS:
                         self._returned[number] = torch.cat(parts)
                         parts = []
+                        self._owed.popleft()
                 elif kind != returns.CREDIT or self._credits == self._capacity:
                     raise headers.not_of_a_packet(f"{kind:#x} is no credit that is due")
                 else:
@@ -152,3 +159,10 @@ class SendingEnd(GroupEnd, Outlet):
                     self._taken += 1
                 self._progress += 1
                 self._changed.notify_all()
+
+    def _refuse_not_owed(self, number: int, floats: int) -> None:
+        """Raise LinkError unless so many floats may come back for the packet; those before it get none any more."""
+        while self._owed and self._owed[0][0] < number:
+            self._owed.popleft()
+        if not self._owed or self._owed[0][0] != number or floats > self._owed[0][1]:
+            raise headers.not_of_a_packet(f"{floats} floats for packet {number} are not due")

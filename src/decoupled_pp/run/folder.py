@@ -22,7 +22,7 @@ from decoupled_pp.core.structures import stored
 from decoupled_pp.run.checkpoints.files import reason_of, write_atomically
 from decoupled_pp.run.checkpoints.opened import set_aside
 from decoupled_pp.run.checkpoints.parts import list_checkpoints, list_incomplete, remove_incomplete
-from decoupled_pp.run.in_progress import RunLock, running
+from decoupled_pp.run.in_progress import JOB_FILE, LOCK_FILE, RunLock, run_in_progress, running
 from decoupled_pp.run.log import METRICS_FILE, TENSORBOARD_FOLDER, read_records
 from decoupled_pp.run.output_folder import OutputFolder, mapping_in
 from decoupled_pp.run.plots import plot_losses, plot_timeline
@@ -40,7 +40,6 @@ TIMELINE_PICTURE = "timeline.png"
 LOSS_PICTURE = "loss.png"
 CHECKPOINTS = "checkpoints"
 WEIGHTS_FILE = "model.safetensors"
-JOB_FILE = ".job"
 
 SETTINGS = ("name", "stages", "model", "data", "training")
 """Keys by which a `config.yaml` is known to be of a run: the name of that file alone belongs to everybody."""
@@ -55,7 +54,8 @@ _WRITTEN = (
 _WRITTEN_IN_NUMBERS = (
     f"{TENSORBOARD_FOLDER}/events.out.tfevents.*",
     f"{CHECKPOINTS}/step-*.damaged*",
-    f"{CHECKPOINTS}/.shared-*",
+    f"{LOCK_FILE}-*",
+    f"{CHECKPOINTS}/{LOCK_FILE}*",
     "also-*.json",  # scores of a sweep
 )
 
@@ -132,23 +132,21 @@ def written(folder: Path) -> list[Path]:
 
 
 def refuse_running(folder: Path) -> None:
-    """Raise UsageError if a run is in progress in the folder."""
-    if (who := running(folder)) is not None:
+    """Raise UsageError if a run is in progress in the folder, or a script in its checkpoints."""
+    if (who := running(folder) or running(folder / CHECKPOINTS)) is not None:
         raise _in_progress(folder, who)
 
 
 def _in_progress(folder: Path, who: str) -> UsageError:
-    return UsageError(
-        f"a run is in progress in {folder} ({who}); end it, wait for its end, or change `name`",
-        code="run-in-progress",
-        key="name",
-    )
+    return run_in_progress(folder, who, "change `name`", key="name")
 
 
 def check(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Decide whether a run may use the folder; only looks."""
     output = _output(folder)
     output.check(resume=resume, overwrite=overwrite)
+    with output.named():
+        _refuse_out_of_place(folder)
     refuse_running(folder)
     with output.named():
         found = list_checkpoints(folder / CHECKPOINTS) if resume else []
@@ -159,28 +157,43 @@ def check(folder: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
 
-def claim(
-    lock: RunLock, job: str, *, resume: bool, overwrite: bool, damaged: Mapping[str, str] | None = None
-) -> list[str]:
-    """Make the run folder or take over an existing one, which may cost what is in it; nothing is refused after this.
+def _refuse_out_of_place(folder: Path) -> None:
+    """Raise UsageError for a folder where runs write a file, or the other way round: it is not theirs to replace."""
+    folders = (CHECKPOINTS, TENSORBOARD_FOLDER)
+    found = [name for name in (*_WRITTEN, LOCK_FILE) if (folder / name).is_dir()]
+    found += [name for name in folders if (folder / name).exists() and not (folder / name).is_dir()]
+    if found:
+        kind = "not a folder" if found[0] in folders else "a folder"
+        raise UsageError(
+            f"{folder / found[0]} is {kind}, and no run has made it; move it away, or change `name`",
+            code="run-folder-out-of-place",
+            key="name",
+        )
+
+
+def take(lock: RunLock, *, resume: bool, overwrite: bool) -> None:
+    """Make the run folder, or check an existing one, and lock it; nothing in it is changed."""
+    folder = lock.folder
+    check(folder, resume=resume, overwrite=overwrite)
+    with _output(folder).named():
+        folder.mkdir(parents=True, exist_ok=True)
+        if not lock.take():  # another one was faster
+            raise _in_progress(folder, running(folder) or "it has just begun")
+
+
+def claim(folder: Path, job: str, *, resume: bool, damaged: Mapping[str, str] | None = None) -> list[str]:
+    """Make the run folder, once it is taken, this run's own, which may cost what is in it.
 
     Args:
-        lock: The lock of the folder; it is held from now on.
+        folder: The folder; nothing is refused any more.
         job: Name of this launch, by which a restart of its ranks knows the folder.
-        resume: Go on from what is there.
-        overwrite: Delete what runs have written there.
+        resume: Go on from what is there; else what runs have written there is deleted.
         damaged: Names of checkpoints that are set aside, and what is wrong with them.
 
     Returns:
         What was set aside and why, for the user.
     """
-    folder = lock.folder
-    check(folder, resume=resume, overwrite=overwrite)
     output = _output(folder)
-    with output.named():
-        folder.mkdir(parents=True, exist_ok=True)
-        if not lock.take():  # another one was faster
-            raise _in_progress(folder, running(folder) or "it has just begun")
     output.make(empty=not resume)
     notes = []
     with output.named():
@@ -226,6 +239,7 @@ def write_config(folder: Path, settings: Settings, sizes: tuple[int, ...] | None
     # A baseline may have more stages than the settings name, or one: its cut would not fit them.
     if sizes is not None and len(sizes) == settings.stages:
         resolved["cut"] = list(sizes)
+        resolved["balance"]["speeds"] = None  # it is in the cut now, and has no effect on a listed one
     write_atomically(folder / CONFIG_FILE, write_yaml(resolved))
 
 

@@ -18,8 +18,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from decoupled_pp.core import environment
+from decoupled_pp.core.errors import UsageError
 
 LOCK_FILE = ".lock"
+JOB_FILE = ".job"
+"""A file of every run folder: the name of the launch that claimed it last."""
 _BEAT_SECONDS = 3.0
 _WATCH_SECONDS = 3 * _BEAT_SECONDS
 _PAUSE_SECONDS = 0.2
@@ -74,6 +77,7 @@ class RunLock:
     def _hold(self, handle: int) -> None:
         _try_lock(handle, fcntl.LOCK_SH, patience_seconds=1.0)
         self._handle = handle
+        self._ending.clear()
         self._beating = threading.Thread(target=self._beat, args=(handle,), name="dpp-heartbeat", daemon=True)
         self._beating.start()
 
@@ -97,6 +101,15 @@ def running(folder: Path) -> str | None:
     is_here = not owner or owner.get("machine") == _machine()
     words = f"process {owner.get('process', '?')} on {owner.get('host', 'some machine')}"
     return None if is_free and (is_here or not _is_beating(folder / LOCK_FILE)) else words
+
+
+def run_in_progress(folder: Path, who: str, other: str, *, key: str) -> UsageError:
+    """Return the error of a folder that a run, in words, has; `other` says how to name another folder."""
+    return UsageError(
+        f"a run is in progress in {folder} ({who}); end it, wait for its end, or {other}",
+        code="run-in-progress",
+        key=key,
+    )
 
 
 def _try_lock(handle: int, kind: int, patience_seconds: float = 0.0) -> bool:

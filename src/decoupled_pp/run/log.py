@@ -39,9 +39,9 @@ class RunLog:
         self._file: TextIO | None = None
         self._events: SummaryWriter | None = None
         self._report_before = threading.excepthook
-        if self._path.exists():
-            _read_objects(self._path)
         with self._named_if_full():
+            if self._path.exists():
+                _read_objects(self._path)
             folder.mkdir(parents=True, exist_ok=True)
             self._path.touch()
         if tensorboard:
@@ -118,7 +118,8 @@ def read_records(path: Path) -> list[Record]:
 def _read_objects(path: Path) -> list[dict[str, Any]]:
     """Returns the JSON objects of the file, whatever they are."""
     # Bytes, not text: a half-written last line may end inside a UTF-8 character.
-    lines = path.read_bytes().splitlines()
+    text = path.read_bytes()
+    lines = text.splitlines()
     objects: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -127,7 +128,7 @@ def _read_objects(path: Path) -> list[dict[str, Any]]:
             content = None
         if isinstance(content, dict) and isinstance(content.get("step") or 0, int):
             objects.append(content)
-        elif number < len(lines):
+        elif number < len(lines) or text.endswith(b"\n"):
             start = line[:60].decode(errors="replace")
             raise UsageError(
                 f"{path} line {number} is no record: {start!r}; remove the line or the file",

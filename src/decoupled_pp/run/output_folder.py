@@ -12,6 +12,7 @@ from pathlib import Path
 from yaml import YAMLError
 
 from decoupled_pp.core.errors import UsageError
+from decoupled_pp.run.in_progress import LOCK_FILE
 from decoupled_pp.settings.yaml_text import read_yaml
 
 
@@ -33,7 +34,8 @@ class OutputFolder:
         if resume and overwrite:
             raise UsageError("--resume and --overwrite contradict each other; give one", code="resume-and-overwrite")
         with self.named():
-            if self.path.exists() and any(self.path.iterdir()):
+            # A lock alone is of a run that was refused or killed before it wrote anything.
+            if self.path.exists() and not all(path.name.startswith(LOCK_FILE) for path in self.path.iterdir()):
                 self._check_content(resume, overwrite)
             nearest = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         if not nearest.is_dir():

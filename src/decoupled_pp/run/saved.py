@@ -18,12 +18,15 @@ from decoupled_pp.models.huggingface import split_of_run
 from decoupled_pp.models.transformers_load import load_exported, load_transformers
 from decoupled_pp.run.checkpoints.opened import Checkpoint, latest_checkpoint
 from decoupled_pp.run.checkpoints.resume import load_model
+from decoupled_pp.run.early_exit import EarlyExit, read_early_exit
 from decoupled_pp.run.folder import CHECKPOINTS, CONFIG_FILE, WEIGHTS_FILE, load_weights, read_info
 from decoupled_pp.settings.load import load_settings
 from decoupled_pp.settings.run import Settings
 from decoupled_pp.settings.sections import FactoryData, HuggingFaceModel
 
 TOKENIZER_FILE = "tokenizer.json"
+TRANSFORMERS_FILE = "config.json"
+"""The file by which `transformers` knows a folder as one of its own."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,18 @@ class Saved:
     settings: Settings
     info: DataInfo
     checkpoint: Checkpoint | None  # the newest, whose weights are the network's; None: they are in the file of weights
+    early_exit: EarlyExit | None = None  # the network ends there
+
+    def build(self) -> nn.Module:
+        """Build the network, without its trained weights."""
+        model = self.settings.model
+        if self.early_exit is None:
+            return build_model(model, self.info)
+        if isinstance(model, HuggingFaceModel):
+            model = model.model_copy(update={"meta": False})
+            layers = split_of_run(model, load_transformers(model, self.info, weights=False), self.info).layers
+            return self.early_exit.network(layers, self.settings)
+        return self.early_exit.network(build_model(model, self.info), self.settings)
 
     def fill(self, module: nn.Module) -> None:
         """Give the network its trained weights."""
@@ -80,7 +95,7 @@ def open_saved(folder: str | Path) -> Saved:
             code="no-checkpoint",
             key="checkpoint.every",
         )
-    return Saved(path, load_settings(path / CONFIG_FILE), read_info(path), checkpoint)
+    return Saved(path, load_settings(path / CONFIG_FILE), read_info(path), checkpoint, read_early_exit(path))
 
 
 def load(folder: str | Path) -> nn.Module:
@@ -104,14 +119,14 @@ def load(folder: str | Path) -> nn.Module:
 
 
 def _load(path: Path) -> nn.Module:
-    if (path / "config.json").is_file():  # as `transformers` names it: such exports are its own
+    if (path / TRANSFORMERS_FILE).is_file():
         return load_exported(path)
     saved = open_saved(path)
-    if isinstance(saved.settings.model, HuggingFaceModel):
+    if isinstance(saved.settings.model, HuggingFaceModel) and saved.early_exit is None:
         whole = saved.settings.model.model_copy(update={"meta": False})
         model = load_transformers(whole, saved.info, weights=False)
         saved.fill(split_of_run(whole, model, saved.info).layers)  # which are parts of the model
         return model
-    module = build_model(saved.settings.model, saved.info)
+    module = saved.build()
     saved.fill(module)
     return module

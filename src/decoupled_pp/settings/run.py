@@ -93,7 +93,8 @@ class BalanceSettings(Section):
     """Bounds that a cut by time or by parameters has to respect (decoupled only)."""
 
     speeds: list[Scale] | None = None
-    """Speeds of the stages' devices, relative to each other, e.g. `[1, 1, 0.5, 1]`; default: all alike."""
+    """Speeds of the stages' devices, relative to each other, e.g. `[1, 1, 0.5, 1]`; default: all alike. Refused
+    where the cut does not look at them: `cut` uniform, or the layers listed."""
     memory: str | list[str] | None = None
     """Memory of the devices: one size, such as `20GiB`, or one for each stage; none may need more. Default: any."""
 
@@ -268,8 +269,8 @@ def refuse_speeds(speeds: Sequence[float] | None, stages: int, cut: object) -> N
     fault = None
     if len(speeds) != stages:
         fault = f"has {len(speeds)} numbers for {stages} stages; give one for each"
-    elif cut == "uniform" and stages > 1:
-        fault = "has no effect with `cut` uniform; leave it out, or cut by time or parameters"
+    elif cut not in ("time", "parameters") and stages > 1:
+        fault = f"has no effect with `cut` {cut}; leave it out, or cut by time or parameters"
     if fault is not None:
         raise UsageError(f"`balance.speeds` {fault}", code="bad-speeds", key="balance.speeds")
 

@@ -43,7 +43,14 @@ class DecoupledTrainer(BaseTrainer):
     """Trains decoupled stages by a recipe; `Trainer` is the same with the options of a script."""
 
     def __init__(
-        self, plan: Plan, recipe: Recipe, device: str, folder: Path | None = None, observer: Observer | None = None
+        self,
+        plan: Plan,
+        recipe: Recipe,
+        device: str,
+        folder: Path | None = None,
+        observer: Observer | None = None,
+        *,
+        is_claimed: bool = False,  # the folder lies in a run folder that is this run's already
     ) -> None:
         """Check everything; stages are built by `build`, or the first `fit` or `evaluate`."""
         expect("plan", plan, Plan, "what dpp.partition returns")
@@ -53,7 +60,7 @@ class DecoupledTrainer(BaseTrainer):
             raise UsageError(
                 "the plan has no sample to fit critics to; pass sample= to partition", code="plan-without-sample"
             )
-        super().__init__(plan, recipe, device, observer, _checkpoint_folder(plan, recipe, folder))
+        super().__init__(plan, recipe, device, observer, _checkpoint_folder(plan, recipe, folder, is_claimed))
         self._stages: list[Stage] = []
         self._loaded: Checkpoint | None = None
         self._notes: list[Record] = []
@@ -148,6 +155,7 @@ class DecoupledTrainer(BaseTrainer):
     def _run(self, task: Task, watcher: Watcher) -> Report:
         """Run to the END packet and gather the report, or tell all ranks why not."""
         workers: list[Worker] = []
+        is_over = False
         try:
             with told_to_all(self._control, self.rank, self._topology):
                 self._begin(task)
@@ -163,8 +171,11 @@ class DecoupledTrainer(BaseTrainer):
                 # Every rank has sent its report, so all parts are written; the last to write may not have seen them.
                 if is_saved and folder is not None and folder.ensure_committed(step, self.plan.stages):
                     self._control.post(CheckpointRecord(stage=0, step=step))
+            is_over = True
             return report
         finally:
+            if self._checkpoints is not None:
+                self._checkpoints.leave(is_over=is_over)
             for worker in workers:
                 worker.close()  # a second time in a good run, which does nothing
             if self._world is not None:
@@ -258,11 +269,14 @@ class DecoupledTrainer(BaseTrainer):
             self._control.post(CheckpointRecord(stage=stage.index, step=stage.updates))
 
 
-def _checkpoint_folder(plan: Plan, recipe: Recipe, folder: Path | None) -> CheckpointFolder | None:
+def _checkpoint_folder(plan: Plan, recipe: Recipe, folder: Path | None, is_claimed: bool) -> CheckpointFolder | None:
     section = recipe.checkpoint
     if folder is not None:
         tied = tied_weights(plan) if section.refresh_tied else None
-        return CheckpointFolder(folder, keep=section.keep, timeout_seconds=recipe.links.timeout_seconds, tied=tied)
+        timeout_seconds = recipe.links.timeout_seconds
+        return CheckpointFolder(
+            folder, keep=section.keep, timeout_seconds=timeout_seconds, tied=tied, is_claimed=is_claimed
+        )
     if section.refresh_tied:
         raise UsageError(
             "`checkpoint.refresh_tied` takes weights from checkpoints: give checkpoints=FOLDER",

@@ -26,6 +26,7 @@ from decoupled_pp.models.generation import generate
 from decoupled_pp.run import folder as run_folder
 from decoupled_pp.run.checkpoints.opened import Checkpoint, newest_whole, open_checkpoint
 from decoupled_pp.run.checkpoints.parts import list_checkpoints
+from decoupled_pp.run.checkpoints.sharing import refuse_unshared
 from decoupled_pp.run.checkpoints.weights import write_weights
 from decoupled_pp.run.in_progress import RunLock
 from decoupled_pp.run.log import RunLog
@@ -173,26 +174,33 @@ def _start(settings: Settings, control: Control, lock: RunLock, *, resume: bool,
             key="training.steps",
         )
     control.gather("no fault found", True, timeout_seconds)
+    _take_folder(settings, control, lock, beginning)
     log: list[RunLog] = []
     notes: list[str] = []
 
     def claim() -> None:
-        notes[:] = run_folder.claim(
-            lock,
-            environment.job(),
-            resume=beginning.resume,
-            overwrite=beginning.overwrite,
-            damaged=beginning.damaged,
-        )
+        notes[:] = run_folder.claim(folder, environment.job(), resume=beginning.resume, damaged=beginning.damaged)
         log.append(RunLog(folder, settings.logging.tensorboard, checkpoint.step if checkpoint is not None else None))
         with run_folder.named(folder):
             run_folder.write_config(folder, settings, trainer.plan.sizes)
             run_folder.write_info(folder, info)
 
     control.from_rank_0("run folder", claim, timeout_seconds)
-    if not log:
-        lock.share()
     return _Start(data, info, trainer, checkpoint, log[0] if log else None, tuple(notes))
+
+
+def _take_folder(settings: Settings, control: Control, lock: RunLock, beginning: _Beginning) -> None:
+    """Lock the run folder, and refuse one that ranks with checkpoints do not share, before anything is removed."""
+
+    def take() -> None:
+        run_folder.take(lock, resume=beginning.resume, overwrite=beginning.overwrite)
+
+    timeout_seconds = settings.links.timeout_seconds
+    control.from_rank_0("run folder to use", take, timeout_seconds)
+    if environment.rank() != 0:
+        lock.share()
+    if settings.strategy == "decoupled":
+        refuse_unshared(settings.folder, control, environment.rank(), timeout_seconds)
 
 
 def check_run(settings: Settings) -> None:
@@ -244,7 +252,7 @@ def _begin(settings: Settings, *, resume: bool, overwrite: bool) -> _Beginning:
 def make_decoupled(settings: Settings, plan: Plan) -> DecoupledTrainer:
     """Build the trainer of a decoupled run, with the checkpoints of its run folder."""
     folder = settings.folder / run_folder.CHECKPOINTS
-    return DecoupledTrainer(plan, recipe_of(settings), settings.device, folder)
+    return DecoupledTrainer(plan, recipe_of(settings), settings.device, folder, is_claimed=True)
 
 
 def make_trainer(settings: Settings, plan: Plan) -> BaseTrainer:

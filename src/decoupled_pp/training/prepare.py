@@ -15,9 +15,9 @@ from decoupled_pp.core.channels import Control
 from decoupled_pp.core.datasets import Data, DataInfo
 from decoupled_pp.core.device import seeded
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.core.packets import Payload, as_tuple, map_payload
+from decoupled_pp.core.packets import as_tuple, map_payload
 from decoupled_pp.core.plans import Plan
-from decoupled_pp.core.structures import form_of, of_form
+from decoupled_pp.core.structures import spec_of, zeros_of
 from decoupled_pp.critics import build_critic
 from decoupled_pp.data import open_data
 from decoupled_pp.links import LocalControl
@@ -54,7 +54,7 @@ def prepare(settings: Settings, control: Control | None = None) -> tuple[Data | 
                 code="sample-needs-text",
                 key="sample",
             )
-        return {"info": info.known(), "sample": _spec(sample)}
+        return {"info": info.known(), "sample": spec_of(sample)}
 
     described = (control or LocalControl()).from_rank_0("data", describe_data, settings.links.timeout_seconds)
     baseline = settings.strategy != "decoupled"
@@ -79,7 +79,7 @@ def prepare(settings: Settings, control: Control | None = None) -> tuple[Data | 
         module,
         stages,
         cut,
-        _zeros(described["sample"]),
+        zeros_of(described["sample"]),
         critic=None if baseline else build_critic(settings.critic, settings.critic_overlap),
         critic_target=settings.critic_target,
         loss=settings.loss,
@@ -115,17 +115,6 @@ def _cut(settings: Settings, stages: int) -> By:
     if isinstance(settings.cut, list) and len(settings.cut) != stages:
         return "time"
     return settings.cut
-
-
-def _spec(payload: Payload) -> list[Any]:
-    """Return form, shapes and dtypes of a payload for JSON."""
-    form, tensors = form_of(payload)
-    return [form, *([list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for tensor in tensors)]
-
-
-def _zeros(spec: list[Any]) -> Payload:
-    form, *tensors = spec
-    return of_form(form, [torch.zeros(shape, dtype=getattr(torch, dtype)) for shape, dtype in tensors])
 
 
 def check_losses(plan: Plan, settings: Settings, data: Data | None) -> None:

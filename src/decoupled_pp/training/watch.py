@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from decoupled_pp.core.errors import Fault, LinkError, PeerError, TrainingError, UsageError, text_of
 from decoupled_pp.core.reports import Record
 from decoupled_pp.core.topology import Topology
-from decoupled_pp.core.waiting import told_to_end
+from decoupled_pp.core.waiting import failing, told_to_end
 
 if TYPE_CHECKING:
     from decoupled_pp.core.channels import Control  # imports torch, which the front end does without
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 _GRACE_SECONDS = 1.0
 _GRACE_PER_STAGE_SECONDS = 0.25
 """Waits for a rank that may know more about a failure than this one."""
+
+_LAST_RECORDS_SECONDS = 3.0
+"""Time of a run that has failed for handing out what was measured before."""
 
 INTERRUPTED = "interrupted"
 """Why a run ends early if a user, or a cluster, has asked one of its ranks to (`Report.stopped`)."""
@@ -70,17 +73,19 @@ class Watcher:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            self.close()
+            self.close(_LAST_RECORDS_SECONDS if kind is not None else None)
         except Exception:
             if kind is None:  # else the error that the run ends with has come first: a full disk spares no log
                 raise
 
-    def close(self) -> None:
-        """Stop watching, and hand out the last records."""
+    def close(self, seconds: float | None = None) -> None:
+        """Stop watching, and hand out the last records: all, or as many as can be taken in these seconds."""
         if not self._ending.is_set():
             self._ending.set()
             self._thread.join()
-            self._look()
+            deadline = time.monotonic() + seconds if seconds is not None else None
+            while self._look() and (deadline is None or time.monotonic() < deadline):
+                pass
             if self._error is not None:
                 raise self._error
 
@@ -94,28 +99,37 @@ class Watcher:
             self._control.request_stop(INTERRUPTED)
             self._stop_reason = INTERRUPTED
 
-    def _look(self) -> None:
+    def _look(self) -> bool:
+        """Hand out new records; return whether there were any."""
         self._pass_on_interrupt()
         if self._observer is None or self._error is not None:
-            return
+            return False
         self._stop_reason = self._stop_reason or self._control.stop_requested()
         try:
             records = self._control.collect()
             if records:
                 self._observer(records)
+            return bool(records)
         except BaseException as error:  # a full disk under the log must end the run, not this thread alone
             self._error = error
             self._stop_reason = f"the run log failed: {text_of(error)}"
             self._control.request_stop(self._stop_reason)
+            return False
 
 
 def explain_failure(error: Exception, control: Control, rank: int, topology: Topology | None = None) -> Exception:
     """Tell the other ranks, and return what this rank should raise: its own error, or the fault behind it.
 
     A broken link, a SIGTERM from the launcher, or a loss that is not finite behind another stage is usually the echo of
-    a fault elsewhere, so those wait a moment for a rank that knows more.
+    a fault elsewhere, so those wait a moment for a rank that knows more. Behind a cut cable nobody answers: this rank
+    has waited for as long as it may, and does not do so again.
     """
     _failing.set()
+    with failing():
+        return _explained(error, control, rank, topology)
+
+
+def _explained(error: Exception, control: Control, rank: int, topology: Topology | None) -> Exception:
     if isinstance(error, PeerError):
         return error
     told_by_itself = isinstance(error, Terminated) and control.fault() is None

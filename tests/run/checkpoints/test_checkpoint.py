@@ -58,7 +58,7 @@ def test_what_is_saved(folder):
 
 
 def test_no_file_is_a_pickle(folder):
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    files = [path for path in folder.rglob("step-*/**/*") if path.is_file()]
     assert {path.suffix for path in files} == {".safetensors", ".json"}
     assert not [path for path in files if _is_pickle(path.read_bytes())]
     assert _is_pickle(pickle.dumps({"a": 1}))
@@ -173,7 +173,7 @@ def test_a_save_killed_half_way_leaves_the_last_good_one(folder, monkeypatch, st
 
     assert latest_checkpoint(folder).step == 4
     remove_incomplete(folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000004"]
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-00000002", "step-00000004"]
 
 
 def test_a_save_may_follow_a_killed_one(folder, monkeypatch):

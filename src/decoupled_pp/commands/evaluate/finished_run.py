@@ -15,11 +15,12 @@ from decoupled_pp.commands.evaluate.exits import Evaluation, ensemble, exit_cost
 from decoupled_pp.commands.evaluate.gradient_probe import gradient_cosines
 from decoupled_pp.commands.terminal import say
 from decoupled_pp.core.errors import UsageError
-from decoupled_pp.core.plans import Layers
 from decoupled_pp.core.reports import NoteRecord, Record
+from decoupled_pp.core.structures import spec_of
 from decoupled_pp.core.threads import choose_threads
 from decoupled_pp.run import folder as run_folder
 from decoupled_pp.run.checkpoints.opened import Checkpoint, latest_checkpoint
+from decoupled_pp.run.early_exit import EarlyExit, ended_by
 from decoupled_pp.settings.load import load_settings
 from decoupled_pp.settings.run import STAGES_ALONE, Settings
 from decoupled_pp.training.job import make_decoupled
@@ -38,7 +39,7 @@ def open_run(folder: Path, overrides: tuple[str, ...] = ()) -> tuple[Settings, C
     checkpoint = latest_checkpoint(folder / run_folder.CHECKPOINTS)
     if checkpoint is not None:
         sizes = [end - first for first, end in pairwise(checkpoint.boundaries)]
-        as_saved = (f"stages={len(sizes)}", f"cut={sizes}", "start_from=null")
+        as_saved = (f"stages={len(sizes)}", f"cut={sizes}", "start_from=null", "balance.speeds=null")
         return load_settings(config, (*as_saved, *overrides)), checkpoint
     if load_settings(config).strategy == "decoupled":
         raise UsageError(
@@ -128,20 +129,19 @@ def exit_module(folder: str | Path, exit: int) -> nn.Sequential:
     Raises:
         UsageError: It is no run folder, or has no such exit.
     """
-    settings, checkpoint = open_run(Path(folder))
+    return open_exit(Path(folder), exit)[1]
+
+
+def open_exit(folder: Path, exit: int) -> tuple[EarlyExit, nn.Sequential]:
+    """Returns the place of an exit, and the smaller network that ends there."""
+    settings, checkpoint = open_run(folder)
     last = settings.stages - 1
     if not 0 <= exit <= last:
         raise UsageError(f"--exit {exit}: the run {folder} has exits 0 to {last}", code="unknown-exit")
     _, _, plan = prepare(settings)
     trainer = make_decoupled(settings, plan)
     trainer.build(checkpoint)
-    layers: dict[str, nn.Module] = {}
-    for stage in trainer.stages[: exit + 1]:
-        layers.update(stage.trunk.named_children())
-    critic = trainer.stages[exit].critic
-    if critic is not None and exit < last:
-        name = "exit"
-        while name in layers:
-            name += "_"
-        layers[name] = critic
-    return Layers(layers.items()).cpu().eval()
+    place = EarlyExit(exit, settings.stages, trainer.plan.boundaries[exit + 1], spec_of(trainer.plan.sample))
+    layers = [pair for stage in trainer.stages[: exit + 1] for pair in stage.trunk.named_children()]
+    critic = None if place.is_last else trainer.stages[exit].critic
+    return place, ended_by(layers, critic).cpu().eval()

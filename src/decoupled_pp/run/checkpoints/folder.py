@@ -13,9 +13,7 @@ link, and what is taken depends on the number of the packet alone, not on timing
 
 from __future__ import annotations
 
-import os
 import time
-import uuid
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -38,9 +36,8 @@ from decoupled_pp.run.checkpoints.parts import (
     save_stage,
     step_of,
 )
-
-_MOMENT_SECONDS = 60.0
-"""Longest time a file on a shared file system may take to appear on another machine (NFS caches listings that long)."""
+from decoupled_pp.run.checkpoints.sharing import MOMENT_SECONDS, refuse_unshared
+from decoupled_pp.run.in_progress import JOB_FILE, RunLock, run_in_progress, running
 
 
 def tied_weights(plan: Plan) -> Mapping[str, str]:
@@ -70,9 +67,26 @@ def _owners(tied: Mapping[str, str]) -> dict[str, str]:
 class CheckpointFolder:
     """The folder of checkpoints, which all ranks must share."""
 
-    def __init__(self, path: Path, *, keep: int, timeout_seconds: float, tied: Mapping[str, str] | None = None) -> None:
-        """Take over the path; nothing is written yet."""
+    def __init__(
+        self,
+        path: Path,
+        *,
+        keep: int,
+        timeout_seconds: float,
+        tied: Mapping[str, str] | None = None,
+        is_claimed: bool = False,
+    ) -> None:
+        """Take over the path; nothing is written yet.
+
+        Args:
+            path: The folder.
+            keep: Number of checkpoints that are kept.
+            timeout_seconds: Longest wait for another rank.
+            tied: What `tied_weights` returns, if tied weights are to be refreshed.
+            is_claimed: True if all ranks share the folder for certain, and it is locked by its run folder.
+        """
         self.path = path
+        self._lock = None if is_claimed else RunLock(path)
         self._keep = Keep(keep)
         self._timeout = timeout_seconds
         self._owners = _owners(tied or {})
@@ -94,23 +108,19 @@ class CheckpointFolder:
         if self._owners:
             self._keep = replace(self._keep, every=self._regular(step, every))
             self._control = control
-        if rank == 0:
+        if self._lock is not None:
+            control.from_rank_0("checkpoint folder", self._take, self._timeout)
+            if rank != 0:
+                self._lock.share()
+            refuse_unshared(self.path, control, rank, self._timeout)
+        if rank == 0:  # nothing has been removed so far
             self._make_room(step)
-        # A file that only this run can know of: a folder under the same path on another machine has no such file.
-        mark = f".shared-{uuid.uuid4().hex}"
-        if rank == 0:
-            self._write(mark)
-        mark = control.gather("mark in the checkpoint folder", mark, self._timeout)[0]
-        sees = control.gather("sight of it", self._sees(mark), self._timeout + _MOMENT_SECONDS)
-        if rank == 0:  # `gather` is a barrier: no rank looks for it any more
-            (self.path / mark).unlink()
-        if not all(sees):
-            blind = ", ".join(str(rank) for rank, saw in enumerate(sees) if not saw)
-            raise UsageError(
-                f"rank {blind} cannot write, or does not see what rank 0 writes, in the checkpoint folder {self.path}; "
-                "put it on a file system that all machines share, under the same path",
-                code="checkpoint-folder-not-shared",
-            )
+        control.gather("room in the checkpoint folder", True, self._timeout)
+
+    def leave(self, *, is_over: bool) -> None:
+        """Let others use the folder; `is_over` unless this rank has failed."""
+        if self._lock is not None:
+            self._lock.release(is_over=is_over)
 
     def save(self, stage: Stage, plan: Plan, packet: int) -> bool:
         """Refresh its copies of tied weights if that is asked for, and save a stage; see `save_stage`."""
@@ -122,7 +132,7 @@ class CheckpointFolder:
         """Commit a checkpoint whose parts are all written, unless a stage has; return whether this call did it."""
         # On a shared file system the last stage to write may not have seen the others' parts at once.
         final = final_path(self.path, step)
-        deadline = time.monotonic() + min(self._timeout, _MOMENT_SECONDS)
+        deadline = time.monotonic() + min(self._timeout, MOMENT_SECONDS)
         while not final.exists():
             if commit(self.path, step, stages, self._keep):
                 return True
@@ -190,18 +200,17 @@ class CheckpointFolder:
             )
         remove_incomplete(self.path)
 
-    def _write(self, mark: str) -> None:
+    def _take(self) -> None:
+        """Make the folder, and take it for this run."""
+        assert self._lock is not None, "only called with one"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / mark).touch()
+            who = running(self.path)
+            if who is None and (self.path.parent / JOB_FILE).exists():  # of `dpp train`, which locks its run folder
+                who = running(self.path.parent)
+            if who is None and not self._lock.take():
+                who = running(self.path) or "it has just begun"
         except OSError as error:
             raise cannot_write(self.path, error, "folder") from error
-
-    def _sees(self, mark: str) -> bool:
-        """Return whether this rank can write here and sees a file of rank 0, which may take its time to appear."""
-        deadline = time.monotonic() + min(self._timeout, _MOMENT_SECONDS)
-        while not (self.path / mark).exists():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.05)
-        return os.access(self.path, os.W_OK)
+        if who is not None:
+            raise run_in_progress(self.path, who, "give another `checkpoints`", key="checkpoints")
