@@ -96,6 +96,14 @@ def test_lateness_matters():
     assert all(not torch.equal(a, b) for i, a in enumerate(late) for b in late[:i])
 
 
+def test_checkpointed_activations_change_nothing():
+    """Law 6: layers recompute inside of the pass that recomputes the stage."""
+    trained = [trainer(layers=network(dropout=0.3, norm=True), checkpoint_activations=on) for on in (False, True)]
+    for one in trained:
+        one.fit(batches(9), 9)
+    assert differences(*map(states, trained)) == []
+
+
 @pytest.mark.parametrize("accumulate", [2, 3])
 def test_accumulation(accumulate):
     """A step takes the packets that are due in it, whichever step of the last stage they were in."""
@@ -132,18 +140,35 @@ class Recorded(nn.Module):
         return hidden
 
 
+class Drifting(nn.Module):
+    """Gives something else for every packet: by a buffer that is a new tensor each time, and statistics in use."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(WIDTH))
+        self.register_buffer("variance", torch.ones(WIDTH))
+        self.calls = 0
+
+    def forward(self, hidden):
+        self.calls += 1
+        self.count = self.count + 1
+        F.batch_norm(hidden, self.mean, self.variance, training=True)  # changes them, and not their versions
+        return hidden * self.count - self.mean / self.variance.sqrt()
+
+
 def test_the_second_forward_pass_is_the_first_one():
     """It finds the input, weights, masks and statistics of that time; and it counts in no statistics."""
     first, again = [], []
-    spectral = nn.utils.spectral_norm(nn.Linear(WIDTH, WIDTH))
-    layers = nn.Sequential(*network(dropout=0.5, norm=True)[:2], spectral, Recorded(first, again))
+    spectral, drifting = nn.utils.spectral_norm(nn.Linear(WIDTH, WIDTH)), Drifting()
+    layers = nn.Sequential(*network(dropout=0.5, norm=True)[:2], spectral, drifting, Recorded(first, again))
     trained = trainer(2, layers=nn.Sequential(layers, nn.Linear(WIDTH, CLASSES)), target=DELAYED | {"lag": 3})
     trained.build()
     del first[:], again[:]  # of the cut
     trained.fit(batches(9), 9)
     assert len(first) == 9 and len(again) == 6
     assert all(torch.equal(one, other) for one, other in zip(first[:6], again, strict=True))
-    assert int(trained.plan.module[0][0][1].num_batches_tracked) == 9
+    assert int(trained.plan.module[0][0][1].num_batches_tracked) == drifting.count == drifting.calls == 9
 
 
 def _train(steps, options, delays):
@@ -173,10 +198,14 @@ def test_ranks_equal_one_process_whatever_the_timing(tmp_path):
         assert [link["payload_bytes_backward"] for link in found[0][1]] == expected
 
 
-@pytest.mark.parametrize("target", [{"lag": 3}, {"weights": "current"}], ids=["lag 3", "current"])
-def test_ranks_equal_one_process_whatever_the_lag(target, tmp_path):
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [({"lag": 3}, {}), ({"weights": "current"}, {"checkpoint_activations": True}), ({"lag": 2}, {"precision": "bf16"})],
+    ids=["lag 3", "current", "bf16"],
+)
+def test_ranks_equal_one_process_whatever_the_lag(target, options, tmp_path):
     """Also with more packets late than a link holds, several in an optimizer step, and steps that are clipped."""
-    options = {"target": DELAYED | target, "accumulate": 2, "clip_norm": 0.1, "capacity": 1}
+    options |= {"target": DELAYED | target, "accumulate": 2, "clip_norm": 0.1, "capacity": 1}
     together = _train(5, options, {})
     found = values(launch(_train, 5, options, {1: 0.01}, size=3, folder=tmp_path))
     assert differences(together[0], merged(part for part, _ in found)) == []

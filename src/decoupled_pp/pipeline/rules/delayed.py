@@ -27,12 +27,11 @@ from decoupled_pp.core.gradients import WithoutGradients
 from decoupled_pp.core.module_state import KeptState
 from decoupled_pp.core.objective import View
 from decoupled_pp.core.packets import Packet, as_tuple, map_payload
-from decoupled_pp.core.structures import write
-from decoupled_pp.core.torch_private import version_of
 from decoupled_pp.pipeline.body import as_leaf
 from decoupled_pp.pipeline.rules.gradients import differentiable, gradient_of, refuse_sparse, with_graph
 from decoupled_pp.pipeline.rules.in_flight import InFlight, Tensors, from_state, to_state
 from decoupled_pp.pipeline.rules.rule import Done, Lap, Rule, RuleParts, RuleState
+from decoupled_pp.pipeline.rules.stash import Stash, copies_of_buffers, put_buffers, put_weights
 from decoupled_pp.settings.rules import DelayedTarget, RuleSettings
 
 
@@ -48,13 +47,14 @@ class Delayed(Rule):
         self._lag_after = self._lag - settings.lag  # the same in the next stage
         self._stashes = settings.weights == "stashed"
         self._forward = WithoutGradients()
-        self._stash = _Stash(parts.body.trunk)
+        self._stash = Stash(parts.body.trunk)
         self._last = -1  # the last packet taken
         self._settled = True
         self.in_flight: deque[InFlight] = deque()  # oldest first, at most `_lag` of them between packets
 
     def step(self, packet: Packet, ends: Ends, lap: Lap) -> Done:
         """Send one packet on, and learn from the one that is due; the last stage learns from this one."""
+        self._settled = False
         if self.parts.is_last:
             return self._learn_from_loss(packet, ends, lap)
         self.in_flight.append(self._taken(packet))
@@ -100,7 +100,7 @@ class Delayed(Rule):
 
     def state(self) -> RuleState:
         """Return the packets in flight: inputs, gradients, and the weights that they were sent on with."""
-        return {"lag": self._lag} | to_state(self.in_flight, self._stash.buffers())
+        return {"lag": self._lag} | to_state(self.in_flight, self.parts.body.trunk)
 
     def load(self, state: Mapping[str, Any]) -> str | None:
         """Go on with these packets in flight."""
@@ -109,7 +109,7 @@ class Delayed(Rule):
         self._settled = True
         self._last = -1
         if state.get("lag") == self._lag:
-            self.in_flight.extend(from_state(state, self.parts.body.device, self._stash.buffers()))
+            self.in_flight.extend(from_state(state, self.parts.body.device, self.parts.body.trunk))
             return None
         if self.parts.is_last:
             return None
@@ -122,7 +122,7 @@ class Delayed(Rule):
         if self._stashes:
             one.version = self.parts.update.steps
             one.weights = self._stash.weights(one.version)
-            one.buffers = self._stash.buffers()
+            one.buffers = copies_of_buffers(self.parts.body.trunk)
         return one
 
     def _gradient(self, one: InFlight, ends: Ends) -> Tensors:
@@ -167,53 +167,19 @@ class Delayed(Rule):
     @contextmanager
     def _as_it_was(self, one: InFlight) -> Iterator[None]:
         """Compute as the packet was computed before: random numbers, weights, carried state; then all is as it is."""
-        present = KeptState(self.parts.body.trunk)  # batch statistics have counted the packet already
-        stale = self._stashes and one.version != self.parts.update.steps
-        weights = self._stash.weights(self.parts.update.steps) if stale else {}
-        with self.parts.body.random.replayed(one.random):
-            self._stash.put(one.buffers, one.weights if stale else {})
+        body = self.parts.body
+        # Batch statistics have counted the packet already.
+        attributes, buffers = KeptState(body.trunk, buffers=False), copies_of_buffers(body.trunk)
+        weights = self._stash.weights(self.parts.update.steps) if self._stashes else {}
+        stale = weights is not one.weights
+        with body.random.replayed(one.random):
+            put_buffers(body.trunk, one.buffers)
+            if stale:
+                put_weights(body.trunk, one.weights)
             try:
                 yield
             finally:
-                self._stash.put({}, weights)
-                present.restore()
-
-
-class _Stash:
-    """Copies of the weights and buffers of layers; those of weights and buffers that have not changed are made once."""
-
-    def __init__(self, trunk: torch.nn.Module) -> None:
-        self._trunk = trunk
-        self.forget()
-
-    def forget(self) -> None:
-        self._version: int | None = None
-        self._weights: dict[str, Tensor] = {}
-        self._buffers: dict[str, tuple[Tensor, int, Tensor]] = {}  # buffer, its version, the copy
-
-    def weights(self, version: int) -> dict[str, Tensor]:
-        """Return the weights that learn; `version` is another number once they have changed."""
-        if self._version != version:
-            learn = {name: p for name, p in self._trunk.named_parameters() if p.requires_grad}
-            self._weights = {name: parameter.detach().clone() for name, parameter in learn.items()}
-            self._version = version
-        return self._weights
-
-    def buffers(self) -> dict[str, Tensor]:
-        """Return the buffers."""
-        for name, buffer in self._trunk.named_buffers():
-            known = self._buffers.get(name)
-            if known is None or known[0] is not buffer or known[1] != version_of(buffer):
-                self._buffers[name] = (buffer, version_of(buffer), buffer.detach().clone())
-        return {name: copy for name, (_, _, copy) in self._buffers.items()}
-
-    @torch.no_grad()
-    def put(self, buffers: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-        """Write copies into the layers."""
-        for owned, copies in (
-            (dict(self._trunk.named_buffers()), buffers),
-            (dict(self._trunk.named_parameters()), weights),
-        ):
-            for name, copy in copies.items():
-                # `data`: a graph of the user's own that saved the tensor is not to see a change.
-                write(owned[name].data, copy)
+                if stale:
+                    put_weights(body.trunk, weights)
+                put_buffers(body.trunk, buffers)
+                attributes.restore()

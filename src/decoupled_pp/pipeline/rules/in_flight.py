@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from decoupled_pp.core.packets import Packet, PacketKind, map_payload
-from decoupled_pp.core.structures import form_of, of_form
+from decoupled_pp.core.structures import as_bytes, form_of, memory_of, of_form
+from decoupled_pp.pipeline.rules.stash import copies_of_buffers
 
 Tensors: TypeAlias = tuple[Tensor, ...]
 
@@ -44,8 +45,9 @@ class InFlight:
         return self.packet.number
 
 
-def to_state(packets: Iterable[InFlight], buffers: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the state of packets in flight by name; buffers that are as they are now, `buffers`, are left out."""
+def to_state(packets: Iterable[InFlight], trunk: nn.Module) -> dict[str, Any]:
+    """Return the state of packets in flight by name; buffers that are in the layers as they were then are left out."""
+    present = dict(trunk.named_buffers())
     state: dict[str, Any] = {}
     for one in packets:
         start = f"packet.{one.number}"
@@ -57,15 +59,15 @@ def to_state(packets: Iterable[InFlight], buffers: Mapping[str, Tensor]) -> dict
         state |= {f"{start}.input.{i}": tensor for i, tensor in enumerate(tensors)}
         state[f"{start}.returned"] = one.gradient is not None
         state |= {f"{start}.gradient.{i}": tensor for i, tensor in enumerate(one.gradient or ())}
-        # As bits, not as numbers: a NaN is equal to itself.
-        moved = {name: copy for name, copy in one.buffers.items() if copy is not buffers.get(name)}
+        moved = {name: copy for name, copy in one.buffers.items() if not _same(copy, present[name])}
         state |= {f"{start}.buffer.{name}": copy for name, copy in moved.items()}
         state |= {f"version.{one.version}.{name}": copy for name, copy in one.weights.items()}
     return state
 
 
-def from_state(state: Mapping[str, Any], device: torch.device, buffers: Mapping[str, Tensor]) -> Iterator[InFlight]:
+def from_state(state: Mapping[str, Any], device: torch.device, trunk: nn.Module) -> Iterator[InFlight]:
     """Yield the packets of a state, oldest first, with their tensors on a device."""
+    present = copies_of_buffers(trunk)
     weights: dict[int, dict[str, Tensor]] = {}
     for key, copy in state.items():
         if key.startswith("version."):
@@ -93,7 +95,7 @@ def from_state(state: Mapping[str, Any], device: torch.device, buffers: Mapping[
             like=tuple(_meta(*written) for written in json.loads(state[f"{start}.like"])),
             version=version,
             weights=own,
-            buffers={**buffers, **stashed} if own or stashed else {},
+            buffers={**present, **stashed} if own or stashed else {},
             gradient=gradient if state[f"{start}.returned"] else None,
         )
 
@@ -105,3 +107,9 @@ def _listed(state: Mapping[str, Any], start: str) -> list[Tensor]:
 
 def _meta(dtype: str, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors hold the same bits; a NaN is itself."""
+    pairs = zip(memory_of(one).values(), memory_of(other).values(), strict=True)
+    return all(a.shape == b.shape and torch.equal(as_bytes(a), as_bytes(b)) for a, b in pairs)
