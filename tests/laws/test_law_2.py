@@ -24,8 +24,13 @@ def test_ranks_equal_one_process(case, stages, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"critic_target": {"kind": "cascade", "lag": 4}}, {"global_correction": {"every": 1}}, {"critic": "sgr"}],
-    ids=["cascade", "global_correction", "sgr"],
+    [
+        {"critic_target": {"kind": "cascade", "lag": 4}},
+        {"global_correction": {"every": 1}},
+        {"critic": "sgr"},
+        {"critic_target": "delayed"},
+    ],
+    ids=["cascade", "global_correction", "sgr", "delayed"],
 )
 def test_ranks_equal_one_process_whatever_counts(options, tmp_path):
     """Another number of targets in every packet, none in some."""

@@ -169,6 +169,13 @@ def test_a_dead_rank_is_named_on_every_other(death, size, victim, tmp_path):
     _all_survivors_blame(victim, results)
 
 
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_dead_rank_is_named_while_gradients_come_back(victim, tmp_path):
+    """Threads wait for ever for what comes back late; they must keep no rank from ending."""
+    results = _launch_with(kill, victim, 3600, size=3, folder=tmp_path, target="delayed")
+    _all_survivors_blame(victim, results)
+
+
 def test_a_dead_rank_that_hosted_the_store(tmp_path):
     """Then nobody can tell rank 2 more than that its own neighbour went away."""
     first, second, third = _launch_with(kill, 0, 3600, size=3, folder=tmp_path, store="rank 0")
@@ -201,11 +208,11 @@ def _all_survivors_blame(victim, results):
         assert f"stage {victim} (rank {victim}) is gone" in survivor.error
 
 
-def _launch_with(end, victim, bound, **options):
-    return launch(_train_until, end, victim, bound, may_fail=True, **options)
+def _launch_with(end, victim, bound, target="label", **options):
+    return launch(_train_until, end, victim, bound, target, may_fail=True, **options)
 
 
-def _train_until(end, victim, bound):
+def _train_until(end, victim, bound, target):
     """Train; at packet `LAST_PACKET` rank `victim` meets its `end`."""
     train = Stage.train
 
@@ -214,6 +221,7 @@ def _train_until(end, victim, bound):
             end(stage, packet)
         return train(stage, packet, *arguments)
 
-    trainer = CASES["mlp"].trainer(int(os.environ["WORLD_SIZE"]), timeout_seconds=bound)
+    options = {"timeout_seconds": bound, "critic_target": target}
+    trainer = CASES["mlp"].trainer(int(os.environ["WORLD_SIZE"]), **options)
     with patch.object(Stage, "train", stepped):
         trainer.fit(CASES["mlp"].batches(12), 500)

@@ -22,6 +22,8 @@ class Returns:
     per_sample: bool = False
     # A tensor for every floating-point activation of the packet. The earlier stage waits for them.
     per_activation: bool = False
+    # The tensors per activation come some packets later, and the earlier stage goes on meanwhile (`Outlet.expect`).
+    late: bool = False
 
     def __bool__(self) -> bool:
         return self.per_sample or self.per_activation
@@ -64,6 +66,12 @@ class Outlet(ABC):
         """Hand a packet over, whose tensors must not change after.
 
         Raises LinkError if the bound of the wait for room expires or the peer is gone.
+        """
+
+    def expect(self, number: int, like: Sequence[Tensor]) -> None:  # noqa: B027 - what is there when asked for needs no call
+        """Begin to receive what the next stage will give back for training packet `number`, for `Returns.late`.
+
+        The tensors are of the shapes and types of `like`; packets are named in the order in which they are given back.
         """
 
     def returned(self, number: int, like: Sequence[Tensor] = ()) -> list[Tensor]:

@@ -153,6 +153,19 @@ class RandomStream:
     def __exit__(self, *_: object) -> None:
         self._own = self._swap(self._outside)
 
+    def here(self) -> Tensor:
+        """Return the present position, inside `with stream:`, as `state` does outside of it."""
+        return torch.cat([generator.get_state() for generator in self._generators])
+
+    @contextmanager
+    def replayed(self, position: Tensor) -> Iterator[None]:
+        """Draw the numbers from `position` on once more, inside `with stream:`, and then go on from the present one."""
+        present = self._swap(self._parts(position))
+        try:
+            yield
+        finally:
+            self._swap(present)
+
     @property
     def state(self) -> Tensor:
         """The position of the stream, as one uint8 tensor on the CPU."""
@@ -160,7 +173,10 @@ class RandomStream:
 
     @state.setter
     def state(self, state: Tensor) -> None:
-        self._own = list(state.split([own.numel() for own in self._own]))
+        self._own = self._parts(state)
+
+    def _parts(self, state: Tensor) -> list[Tensor]:
+        return list(state.split([own.numel() for own in self._own]))
 
     def _swap(self, states: list[Tensor]) -> list[Tensor]:
         before = [generator.get_state() for generator in self._generators]

@@ -21,11 +21,12 @@ _Restore: TypeAlias = Callable[[], Any]  # brings a value back to what it was, a
 class KeptState:
     """The buffers and plain attributes of modules at one moment: numbers, tensors, and lists, dictionaries of them.
 
-    A layer may carry such state from packet to packet. Objects of other classes are kept by reference only.
+    A layer may carry such state from packet to packet. Objects of other classes are kept by reference only. With
+    `buffers=False` the attributes alone are kept.
     """
 
-    def __init__(self, *modules: nn.Module) -> None:
-        self._parts = {part: _keep_part(part) for module in modules for part in module.modules()}
+    def __init__(self, *modules: nn.Module, buffers: bool = True) -> None:
+        self._parts = {part: _keep_part(part, buffers=buffers) for module in modules for part in module.modules()}
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -49,9 +50,9 @@ def _is_elsewhere(leaf: object, device: torch.device) -> bool:
     return isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter) and leaf.device != device
 
 
-def _keep_part(part: nn.Module) -> _Restore:
+def _keep_part(part: nn.Module, *, buffers: bool) -> _Restore:
     kind = type(part)
-    buffers = _keep(own_buffers(part))
+    restore_buffers = _keep(own_buffers(part) if buffers else None)
     own = {key: value for key, value in vars(part).items() if key not in _OF_EVERY_MODULE}
     # A tensor with a graph is computed anew by every forward pass (the weight under weight_norm), and cannot be copied.
     attributes = {key: _keep(value) for key, value in own.items() if getattr(value, "grad_fn", None) is None}
@@ -59,7 +60,7 @@ def _keep_part(part: nn.Module) -> _Restore:
     def restore() -> None:
         if type(part) is not kind:  # a lazy module has become what it is for
             return
-        buffers()
+        restore_buffers()
         for key in vars(part).keys() - _OF_EVERY_MODULE - own.keys():
             del vars(part)[key]
         for key, value in attributes.items():

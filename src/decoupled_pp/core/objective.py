@@ -74,6 +74,16 @@ class Critic(nn.Module, Judge):
         """Return logits shaped like the network's output: the prediction of the exit after this stage."""
 
 
+class Unjudged(Critic):
+    """Stands where a stage trains without a critic: there is nothing to learn, and no exit."""
+
+    exits = False
+
+    def forward(self, hidden: Payload) -> Tensor:
+        """Raise: nothing asks for logits where there is no exit."""
+        raise AssertionError("this stage has no exit")
+
+
 class _LogitsJudge(Judge):
     def __init__(self, logits: Callable[[Payload], Tensor]) -> None:
         self._logits = logits

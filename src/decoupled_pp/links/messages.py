@@ -17,7 +17,7 @@ from torch import Tensor
 
 from decoupled_pp.core.torch_private import backend_of
 
-_FOREVER = timedelta(days=365)
+FOREVER = timedelta(days=365)
 """Timeout of waits in helper threads. The bounded waits are those of the stage, whose errors can say who waited."""
 
 _SPARE_TAG = 99  # no message has this tag
@@ -95,5 +95,5 @@ class MessageReceiver:
     def receive(self) -> Tensor:
         """Wait for the oldest posted receive and return its buffer, uint8 (size,), which is the caller's to keep."""
         buffer, work = self._posted.popleft()
-        work.wait(_FOREVER)
+        work.wait(FOREVER)
         return buffer

@@ -17,11 +17,11 @@ from decoupled_pp.core.packets import Packet, PacketKind
 from decoupled_pp.links import header as headers
 from decoupled_pp.links import returns
 from decoupled_pp.links.process_group import GroupEnd
-from decoupled_pp.links.wire import Wire
+from decoupled_pp.links.wire import Lane, Wire
 
 
 class _Return(NamedTuple):
-    """A message that goes back between GPUs once the device has come to a fence."""
+    """What goes back from a thread, once the device has come to a fence."""
 
     fence: Fence
     send: Callable[[], None]
@@ -39,8 +39,9 @@ class ReceivingEnd(GroupEnd, Inlet):
         self._returns: queue.SimpleQueue[_Return | None] = queue.SimpleQueue()
         self._held: Packet | None = None
         self._last: int | None = None
+        self._late = terms.returns.late
         self._start(self._receive_loop)
-        if wire.payload is not None:
+        if wire.payload is not None or self._late:
             self._start(self._return_loop)
 
     def receive(self) -> Packet:
@@ -61,8 +62,11 @@ class ReceivingEnd(GroupEnd, Inlet):
         return packet
 
     def give_back(self, number: int, tensors: Sequence[Tensor]) -> None:
-        """Send tensors to the stage that a packet came from: large ones at once, floats before its next credit."""
+        """Send tensors to the stage that a packet came from: floats before its next credit, late ones in a thread."""
         lane = self._wire.back
+        if lane is not None and self._late:
+            self._returns.put(_Return(Fence(self._wire.device), partial(_send_from_host, lane, tensors), None))
+            return
         if lane is not None:
             for tensor in tensors:
                 self._transport(partial(lane.send, tensor))
@@ -105,7 +109,7 @@ class ReceivingEnd(GroupEnd, Inlet):
             self._wire.out.send(message, control_bytes=message.numel() - carried)
 
     def _return_loop(self) -> None:
-        """Send credits and losses back between GPUs, each once the device has come to its fence."""
+        """Send late tensors back, and between GPUs credits and losses, each once the device has come to its fence."""
         while (item := self._returns.get()) is not None:
             item.fence.synchronize()
             item.send()
@@ -141,3 +145,8 @@ class ReceivingEnd(GroupEnd, Inlet):
         for tensor in tensors:
             lane.receive(tensor)
         return headers.packet_of(announced, tensors)
+
+
+def _send_from_host(lane: Lane, tensors: Sequence[Tensor]) -> None:
+    for tensor in tensors:
+        lane.send(tensor.cpu())

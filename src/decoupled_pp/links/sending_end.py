@@ -33,11 +33,19 @@ class SendingEnd(GroupEnd, Outlet):
         self._packets = 0
         self._training_bytes = 0
         self._roomy = 0  # packets in a row that filled less than half of their message
+<<<<<<< HEAD
         self._returned: dict[int, Tensor] = {}
         self._returns = terms.returns
         # Training packets whose floats may come back, number and samples, oldest first; others were never owed.
         self._owed: deque[tuple[int, int]] = deque()
+=======
+        self._returned: dict[int, list[Tensor]] = {}
+        self._expected: queue.SimpleQueue[tuple[int, Sequence[Tensor]] | None] = queue.SimpleQueue()
+        self._late = terms.returns.late
+>>>>>>> 780002d13f88e4feceab6e7d047d373b64bccb0f
         self._start(self._credit_loop)
+        if self._late:
+            self._start(self._expect_loop)
         if wire.payload is not None:
             self._start(self._send_loop)
 
@@ -63,13 +71,18 @@ class SendingEnd(GroupEnd, Outlet):
         message = headers.pack(parcel, size)
         self._transport(lambda: self._wire.out.send(message, control_bytes=size - parcel.payload_bytes))
 
+    def expect(self, number: int, like: Sequence[Tensor]) -> None:
+        """Let a thread receive what comes back for a packet, so that its way back is hidden."""
+        self._expected.put((number, like))
+
     def returned(self, number: int, like: Sequence[Tensor] = ()) -> list[Tensor]:
-        """Return the tensors that the receiving stage gave back; large ones are received in this thread."""
+        """Return the tensors that the receiving stage gave back; those it waits for are received in this thread."""
         lane = self._wire.back
-        if lane is None:
+        if lane is None or self._late:
             with self._changed:
                 self._wait(lambda: number in self._returned, f"what comes back for packet {number} from")
-                return [self._returned.pop(number)]
+                tensors = self._returned.pop(number)
+            return [tensor.to(self._wire.device) for tensor in tensors] if self._late else tensors
         # Not `empty_like`, which would keep strides: tensors travel contiguous.
         received = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in like]
         for tensor in received:
@@ -89,6 +102,7 @@ class SendingEnd(GroupEnd, Outlet):
     def close(self) -> None:
         """End the threads; in order after an END packet, else by breaking the connection."""
         self._outbox.put(None)
+        self._expected.put(None)
         self._finish()
 
     def _make_room(self, packet: Packet, needed: int) -> None:
@@ -133,6 +147,20 @@ class SendingEnd(GroupEnd, Outlet):
         for _, sent in in_flight:
             sent.synchronize()
 
+    def _expect_loop(self) -> None:
+        """Receive what comes back late, packet by packet."""
+        lane = self._wire.back
+        assert lane is not None, "a rule whose returns are late gives back tensors per activation"
+        while (item := self._expected.get()) is not None:
+            number, like = item
+            received = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in like]
+            for tensor in received:
+                lane.receive(tensor)
+            with self._changed:
+                self._returned[number] = received
+                self._progress += 1
+                self._changed.notify_all()
+
     def _credit_loop(self) -> None:
         """Listen to what comes back on the host: credits and losses, until the goodbye."""
         parts: list[Tensor] = []  # of floats that came in several messages
@@ -149,7 +177,7 @@ class SendingEnd(GroupEnd, Outlet):
                     parts.append(floats)
                     self._refuse_not_owed(number, sum(map(len, parts)))
                     if kind == returns.FLOATS:
-                        self._returned[number] = torch.cat(parts)
+                        self._returned[number] = [torch.cat(parts)]
                         parts = []
                         self._owed.popleft()
                 elif kind != returns.CREDIT or self._credits == self._capacity:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -18,8 +19,9 @@ from decoupled_pp.links.messages import MessageReceiver, MessageSender
 class Lane:
     """Sends tensors to the one peer of a two-rank group, or receives them, one blocking call each."""
 
-    def __init__(self, group: dist.ProcessGroup, peer: int, tag: int = 0) -> None:
+    def __init__(self, group: dist.ProcessGroup, peer: int, tag: int = 0, waits: Sequence[timedelta] = ()) -> None:
         self._group = group
+        self._waits = waits  # the bound of every wait, if it is not the group's
         self._peer = peer  # the rank within the group, 0 or 1
         self._tag = tag  # tells a gloo group's lanes apart; NCCL knows no tags
         self.bytes_sent = 0
@@ -29,16 +31,18 @@ class Lane:
         flat = as_bytes(tensor)
         if flat.numel():
             self.bytes_sent += flat.numel()
-            self._group.send([flat], self._peer, self._tag).wait()
+            self._group.send([flat], self._peer, self._tag).wait(*self._waits)
 
     def receive(self, tensor: Tensor) -> None:
         """Receive into a contiguous tensor; waits as `send` does."""
         flat = as_bytes(tensor)
         if flat.numel():
-            self._group.recv([flat], self._peer, self._tag).wait()
+            self._group.recv([flat], self._peer, self._tag).wait(*self._waits)
 
     def break_off(self) -> None:
         """End NCCL kernels that wait for the peer, and with them whoever waits for the device."""
+        if self._waits:  # of helper threads, on the host: it ends with the messages
+            return
         with suppress(RuntimeError):
             self._group.abort()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import hashlib
 import itertools
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from typing import TypeAlias
@@ -24,7 +25,7 @@ from decoupled_pp.core.waiting import wait_for
 from decoupled_pp.links.control import StoreControl
 from decoupled_pp.links.header import HEADER_BYTES
 from decoupled_pp.links.launch_store import close_stores, store_of_launch
-from decoupled_pp.links.messages import MessageReceiver, MessageSender, Way
+from decoupled_pp.links.messages import FOREVER, MessageReceiver, MessageSender, Way
 from decoupled_pp.links.receiving_end import ReceivingEnd
 from decoupled_pp.links.returns import backward_bytes
 from decoupled_pp.links.sending_end import SendingEnd
@@ -159,7 +160,7 @@ class World:
                 out=out,
                 into=into,
                 payload=payload,
-                back=Lane(groups[-1], peer, _BACK) if terms.returns.per_activation else None,
+                back=_lane_back(groups, peer, terms),
                 device=device,
                 here=names[here],
                 there=names[peer],
@@ -265,7 +266,19 @@ def _backends(device: torch.device, terms: LinkTerms) -> list[str]:
     if device.type != "cuda":
         return ["gloo"]
     # A communicator of its own for each direction: NCCL orders what one carries, and both are used at the same time.
-    return ["gloo", "nccl", "nccl"] if terms.returns.per_activation else ["gloo", "nccl"]
+    waits_for_returns = terms.returns.per_activation and not terms.returns.late
+    return ["gloo", "nccl", "nccl"] if waits_for_returns else ["gloo", "nccl"]
+
+
+def _lane_back(groups: Sequence[Group], peer: int, terms: LinkTerms) -> Lane | None:
+    """Return the lane of tensors that come back, if a rule gives any back."""
+    if not terms.returns.per_activation:
+        return None
+    if terms.returns.late:
+        # By the host, also between GPUs: an NCCL receive posted packets ahead would keep multiprocessors busy, and hang
+        # the device if the peer dies. Threads wait there; the bounded wait is that of `returned`.
+        return Lane(groups[0], peer, _BACK, (FOREVER,))
+    return Lane(groups[-1], peer, _BACK)
 
 
 def _exchange_on(device: torch.device, lane: Lane, here: int) -> None:

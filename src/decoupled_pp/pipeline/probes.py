@@ -34,15 +34,15 @@ class Probe:
 
 
 class ActivationProbe(Probe):
-    """Counts the activations that the first training packet keeps for its backward pass: `peak`, in bytes."""
+    """Counts the activations that the first packet with a backward pass keeps for it: `peak`, in bytes."""
 
     def __init__(self, excluded: Iterable[Tensor]) -> None:
-        self.peak: int | None = None  # None before the first packet
+        self.peak: int | None = None  # None before the first packet; 0 until a packet keeps some
         self._excluded = list(excluded)  # parameters and buffers, which are no activations
 
     def watching(self) -> AbstractContextManager[object]:
-        """Return a counting context for the first packet, and none afterwards: counting costs time."""
-        return self._counting() if self.peak is None else _NOTHING
+        """Return a counting context until some are kept, and none afterwards: counting costs time."""
+        return _NOTHING if self.peak else self._counting()
 
     @contextmanager
     def _counting(self) -> Iterator[None]:

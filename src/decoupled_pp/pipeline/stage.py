@@ -55,7 +55,6 @@ class Stage:
             stack.enter_context(self.body.random)  # around the update too: an optimizer may draw random numbers
             for probe in self.probes:
                 stack.enter_context(probe.watching())
-            self.update.begin(packet)
             return self.rule.step(packet, ends, lap) if packet.weight else self._pass_on(packet, ends, lap)
 
     def _pass_on(self, packet: Packet, ends: Ends, lap: Lap) -> Done:
@@ -66,9 +65,9 @@ class Stage:
         else:
             ends.outlet.send(packet)  # few layers run on no sample
         lap("forward")
+        self.rule.skip(packet, ends, lap)
         self.update.count(packet)
         lap("step")
-        self.rule.skip(packet, ends, lap)
         return Done(packet, None)
 
     def begin(self) -> None:
@@ -128,7 +127,7 @@ class Stage:
 
     @property
     def saved_activation_bytes_peak(self) -> int | None:
-        """Most bytes that the first training packet kept for its backward pass; None before it."""
+        """Most bytes that the first packet with a backward pass kept for it; None before any packet."""
         return next((probe.peak for probe in self.probes if isinstance(probe, ActivationProbe)), None)
 
     @property

@@ -1,4 +1,4 @@
-"""Declares the settings of training rules: what critics learn from, and end-to-end steps between local ones."""
+"""Declares the settings of training rules: what stages and critics learn from, and end-to-end steps between."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from decoupled_pp.settings.sections import Count, Section, kinds_of, section_typ
 class RuleSettings(Section):
     """Base of the sections that choose a training rule (`critic_target`)."""
 
-    critic_passes: ClassVar[int] = 1  # forward passes of a critic per packet; a cut by time counts them
-    needs_every_packet: ClassVar[bool] = False  # True if critics learn from every packet, so that none may be left out
+    critic_passes: ClassVar[int] = 1  # forward passes of a critic per packet; a cut by time counts them; 0: no critics
+    needs_every_packet: ClassVar[bool] = False  # True if stages learn from every packet, so that none may be left out
 
     kind: str
 
@@ -74,7 +74,26 @@ class MixTarget(CascadeTarget):
         return self.label_share
 
 
-CriticTargetSettings = Annotated[LabelTarget | CascadeTarget | MixTarget, Field(discriminator="kind")]
+class DelayedTarget(RuleSettings):
+    """A rule without critics: the gradient of the network's own loss comes back for every packet, some packets late.
+
+    Stage k of K learns from a packet `lag` times K-1-k packets after it has sent it on, and computes its activations
+    anew for that. Gradients as large as the activations flow back. Only the last stage has an exit.
+    """
+
+    critic_passes = 0
+    needs_every_packet = True
+
+    kind: Literal["delayed"]
+    lag: int = Field(1, ge=1, le=1000)
+    """Packets that every link adds to the delay; with 1 and even stages a gradient comes just in time, with more there
+    is time for slow links and uneven stages."""
+    weights: Literal["stashed", "current"] = "stashed"
+    """Weights that a gradient is taken at: stashed, those that the packet was sent on with (a copy for every optimizer
+    step of the delay), or the stage's current ones (no copy, another gradient)."""
+
+
+CriticTargetSettings = Annotated[LabelTarget | CascadeTarget | MixTarget | DelayedTarget, Field(discriminator="kind")]
 
 BUILT_IN_RULES = tuple(kind for section in section_types(CriticTargetSettings) for kind in kinds_of(section))
 """Kinds that a settings file can name: those of the sections above."""
@@ -93,9 +112,27 @@ class CorrectionSettings(Section):
         return step % (self.every + self.steps) >= self.every
 
 
-def refuse_rules(target: RuleSettings, correction: CorrectionSettings | None, stagger: int, capacity: int) -> None:
-    """Raise UsageError for rules that cannot work together, or not with links of this capacity."""
+def refuse_rules(
+    target: RuleSettings,
+    correction: CorrectionSettings | None,
+    *,
+    capacity: int,
+    stagger: int,
+    critic_warmup: int,
+    plateau: bool,
+) -> None:
+    """Raise UsageError for rules that cannot work together, or not with the rest of the settings."""
     target.refuse_capacity(capacity)
+    needs_critics = {"training.critic_warmup": critic_warmup > 0, "schedule.kind": plateau}
+    for key, given in needs_critics.items():
+        said = f"`{key}` plateau" if key == "schedule.kind" else f"`{key}`"
+        if given and target.critic_passes == 0:
+            raise UsageError(
+                f"{said} needs the critics of all stages, and `critic_target` {target.kind} trains without "
+                "any; leave one of the two out",
+                code="rule-without-critics",
+                key=key,
+            )
     leave_out = {"global_correction": correction is not None, "training.stagger": stagger > 0}
     for key, given in leave_out.items():
         if given and target.needs_every_packet:

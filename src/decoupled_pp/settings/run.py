@@ -310,7 +310,7 @@ class Settings(Section):
     critic: CriticSettings = AutoCritic()
     """The critic of every stage before the last."""
     critic_target: CriticTargetSettings = LabelTarget()
-    """Source that critics learn from: labels, or the next stage's losses."""
+    """Source that stages and critics learn from: labels, the next stage's losses, or true gradients that come late."""
     critic_overlap: int = Field(0, ge=0, le=10_000)
     """First layers of the next stage that every stage trains copies of, below its critic; no byte more is sent."""
     global_correction: CorrectionSettings | None = None
@@ -334,7 +334,14 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _together(self) -> Settings:
-        refuse_rules(self.critic_target, self.global_correction, self.training.stagger, self.links.capacity)
+        refuse_rules(
+            self.critic_target,
+            self.global_correction,
+            capacity=self.links.capacity,
+            stagger=self.training.stagger,
+            critic_warmup=self.training.critic_warmup,
+            plateau=self.schedule.kind == "plateau",
+        )
         refuse_rates(self.optimizer, self.stages)
         if self.checkpoint.refresh_tied and self.checkpoint.every is None:
             raise UsageError(

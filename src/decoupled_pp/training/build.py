@@ -15,7 +15,7 @@ from decoupled_pp.core.device import seeded
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.extra_state import tensor_state
 from decoupled_pp.core.module_state import move
-from decoupled_pp.core.objective import Critic, CriticBuilder, CriticContext
+from decoupled_pp.core.objective import Critic, CriticBuilder, CriticContext, Unjudged
 from decoupled_pp.core.packets import Loss
 from decoupled_pp.core.plans import Layers, Plan
 from decoupled_pp.critics import check_critic
@@ -54,6 +54,8 @@ def build_critics(plan: Plan, recipe: Recipe, stages: Sequence[int]) -> dict[int
     """
     losses = find_loss(recipe.loss), recipe.scored_by()
     last = plan.stages - 1
+    if not recipe.target.critic_passes:
+        return {k: Judging(None if k == last else Unjudged(), *losses) for k in stages}
     closing: Callable[[], nn.Module | None] = getattr(recipe.critic, "closing", lambda: None)
     judging = {last: Judging(closing() if plan.stages > 1 else None, *losses)} if last in stages else {}
     before = [k for k in stages if k != last]

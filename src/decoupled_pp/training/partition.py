@@ -76,8 +76,9 @@ def partition(
         UsageError: Layers that do not fit each other, more stages than layers, a cut that does not add up, parameters
             shared across a cut, and the like, each named.
     """
-    builder = choose_critic(critic) if critic is not None else None
-    relearned = choose_rule(critic_target).critic_passes > 1
+    passes = choose_rule(critic_target).critic_passes
+    builder = choose_critic(critic) if critic is not None and passes else None
+    relearned = passes > 1
     criterion = find_loss(loss)
     stages = choose_value("stages", stages)
     by = choose_value("cut", by)

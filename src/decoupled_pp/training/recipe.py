@@ -50,7 +50,14 @@ class Recipe:
 
     def refuse_contradictions(self, stages: int) -> None:
         """Raise UsageError for sections that do not fit each other, or not a plan of so many stages."""
-        refuse_rules(self.target, self.correction, self.training.stagger, self.links.capacity)
+        refuse_rules(
+            self.target,
+            self.correction,
+            capacity=self.links.capacity,
+            stagger=self.training.stagger,
+            critic_warmup=self.training.critic_warmup,
+            plateau=self.has_plateau,
+        )
         if isinstance(self.optimizer, OptimizerSettings):
             refuse_rates(self.optimizer, stages)
 

@@ -64,7 +64,8 @@ class Trainer(DecoupledTrainer):
             validate_loss: Loss of the held-out scores alone; None: the same.
             critic: A kind ("auto", "head", "auglocal", ...), a settings dictionary, one module (copied for every
                 stage), a list of modules (one per stage but the last), or a function of a `CriticContext`.
-            critic_target: Target that critics learn from: "label", "cascade" or "mix", or a settings dictionary.
+            critic_target: Source that stages and critics learn from: "label", "cascade", "mix" or "delayed", or a
+                settings dictionary.
             global_correction: End-to-end steps between local ones, like {"every": 100, "steps": 1}; None: none.
             optimizer: Name in `torch.optim`, a dictionary like {"kind": "AdamW", "lr": 3e-4, "no_decay": True}, or a
                 function of the parameters of one stage.

@@ -72,6 +72,14 @@ def test_a_strategy_that_cannot_run_does_not_stop_the_others(tmp_path, capsys):
     assert "\ngpipe " in told
 
 
+def test_stages_without_critics_are_not_predicted(capsys):
+    rule = ["--set", "critic_target.kind=delayed"]
+    assert run_dpp("plan", CONFIG, "--ranks=2", "--strategies=decoupled,gpipe", *rule) == 0
+    told = capsys.readouterr().out
+    assert "decoupled: not predicted: `critic_target` delayed is not planned" in told
+    assert "\ngpipe " in told
+
+
 def test_scaling_curves_are_a_table_and_a_picture(tmp_path, capsys):
     picture = tmp_path / "curves.png"
     small = ["--layers=8", "--width=64", "--vocabulary=100", "--sequence=32", "--micro-batches=64"]

@@ -140,6 +140,7 @@ def _plan_network(chosen: argparse.Namespace, strategies: Sequence[str], link: L
     refused: dict[str, str] = {}
     for kind in strategies:
         try:
+            _refuse_rule(kind, settings)
             predictions[kind] = predict(kind, profile, setting, cut)
         except UsageError as error:  # a strategy that cannot run does not stop the others
             refused[kind] = str(error)
@@ -161,6 +162,16 @@ def _plan_network(chosen: argparse.Namespace, strategies: Sequence[str], link: L
         plot_cut(stage_costs(profile, boundaries, critics=True, speeds=setting.speeds), Path(expanded(chosen.picture)))
         text += f"{chosen.picture}\n"
     return text, figures
+
+
+def _refuse_rule(strategy: str, settings: Settings) -> None:
+    if strategy == "decoupled" and not settings.critic_target.critic_passes:
+        raise UsageError(
+            f"`critic_target` {settings.critic_target.kind} is not planned: predictions are of stages with critics; "
+            "leave it out, or plan other --strategies",
+            code="rule-not-planned",
+            key="critic_target",
+        )
 
 
 def _setting(chosen: argparse.Namespace, settings: Settings, link: Link) -> Setting:

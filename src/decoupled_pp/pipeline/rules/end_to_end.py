@@ -7,7 +7,7 @@ stage 2         F n loss B n S n --gradient-^
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch import Tensor
 from decoupled_pp.core.channels import Ends, Returns
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import View
-from decoupled_pp.core.packets import Packet, Payload, as_tuple, map_payload, takes_gradient
+from decoupled_pp.core.packets import Packet, Payload, as_tuple, map_payload
 from decoupled_pp.pipeline.body import as_leaf
+from decoupled_pp.pipeline.rules.gradients import differentiable, gradient_of, refuse_sparse, with_graph
 from decoupled_pp.pipeline.rules.rule import Done, Lap, Rule, RuleState
 from decoupled_pp.settings.rules import CorrectionSettings
 
@@ -59,6 +60,7 @@ class EndToEnd(Rule):
         """Train by the other rule, or run forward and leave the rest to `resume`."""
         if not self._covers(packet.number):
             return self._other.step(packet, ends, lap)
+        self.parts.update.begin(packet)
         # Leaves, so that backward leaves in their `.grad` what the stage before waits for. The data need none.
         inputs = packet.payload
         if not self.parts.is_first:
@@ -66,7 +68,7 @@ class EndToEnd(Rule):
         # Clones: layers may work in place on what they are given, and autograd allows no leaf to be changed.
         given = inputs if self.parts.is_first else map_payload(torch.clone, inputs)
         hidden = self.parts.body.forward(given)
-        self._refuse_sparse(hidden)
+        refuse_sparse(hidden, self.parts.index, "global_correction")
         lap("forward")
         ends.outlet.send(replace(packet, payload=map_payload(torch.detach, hidden), rider=()))
         self.show(View(inputs, hidden, packet.target))
@@ -87,13 +89,14 @@ class EndToEnd(Rule):
         else:
             gradient = ends.outlet.returned(half.packet.number, differentiable(half.hidden))
             lap("wait_out")
-            _backward_from(half.hidden, gradient)  # not divided by `accumulate`: the last stage's loss was
+            outputs, gradients = with_graph(half.hidden, gradient)
+            torch.autograd.backward(outputs, gradients)  # not divided by `accumulate`: the last stage's loss was
         lap("backward")
         self.parts.update.count(half.packet)
         lap("step")
         # Clipping and the step have left these gradients alone: the inputs are no parameters.
         if not self.parts.is_first:
-            ends.inlet.give_back(half.packet.number, [_gradient_of(tensor) for tensor in differentiable(half.inputs)])
+            ends.inlet.give_back(half.packet.number, [gradient_of(tensor) for tensor in differentiable(half.inputs)])
         return Done(half.packet, loss)
 
     def skip(self, packet: Packet, ends: Ends, lap: Lap) -> None:
@@ -123,35 +126,9 @@ class EndToEnd(Rule):
         step = number // self.parts.update.accumulate
         return not self.parts.pace.warms_critic(step) and self._correction.covers(step)
 
-    def _refuse_sparse(self, hidden: Payload) -> None:
-        if any(tensor.requires_grad and not takes_gradient(tensor) for tensor in as_tuple(hidden)):
-            raise UsageError(
-                f"`global_correction`: stage {self.parts.index} returns a sparse tensor that depends on its weights, "
-                "and a gradient for one cannot come back; return it dense, or `cut` elsewhere",
-                code="sparse-without-gradient",
-                key="global_correction",
-            )
-
     def _backward_from_loss(self, half: _Half) -> Tensor:
         body = self.parts.body
         with body.autocast:
             loss = body.loss(as_tuple(half.hidden)[0], half.packet.target)
         self.parts.update.backward(loss)
         return loss.detach()
-
-
-def differentiable(payload: Payload) -> list[Tensor]:
-    """Return the tensors of a payload that can have a gradient."""
-    return [tensor for tensor in as_tuple(payload) if takes_gradient(tensor)]
-
-
-def _backward_from(hidden: Payload, gradient: Sequence[Tensor]) -> None:
-    # A tensor that does not depend on a parameter has no graph, and `backward` refuses it.
-    pairs = [(t, g) for t, g in zip(differentiable(hidden), gradient, strict=True) if t.requires_grad]
-    torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
-
-
-def _gradient_of(tensor: Tensor) -> Tensor:
-    """Return the gradient of a leaf; zeros if the stage's output does not depend on it."""
-    # Never nothing: the stage before waits for a tensor for each of its activations.
-    return tensor.grad if tensor.grad is not None else torch.zeros_like(tensor)

@@ -23,6 +23,7 @@ class Local(Rule):
     def step(self, packet: Packet, ends: Ends, lap: Lap) -> Done:
         """Train on one packet; its output is sent as soon as it exists."""
         body = self.parts.body
+        self.parts.update.begin(packet)
         view = body.view(packet)
         lap("forward")
         if not body.judge.late:

@@ -61,7 +61,8 @@ class Rule(ABC):
     """Says what one stage does with a training packet.
 
     A rule runs inside the stage's random stream. It ends every phase with a call of `lap`, in the order of
-    `reports.PHASES`, and sends the stage's output as early as it can.
+    `reports.PHASES`, sends the stage's output as early as it can, and names the packet whose gradients it makes
+    (`Update.begin`).
 
     Attributes:
         returns: Describes what comes back over the links under this rule.

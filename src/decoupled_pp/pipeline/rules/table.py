@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from decoupled_pp.pipeline.rules.cascade import Cascade
+from decoupled_pp.pipeline.rules.delayed import Delayed
 from decoupled_pp.pipeline.rules.end_to_end import EndToEnd
 from decoupled_pp.pipeline.rules.local import Local
 from decoupled_pp.pipeline.rules.rule import Rule, RuleParts
 from decoupled_pp.settings.rules import CorrectionSettings, RuleSettings
 
-RULES: dict[str, type[Rule]] = {"label": Local, "cascade": Cascade, "mix": Cascade}
+RULES: dict[str, type[Rule]] = {"label": Local, "cascade": Cascade, "mix": Cascade, "delayed": Delayed}
 """`critic_target.kind` -> its rule."""
 
 

@@ -29,11 +29,17 @@ class Accumulation:
         self._total += weight
 
     def part(self, loss: Tensor) -> Tensor:
-        """Return what to differentiate for the loss of the present micro-batch."""
+        """Return what to differentiate for the loss of the present micro-batch; or so scaled, a gradient of it."""
         if self._sums or self._count == 1:  # dividing by 1 would be another operation in the graph
             return loss
         mean = loss / self._count
         return mean if self._weight == self._unit else mean * (self._weight / self._unit)
+
+    def whole(self, part: Tensor) -> Tensor:
+        """Return what a tensor would be if it had not come from `part` of the loss, but from the loss."""
+        if self._sums or self._count == 1:
+            return part
+        return part * self._count / (self._weight / self._unit)
 
     def finish(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Scale the gradients that have gathered, and start anew; return False if no micro-batch counted."""

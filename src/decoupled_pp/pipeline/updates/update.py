@@ -80,12 +80,21 @@ class Update:
                 set_rates(schedule)
 
     def begin(self, packet: Packet) -> None:
-        """Go on with a training packet, before its loss is computed."""
+        """Go on with a training packet, before its gradients are computed; packets that count are begun by the rule."""
         self._accumulation.begin(packet.weight)
 
     def backward(self, loss: Tensor, inputs: Sequence[nn.Parameter] | None = None) -> None:
         """Add the gradients of the present packet's loss to those of `inputs`; None: of all that it depends on."""
         self._accumulation.part(loss).backward(inputs=inputs)
+
+    def backward_from(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Add the gradients of the present packet's loss, given those of the loss for the stage's outputs."""
+        if outputs:
+            torch.autograd.backward(outputs, [self._accumulation.part(gradient) for gradient in gradients])
+
+    def of_packet(self, gradient: Tensor) -> Tensor:
+        """Return a gradient that `backward` has left in the stage's input as that of the present packet's own loss."""
+        return self._accumulation.whole(gradient)
 
     def count(self, packet: Packet) -> None:
         """Count a training packet whose gradients are there; take the step if the packet completes it."""
