@@ -33,18 +33,13 @@ class SendingEnd(GroupEnd, Outlet):
         self._packets = 0
         self._training_bytes = 0
         self._roomy = 0  # packets in a row that filled less than half of their message
-<<<<<<< HEAD
-        self._returned: dict[int, Tensor] = {}
+        self._returned: dict[int, list[Tensor]] = {}
         self._returns = terms.returns
         # Training packets whose floats may come back, number and samples, oldest first; others were never owed.
         self._owed: deque[tuple[int, int]] = deque()
-=======
-        self._returned: dict[int, list[Tensor]] = {}
         self._expected: queue.SimpleQueue[tuple[int, Sequence[Tensor]] | None] = queue.SimpleQueue()
-        self._late = terms.returns.late
->>>>>>> 780002d13f88e4feceab6e7d047d373b64bccb0f
         self._start(self._credit_loop)
-        if self._late:
+        if self._returns.late:
             self._start(self._expect_loop)
         if wire.payload is not None:
             self._start(self._send_loop)
@@ -78,11 +73,11 @@ class SendingEnd(GroupEnd, Outlet):
     def returned(self, number: int, like: Sequence[Tensor] = ()) -> list[Tensor]:
         """Return the tensors that the receiving stage gave back; those it waits for are received in this thread."""
         lane = self._wire.back
-        if lane is None or self._late:
+        if lane is None or self._returns.late:
             with self._changed:
                 self._wait(lambda: number in self._returned, f"what comes back for packet {number} from")
                 tensors = self._returned.pop(number)
-            return [tensor.to(self._wire.device) for tensor in tensors] if self._late else tensors
+            return [tensor.to(self._wire.device) for tensor in tensors] if self._returns.late else tensors
         # Not `empty_like`, which would keep strides: tensors travel contiguous.
         received = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in like]
         for tensor in received:
