@@ -160,6 +160,16 @@ def test_a_groups_gradient_stays_in_its_channels(images):
         assert torch.allclose(found[:, own], alone[:, own], atol=1e-7)
 
 
+def test_sgr_behind_a_layer_that_passes_no_gradient_on(images):
+    context = images(stage=1)
+    critic = build_critic(SgrCritic(kind="sgr"))(context)
+    inputs = context.sample.clone().requires_grad_()
+    bare, cut_off = context.hidden.detach(), context.hidden.detach().requires_grad_()
+    for hidden, rider in ((bare, ()), (cut_off, torch.randn(6, 3, 8, 8))):
+        with refused("critic-needs-gradient", UsageError, "critic sgr", "head"):
+            local_loss(critic, View(inputs, hidden, torch.randint(CLASSES, (6,)), rider), cross_entropy)
+
+
 def test_collaborative(images):
     context = images()
     settings = CollaborativeCritic(kind="collaborative", heads=3, label_share=0.6, temperature=2.0)

@@ -79,6 +79,13 @@ def test_where_the_classes_are(width):
         assert int(loss.hits(logits, target).correct) == int((rows.argmax(1) == tokens).sum())
 
 
+@pytest.mark.parametrize("class_dim", [2, -3])
+def test_a_dimension_that_the_output_does_not_have(class_dim):
+    """As many samples as classes: counted from the other end it would be the batch."""
+    with refused("no-such-dimension", UsageError, f"`class_dim` {class_dim}", "(4, 4)", "-2 to 1"):
+        find_loss({"kind": "cross_entropy", "class_dim": class_dim})(torch.randn(4, 4), torch.arange(4))
+
+
 def test_targets_that_do_not_fit_are_refused():
     with refused("loss-does-not-fit-targets", UsageError, "(2, 4, 5)", "class_dim"):
         cross_entropy(torch.randn(2, 4, 5), torch.randint(4, (2, 5)))

@@ -198,6 +198,13 @@ def classes_in(logits: Tensor, class_dim: int | None) -> int:
     """Return the dimension of the classes, from 0: as said, else the last of up to 3 dimensions, else 1 (images)."""
     if class_dim is None:
         class_dim = -1 if logits.dim() < 4 else 1
+    elif logits.dim() > 1 and not -logits.dim() <= class_dim < logits.dim():  # one sample's scores have one dimension
+        raise UsageError(
+            f"`loss`: `class_dim` {class_dim} is no dimension of the network's output {tuple(logits.shape)}; give "
+            f"one of {-logits.dim()} to {logits.dim() - 1}",
+            code="no-such-dimension",
+            key="loss",
+        )
     return class_dim % max(logits.dim(), 1)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import Critic, CriticContext, View
 from decoupled_pp.core.packets import Loss, Payload, as_tuple, first_tensor
 from decoupled_pp.critics.requirements import judged_tensor
@@ -47,11 +48,15 @@ class Sgr(Critic):
         hidden = first_tensor(view.hidden)
         has_predecessor = len(as_tuple(view.rider)) > 0
         # The distance is differentiated through both gradients; the first stage has no distance, and needs no graph.
+        if not hidden.requires_grad:
+            raise _without_gradient()
         (delta,) = torch.autograd.grad(label_loss, hidden, retain_graph=True, create_graph=has_predecessor)
         view.delta = delta.detach()  # the rider: it leaves with the packet, without the graph
         if not has_predecessor:
             return label_loss
-        (ours,) = torch.autograd.grad(hidden, first_tensor(view.inputs), delta, create_graph=True)
+        (ours,) = torch.autograd.grad(hidden, first_tensor(view.inputs), delta, create_graph=True, allow_unused=True)
+        if ours is None:
+            raise _without_gradient()
         return label_loss + self.weight * self._distance(ours, first_tensor(view.rider))
 
     def rider(self, view: View) -> Payload:
@@ -82,6 +87,15 @@ class LastStageSgr(Sgr):
 class _FirstTensor(nn.Module):
     def forward(self, hidden: Payload) -> Tensor:
         return first_tensor(hidden)
+
+
+def _without_gradient() -> UsageError:
+    return UsageError(
+        "critic sgr differentiates through its stage, and a layer of it passes no gradient on (detach, no_grad, whole "
+        "numbers); choose `critic.kind` head, or `cut` elsewhere",
+        code="critic-needs-gradient",
+        key="critic.kind",
+    )
 
 
 def build_sgr(settings: SgrCritic, context: CriticContext) -> Sgr:
