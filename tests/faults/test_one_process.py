@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 import decoupled_pp
 import launched
 from decoupled_pp.run import folder as run_folder
+from decoupled_pp.run.log import RunLog
 from decoupled_pp.training import prepare
 from kit import check_said
 
@@ -207,6 +208,24 @@ def test_a_log_that_a_full_disk_refuses_ends_the_run_in_one_line(capsys, monkeyp
     monkeypatch.setattr("decoupled_pp.run.log._line", _no_space)
     assert launched.dpp("train", "run.yaml") == 1
     check_said(capsys.readouterr().err, "run-log-not-written", "No space left")
+
+
+def test_a_run_folder_that_is_removed_ends_the_run_which_can_be_resumed(capsys, monkeypatch):
+    write = RunLog.write
+
+    def write_and_remove(log, records):
+        write(log, records)
+        monkeypatch.setattr(RunLog, "write", write)
+        shutil.rmtree(launched.FOLDER)
+
+    monkeypatch.setattr(RunLog, "write", write_and_remove)
+    launched.write_settings(training={"steps": 100_000}, checkpoint={"every": 100_000})
+    assert launched.dpp("train", "run.yaml") == 1
+    check_said(capsys.readouterr().err, "run-log-gone", "metrics.jsonl", "--resume")
+    (saved,) = launched.checkpoint_steps()
+    short = [f"--set=training.steps={saved + 2}", "--set=checkpoint.every=null"]
+    assert launched.dpp("train", "run.yaml", "--resume", *short) == 0
+    assert launched.dpp("evaluate", launched.FOLDER) == 0
 
 
 def test_sigterm_ends_the_run_and_keeps_the_last_checkpoint(capsys):

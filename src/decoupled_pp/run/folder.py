@@ -118,8 +118,9 @@ def _output(folder: Path) -> OutputFolder:
 
 
 def is_run(folder: Path) -> bool:
-    """True if a run has been started in the folder."""
-    return (folder / JOB_FILE).is_file() or mapping_in(folder / CONFIG_FILE, SETTINGS)
+    """True if a run has been started in the folder; one that was emptied meanwhile leaves its checkpoints alone."""
+    started = (folder / JOB_FILE).is_file() or mapping_in(folder / CONFIG_FILE, SETTINGS)
+    return started or bool(list_checkpoints(folder / CHECKPOINTS))
 
 
 def written(folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -55,6 +56,7 @@ class RunLog:
         with self._named_if_full():
             # One write call for all lines: a reader meets at most one half-written line, the last.
             file = self._file or self._open()
+            self._refuse_gone(file)
             file.write("".join(map(_line, kept)))
             file.flush()
             if self._events is not None:
@@ -68,6 +70,19 @@ class RunLog:
             self._events = _open_events(self._folder / TENSORBOARD_FOLDER, self._resume_step)
         self._file = self._path.open("a", encoding="utf-8")
         return self._file
+
+    def _refuse_gone(self, file: TextIO) -> None:
+        """Raise TrainingError if somebody has removed the run folder: what is written now would be nowhere."""
+        try:
+            is_there = os.path.samestat(self._path.stat(), os.fstat(file.fileno()))
+        except FileNotFoundError:
+            is_there = False
+        if not is_there:
+            raise TrainingError(
+                f"{self._path} was removed or replaced while the run went on, and its earlier records are lost; leave "
+                "the run folder alone, then resume",
+                code="run-log-gone",
+            )
 
     @contextmanager
     def _named_if_full(self) -> Iterator[None]:
