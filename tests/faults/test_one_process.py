@@ -1,6 +1,7 @@
 """Faults of a run in one process: losses, checkpoints, Ctrl-C, SIGTERM, and the commands that read run folders."""
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -14,7 +15,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import decoupled_pp
 import launched
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.run import folder as run_folder
+from decoupled_pp.run.in_progress import RunLock
 from decoupled_pp.run.log import RunLog
 from decoupled_pp.training import prepare
 from kit import check_said
@@ -509,3 +512,24 @@ def test_a_finished_run_is_not_resumed(run, capsys):
     assert launched.dpp("train", "run.yaml", "--resume") == 2
     check_said(capsys.readouterr().err, "nothing-left-to-train", "is at step 6 of 6", "`training.steps`")
     assert launched.fingerprint(Path()) == before
+
+
+def test_a_terminal_that_lacks_a_letter_is_shown_its_number(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", out)
+    assert launched.dpp("train", "run.yaml", "--set=runs=\u00fc") == 0
+    out.flush()
+    assert b"\\xfc/run/model.safetensors" in out.buffer.getvalue()
+
+
+def test_a_checkpoint_that_another_run_has_just_deleted_is_not_called_damaged(run, capsys, monkeypatch):
+    """Of two that are resumed at once, the later one may still be reading when the other one saves."""
+    with RunLock(run) as lock:
+
+        def newest_whole(folder):
+            assert lock.take()
+            raise UsageError("checkpoint step-00000002 is corrupt; start anew", code="checkpoint-corrupt")
+
+        monkeypatch.setattr("decoupled_pp.training.job.newest_whole", newest_whole)
+        assert launched.dpp("train", "run.yaml", "--resume", "--set=training.steps=9") == 2
+    assert "a run is in progress in runs/run" in capsys.readouterr().err

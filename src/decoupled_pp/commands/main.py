@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
+from io import TextIOWrapper
 
 from decoupled_pp import __version__
 from decoupled_pp.commands.subcommands import Parser, Subcommand
@@ -28,6 +29,8 @@ SUBCOMMANDS = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; exits with 0, 1 (training failed), 2 (bad input), 130 (Ctrl-C) or 143 (SIGTERM)."""
+    if isinstance(sys.stdout, TextIOWrapper):  # a path may hold letters that the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     code = _run(sys.argv[1:] if arguments is None else arguments)
     if code and environment.reaches_others():
         end_at_once(code)

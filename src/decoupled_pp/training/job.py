@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -24,7 +26,7 @@ from decoupled_pp.links import LocalControl, join_world
 from decoupled_pp.models import build_model
 from decoupled_pp.models.generation import generate
 from decoupled_pp.run import folder as run_folder
-from decoupled_pp.run.checkpoints.opened import Checkpoint, newest_whole, open_checkpoint
+from decoupled_pp.run.checkpoints.opened import CORRUPT, Checkpoint, newest_whole, open_checkpoint
 from decoupled_pp.run.checkpoints.parts import list_checkpoints
 from decoupled_pp.run.checkpoints.sharing import refuse_unshared
 from decoupled_pp.run.checkpoints.weights import write_weights
@@ -87,11 +89,22 @@ def run_rank(settings: Settings, *, resume: bool = False, overwrite: bool = Fals
         world = join_world(settings.links.timeout_seconds)
     control = world.channel() if world is not None else LocalControl()
     with RunLock(settings.folder) as lock:
-        with told_to_all(control, environment.rank(), topology):
+        with told_to_all(control, environment.rank(), topology), _no_other_run(settings.folder):
             start = _start(settings, control, lock, resume=resume, overwrite=overwrite)
         if start is None:
             return Outcome(run_folder.read_summary(settings.folder), settings.folder, [], None, environment.rank())
         return _train(settings, start)
+
+
+@contextmanager
+def _no_other_run(folder: Path) -> Iterator[None]:
+    """Name the run that has the folder, if it has deleted the very checkpoint that this one was opening."""
+    try:
+        yield
+    except UsageError as error:
+        if error.code == CORRUPT:
+            run_folder.refuse_running(folder)
+        raise
 
 
 def _train(settings: Settings, start: _Start) -> Outcome:

@@ -22,7 +22,7 @@ from decoupled_pp.core.structures import write
 from decoupled_pp.run.checkpoints.files import checksum, checksum_of, reason_of
 from decoupled_pp.run.checkpoints.parts import FORMAT, NAME, list_checkpoints, step_of
 
-_CORRUPT = "checkpoint-corrupt"
+CORRUPT = "checkpoint-corrupt"
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _corrupt(path: Path, why: str) -> UsageError:
     remedy = "it is the first: start anew (--overwrite)"
     if before:
         remedy = f"delete {path} to go on from {before[-1].name}"
-    return UsageError(f"checkpoint {path} is corrupt: {why}; {remedy}", code=_CORRUPT)
+    return UsageError(f"checkpoint {path} is corrupt: {why}; {remedy}", code=CORRUPT)
 
 
 def newest_whole(folder: Path) -> tuple[Checkpoint | None, dict[str, str]]:
@@ -142,7 +142,7 @@ def newest_whole(folder: Path) -> tuple[Checkpoint | None, dict[str, str]]:
         try:
             newest = open_checkpoint(path)
         except UsageError as error:
-            if error.code != _CORRUPT:
+            if error.code != CORRUPT:
                 raise
             damaged[path.name] = error
         else:
