@@ -15,6 +15,7 @@ from decoupled_pp.core.torch_private import child_modules
 from decoupled_pp.models.cutting.layers import is_plain_sequential
 from decoupled_pp.models.huggingface import split_transformers
 from decoupled_pp.models.splitting import Split, cut_after, flatten, split_blocks, untie
+from decoupled_pp.models.splitting.arguments import check_calls, check_model_or_list, checked_stages
 from decoupled_pp.models.splitting.call import network_output
 from decoupled_pp.models.splitting.places import proposals
 from decoupled_pp.models.splitting.traced import split_traced
@@ -46,9 +47,11 @@ def split(
         The layers; `way` says how it was split, `failed` why the ways before it fail, and `str()` both in one line.
 
     Raises:
-        UsageError: No way works; the text has the reason of each.
+        UsageError: An argument is of another kind, or no way works; the text has the reason of each.
     """
-    wanted = _Wanted(model, sample, stages, output, dict(options or {}))
+    check_model_or_list(model)
+    check_calls(output, options)
+    wanted = _Wanted(model, sample, checked_stages(stages), output, dict(options or {}))
     failed: dict[str, str] = {}
     for way, attempt in _WAYS.items():
         try:

@@ -12,6 +12,7 @@ from decoupled_pp.core.device import on_meta, untouched
 from decoupled_pp.core.errors import UsageError, first_line
 from decoupled_pp.core.plans import Layers
 from decoupled_pp.core.torch_private import slow_attention
+from decoupled_pp.models.splitting.arguments import check_calls, check_model
 from decoupled_pp.models.splitting.call import (
     ForwardCall,
     forward_call,
@@ -84,6 +85,8 @@ def split_blocks(
         UsageError: The model is not built that way (the text names what stands in the way), or the layers do not give
             the same output.
     """
+    check_model(model)
+    check_calls(output, options)
     call, inputs = forward_call(model, sample, options or {}, output)
     original = model
     model, renamed = with_blocks_of_groups(model, find_blocks(model))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from decoupled_pp.core.device import untouched
 from decoupled_pp.core.packets import Payload
 from decoupled_pp.core.plans import Layers
+from decoupled_pp.models.splitting.arguments import check_calls, check_model, check_names
 from decoupled_pp.models.splitting.compare import checked_sizes
 from decoupled_pp.models.splitting.parts import PartGraph, cut
 from decoupled_pp.models.splitting.split import Split
@@ -48,6 +49,9 @@ def split_traced(
         UsageError: It cannot be traced or cut there, or the parts do not give the model's output for micro-batches of
             any size; the text says why.
     """
+    check_model(model)
+    check_names("cut_after", cut_after)
+    check_calls(output, None)
     modes = {id(part): part.training for part in model.modules()}
     whole = Whole(model, sample, output)
     whole.prepare()
