@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from decoupled_pp.core.arguments import expect
 from decoupled_pp.core.datasets import DataInfo
 from decoupled_pp.core.device import on_meta
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.models.splitting import Split, split_blocks
+from decoupled_pp.models.splitting.arguments import check_model, check_sample
 from decoupled_pp.models.splitting.layers import BlockLayer, Initialiser
 from decoupled_pp.models.splitting.stubs import MissingPartStub
 from decoupled_pp.models.splitting.weights import StoredWeights
@@ -59,6 +61,9 @@ def split_transformers(model: nn.Module, sample: Mapping[str, Tensor], weights: 
     Raises:
         UsageError: An encoder-decoder, or a model that is no chain of blocks (the text names what stands in the way).
     """
+    check_model(model)
+    check_sample(model, sample)
+    expect("weights", weights, (str, Path, type(None)), "the folder of a model that `save_pretrained` wrote")
     library_model = _library_model(model)
     _refuse(library_model, sample)
     with _caches_off(model):
@@ -155,7 +160,7 @@ def _with_padding(sample: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Models leave a mask without padding out of the computation, so that the split would never see the mask.
     """
     mask = sample.get("attention_mask")
-    if mask is None or mask.dim() != 2:
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not len(mask):
         return dict(sample)
     padded = mask.clone()
     padded[-1, mask.shape[1] // 2 :] = 0

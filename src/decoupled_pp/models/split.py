@@ -15,7 +15,7 @@ from decoupled_pp.core.torch_private import child_modules
 from decoupled_pp.models.cutting.layers import is_plain_sequential
 from decoupled_pp.models.huggingface import split_transformers
 from decoupled_pp.models.splitting import Split, cut_after, flatten, split_blocks, untie
-from decoupled_pp.models.splitting.arguments import check_calls, check_model_or_list, checked_stages
+from decoupled_pp.models.splitting.arguments import check_calls, check_model_or_list, check_sample, checked_stages
 from decoupled_pp.models.splitting.call import network_output
 from decoupled_pp.models.splitting.places import proposals
 from decoupled_pp.models.splitting.traced import split_traced
@@ -50,6 +50,7 @@ def split(
         UsageError: An argument is of another kind, or no way works; the text has the reason of each.
     """
     check_model_or_list(model)
+    check_sample(model, sample)
     check_calls(output, options)
     wanted = _Wanted(model, sample, checked_stages(stages), output, dict(options or {}))
     failed: dict[str, str] = {}
@@ -138,7 +139,8 @@ def _by_tracing(wanted: _Wanted) -> Split:
     if not isinstance(wanted.stages, int):
         return split_traced(wanted.whole, wanted.sample, wanted.stages, output=output)
     faults: list[UsageError] = []
-    for names in proposals(wanted.whole, wanted.sample, wanted.stages):
+    one_part: list[list[str]] = [[]]
+    for names in proposals(wanted.whole, wanted.sample, wanted.stages) if wanted.stages > 1 else one_part:
         try:
             return split_traced(wanted.whole, wanted.sample, names, output=output)
         except UsageError as error:

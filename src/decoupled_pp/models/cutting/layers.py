@@ -49,7 +49,7 @@ def as_sequential(layers: object) -> nn.Sequential:
         )
     else:
         raise UsageError(
-            f"a network must be an nn.Sequential or a list of layers, not {type(layers).__name__}; list its layers in "
+            f"a network must be an nn.Sequential or a list of layers, not {_kind(layers)}; list its layers in "
             "the order in which they run, or pass the .layers that dpp.split_transformers, split_blocks or "
             "split_traced return",
             code="not-a-layer-list",
@@ -57,6 +57,10 @@ def as_sequential(layers: object) -> nn.Sequential:
     _refuse_duplicates(module)
     _unwrap_compiled(module)
     return module
+
+
+def _kind(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 def is_plain_sequential(module: nn.Module) -> bool:

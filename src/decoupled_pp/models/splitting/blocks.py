@@ -12,7 +12,7 @@ from decoupled_pp.core.device import on_meta, untouched
 from decoupled_pp.core.errors import UsageError, first_line
 from decoupled_pp.core.plans import Layers
 from decoupled_pp.core.torch_private import slow_attention
-from decoupled_pp.models.splitting.arguments import check_calls, check_model
+from decoupled_pp.models.splitting.arguments import check_calls, check_model, check_sample
 from decoupled_pp.models.splitting.call import (
     ForwardCall,
     forward_call,
@@ -86,6 +86,7 @@ def split_blocks(
             the same output.
     """
     check_model(model)
+    check_sample(model, sample)
     check_calls(output, options)
     call, inputs = forward_call(model, sample, options or {}, output)
     original = model

@@ -96,16 +96,11 @@ def forward_call(
             nested tuple, list or dictionary of tensors.
         options: Further keyword arguments.
         output: Picks the network's output from the result.
-
-    Raises:
-        UsageError: The sample holds no tensor.
     """
     args = tuple(sample) if isinstance(sample, tuple | list) else (sample,)
     arguments = ((), dict(sample)) if isinstance(sample, Mapping) else (args, {})
     paths, form = pytree.tree_flatten_with_path(arguments)
     tensors = [(path, leaf) for path, leaf in paths if isinstance(leaf, Tensor)]
-    if not tensors:
-        raise UsageError("sample: it holds no tensor; give an input micro-batch", code="no-sample")
     positional = list(inspect.signature(model.forward).parameters)
     call = ForwardCall(
         names=tuple(_name(path, positional) for path, _ in tensors),

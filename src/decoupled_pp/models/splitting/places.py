@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from decoupled_pp.core.device import untouched
-from decoupled_pp.core.errors import UsageError, first_line
 from decoupled_pp.core.torch_private import own_parameters, pytree
+from decoupled_pp.models.splitting.arguments import fails_on_sample
 from decoupled_pp.models.splitting.call import forward_call, network_output
 
 _DEPTHS = 6  # levels of nesting that are looked at
@@ -58,10 +58,7 @@ def _run(model: nn.Module, sample: Any) -> tuple[list[str], dict[str, float]]:
         try:
             call.run(model, inputs)
         except Exception as error:
-            raise UsageError(
-                f"{type(model).__name__} fails on the sample: {first_line(error)}; give a sample as its forward takes",
-                code="model-fails-on-sample",
-            ) from error
+            raise fails_on_sample(model, error) from error
     times = Counter(ended)
     return [name for name in ended if times[name] == 1], dict(work)
 

@@ -10,7 +10,7 @@ from decoupled_pp.core.arguments import expect
 from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.plans import Layers
 from decoupled_pp.core.torch_private import child_modules, has_hooks
-from decoupled_pp.models.cutting.layers import is_plain_sequential, missing_layer, refuse_hooks
+from decoupled_pp.models.cutting.layers import as_sequential, is_plain_sequential, missing_layer, refuse_hooks
 
 
 def flatten(network: nn.Sequential) -> Layers:
@@ -37,19 +37,21 @@ def flatten(network: nn.Sequential) -> Layers:
     return flat
 
 
-def cut_after(network: nn.Sequential, names: Sequence[str]) -> Layers:
+def cut_after(network: nn.Sequential | Sequence[nn.Module], names: Sequence[str]) -> Layers:
     """Mark the layers after which a network may be cut; `partition` then chooses among these places.
 
     With as many names as cuts, the cut is given: `partition(cut_after(model, ["layer2", "layer3.1"]), stages=3)`.
 
     Args:
-        network: Nested `nn.Sequential`s; they are flattened.
+        network: Nested `nn.Sequential`s, or a list of layers; they are flattened.
         names: Layers, or nested `nn.Sequential`s as a whole, by their dotted names, in order.
 
     Raises:
         UsageError: A name that is none of its layers, is the last one, or out of order.
     """
     expect("cut_after: names", names, (list, tuple), "a list of names of layers")
+    if not isinstance(network, nn.Sequential):
+        network = as_sequential(network)
     flat = network if isinstance(network, Layers) else flatten(network)
     keys = list(child_modules(flat))
     places: list[int] = []

@@ -56,8 +56,6 @@ class Whole(nn.Module):
         leaves = [leaf for _, leaf in paths]
         self.inputs = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
         self.names = tuple(f"input{pytree.keystr(path[1:])}" for path, leaf in paths if isinstance(leaf, Tensor))
-        if not self.inputs:
-            raise UsageError("sample: it holds no tensor; give an input micro-batch", code="no-sample")
 
         def arguments_of(inputs: Sequence[Tensor]) -> Any:
             given = iter(inputs)

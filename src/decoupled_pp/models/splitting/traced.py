@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from decoupled_pp.core.device import untouched
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.packets import Payload
 from decoupled_pp.core.plans import Layers
-from decoupled_pp.models.splitting.arguments import check_calls, check_model, check_names
+from decoupled_pp.models.splitting.arguments import check_calls, check_model, check_names, check_sample, fails_on_sample
 from decoupled_pp.models.splitting.compare import checked_sizes
 from decoupled_pp.models.splitting.parts import PartGraph, cut
 from decoupled_pp.models.splitting.split import Split
@@ -50,16 +52,20 @@ def split_traced(
             any size; the text says why.
     """
     check_model(model)
+    check_sample(model, sample)
     check_names("cut_after", cut_after)
     check_calls(output, None)
     modes = {id(part): part.training for part in model.modules()}
     whole = Whole(model, sample, output)
     whole.prepare()
     with untouched(whole, whole.inputs[0].device):
-        traces = Tracer(whole, cut_after).trace()
-        parts = _layers(whole, traces)
-        layers = Layers((f"part{index}", part) for index, part in enumerate(parts))
-        parts[0].sizes = checked_sizes(layers, whole, traces)
+        try:
+            traces = Tracer(whole, cut_after).trace()
+            parts = _layers(whole, traces)
+            layers = Layers((f"part{index}", part) for index, part in enumerate(parts))
+            parts[0].sizes = checked_sizes(layers, whole, traces)
+        except UsageError as error:
+            raise _fault_of_sample(whole) or error from error
     names = {key: key.split(".part.model.", 1)[1] for key in layers.state_dict()}
     aliases = _aliases(model, layers, names)
     layers.tied = give_copies([{f"part{index}": part} for index, part in enumerate(parts)], names)
@@ -68,6 +74,18 @@ def split_traced(
     return Split(
         layers, names, {names[copy]: names[first] for copy, first in layers.tied.items()}, aliases, way="traced"
     )
+
+
+def _fault_of_sample(whole: Whole) -> UsageError | None:
+    """Return why the model itself cannot be run on the sample, if so: then it is not the trace that fails."""
+    try:
+        with torch.no_grad():
+            whole.eval()(*whole.inputs)
+    except UsageError as error:
+        return error
+    except Exception as error:
+        return fails_on_sample(whole.model, error)
+    return None
 
 
 def _aliases(model: nn.Module, layers: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
