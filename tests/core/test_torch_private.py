@@ -67,6 +67,15 @@ def check_has_hooks():
         assert torch_private.has_hooks(module)
 
 
+def check_forward_hooks():
+    module = network()
+    handle = module.register_forward_hook(lambda *_: pytest.fail("the hook is out"))
+    assert list(torch_private.forward_hooks(module)) == [handle.id]
+    del torch_private.forward_hooks(module)[handle.id]
+    module(torch.zeros(4, 2))
+    handle.remove()
+
+
 def check_forward_pre_hooks():
     module = network()
     module.register_forward_pre_hook(print)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from decoupled_pp.core.structures import memory_of, write
-from decoupled_pp.core.torch_private import own_buffers, pytree
+from decoupled_pp.core.torch_private import forward_hooks, own_buffers, pytree
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
@@ -57,7 +57,12 @@ def _keep_part(part: nn.Module, *, buffers: bool) -> _Restore:
     # A tensor with a graph is computed anew by every forward pass (the weight under weight_norm), and cannot be copied.
     attributes = {key: _keep(value) for key, value in own.items() if getattr(value, "grad_fn", None) is None}
 
+    hooks = set(forward_hooks(part))
+
     def restore() -> None:
+        # Models of transformers register hooks in their first call and note it in an attribute, which goes as well.
+        for number in forward_hooks(part).keys() - hooks:
+            del forward_hooks(part)[number]
         if type(part) is not kind:  # a lazy module has become what it is for
             return
         restore_buffers()

@@ -205,6 +205,11 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(forward or module._backward_pre_hooks or module._backward_hooks)
 
 
+def forward_hooks(module: nn.Module) -> dict[int, Any]:
+    """Returns the hooks that run after forward, by their number; what is taken out of it is unregistered."""
+    return module._forward_hooks
+
+
 def forward_pre_hooks(module: nn.Module) -> list[Any]:
     """Returns the hooks that run before forward; the older weight_norm and spectral_norm are such."""
     return list(module._forward_pre_hooks.values())
