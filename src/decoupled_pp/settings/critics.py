@@ -88,9 +88,11 @@ class LlsCritic(Section):
 
     kind: Literal["lls"]
     pooled: Few = 4
-    """Images are pooled to this height and width; vectors are taken as they are."""
-    temperature: Scale = 1.0
-    """T, by which the logits are divided."""
+    """Images are pooled to this height and width, vectors to so many features (the authors' code: 4)."""
+    vectors: Literal["pooled", "whole"] = "pooled"
+    """whole: vectors are taken as they are."""
+    temperature: Scale = 0.5
+    """T, by which the logits are divided (the authors' code: 0.5)."""
 
 
 class NeuronGroupsCritic(Section):
