@@ -270,7 +270,7 @@ def test_sgr_has_a_say_in_the_last_stage_too():
 def test_reconstruct(context_of):
     network = nn.Sequential(nn.Embedding(7, 6), nn.Linear(6, 6), nn.Linear(6, 7))
     context = context_of(network, torch.ones(2, 5, dtype=torch.int64), 1)
-    critic = build_critic(ReconstructCritic(kind="reconstruct", weight=4.0))(context)
+    critic = build_critic(ReconstructCritic(kind="reconstruct", decoder="linear", weight=4.0))(context)
     assert critic.decoder.weight.std().item() == pytest.approx(0.1 / 6**0.5, rel=0.5)
     given, hidden, first = torch.randn(2, 5, 6), torch.randn(2, 5, 6, requires_grad=True), torch.randn(2, 5, 6)
     rebuilt = hidden @ critic.decoder.weight.T + critic.decoder.bias

@@ -142,8 +142,10 @@ class ReconstructCritic(Section):
     """
 
     kind: Literal["reconstruct"]
+    decoder: Literal["mlp", "linear"] = "mlp"
+    """mlp: norm, linear to a quarter, GELU, linear back (LoPT). linear: one layer, each stage with all of `weight`."""
     weight: Scale = 10.0
-    """Weight of the mean squared error (lambda; LoPT: 10)."""
+    """Weight of the mean squared error averaged over the stages before the last (lambda; LoPT: 10)."""
 
 
 class VocabularyCritic(Section):
