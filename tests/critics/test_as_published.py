@@ -5,10 +5,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from decoupled_pp.core.datasets import DataInfo
+from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import View, local_loss
 from decoupled_pp.critics import build_critic, check_critic
+from decoupled_pp.critics.head import LinearHead
+from decoupled_pp.models import build_model
 from decoupled_pp.pipeline.losses import cross_entropy
-from decoupled_pp.settings.critics import LlsCritic, ReconstructCritic
+from decoupled_pp.settings.critics import AuglocalCritic, AutoCritic, LlsCritic, ReconstructCritic
+from decoupled_pp.settings.sections import ResnetModel
+from kit import refused
 
 CLASSES = 10
 
@@ -69,3 +75,41 @@ def test_reconstruct(judged, stages, share):
 def test_reconstruct_of_earlier_versions(judged):
     critic = build_critic(ReconstructCritic(kind="reconstruct", decoder="linear"))(judged(64, stages=5))
     assert (type(critic.decoder), parameters(critic), critic.weight) == (nn.Linear, 4160, 10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kinds", "count"),
+    [
+        ({"depth": 1}, [nn.BatchNorm1d, nn.Linear], 2 * 64 + 64 * 10 + 10),
+        ({"depth": 1, "norm": "never"}, [nn.Linear], 64 * 10 + 10),
+        ({"depth": 2}, [nn.Linear], 64 * 10 + 10),
+    ],
+)
+def test_auglocals_head(context_of, settings, kinds, count):
+    """Source: Ma et al. 2024, the authors' code, `networks/auxiliary_nets.py`: pool, BatchNorm1d at depth 1, linear."""
+    network = build_model(ResnetModel(kind="resnet", depth=20, width=16), DataInfo("image", (3, 16, 16), CLASSES))
+    context = context_of(network, torch.randn(4, 3, 16, 16), 4)
+    critic = build_critic(AuglocalCritic(kind="auglocal", **settings))(context)
+    check_critic(critic, context)
+    assert [type(layer) for layer in critic.head.children()] == kinds
+    assert parameters(critic.head) == count
+    features = torch.randn(4, 64, 4, 4)
+    expected = features.mean((2, 3))
+    if len(kinds) == 2:
+        expected = F.batch_norm(expected, None, None, training=True)
+    torch.testing.assert_close(critic.head(features), critic.head.linear(expected))
+
+
+def test_a_shallow_auglocal_needs_two_samples(context_of):
+    network = build_model(ResnetModel(kind="resnet", depth=8, width=4), DataInfo("image", (3, 8, 8), CLASSES))
+    critic = build_critic(AuglocalCritic(kind="auglocal", depth=1))(context_of(network, torch.randn(2, 3, 8, 8), 1))
+    with refused("batch-too-small", UsageError, "critic auglocal"):
+        critic(torch.randn(1, 4, 8, 8))
+
+
+def test_the_default_critic_has_no_norm_of_its_own(context_of):
+    """Its depth is 2 in every stage, so published figures of `auto` hold."""
+    network = build_model(ResnetModel(kind="resnet", depth=20, width=4), DataInfo("image", (3, 8, 8), CLASSES))
+    for stage in range(7):
+        critic = build_critic(AutoCritic())(context_of(network, torch.randn(2, 3, 8, 8), 1 + stage, stage, 8))
+        assert (len(critic.layers), type(critic.head)) == (2, LinearHead)

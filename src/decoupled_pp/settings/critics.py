@@ -55,6 +55,8 @@ class AuglocalCritic(Section):
     """Images are average-pooled to at most this height and width first; default: they are not."""
     width: float = Field(1.0, gt=0, le=1)
     """Share of the channels (tokens: of the width) that the copies have, after a projection; paper: all."""
+    norm: Literal["shallow", "never"] = "shallow"
+    """shallow: fresh critics of images normalise before their linear layer at depth 1 (the authors' code); or never."""
     weights: Literal["fresh", "network"] = "fresh"
     """fresh; or network: copies and head begin with the network's own weights, for one that is trained already."""
 
