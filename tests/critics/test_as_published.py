@@ -12,7 +12,7 @@ from decoupled_pp.critics import build_critic, check_critic
 from decoupled_pp.critics.head import LinearHead
 from decoupled_pp.models import build_model
 from decoupled_pp.pipeline.losses import cross_entropy
-from decoupled_pp.settings.critics import AuglocalCritic, AutoCritic, LlsCritic, ReconstructCritic
+from decoupled_pp.settings.critics import AuglocalCritic, AutoCritic, LlsCritic, PredsimCritic, ReconstructCritic
 from decoupled_pp.settings.sections import ResnetModel
 from kit import refused
 
@@ -113,3 +113,40 @@ def test_the_default_critic_has_no_norm_of_its_own(context_of):
     for stage in range(7):
         critic = build_critic(AutoCritic())(context_of(network, torch.randn(2, 3, 8, 8), 1 + stage, stage, 8))
         assert (len(critic.layers), type(critic.head)) == (2, LinearHead)
+
+
+@pytest.mark.parametrize(
+    ("shape", "features", "kernel", "left"),
+    [
+        ((16, 28, 28), 2048, (4, 2), 1568),
+        ((16, 32, 32), 2048, (4, 2), 2048),
+        ((64, 7, 7), 2048, (2, 1), 1792),
+        ((64, 32, 32), 2048, (8, 4), 2048),
+        ((1024, 2, 2), 2048, (2, 1), 2048),
+        ((16, 28, 28), 4096, (2, 2), 3136),
+        ((64, 32, 32), 4096, (4, 4), 4096),
+        ((9, 5, 2), 9, (8, 2), 9),  # not square: the side that can still be halved is
+    ],
+)
+def test_predsim(judged, shape, features, kernel, left):
+    """Source: Nokland & Eidnes 2019, the authors' code: kernels and features as it has them, zeros where none fits."""
+    context = judged(*shape)
+    critic = build_critic(PredsimCritic(kind="predsim", features=features))(context)
+    check_critic(critic, context)
+    channels = shape[0]
+    assert (critic.pool.kernel_size, critic.prediction.in_features) == (kernel, left)
+    assert (type(critic.projection), critic.projection.kernel_size) == (nn.Conv2d, (3, 3))
+    assert parameters(critic) == 9 * channels * channels + left * CLASSES + CLASSES
+
+
+def test_predsims_defaults_and_padding(judged):
+    settings = PredsimCritic(kind="predsim")
+    assert (settings.features, settings.similarity, settings.pooling) == (4096, 0.99, "rectangular")
+    pool = build_critic(PredsimCritic(kind="predsim", features=2048))(judged(64, 7, 7)).pool
+    rows = torch.arange(7.0)[:, None].expand(1, 64, 7, 7)
+    assert pool(rows)[0, 0, :, 0].tolist() == [0, 1.5, 3.5, 5.5]  # a row of zeros above the first
+
+
+def test_predsim_of_earlier_versions(judged):
+    critic = build_critic(PredsimCritic(kind="predsim", features=2048, pooling="square"))(judged(64, 7, 7))
+    assert critic.prediction.in_features == 576

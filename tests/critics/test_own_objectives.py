@@ -13,7 +13,7 @@ from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import View, local_loss
 from decoupled_pp.critics import build_critic, check_critic
 from decoupled_pp.critics.lls import sinusoids
-from decoupled_pp.critics.predsim import pooling_kernel, similarities
+from decoupled_pp.critics.predsim import similarities, square_kernel
 from decoupled_pp.pipeline.losses import cross_entropy, find_loss
 from decoupled_pp.settings.critics import (
     CollaborativeCritic,
@@ -102,7 +102,7 @@ def test_predsim_begins_with_no_opinion(images):
     ("shape", "most", "kernel"), [((2, 8, 8, 8), 512, 1), ((2, 8, 8, 8), 511, 2), ((2, 9, 5, 7), 18, 4)]
 )
 def test_predsim_pools_just_enough(shape, most, kernel):
-    assert pooling_kernel(shape, most) == kernel
+    assert square_kernel(shape, most) == kernel
 
 
 def test_similarities_of_vectors_are_centred_cosines():

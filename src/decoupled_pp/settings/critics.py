@@ -67,8 +67,10 @@ class PredsimCritic(Section):
     kind: Literal["predsim"]
     similarity: float = Field(0.99, ge=0, le=1)
     """Share of the similarity loss (b in the paper: 0.99)."""
-    features: Size = 2048
-    """Largest number of features, after average pooling, that the linear prediction is given (paper: 2048 or 4096)."""
+    features: Size = 4096
+    """Most features, after average pooling, that the linear prediction is given (paper: 2048 or 4096, code: 4096)."""
+    pooling: Literal["rectangular", "square"] = "rectangular"
+    """rectangular: height is halved, then width if need be, rounded up (the authors' code). square: both, down."""
 
 
 class InfoproCritic(Section):
