@@ -150,3 +150,31 @@ def test_predsims_defaults_and_padding(judged):
 def test_predsim_of_earlier_versions(judged):
     critic = build_critic(PredsimCritic(kind="predsim", features=2048, pooling="square"))(judged(64, 7, 7))
     assert critic.prediction.in_features == 576
+
+
+@pytest.mark.parametrize(
+    ("settings", "shape", "names"),
+    [
+        (LlsCritic(kind="lls", vectors="whole"), (8,), {"basis": (CLASSES, 8)}),
+        (
+            ReconstructCritic(kind="reconstruct", decoder="linear"),
+            (8,),
+            {"decoder.weight": (8, 8), "decoder.bias": (8,)},
+        ),
+        (
+            PredsimCritic(kind="predsim", features=64, pooling="square"),
+            (8, 5, 5),
+            {"projection.weight": (8, 8, 3, 3), "prediction.weight": (CLASSES, 32), "prediction.bias": (CLASSES,)},
+        ),
+        (
+            AuglocalCritic(kind="auglocal", depth=1, norm="never"),
+            (8, 5, 5),
+            {"head.linear.weight": (CLASSES, 8), "head.linear.bias": (CLASSES,)},
+        ),
+    ],
+    ids=lambda one: getattr(one, "kind", None),
+)
+def test_earlier_forms_have_the_names_of_earlier_checkpoints(judged, settings, shape, names):
+    """So their critics are taken over where the earlier form is named (names and shapes of version 0.1.0)."""
+    state = build_critic(settings)(judged(*shape)).state_dict()
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == names
