@@ -13,7 +13,7 @@ from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import View, local_loss
 from decoupled_pp.critics import build_critic, check_critic
 from decoupled_pp.critics.lls import sinusoids
-from decoupled_pp.critics.predsim import pooling_kernel, similarities
+from decoupled_pp.critics.predsim import similarities, square_kernel
 from decoupled_pp.pipeline.losses import cross_entropy, find_loss
 from decoupled_pp.settings.critics import (
     CollaborativeCritic,
@@ -102,7 +102,7 @@ def test_predsim_begins_with_no_opinion(images):
     ("shape", "most", "kernel"), [((2, 8, 8, 8), 512, 1), ((2, 8, 8, 8), 511, 2), ((2, 9, 5, 7), 18, 4)]
 )
 def test_predsim_pools_just_enough(shape, most, kernel):
-    assert pooling_kernel(shape, most) == kernel
+    assert square_kernel(shape, most) == kernel
 
 
 def test_similarities_of_vectors_are_centred_cosines():
@@ -270,7 +270,7 @@ def test_sgr_has_a_say_in_the_last_stage_too():
 def test_reconstruct(context_of):
     network = nn.Sequential(nn.Embedding(7, 6), nn.Linear(6, 6), nn.Linear(6, 7))
     context = context_of(network, torch.ones(2, 5, dtype=torch.int64), 1)
-    critic = build_critic(ReconstructCritic(kind="reconstruct", weight=4.0))(context)
+    critic = build_critic(ReconstructCritic(kind="reconstruct", decoder="linear", weight=4.0))(context)
     assert critic.decoder.weight.std().item() == pytest.approx(0.1 / 6**0.5, rel=0.5)
     given, hidden, first = torch.randn(2, 5, 6), torch.randn(2, 5, 6, requires_grad=True), torch.randn(2, 5, 6)
     rebuilt = hidden @ critic.decoder.weight.T + critic.decoder.bias

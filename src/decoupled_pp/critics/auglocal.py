@@ -16,8 +16,8 @@ from decoupled_pp.core.errors import UsageError, first_line
 from decoupled_pp.core.objective import CriticContext
 from decoupled_pp.core.packets import Payload, as_tuple, check_payload, first_tensor, map_payload
 from decoupled_pp.critics.fresh import fresh_copy, make_fresh, trainable_copy
-from decoupled_pp.critics.head import matching_head, own_head
-from decoupled_pp.critics.requirements import critic_unfit, relative_position
+from decoupled_pp.critics.head import LinearHead, features_of, matching_head, own_head
+from decoupled_pp.critics.requirements import critic_unfit, refuse_single_value, relative_position
 from decoupled_pp.settings.critics import AuglocalCritic
 
 
@@ -48,11 +48,7 @@ def build_auglocal(settings: AuglocalCritic, context: CriticContext) -> nn.Modul
     for index in sampled_indices(context.boundary - 1, len(context.layers) - 1, depth):
         copies.append(_copy_for(settings, context, index, current))
         current = _run(copies[-1], current, f"{where} copy of layer {index} ({type(context.layers[index]).__name__})")
-    if settings.weights == "network":
-        head = own_head(context, current)
-    else:
-        head = matching_head(current, context.output, context.stage, context.class_dim)
-    return AuglocalChain(narrowing, copies, head)
+    return AuglocalChain(narrowing, copies, _head_for(settings, context, current, depth))
 
 
 def pyramidal_depth(depth: int, pyramid: float, stage: int, stages: int) -> int:
@@ -98,6 +94,27 @@ class AuglocalChain(nn.Module):
         return logits
 
 
+class NormedHead(nn.Module):
+    """Pool, batch normalisation, linear layer, for a shallow critic of images: (B, C, H, W) -> (B, K).
+
+    Source: Ma et al. 2024, the authors' code, `networks/auxiliary_nets.py`: `BatchNorm1d` at `aux_net_depth` <= 1.
+    """
+
+    def __init__(self, head: LinearHead) -> None:
+        super().__init__()
+        weight = head.linear.weight
+        self.norm = nn.BatchNorm1d(weight.shape[1], device=weight.device, dtype=weight.dtype)
+        self.linear = head.linear
+
+    def forward(self, hidden: Payload) -> Tensor:
+        """Judge what the copies made of a stage's output."""
+        features = features_of(hidden).mean(dim=(2, 3))
+        if self.training:
+            refuse_single_value("auglocal", features)
+        logits: Tensor = self.linear(self.norm(features))
+        return logits
+
+
 class PoolTo(nn.Module):
     """Average-pools images to at most `resolution` = r: (B, C, H, W) -> (B, C, min(H, r), min(W, r))."""
 
@@ -109,6 +126,16 @@ class PoolTo(nn.Module):
         """Pool."""
         height, width = (min(side, self.resolution) for side in image.shape[-2:])
         return functional.adaptive_avg_pool2d(image, (height, width))
+
+
+def _head_for(settings: AuglocalCritic, context: CriticContext, current: Payload, depth: int) -> nn.Module:
+    """Build the head behind the copies: the network's own, or a fresh one."""
+    if settings.weights == "network":
+        return own_head(context, current)
+    head = matching_head(current, context.output, context.stage, context.class_dim)
+    if isinstance(head, LinearHead) and first_tensor(current).dim() == 4 and depth == 1 and settings.norm == "shallow":
+        return NormedHead(head)
+    return head
 
 
 def _narrowing(settings: AuglocalCritic, context: CriticContext) -> nn.Module:

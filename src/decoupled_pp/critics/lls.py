@@ -32,6 +32,8 @@ class Lls(Critic):
     """Compares features with every class's sinusoid.
 
     (B, C, H, W) or (B, D) -> pool, normalise, scalar products, divide by the temperature -> (B, K).
+
+    Source: Apolinario & Roy 2025, the authors' code: `pooling_size` 4 for images and vectors, temperature 0.5.
     """
 
     basis: Tensor
@@ -46,14 +48,21 @@ class Lls(Critic):
         """Judge a stage's output."""
         features = first_tensor(hidden)
         if self.pooled is not None:
-            features = functional.adaptive_avg_pool2d(features, self.pooled).flatten(1)
+            features = _pool(features, self.pooled)
         return functional.normalize(features, dim=1) @ self.basis.to(features.dtype).T / self.temperature
+
+
+def _pool(features: Tensor, size: int) -> Tensor:
+    """Average an image to `size` x `size` per channel, a vector to `size` features: -> (B, features)."""
+    if features.dim() == 2:
+        return functional.adaptive_avg_pool1d(features, size)
+    return functional.adaptive_avg_pool2d(features, size).flatten(1)
 
 
 def build_lls(settings: LlsCritic, context: CriticContext) -> Lls:
     """Build the LLS critic of one stage."""
     hidden = judged_tensor("lls", context)
-    pooled = settings.pooled if hidden.dim() == 4 else None
-    features = hidden.shape[1] * (pooled or 1) ** 2
-    basis = sinusoids(context.output.shape[1], features)
+    pooled = None if hidden.dim() == 2 and settings.vectors == "whole" else settings.pooled
+    features = hidden if pooled is None else _pool(hidden, pooled)
+    basis = sinusoids(context.output.shape[1], features.shape[1])
     return Lls(pooled, basis, settings.temperature).to(hidden.device)

@@ -8,10 +8,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decoupled_pp.core.errors import UsageError
 from decoupled_pp.core.objective import CriticContext
 from decoupled_pp.core.packets import Payload, first_tensor
-from decoupled_pp.critics.requirements import judged_tensor
+from decoupled_pp.critics.requirements import judged_tensor, refuse_single_value
 from decoupled_pp.settings.critics import MlpSrCritic
 
 # Convolutions and linear layers followed by batch normalisation have no bias: the normalisation would cancel it.
@@ -22,13 +21,8 @@ class _NormalisedLayers(nn.Sequential):
 
     def forward(self, features: Tensor) -> Tensor:
         """Run the layers."""
-        if self.training and len(self) > 1 and features.numel() == features.shape[1]:
-            raise UsageError(
-                "critic mlp_sr normalises over the micro-batch and cannot train on one of a single sample; raise "
-                "`data.batch_size` to at least 2, or choose `critic.kind` head",
-                code="batch-too-small",
-                key="data.batch_size",
-            )
+        if self.training and len(self) > 1:
+            refuse_single_value("mlp_sr", features)
         for layer in self:
             features = layer(features)
         return features

@@ -5,6 +5,8 @@ Legend: B batch, C channels, D width, H x W image, K classes.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -43,10 +45,10 @@ class Predsim(Critic):
         super().__init__()
         channels = hidden.shape[1]
         self.similarity = settings.similarity
-        self.kernel = 1
+        self.pool: nn.Module = nn.Identity()
         self.projection: nn.Module
         if hidden.dim() == 4:
-            self.kernel = pooling_kernel(tuple(hidden.shape), settings.features)
+            self.pool = pooling(tuple(hidden.shape), settings)
             self.projection = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         else:
             self.projection = nn.Linear(channels, channels, bias=False)
@@ -71,11 +73,43 @@ class Predsim(Critic):
         return (1 - b) * loss(logits, view.target) + b * distance
 
     def _pooled(self, hidden: Tensor) -> Tensor:
-        return functional.avg_pool2d(hidden, self.kernel).flatten(1) if hidden.dim() == 4 else hidden
+        pooled: Tensor = self.pool(hidden)
+        return pooled.flatten(1)
 
 
-def pooling_kernel(shape: tuple[int, ...], most: int) -> int:
-    """Return kernel (and stride) of average pooling: doubled until at most `most` features of (B, C, H, W) are left."""
+def pooling(shape: tuple[int, ...], settings: PredsimCritic) -> nn.AvgPool2d:
+    """Return average pooling of (B, C, H, W) to at most `settings.features` features, if it can be so few."""
+    if settings.pooling == "square":
+        return nn.AvgPool2d(square_kernel(shape, settings.features))
+    kernel = rectangular_kernel(shape, settings.features)
+    # Half a kernel of zeros on both sides where it does not fit whole, as the authors' code does: sizes are rounded up.
+    padding = [one // 2 if side % one else 0 for one, side in zip(kernel, shape[2:], strict=True)]
+    return nn.AvgPool2d(kernel, padding=(padding[0], padding[1]))
+
+
+def rectangular_kernel(shape: tuple[int, ...], most: int) -> tuple[int, int]:
+    """Return kernel (and stride): doubled in turn, height first, until `most` features of (B, C, H, W) are left.
+
+    Source: Nokland & Eidnes 2019, the authors' code, which has it for square images.
+    """
+    sides, kernel, turn = shape[2:], [1, 1], 0
+    while shape[1] * math.prod(map(_rounded_up, sides, kernel)) > most and _is_larger(sides, kernel):
+        if kernel[turn] < sides[turn]:
+            kernel[turn] *= 2
+        turn = 1 - turn
+    return kernel[0], kernel[1]
+
+
+def _rounded_up(side: int, kernel: int) -> int:
+    return -(-side // kernel)
+
+
+def _is_larger(sides: tuple[int, ...], kernel: list[int]) -> bool:
+    return any(one < side for one, side in zip(kernel, sides, strict=True))
+
+
+def square_kernel(shape: tuple[int, ...], most: int) -> int:
+    """Return kernel (and stride), alike in height and width, sizes rounded down: the form of earlier versions."""
     _, channels, height, width = shape
     kernel = 1
     while channels * (height // kernel) * (width // kernel) > most and 2 * kernel <= min(height, width):

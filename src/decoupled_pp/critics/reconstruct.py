@@ -18,17 +18,15 @@ _GAIN = 0.1
 
 
 class Reconstruct(Critic):
-    """One linear layer: (B, T, D) or (B, D) -> the same shape. It makes no logits and looks at no targets."""
+    """A decoder: (B, T, D) or (B, D) -> the same shape. It makes no logits and looks at no targets."""
 
     needs_first = True
     exits = False
 
-    def __init__(self, width: int, weight: float) -> None:
+    def __init__(self, decoder: nn.Module, weight: float) -> None:
         super().__init__()
-        self.decoder = nn.Linear(width, width)
+        self.decoder = decoder
         self.weight = weight
-        nn.init.xavier_normal_(self.decoder.weight, gain=_GAIN)
-        nn.init.zeros_(self.decoder.bias)
 
     def forward(self, hidden: Payload) -> Tensor:
         """Rebuild the stage's input."""
@@ -54,8 +52,32 @@ class Reconstruct(Critic):
         )
 
 
+def mlp_decoder(width: int) -> nn.Sequential:
+    """Build LayerNorm, linear to a quarter of the width, GELU, linear back.
+
+    Source: LoPT (2605.04913), the authors' code, `lopt/modeling_lopt.py`.
+    """
+    narrow = max(1, width // 4)
+    first, last = nn.Linear(width, narrow), nn.Linear(narrow, width)
+    for layer in (first, last):
+        nn.init.xavier_uniform_(layer.weight, gain=_GAIN)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(nn.LayerNorm(width), first, nn.GELU(), last)
+
+
+def linear_decoder(width: int) -> nn.Linear:
+    """Build one linear layer, the decoder of earlier versions."""
+    layer = nn.Linear(width, width)
+    nn.init.xavier_normal_(layer.weight, gain=_GAIN)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 def build_reconstruct(settings: ReconstructCritic, context: CriticContext) -> Reconstruct:
-    """Build the decoder of one stage."""
+    """Build the decoder of one stage.
+
+    LoPT's loss is lambda times the mean over the K - 1 critics, so each has its share of lambda.
+    """
     hidden = first_tensor(context.hidden)
     if hidden.dim() not in {2, 3} or not hidden.is_floating_point():
         raise critic_unfit(
@@ -63,5 +85,9 @@ def build_reconstruct(settings: ReconstructCritic, context: CriticContext) -> Re
             "critic reconstruct is for token and vector activations, not for a stage output of shape "
             f"{tuple(hidden.shape)} {hidden.dtype}",
         )
-    critic = Reconstruct(hidden.shape[-1], settings.weight)
+    width = hidden.shape[-1]
+    if settings.decoder == "linear":
+        critic = Reconstruct(linear_decoder(width), settings.weight)
+    else:
+        critic = Reconstruct(mlp_decoder(width), settings.weight / (context.stages - 1))
     return critic.to(device=hidden.device, dtype=hidden.dtype)

@@ -49,6 +49,17 @@ def class_indices(kind: str, target: Payload, judged: Tensor) -> Tensor:
     return classes
 
 
+def refuse_single_value(kind: str, features: Tensor) -> None:
+    """Raise UsageError if batch normalisation would have a single value of each channel (B, C, ...) to train on."""
+    if features.numel() == features.shape[1]:
+        raise UsageError(
+            f"critic {kind} normalises over the micro-batch and cannot train on one of a single sample; raise "
+            "`data.batch_size` to at least 2, or choose `critic.kind` head",
+            code="batch-too-small",
+            key="data.batch_size",
+        )
+
+
 def ignored_by(loss: Loss) -> int:
     """Return the class index that counts for nothing in a loss."""
     return loss.ignored if isinstance(loss, Criterion) else IGNORED

@@ -55,6 +55,8 @@ class AuglocalCritic(Section):
     """Images are average-pooled to at most this height and width first; default: they are not."""
     width: float = Field(1.0, gt=0, le=1)
     """Share of the channels (tokens: of the width) that the copies have, after a projection; paper: all."""
+    norm: Literal["shallow", "never"] = "shallow"
+    """shallow: fresh critics of images normalise before their linear layer at depth 1 (the authors' code); or never."""
     weights: Literal["fresh", "network"] = "fresh"
     """fresh; or network: copies and head begin with the network's own weights, for one that is trained already."""
 
@@ -65,8 +67,10 @@ class PredsimCritic(Section):
     kind: Literal["predsim"]
     similarity: float = Field(0.99, ge=0, le=1)
     """Share of the similarity loss (b in the paper: 0.99)."""
-    features: Size = 2048
-    """Largest number of features, after average pooling, that the linear prediction is given (paper: 2048 or 4096)."""
+    features: Size = 4096
+    """Most features, after average pooling, that the linear prediction is given (paper: 2048 or 4096, code: 4096)."""
+    pooling: Literal["rectangular", "square"] = "rectangular"
+    """rectangular: height is halved, then width if need be, rounded up (the authors' code). square: both, down."""
 
 
 class InfoproCritic(Section):
@@ -88,9 +92,11 @@ class LlsCritic(Section):
 
     kind: Literal["lls"]
     pooled: Few = 4
-    """Images are pooled to this height and width; vectors are taken as they are."""
-    temperature: Scale = 1.0
-    """T, by which the logits are divided."""
+    """Images are pooled to this height and width, vectors to so many features (the authors' code: 4)."""
+    vectors: Literal["pooled", "whole"] = "pooled"
+    """whole: vectors are taken as they are."""
+    temperature: Scale = 0.5
+    """T, by which the logits are divided (the authors' code: 0.5)."""
 
 
 class NeuronGroupsCritic(Section):
@@ -140,8 +146,10 @@ class ReconstructCritic(Section):
     """
 
     kind: Literal["reconstruct"]
+    decoder: Literal["mlp", "linear"] = "mlp"
+    """mlp: norm, linear to a quarter, GELU, linear back (LoPT). linear: one layer, each stage with all of `weight`."""
     weight: Scale = 10.0
-    """Weight of the mean squared error (lambda; LoPT: 10)."""
+    """Weight of the mean squared error averaged over the stages before the last (lambda; LoPT: 10)."""
 
 
 class VocabularyCritic(Section):
