@@ -183,7 +183,7 @@ def differences(ours, theirs):
 def run_dpp(*words):
     """Run a `dpp` command in this process as its front end does, but let its faults through; returns the exit code."""
     words = [str(word) for word in words]
-    chosen = build_parser(words).parse_args(words)
+    chosen = build_parser(words).parse(words)
     return chosen.run(chosen)
 
 

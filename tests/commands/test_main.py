@@ -62,11 +62,14 @@ def test_an_error_of_the_users_code_keeps_its_traceback(monkeypatch, capsys):
     assert capsys.readouterr().err == told
 
 
-@pytest.mark.parametrize("words", [[], ["fly"], ["train"], ["train", "run.yaml", "--fast"], ["bench", "nothing"]])
+@pytest.mark.parametrize(
+    "words",
+    [[], ["fly"], ["train"], ["train", "run.yaml", "--fast"], ["bench", "nothing"], ["train", "run.yaml", "--set=--"]],
+)
 def test_bad_command_lines(words):
     """The texts are argparse's, which differ between versions of Python."""
     with pytest.raises(UsageError) as caught:
-        build_parser(words).parse_args(words)
+        build_parser(words).parse(words)
     assert caught.value.code == "bad-command-line"
     assert str(caught.value).endswith(" --help")
 

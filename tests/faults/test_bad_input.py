@@ -95,8 +95,8 @@ CASES = {
     "loss of other targets": ({"loss": "mse"}, "loss-does-not-fit-targets", ["(16, 10)", "(16,)"]),
     "validation label that is no class": (
         {"data.factory": "faulty:mislabelled"},
-        "loss-does-not-fit-targets",
-        ["a validation target", "out of bounds"],
+        "target-out-of-range",
+        ["Target", "out of bounds"],
     ),
     "no validation batch": ({"data.factory": "faulty:nothing_held_out"}, "no-batch", ["validation"]),
     "loss that is no scalar": ({"loss": "faulty:no_scalar"}, "loss-is-no-scalar", ["(16, 10)"]),

@@ -51,7 +51,7 @@ def _run(words: Sequence[str]) -> int:
         threads.own_process.set()
     with ExitStack() as signals:
         try:
-            chosen = build_parser(words).parse_args(words)  # --help ends here, before torch is imported
+            chosen = build_parser(words).parse(words)  # --help ends here, before torch is imported
             from decoupled_pp.training.watch import sigterm_ends
 
             # Until the end of this block, so that SIGTERM does not cut a failing rank's last words short.

@@ -39,6 +39,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**options)
         self._words = words
 
+    def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        """Parses a command line; raises UsageError if it is wrong."""
+        for word in words:
+            if word.startswith("-") and word.endswith("=--"):  # argparse takes the value for its own mark, and drops it
+                self.error(f"{word}: an option cannot have the value --")
+        return self.parse_args(words)
+
     def error(self, message: str) -> NoReturn:
         """Raises UsageError."""
         raise UsageError(f"{message}; see {self.prog} --help", code="bad-command-line")

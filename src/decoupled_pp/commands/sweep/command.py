@@ -7,6 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +88,10 @@ def run_command(chosen: argparse.Namespace) -> int:
     from decoupled_pp.commands.sweep.tables import table
     from decoupled_pp.commands.sweep.tuning import run_tuned
 
-    outcomes, tuning = run_tuned(trials, sweep.tune, also, jobs=chosen.jobs, resume=chosen.resume)
+    outcomes, tuning = run_tuned(trials, choices_of(sweep), also, jobs=chosen.jobs, resume=chosen.resume)
     if all(outcome.failure for outcome in outcomes):
         raise TrainingError(f"none of the runs ended well: {outcomes[0].failure}", code="nothing-ran")
-    found = figures(outcomes, reference, tuning)
+    found = figures(outcomes, reference, sweep.tune, tuning)
     text = table(found, outcomes, f"{file}: {sweep.config}")
     (folder / "sweep.json").write_text(write_json(found, indent=2) + "\n", encoding="utf-8")
     (folder / "sweep.md").write_text(text, encoding="utf-8")
@@ -99,14 +100,17 @@ def run_command(chosen: argparse.Namespace) -> int:
     return 0
 
 
+def choices_of(sweep: SweepSettings) -> list[dict[str, Any]]:
+    """Returns every combination of the values of `tune`, as setting -> value; an empty one where there is none."""
+    return [dict(zip(sweep.tune, values, strict=True)) for values in product(*sweep.tune.values())]
+
+
 def _trials(sweep: SweepSettings, folder: Path, common: list[str], jobs: int) -> dict[tuple[str, int], list[Trial]]:
     """Returns (variant, number of a choice of `tune`) -> its runs by seed; the settings of all have been checked."""
-    from decoupled_pp.commands.sweep.tuning import choices
-
     share = choose_threads(None, jobs).count
     found = {}
     for name, changes in sweep.variants.items():
-        for number, choice in enumerate(choices(sweep.tune)):
+        for number, choice in enumerate(choices_of(sweep)):
             overrides = [*common, *_overrides(changes), *_overrides(choice)]
             threads = load_settings(sweep.config, tuple(overrides)).threads or share
             words = "-".join([name, *map(str, choice.values())])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from decoupled_pp.commands.depth import Depth, Pair, goodness, measure
@@ -69,7 +70,12 @@ class _Ended(NamedTuple):
     also: Mapping[str, Exit]
 
 
-def figures(outcomes: Sequence[Outcome], reference: str, tuning: Tuning = NOT_TUNED) -> SweepFigures:
+def figures(
+    outcomes: Sequence[Outcome],
+    reference: str,
+    tune: Mapping[str, Sequence[Any]] = MappingProxyType({}),
+    tuning: Tuning = NOT_TUNED,
+) -> SweepFigures:
     """Returns the numbers of every variant, and the raw scores of every run, those that only tuned included."""
     variants: dict[str, list[_Ended]] = {one.trial.entry: [] for one in outcomes}
     for one in outcomes:
@@ -78,7 +84,7 @@ def figures(outcomes: Sequence[Outcome], reference: str, tuning: Tuning = NOT_TU
     ended = {name: own for name, own in variants.items() if own}
     rows = {name: _variant_figures(name, ended, reference, tuning.best.get(name, {})) for name in ended}
     others = [one for one in tuning.outcomes if one not in outcomes]
-    return SweepFigures(reference, tuning.values, rows, [_raw(one) for one in [*outcomes, *others]])
+    return SweepFigures(reference, tune, rows, [_raw(one) for one in [*outcomes, *others]])
 
 
 def _plain_of(runs: Sequence[_Ended], variants: Mapping[str, Sequence[_Ended]]) -> str | None:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import product
 from typing import Any
 
 from decoupled_pp.commands.child import Trial
@@ -18,7 +17,6 @@ from decoupled_pp.commands.sweep.runs import Outcome, run_trials
 class Tuning:
     """What was tried, and what was found best."""
 
-    values: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # setting -> the values tried
     outcomes: Sequence[Outcome] = ()  # of all trials
     best: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # variant -> setting -> value
 
@@ -26,14 +24,9 @@ class Tuning:
 NOT_TUNED = Tuning()
 
 
-def choices(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Returns every combination of the values, as setting -> value; one empty choice where there is nothing to tune."""
-    return [dict(zip(values, combination, strict=True)) for combination in product(*values.values())]
-
-
 def run_tuned(
     trials: Mapping[tuple[str, int], Sequence[Trial]],
-    values: Mapping[str, Sequence[Any]],
+    choices: Sequence[Mapping[str, Any]],
     also: Mapping[str, Sequence[str]],
     *,
     jobs: int,
@@ -43,7 +36,7 @@ def run_tuned(
 
     Args:
         trials: (variant, number of a choice) -> its trials by seed.
-        values: Setting -> the values that make the choices.
+        choices: By number, setting -> value.
         also: Name -> the settings of other held-out data that every run is scored on.
         jobs: Runs at a time.
         resume: Whether runs that are finished are kept.
@@ -56,8 +49,7 @@ def run_tuned(
     best = _best(first)
     later = [trial for by_seed in zip(*(trials[key][1:] for key in best), strict=True) for trial in by_seed]
     outcomes = [*(first[key] for key in best), *run(later)]
-    every = choices(values)
-    return outcomes, Tuning(values, tuple(first.values()), {name: every[number] for name, number in best})
+    return outcomes, Tuning(tuple(first.values()), {name: choices[number] for name, number in best})
 
 
 def _best(outcomes: Mapping[tuple[str, int], Outcome]) -> list[tuple[str, int]]:
