@@ -26,15 +26,15 @@ class Pair:
 
 @dataclass(frozen=True)
 class Depth(JsonRecord):
-    """What depth is worth, over seeds.
+    """Holds the benefit of depth and the share of it that is kept, each with its spread over seeds.
 
     Attributes:
         benefit: The whole network trained by plain backpropagation against the first exit: points of accuracy, or
             percent of plain's loss where there is no accuracy.
         kept: Share of that benefit which the last exit of the decoupled run has: 1 is as good as plain, 0 as the
             first exit. None where `pays` is False.
-        points: Whether scores are accuracies.
-        pays: Whether the benefit is larger than its spread over the seeds.
+        points: True if the scores are accuracies.
+        pays: True if the benefit is larger than its spread over the seeds.
     """
 
     benefit: Spread = field(metadata={"read": Spread.from_json})
@@ -45,8 +45,8 @@ class Depth(JsonRecord):
     @property
     def text(self) -> str:
         """The measure in one line."""
-        form, unit = ("+.2f", " points") if self.points else ("+.2f", " % of the loss")
-        benefit = f"benefit of depth {_written(self.benefit, form)}{unit}"
+        unit = "points" if self.points else "% of the loss"
+        benefit = f"benefit of depth {_written(self.benefit, '+.2f')} {unit}"
         kept = SAYS_NOTHING if self.kept is None else f"benefit kept {_written(self.kept, '.2f')}"
         return f"{benefit}; {kept}"
 

@@ -21,7 +21,7 @@ from decoupled_pp.links.wire import Lane, Wire
 
 
 class _Return(NamedTuple):
-    """What goes back from a thread, once the device has come to a fence."""
+    """Holds tensors that a thread sends back once the device has reached a fence."""
 
     fence: Fence
     send: Callable[[], None]

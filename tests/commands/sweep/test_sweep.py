@@ -72,6 +72,8 @@ def test_variants_over_seeds(here, capsys):
     [
         (SWEEP.replace("reference: plain", "reference: plane"), "plane"),
         (SWEEP.replace("critic: {kind: head}", "critic: {kind: hat}"), "hat"),
+        (SWEEP.replace("also:", "tune: {optimizer.lr: []}\nalso:"), "tune"),
+        (SWEEP.replace("also:", "tune: {optimizer.lr: [0.1]}\nalso:"), "variant head sets `optimizer.lr`"),
     ],
 )
 def test_bad_input(text, part, here, capsys):

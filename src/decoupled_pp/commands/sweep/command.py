@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, ValidationError
@@ -27,7 +27,7 @@ from decoupled_pp.settings.sections import Section
 from decoupled_pp.settings.yaml_text import read_yaml_file
 
 _UNFIT = re.compile(r"[^A-Za-z0-9._-]+")
-"""What a variant's name may have and the name of a run may not."""
+"""Matches characters of a variant's name that the name of a run cannot hold."""
 
 
 class SweepSettings(Section):
@@ -41,7 +41,7 @@ class SweepSettings(Section):
     """The variant that all others are set against, seed by seed; default: the first."""
     seeds: list[int] = Field([0, 1, 2], min_length=1)
     """Seeds of the runs, the same for all variants."""
-    tune: dict[str, list[Any]] = Field(default_factory=dict)
+    tune: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
     """Setting -> values that every variant is tried with on the first seed; the best held-out score goes on."""
     also: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Name -> other held-out data (`data.key: value`) that every finished run is scored on, too."""
@@ -110,6 +110,7 @@ def _trials(sweep: SweepSettings, folder: Path, common: list[str], jobs: int) ->
     share = choose_threads(None, jobs).count
     found = {}
     for name, changes in sweep.variants.items():
+        _refuse_tuned(name, changes, sweep.tune)
         for number, choice in enumerate(choices_of(sweep)):
             overrides = [*common, *_overrides(changes), *_overrides(choice)]
             threads = load_settings(sweep.config, tuple(overrides)).threads or share
@@ -128,6 +129,17 @@ def _trials(sweep: SweepSettings, folder: Path, common: list[str], jobs: int) ->
             ]
     _refuse_equal_names(found.values())
     return found
+
+
+def _refuse_tuned(name: str, changes: Mapping[str, Any], tune: Mapping[str, Any]) -> None:
+    """Raises UsageError if a variant has a value of its own for a setting that `tune` gives values to."""
+    for key in tune:
+        if any(f"{one}.".startswith(f"{key}.") for one in changes):
+            raise UsageError(
+                f"variant {name} sets `{key}`, which `tune` tries for every variant; leave it out of one of the two",
+                code="tuned-twice",
+                key=key,
+            )
 
 
 def _refuse_equal_names(trials: Iterable[Sequence[Trial]]) -> None:

@@ -15,7 +15,7 @@ from decoupled_pp.commands.sweep.runs import Outcome, run_trials
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was tried, and what was found best."""
+    """Holds the trials of a tuning, and each variant's best choice."""
 
     outcomes: Sequence[Outcome] = ()  # of all trials
     best: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # variant -> setting -> value
@@ -39,7 +39,7 @@ def run_tuned(
         choices: By number, setting -> value.
         also: Name -> the settings of other held-out data that every run is scored on.
         jobs: Runs at a time.
-        resume: Whether runs that are finished are kept.
+        resume: True keeps the runs that are finished.
 
     Returns:
         The outcomes with each variant's best choice, seed by seed, and how it was found.

@@ -26,8 +26,8 @@ class InFlight:
         random: Position of the stage's random stream before the forward pass.
         like: Shapes and types of the tensors that come back, on the meta device.
         version: Optimizer steps that the stage had done.
-        weights: Of the forward pass, by name, if they are kept; packets of one version share them.
-        buffers: Before the forward pass, by name, if they are kept.
+        weights: The weights of the forward pass by name, if they are kept; packets of one version share them.
+        buffers: The buffers before the forward pass by name, if they are kept.
         gradient: What has come back; None before.
     """
 
